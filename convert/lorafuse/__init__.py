@@ -1,0 +1,1 @@
+"""Merge LoRA and QLoRA adapters into safetensors checkpoints, a tile at a time."""
