@@ -47,6 +47,7 @@ _HARMLESS_INITS = (True, False, None, "true", "false", "gaussian", "eva", "ortho
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
     """Everything the adapter does, and the tensors that it ignores with the reason of each."""
     config = _checked_config(adapter)
+    warn = _once(warn)
     modules = _group(adapter)
     ignored: dict[str, str] = {}
     result: list[Update] = []
@@ -57,10 +58,20 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update]
             key = next(iter(leaves.values()))
             raise AdapterError(f"{adapter.file}: {shown(key)} is of a kind that is not supported.")
     if config.get("bias") == "lora_only" and not any(".bias" in key for key in adapter.store.tensors):
-        warn(
-            f"{adapter.file}: bias is 'lora_only', but no trained bias is in the file; peft 0.7 to 0.20 did not save them."
-        )
+        warn(f"{adapter.file}: bias is 'lora_only', but no trained bias is in the file; peft 0.7 to 0.20 did not save them.")
     return result, ignored
+
+
+def _once(warn: Warn) -> Warn:
+    """A mismatch in the config concerns hundreds of modules alike."""
+    said: set[str] = set()
+
+    def once(message: str) -> None:
+        if message not in said:
+            said.add(message)
+            warn(message)
+
+    return once
 
 
 def _checked_config(adapter: AdapterDir) -> dict[str, Any]:
@@ -70,9 +81,7 @@ def _checked_config(adapter: AdapterDir) -> dict[str, Any]:
             raise AdapterError(f"{where}: {field} is set, which is not supported: {what}.")
     init = config.get("init_lora_weights")
     if not any(init is harmless or init == harmless for harmless in _HARMLESS_INITS):
-        raise AdapterError(
-            f"{where}: init_lora_weights is {shown(init)}, which changes the base weight; this is not supported."
-        )
+        raise AdapterError(f"{where}: init_lora_weights is {shown(init)}, which changes the base weight; this is not supported.")
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field) or {}, dict):
             raise AdapterError(f"{where}: {field} is {shown(config[field])}, expected an object.")
@@ -91,9 +100,7 @@ def _group(adapter: AdapterDir) -> dict[str, dict[str, str]]:
             leaf = parts[0] if leaf.startswith("lora_embedding_") else f"{parts[0]}.{parts[-1]}"
         leaves = modules.setdefault(module, {})
         if leaf in leaves:
-            raise AdapterError(
-                f"{adapter.file}: {shown(leaves[leaf])} and {shown(key)} are the same tensor; which is meant?"
-            )
+            raise AdapterError(f"{adapter.file}: {shown(leaves[leaf])} and {shown(key)} are the same tensor; which is meant?")
         leaves[leaf] = key
     if not modules:
         raise AdapterError(f"{adapter.file}: holds no tensor.")
@@ -115,9 +122,7 @@ def _replacements(adapter: AdapterDir, module: str, leaves: dict[str, str], igno
     for key in found.values():
         spec = adapter.store.tensors[key].spec
         if spec.dtype not in FLOATS:
-            raise AdapterError(
-                f"{adapter.file}: {shown(key)} has the dtype {spec.dtype}; expected one of {listed(FLOATS)}."
-            )
+            raise AdapterError(f"{adapter.file}: {shown(key)} has the dtype {spec.dtype}; expected one of {listed(FLOATS)}.")
     return [Update(name, (key,), replaced=DenseSources(adapter.store, key)) for name, key in found.items()]
 
 
@@ -141,9 +146,7 @@ def _low_rank(
     scaling = scale * _scaling(adapter, config, module, rank, warn)
     bias = leaves.pop("lora_B.bias", None)
     make = _embedding_patch if embedding else _linear_patch
-    result = [
-        Update(f"{module}.weight", (key_a, key_b), make=lambda target: make(adapter, key_a, key_b, scaling, target))
-    ]
+    result = [Update(f"{module}.weight", (key_a, key_b), make=lambda target: make(adapter, key_a, key_b, scaling, target))]
     if bias is not None:
         # Scaled, as in the forward pass; PEFT's bitsandbytes layers add it unscaled when they merge.
         key = bias
@@ -153,18 +156,14 @@ def _low_rank(
 
 def _check_factors(adapter: AdapterDir, key_a: str, key_b: str) -> None:
     a, b = adapter.store.tensors[key_a].spec, adapter.store.tensors[key_b].spec
-    fits = (
-        len(a.shape) >= 2 and len(b.shape) == len(a.shape) and a.shape[0] == b.shape[1] and math.prod(b.shape[2:]) == 1
-    )
+    fits = len(a.shape) >= 2 and len(b.shape) == len(a.shape) and a.shape[0] == b.shape[1] and math.prod(b.shape[2:]) == 1
     if not fits or a.numel == 0 or b.numel == 0:
         raise AdapterError(
             f"{adapter.file}: {shown(key_a)} is {a} and {shown(key_b)} is {b}; they are not the two factors of one update."
         )
     for key, spec in ((key_a, a), (key_b, b)):
         if spec.dtype not in FLOATS:
-            raise AdapterError(
-                f"{adapter.file}: {shown(key)} has the dtype {spec.dtype}; expected one of {listed(FLOATS)}."
-            )
+            raise AdapterError(f"{adapter.file}: {shown(key)} has the dtype {spec.dtype}; expected one of {listed(FLOATS)}.")
 
 
 def pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
@@ -186,9 +185,7 @@ def _scaling(adapter: AdapterDir, config: dict[str, Any], module: str, rank: int
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise AdapterError(f"{where}: the alpha of {shown(module)} is {shown(alpha)}, expected a number.")
     if expected != rank:
-        warn(
-            f"{where}: says rank {shown(expected)} for {shown(module)}, its tensors have rank {rank}; they are believed."
-        )
+        warn(f"{where}: says rank {shown(expected)} where the tensors have rank {rank}; the tensors are believed.")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -214,8 +211,8 @@ def _embedding_patch(adapter: AdapterDir, key_a: str, key_b: str, scaling: float
     left, right = (Factor(adapter.store, key, transposed=True) for key in (key_a, key_b))
     if (left.shape[0], right.shape[1]) != target.spec.shape:
         raise AdapterError(
-            f"{adapter.file}: {shown(key_a)} and {shown(key_b)} update {left.shape[0]} × {right.shape[1]}, but {shown(target.name)} is "
-            f"{list(target.spec.shape)}; is the adapter for another base, or its vocabulary resized without saving the embedding?"
+            f"{adapter.file}: {shown(key_a)} and {shown(key_b)} update {left.shape[0]} × {right.shape[1]}, but "
+            f"{shown(target.name)} is {list(target.spec.shape)}; is the adapter for another base, or its vocabulary resized without saving the embedding?"
         )
     return LowRank(left, right, scaling)
 

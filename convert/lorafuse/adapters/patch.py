@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from lorafuse.checkpoint import Store
-from lorafuse.codecs.sources import Arena, Sources
+from lorafuse.codecs.sources import Arena, Sources, host_view
 from lorafuse.tensors import DTYPES, TensorSpec
 
 LEFT_RESIDENT_NBYTES = 4 << 20
@@ -23,9 +23,17 @@ READ_NUMEL = 1 << 18
 class Patch(Protocol):
     """An update of one weight."""
 
-    facts: dict[str, Any]  # what the receipt says about it: rank, scale
-    nbytes: int  # held from prepare to release
-    scratch_nbytes: int  # needed per worker while a tile is patched
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the receipt says about it: rank, scale."""
+
+    @property
+    def nbytes(self) -> int:
+        """Held from prepare to release."""
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Needed by each worker while it patches a tile."""
 
     def prepare(self, arena: Arena) -> None: ...
 
@@ -127,11 +135,9 @@ class Factor:
         n_rows, n_cols = self._stored
         nbytes = (stop - start) * self._itemsize
         raw = arena.get("factor.raw", n_rows * nbytes, torch.uint8, host=True)
-        view = memoryview(raw.numpy())
+        view = host_view(raw)
         for row in range(n_rows):
-            self.store.read_into(
-                self.key, (row * n_cols + start) * self._itemsize, view[row * nbytes : (row + 1) * nbytes]
-            )
+            self.store.read_into(self.key, (row * n_cols + start) * self._itemsize, view[row * nbytes : (row + 1) * nbytes])
         return self._float(raw, arena).view(n_rows, stop - start)
 
     def _float(self, raw: torch.Tensor, arena: Arena) -> torch.Tensor:
@@ -170,9 +176,7 @@ class LowRank:
 
     def apply(self, tile: torch.Tensor, first_row: int, arena: Arena) -> None:
         stop_row = first_row + tile.shape[0]
-        left = (
-            self.left.rows(first_row, stop_row, arena).clone() if self._left is None else self._left[first_row:stop_row]
-        )
+        left = self.left.rows(first_row, stop_row, arena).clone() if self._left is None else self._left[first_row:stop_row]
         for start in range(0, self.n_cols, self._chunk):
             stop = min(start + self._chunk, self.n_cols)
             right = self.right.cols(start, stop, arena) if self._right is None else self._right[:, start:stop]

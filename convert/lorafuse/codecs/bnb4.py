@@ -54,9 +54,7 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> "Four
         state = _read_state(names[1], ckpt)
         _check_companions(weight, state, ckpt)
     except (KeyError, TypeError, ValueError, RecursionError) as e:
-        raise CheckpointError(
-            f"{shown(ckpt.path)}: the quant_state of {shown(weight)} is broken: {shown(e)}."
-        ) from None
+        raise CheckpointError(f"{shown(ckpt.path)}: the quant_state of {shown(weight)} is broken: {shown(e)}.") from None
     return FourBitSources(weight, names, state, ckpt)
 
 
@@ -73,9 +71,7 @@ def _read_state(name: str, ckpt: Checkpoint) -> QuantState:
         raise ValueError("shape or block size is not a positive whole number")
     if raw["blocksize"] % 2:
         raise ValueError(f"the block size {raw['blocksize']} is odd")
-    return QuantState(
-        dtype, tuple(raw["shape"]), raw["blocksize"], nested_blocksize, float(raw.get("nested_offset", 0.0))
-    )
+    return QuantState(dtype, tuple(raw["shape"]), raw["blocksize"], nested_blocksize, float(raw.get("nested_offset", 0.0)))
 
 
 def _check_companions(weight: str, state: QuantState, ckpt: Checkpoint) -> None:
@@ -137,15 +133,11 @@ class FourBitSources:
         end = min(last * half, -(-self.spec.numel // 2))
         packed = arena.fetch("bnb4.packed", self.store, self._weight, first * half, end - first * half)
         itemsize = 1 if state.nested_blocksize else 4
-        absmax = arena.fetch(
-            "bnb4.absmax", self.store, self._weight + ".absmax", first * itemsize, (last - first) * itemsize
-        )
+        absmax = arena.fetch("bnb4.absmax", self.store, self._weight + ".absmax", first * itemsize, (last - first) * itemsize)
         if not state.nested_blocksize:
             return packed, absmax.view(torch.float32)
         outer, outer_end = first // state.nested_blocksize, -(-last // state.nested_blocksize)
-        nested = arena.fetch(
-            "bnb4.nested", self.store, self._weight + ".nested_absmax", outer * 4, (outer_end - outer) * 4
-        )
+        nested = arena.fetch("bnb4.nested", self.store, self._weight + ".nested_absmax", outer * 4, (outer_end - outer) * 4)
         return packed, absmax, nested.view(torch.float32)
 
     def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
@@ -174,15 +166,11 @@ class FourBitSources:
         if self._nested_map is None:
             return raw[1].to(arena.device)
         codes, nested = raw[1].to(arena.device), raw[2].to(arena.device)
-        outer = (
-            torch.arange(first, last, device=arena.device) // state.nested_blocksize - first // state.nested_blocksize
-        )
+        outer = torch.arange(first, last, device=arena.device) // state.nested_blocksize - first // state.nested_blocksize
         values = self._nested_map.to(arena.device)[codes.int()]
         return values.mul_(nested[outer]).add_(state.nested_offset)
 
-    def _decode_transposed(
-        self, packed: torch.Tensor, absmax: torch.Tensor, start: int, stop: int, arena: Arena
-    ) -> torch.Tensor:
+    def _decode_transposed(self, packed: torch.Tensor, absmax: torch.Tensor, start: int, stop: int, arena: Arena) -> torch.Tensor:
         """Rows of the transposed weight are columns of the stored one: element by element, since a byte may span two."""
         n_stored_rows, n_stored_cols = self._state.shape
         rows = torch.arange(start // n_stored_rows, stop // n_stored_rows, device=arena.device)
