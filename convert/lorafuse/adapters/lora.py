@@ -212,7 +212,8 @@ def _embedding_patch(adapter: AdapterDir, key_a: str, key_b: str, scaling: float
     if (left.shape[0], right.shape[1]) != target.spec.shape:
         raise AdapterError(
             f"{adapter.file}: {shown(key_a)} and {shown(key_b)} update {left.shape[0]} × {right.shape[1]}, but "
-            f"{shown(target.name)} is {list(target.spec.shape)}; is the adapter for another base, or its vocabulary resized without saving the embedding?"
+            f"{shown(target.name)} is {list(target.spec.shape)}; is the adapter for another base, or was the vocabulary resized "
+            "without saving the embedding?"
         )
     return LowRank(left, right, scaling)
 
