@@ -175,17 +175,17 @@ def test_steps_hold_no_more_than_their_budget(many_tiles, tmp_path, monkeypatch)
     """Factors of the next weight are loaded only when those in use leave room."""
     held, most = 0, 0
 
-    def prepare(self, arena):
+    def prepare(self, base, arena):
         nonlocal held, most
         held, most = held + self.nbytes, max(most, held + self.nbytes)
-        original(self, arena)
+        original(self, base, arena)
 
     def release(self):
         nonlocal held
         held -= self.nbytes
         original_release(self)
 
-    from lorafuse.adapters.patch import LowRank
+    from lorafuse.adapters.lowrank import LowRank
 
     original, original_release = LowRank.prepare, LowRank.release
     monkeypatch.setattr(LowRank, "prepare", prepare)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lorafuse.adapters.patch import Base
 from lorafuse.codecs import Arena
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.sources import host_view
@@ -163,7 +164,7 @@ class Workshop:
                 yield self._take()
             self._held_nbytes += step.resident_nbytes
             for patch in step.patches:
-                patch.prepare(self._loader)
+                patch.prepare(Base(step.sources, self._loader), self._loader)
             for start, stop in step.tiles():
                 while len(self._pending) >= self._plan.memory.n_tiles:
                     yield self._take()

@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from lorafuse.adapters.patch import AddVector, Factor, LowRank, Patch, Target, Update
+from lorafuse.adapters.factor import Factor
+from lorafuse.adapters.lowrank import AddVector, LowRank
+from lorafuse.adapters.patch import Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.errors import AdapterError, listed, shown
