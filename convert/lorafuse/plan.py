@@ -1,0 +1,149 @@
+"""(checkpoint, adapter, settings) → Plan, or a refusal. Nothing is written and no weight is read here.
+
+A plan is complete: the loop that carries it out decides nothing.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from typing import Any
+
+from lorafuse._version import __version__
+from lorafuse.adapters import AdapterDir, Edit, Target, Update, module_of
+from lorafuse.checkpoint import Checkpoint
+from lorafuse.codecs import Sources, open_weights
+from lorafuse.codecs.sources import is_conv1d
+from lorafuse.errors import AdapterError, CheckpointError, shown
+from lorafuse.naming import Names
+from lorafuse.settings import Settings
+from lorafuse.steps import STORED_TENSOR_NBYTES, Plan, PlannedShard, Step, fit_memory, natural_key, split_shards
+from lorafuse.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, TensorSpec
+
+
+def make_plan(ckpt: Checkpoint, adapter: AdapterDir, settings: Settings) -> Plan:
+    """Decide everything. Raises CheckpointError, AdapterError, or UsageError when the memory limit is too small."""
+    warnings: list[str] = []
+    weights = open_weights(ckpt)
+    names = Names(weights, ckpt.config)
+    updates, ignored = module_of(adapter).updates(adapter, settings.adapter_scale, warnings.append)
+    edits = _edits(updates, names, adapter)
+    untied = _settle_tied(names, edits, ignored, bool(adapter.config.get("ensure_weight_tying")))
+    steps = _steps(weights, names, edits, untied, settings.dtype)
+    if not steps:
+        raise CheckpointError(f"{shown(ckpt.path)}: holds no weight.")
+    shards = split_shards(steps, settings.max_shard_nbytes)
+    memory = fit_memory(steps, adapter.nbytes + len(ckpt.tensors) * STORED_TENSOR_NBYTES, settings)
+    config_changes = _config_changes(names, steps, untied)
+    used = sorted({key for edit in edits.values() for key in edit.keys})
+    return Plan(shards, _plan_id(ckpt, adapter, settings, shards), memory, config_changes, used, ignored, warnings)
+
+
+def _edits(updates: list[Update], names: Names, adapter: AdapterDir) -> dict[str, Edit]:
+    """Weight → edit. Replacements first: an update goes on top of them."""
+    edits: dict[str, Edit] = {}
+    for update in sorted(updates, key=lambda update: update.make is not None):
+        weight = names.resolve(update.parameter, adapter.file, update.keys[0])
+        edit = edits.setdefault(weight, Edit())
+        edit.keys += update.keys
+        sources = edit.replaced or names.weights.get(weight) or names.weights[names.embed or ""]
+        if update.replaced:
+            _check_replacement(update, weight, sources.spec, names, adapter)
+            edit.replaced = update.replaced
+        if update.make:
+            if sources.spec.dtype not in FLOATS:
+                raise AdapterError(f"{adapter.file}: {shown(update.keys[0])} updates {shown(weight)}, which is {sources.spec}.")
+            edit.patches.append(update.make(Target(weight, sources.spec, is_conv1d(names.config, weight))))
+    return edits
+
+
+def _check_replacement(update: Update, weight: str, spec: TensorSpec, names: Names, adapter: AdapterDir) -> None:
+    assert update.replaced is not None
+    new = update.replaced.spec
+    rows_only = new.shape[1:] == spec.shape[1:] and len(new.shape) == len(spec.shape) > 0
+    if new.shape != spec.shape and not (rows_only and names.may_resize(weight)):
+        raise AdapterError(
+            f"{adapter.file}: {shown(update.keys[0])} is {list(new.shape)}, but {shown(weight)} is {list(spec.shape)}; is the "
+            "adapter for another base?"
+        )
+
+
+def _settle_tied(names: Names, edits: dict[str, Edit], ignored: dict[str, str], ensure_tying: bool) -> bool:
+    """Make the edits of a tied pair agree, or untie it. Returns whether it has to be untied.
+
+    LoRA on one side of a tied pair changes only that side in training, so the pair comes apart; PEFT's merge adds the update to the
+    shared tensor, and so to both.
+    """
+    pair = names.tied
+    if pair is None or not (pair.embed in edits or pair.head in edits):
+        return False
+    names.refuse_shared()
+    embed, head = edits.get(pair.embed), edits.get(pair.head)
+    together = embed.same_as(head) if embed and head else ensure_tying
+    if not together:
+        return True
+    shared = embed or head
+    assert shared is not None
+    edits[pair.embed] = shared
+    if pair.head_stored:
+        edits[pair.head] = head or shared
+    elif head:
+        del edits[pair.head]
+        if embed:
+            ignored |= dict.fromkeys(head.keys, f"equal to the update of {pair.embed}, to which it is tied")
+    return False
+
+
+def _steps(weights: dict[str, Sources], names: Names, edits: dict[str, Edit], untied: bool, dtype: str) -> list[Step]:
+    bases = dict(weights)
+    if untied and names.tied:
+        bases.setdefault(names.tied.head, weights[names.tied.embed])
+    steps = []
+    for name in sorted(bases, key=natural_key):
+        base, edit = bases[name], edits.get(name, Edit())
+        sources = edit.replaced or base
+        out = base.out_dtype if dtype == "auto" or base.out_dtype not in FLOATS else SAFETENSORS_NAMES[dtype]
+        action = _action(edit, base, out, stored=name in weights)
+        steps.append(Step(name, TensorSpec(out, sources.spec.shape), sources, edit.patches, action))
+    return steps
+
+
+def _action(edit: Edit, base: Sources, out_dtype: str, *, stored: bool) -> str:
+    if edit.patches:
+        return "merged"
+    if edit.replaced:
+        return "replaced"
+    if not stored:
+        return "added"
+    # "decoded" also covers a dense weight that only changes its dtype.
+    return "copied" if len(base.names) == 1 and base.spec.dtype == out_dtype else "decoded"
+
+
+def _config_changes(names: Names, steps: list[Step], untied: bool) -> dict[str, Any]:
+    """Fields of config.json that the result needs: dtype, and vocab_size and tie_word_embeddings where they change."""
+    totals: Counter[str] = Counter()
+    for step in steps:
+        if step.spec.dtype in FLOATS:
+            totals[step.spec.dtype] += step.spec.nbytes
+    changes: dict[str, Any] = {"dtype": DTYPES[totals.most_common(1)[0][0]][1]} if totals else {}
+    if untied:
+        changes["tie_word_embeddings"] = False
+    after = {step.name: step.spec.shape[0] for step in steps if step.name in (names.embed, names.head)}
+    before = {name: names.weights[name].spec.shape[0] for name in after if name in names.weights}
+    if any(after[name] != before[name] for name in before):
+        if len(set(after.values())) > 1:
+            both = " and ".join(f"{name} has {n} rows" for name, n in after.items())
+            raise AdapterError(f"The adapter resizes the vocabulary on one side only: {both}.")
+        changes["vocab_size"] = next(iter(after.values()))
+    return changes
+
+
+def _plan_id(ckpt: Checkpoint, adapter: AdapterDir, settings: Settings, shards: list[PlannedShard]) -> str:
+    """sha256 of everything that the output depends on, inputs by their sizes and headers."""
+    identity = {
+        "version": __version__,
+        "settings": settings.decisive,
+        "checkpoint": [[shard.path.name, shard.nbytes, shard.header_sha256] for shard in ckpt.shards],
+        "adapter": [adapter.file.name, adapter.file.stat().st_size, adapter.config],
+        "outputs": [[shard.file, [[s.name, s.spec.dtype, s.spec.shape, s.action] for s in shard.steps]] for shard in shards],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
