@@ -120,8 +120,9 @@ def _account(step: Step, tile: Tile, outcome: Outcome) -> None:
     if tile.measures:
         if tile.measures.n_broken:
             raise ResultError(
-                f"{shown(step.name)}: {tile.measures.n_broken} values of a tile are not finite in {step.spec.torch_name}, though the "
-                "base's are: the adapter holds non-finite values, or the sum overflows. --dtype bfloat16 or float32 has a wider range."
+                f"{shown(step.name)}: {tile.measures.n_broken} values of a tile are not finite in {step.spec.torch_name}, though "
+                "the base's are: the adapter holds non-finite values, or the sum overflows. --dtype bfloat16 or float32 has a "
+                "wider range."
             )
         if step.patches:
             outcome.measures.setdefault(step.name, Measures()).add(tile.measures)

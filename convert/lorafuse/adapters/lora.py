@@ -49,10 +49,10 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update]
     config = _checked_config(adapter)
     warn = _once(warn)
     modules = _group(adapter)
-    ignored: dict[str, str] = {}
+    ignored = _drop_copies(modules)
     result: list[Update] = []
     for module, leaves in modules.items():
-        result += _replacements(adapter, module, leaves, ignored)
+        result += _replacements(adapter, module, leaves)
         result += _low_rank(adapter, config, module, leaves, scale, warn)
         if leaves:
             key = next(iter(leaves.values()))
@@ -107,11 +107,23 @@ def _group(adapter: AdapterDir) -> dict[str, dict[str, str]]:
     return modules
 
 
-def _replacements(adapter: AdapterDir, module: str, leaves: dict[str, str], ignored: dict[str, str]) -> list[Update]:
+def _drop_copies(modules: dict[str, dict[str, str]]) -> dict[str, str]:
+    """bias="all" beside modules_to_save saves a bias up to three times; the trained one is that of modules_to_save."""
+    ignored: dict[str, str] = {}
+    for module, leaves in list(modules.items()):
+        for leaf in list(leaves):
+            kind, _, parameter = leaf.partition(".")
+            plain = modules.get(f"{module}.{parameter}", {})
+            if kind == "original_module":
+                ignored[leaves.pop(leaf)] = "a copy of the module that modules_to_save replaces"
+            elif kind == "modules_to_save" and "" in plain:
+                ignored[plain.pop("")] = "modules_to_save has the same parameter"
+    return ignored
+
+
+def _replacements(adapter: AdapterDir, module: str, leaves: dict[str, str]) -> list[Update]:
     """Parameters saved whole; takes their leaves."""
     found: dict[str, str] = {}
-    for leaf in [leaf for leaf in leaves if leaf.startswith("original_module.")]:
-        ignored[leaves.pop(leaf)] = "a copy of the module that modules_to_save replaces"
     if "" in leaves:
         found[module] = leaves.pop("")
     for parameter in ("weight", "bias"):
@@ -212,7 +224,8 @@ def _embedding_patch(adapter: AdapterDir, key_a: str, key_b: str, scaling: float
     if (left.shape[0], right.shape[1]) != target.spec.shape:
         raise AdapterError(
             f"{adapter.file}: {shown(key_a)} and {shown(key_b)} update {left.shape[0]} × {right.shape[1]}, but "
-            f"{shown(target.name)} is {list(target.spec.shape)}; is the adapter for another base, or its vocabulary resized without saving the embedding?"
+            f"{shown(target.name)} is {list(target.spec.shape)}; is the adapter for another base, or was the vocabulary resized "
+            "without saving the embedding?"
         )
     return LowRank(left, right, scaling)
 
