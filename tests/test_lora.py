@@ -13,7 +13,7 @@ from torch import nn
 
 import lorafuse
 from conftest import LINEARS
-from lorafuse.adapters.lora import pattern_value
+from lorafuse.adapters.keys import pattern_value
 from lorafuse.errors import AdapterError
 from oracle import complaints, read_adapter, read_tensors, truth
 

@@ -18,8 +18,8 @@ class RowWise(Patch):
     """`update(tile, first_row, tensors)` changes fp32 rows in place.
 
     `keys` maps the names that the function uses to adapter tensors, loaded as fp32 (integers as int64) in their own shapes.
-    `begin(tensors, base)` may turn them once per weight into what the rows need, at most `begin_nbytes` of it, and read the base for
-    statistics.
+    `begin(tensors, base)` may turn them once per weight into what the rows need, at most `begin_nbytes` of it, and read the
+    base for statistics.
     """
 
     def __init__(
