@@ -9,6 +9,7 @@ output is 0).
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lorafuse.codecs.sources import Arena
@@ -45,6 +46,15 @@ class Measures:
         return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
 
 
+def _count_different(a: torch.Tensor, b: torch.Tensor, arena: Arena) -> int:
+    if a.device.type != "cpu":
+        return int(torch.count_nonzero(a != b))
+    # numpy rather than torch on the CPU: a fifth of the time (torch's comparison and count are not vectorized).
+    flags = arena.get("measure.flags", a.numel(), torch.bool).numpy()
+    np.not_equal(a.numpy(), b.numpy(), out=flags)
+    return int(np.count_nonzero(flags))
+
+
 def measure_tile(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, arena: Arena) -> Measures:
     """Sums of one tile: `base` W in its own dtype, `total` V fp32, `stored` S in the output's dtype, all 1-D.
 
@@ -53,7 +63,7 @@ def measure_tile(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, 
     numel = total.numel()
     w = base if base.dtype == torch.float32 else arena.get("measure.w", numel, torch.float32).copy_(base)
     s = arena.get("measure.s", numel, torch.float32).copy_(stored)
-    n_changed = int(torch.count_nonzero(s != w))
+    n_changed = _count_different(s, w, arena)
     residual = s.sub_(total)
     delta = total.sub_(w)
     measures = Measures(

@@ -49,6 +49,9 @@ class LowRank(Patch):
     def apply(self, tile: torch.Tensor, first_row: int, arena: Arena) -> None:
         stop_row = first_row + tile.shape[0]
         left = self.left.rows(first_row, stop_row, arena).clone() if self._left is None else self._left[first_row:stop_row]
+        if self._right is not None and self.n_cols <= self._chunk:
+            tile.addmm_(left, self._right, alpha=self.scale)
+            return
         for start in range(0, self.n_cols, self._chunk):
             stop = min(start + self._chunk, self.n_cols)
             right = self.right.cols(start, stop, arena) if self._right is None else self._right[:, start:stop]

@@ -117,6 +117,7 @@ class FourBitSources:
         self.transposed = is_conv1d(ckpt.config, weight) and len(state.shape) == 2
         self.spec = TensorSpec(state.dtype, state.shape[::-1] if self.transposed else state.shape)
         self.out_dtype = state.dtype
+        self._n_blocks = -(-self.spec.numel // state.blocksize)
         self.nbytes = self.spec.numel if self.transposed else 0
         self._pairs = _pairs(bytes(read_all(ckpt, weight + ".quant_map")))
         self._nested_map = _floats(bytes(read_all(ckpt, weight + ".nested_quant_map"))) if state.nested_blocksize else None
@@ -139,16 +140,18 @@ class FourBitSources:
         half = state.blocksize // 2
         end = min(last * half, -(-self.spec.numel // 2))
         packed = arena.fetch("bnb4.packed", self.store, self._weight, first * half, end - first * half)
-        itemsize = 1 if state.nested_blocksize else 4
-        absmax = arena.fetch("bnb4.absmax", self.store, self._weight + ".absmax", first * itemsize, (last - first) * itemsize)
         if not state.nested_blocksize:
+            absmax = arena.fetch("bnb4.absmax", self.store, self._weight + ".absmax", first * 4, (last - first) * 4)
             return packed, absmax.view(torch.float32)
+        # Whole nested blocks: a tile may start inside one.
         outer, outer_end = first // state.nested_blocksize, -(-last // state.nested_blocksize)
+        begin, end = outer * state.nested_blocksize, min(outer_end * state.nested_blocksize, self._n_blocks)
+        codes = arena.fetch("bnb4.absmax", self.store, self._weight + ".absmax", begin, end - begin)
         nested = arena.fetch("bnb4.nested", self.store, self._weight + ".nested_absmax", outer * 4, (outer_end - outer) * 4)
-        return packed, absmax, nested.view(torch.float32)
+        return packed, codes, nested.view(torch.float32)
 
     def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
-        packed = raw[0].to(arena.device)
+        packed = arena.place(raw[0])
         first, last = self._blocks(start, stop)
         absmax = self._absmax(raw, first, last, arena)
         if self.transposed:
@@ -160,7 +163,7 @@ class FourBitSources:
             # Room for whole blocks: the last one may be short, and the pad nibble of an odd count is decoded and cut off.
             values = arena.get("bnb4.values", (last - first) * blocksize, torch.float32)
             pairs = values[: 2 * packed.numel()].view(torch.float64)
-            torch.index_select(self._pairs.to(arena.device), 0, index, out=pairs)
+            torch.index_select(arena.place(self._pairs), 0, index, out=pairs)
             values.view(-1, blocksize).mul_(absmax[:, None])
             values = values[start - first * blocksize : stop - first * blocksize]
         if self._state.dtype == "F32":
@@ -171,11 +174,14 @@ class FourBitSources:
         """float32 [last - first], the scale of each block."""
         state = self._state
         if self._nested_map is None:
-            return raw[1].to(arena.device)
-        codes, nested = raw[1].to(arena.device), raw[2].to(arena.device)
-        outer = torch.arange(first, last, device=arena.device) // state.nested_blocksize - first // state.nested_blocksize
-        values = self._nested_map.to(arena.device)[codes.int()]
-        return values.mul_(nested[outer]).add_(state.nested_offset)
+            return arena.place(raw[1])
+        codes, nested = arena.place(raw[1]), arena.place(raw[2])
+        index = arena.get("bnb4.absmax_index", codes.numel(), torch.int32).copy_(codes)
+        values = arena.get("bnb4.absmax_values", nested.numel() * state.nested_blocksize, torch.float32)
+        torch.index_select(arena.place(self._nested_map), 0, index, out=values[: codes.numel()])
+        values.view(-1, state.nested_blocksize).mul_(nested[:, None]).add_(state.nested_offset)
+        begin = first % state.nested_blocksize
+        return values[begin : begin + last - first]
 
     def _decode_transposed(self, packed: torch.Tensor, absmax: torch.Tensor, start: int, stop: int, arena: Arena) -> torch.Tensor:
         """Rows of the transposed weight are columns of the stored one: element by element, since a byte may span two."""
@@ -184,5 +190,5 @@ class FourBitSources:
         flat = (rows[:, None] + torch.arange(n_stored_rows, device=arena.device) * n_stored_cols).view(-1)
         byte = packed[flat >> 1].int()
         code = torch.where(flat & 1 == 1, byte & 15, byte >> 4)
-        quant_map = self._pairs.view(torch.float32)[1:32:2].to(arena.device)  # the second values of bytes 0…15
+        quant_map = arena.place(self._pairs.view(torch.float32)[1:32:2])  # the second values of bytes 0…15
         return quant_map[code].mul_(absmax[flat // self._state.blocksize])

@@ -73,7 +73,7 @@ class Int8Sources:
         return q.view(torch.int8), scb.view(torch.float32)
 
     def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
-        q, scb = (t.to(arena.device) for t in raw)
+        q, scb = (arena.place(t) for t in raw)
         out = arena.get("int8.w", stop - start, torch.float32)
         if self.transposed:
             n_out = self._stored[0]

@@ -34,7 +34,7 @@ class DenseSources:
         self.store.read_into(self.names[0], start * self._itemsize, buffer)
 
     def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
-        return raw[0].to(arena.device).view(getattr(torch, self.spec.torch_name))
+        return arena.place(raw[0]).view(getattr(torch, self.spec.torch_name))
 
 
 def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:

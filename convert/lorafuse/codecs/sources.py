@@ -39,6 +39,11 @@ class Arena:
             self._pool[name, dtype] = tensor
         return tensor[:numel]
 
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor on the arena's device."""
+        # Not `to` on the CPU: for the small tensors of a tile the call would cost as much as the work.
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+
     def fetch(self, name: str, store: Store, key: str, start: int, nbytes: int) -> torch.Tensor:
         """Bytes [start, start + nbytes) of a stored tensor, uint8 [nbytes] on the host."""
         buffer = self.get(name, nbytes, torch.uint8, host=True)
