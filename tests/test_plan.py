@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import lorafuse
 from conftest import LINEARS
+from lorafuse import steps
 from lorafuse.adapters import open_adapter
 from lorafuse.checkpoint import Checkpoint, ShardedStore
 from lorafuse.errors import UsageError
@@ -76,9 +77,9 @@ def test_names_sort_by_number():
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 120))
 def test_shards_respect_their_limit(sizes, limit):
     """Every weight once and in order; a shard over the limit holds one weight; no two neighbours would fit together."""
-    steps = [Step(f"w{i}", TensorSpec("U8", (n,)), None) for i, n in enumerate(sizes)]
-    shards = split_shards(steps, limit)
-    assert [s for shard in shards for s in shard.steps] == steps
+    planned = [Step(f"w{i}", TensorSpec("U8", (n,)), None) for i, n in enumerate(sizes)]
+    shards = split_shards(planned, limit)
+    assert [s for shard in shards for s in shard.steps] == planned
     assert all(shard.nbytes <= limit or len(shard.steps) == 1 for shard in shards)
     assert all(a.nbytes + b.steps[0].spec.nbytes > limit for a, b in itertools.pairwise(shards))
     names = [shard.file for shard in shards]
@@ -97,7 +98,7 @@ def test_tiles_cover_a_weight_in_whole_rows(shape):
 
 def test_the_memory_limit_decides_workers_not_tiles(base, adapter):
     lora = adapter("nf4_dq", target_modules=LINEARS)
-    small, large = (plan_of(base("nf4_dq"), lora, memory_nbytes=n, n_threads=8) for n in (46 * 10**6, 10**9))
+    small, large = (plan_of(base("nf4_dq"), lora, memory_nbytes=n, n_threads=8) for n in (steps.RUNTIME_NBYTES + 1_300_000, 10**9))
     assert small.memory.n_workers < large.memory.n_workers == 8
     assert [list(s.tiles()) for s in small.steps] == [list(s.tiles()) for s in large.steps]
     assert small.plan_id == large.plan_id
