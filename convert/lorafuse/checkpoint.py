@@ -16,7 +16,8 @@ from lorafuse.tensors import TensorInfo
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON_NBYTES = 64_000_000
-CONFIG_TYPES = {"model_type": str, "architectures": list, "text_config": dict, "quantization_config": dict}  # of fields that are read
+# Of the fields that are read somewhere.
+CONFIG_TYPES = {"model_type": str, "architectures": list, "text_config": dict, "quantization_config": dict}
 
 
 class Store(Protocol):
