@@ -73,9 +73,10 @@ def untouched(tmp_path: Path) -> Iterator[None]:
     assert sorted(p.name for p in tmp_path.iterdir() if p.name not in ("ckpt", "adapter", "seen")) == []
 
 
-def process(
-    *args: object, code: str = "from lorafuse.cli import main_convert; main_convert()", **env: str
-) -> subprocess.Popen[str]:
+MAIN = "from lorafuse.cli import main_convert; main_convert()"
+
+
+def process(*args: object, code: str = MAIN, **env: str) -> subprocess.Popen[str]:
     """`lorafuse convert` in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)],
@@ -118,7 +119,7 @@ def test_out_dir_that_is_no_unicode(ckpt: Path, adapter: Path, tmp_path: Path) -
     """A path whose bytes are no UTF-8 is a path all the same."""
     out = os.fsencode(tmp_path) + b"/out\xff"
     child = subprocess.run(
-        [sys.executable, "-c", "from lorafuse.cli import main_convert; main_convert()", ckpt, adapter, out],
+        [sys.executable, "-c", MAIN, ckpt, adapter, out],
         env=os.environ | {"PYTHONPATH": str(PACKAGE_ROOT), "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"},
         capture_output=True,
         timeout=60,
