@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lorafuse.adapters.patch import Base
 from lorafuse.codecs import Arena
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.sources import host_view
@@ -120,8 +121,9 @@ def _account(step: Step, tile: Tile, outcome: Outcome) -> None:
     if tile.measures:
         if tile.measures.n_broken:
             raise ResultError(
-                f"{shown(step.name)}: {tile.measures.n_broken} values of a tile are not finite in {step.spec.torch_name}, though the "
-                "base's are: the adapter holds non-finite values, or the sum overflows. --dtype bfloat16 or float32 has a wider range."
+                f"{shown(step.name)}: {tile.measures.n_broken} values of a tile are not finite in {step.spec.torch_name}, though "
+                "the base's are: the adapter holds non-finite values, or the sum overflows. --dtype bfloat16 or float32 has a "
+                "wider range."
             )
         if step.patches:
             outcome.measures.setdefault(step.name, Measures()).add(tile.measures)
@@ -162,7 +164,7 @@ class Workshop:
                 yield self._take()
             self._held_nbytes += step.resident_nbytes
             for patch in step.patches:
-                patch.prepare(self._loader)
+                patch.prepare(Base(step.sources, self._loader), self._loader)
             for start, stop in step.tiles():
                 while len(self._pending) >= self._plan.memory.n_tiles:
                     yield self._take()

@@ -41,17 +41,12 @@ def convert(
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`. Returns the receipt (also written to
     `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets one dict for each thing that happens: `event` is
-    "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong; then `out_dir` is
-    as it was.
+    "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong, or
+    an OSError; then `out_dir` is as it was.
     """
     began = time.perf_counter()
-    settings = Settings(
-        dtype=dtype,
-        max_shard_nbytes=parse_nbytes(max_shard_size),
-        memory_nbytes=parse_nbytes(memory_limit),
-        device=device,
-        adapter_scale=adapter_scale,
-    )
+    limits = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
+    settings = Settings(dtype=dtype, device=device, adapter_scale=adapter_scale, **limits)
     target = pick_device(device)
     ckpt_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
     adapter_dir = local_dir(fspath(adapter), ADAPTER_FILES, AdapterError)
@@ -65,21 +60,14 @@ def convert(
         on_event(plan_event(plan))
         if dry_run:
             return plan_event(plan)
-        with Staging(out, plan.plan_id) as staging, InputHashes(base, fspath(ckpt), lora, fspath(adapter)) as inputs:
+        with InputHashes(base, fspath(ckpt), lora, fspath(adapter)) as inputs, Staging(out, plan.plan_id) as staging:
             outcome = merge(plan, staging.path, target, on_event)
             write_sidecars(plan, ckpt_dir, base.config, adapter_dir, staging.path)
             verify_staging(plan, outcome, staging.path)
             receipt = make_receipt(plan, outcome, settings, inputs.result(), time.perf_counter() - began)
             write_json(staging.path / RECEIPT, receipt)
             staging.commit()
-    on_event(
-        {
-            "event": "done",
-            "out_dir": fspath(out_dir),
-            "wall_s": receipt["timing"]["wall_s"],
-            "peak_rss": receipt["peak_rss"],
-        }
-    )
+    on_event({"event": "done", "out_dir": fspath(out_dir), **receipt["timing"], "peak_rss": receipt["peak_rss"]})
     return receipt
 
 

@@ -13,7 +13,7 @@ from lorafuse.adapters import AdapterDir, Edit, Target, Update, module_of
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.codecs import Sources, open_weights
 from lorafuse.codecs.sources import is_conv1d
-from lorafuse.errors import AdapterError, CheckpointError, shown
+from lorafuse.errors import AdapterError, CheckpointError, listed, shown
 from lorafuse.naming import Names
 from lorafuse.settings import Settings
 from lorafuse.steps import STORED_TENSOR_NBYTES, Plan, PlannedShard, Step, fit_memory, natural_key, split_shards
@@ -47,6 +47,9 @@ def _edits(updates: list[Update], names: Names, adapter: AdapterDir) -> dict[str
         edit.keys += update.keys
         sources = edit.replaced or names.weights.get(weight) or names.weights[names.embed or ""]
         if update.replaced:
+            if edit.replaced:
+                both = listed(edit.keys)
+                raise AdapterError(f"{adapter.file}: {both} replace the same weight, {shown(weight)}; which is meant?")
             _check_replacement(update, weight, sources.spec, names, adapter)
             edit.replaced = update.replaced
         if update.make:

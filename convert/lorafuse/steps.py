@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorafuse.adapters import Patch
-from lorafuse.adapters.patch import LowRank
+from lorafuse.adapters.lowrank import LowRank
 from lorafuse.checkpoint import SINGLE
 from lorafuse.codecs import Sources
 from lorafuse.errors import UsageError, shown
@@ -52,7 +52,8 @@ class Step:
     def tile_numel(self) -> int:
         if self.verbatim:
             return COPY_NBYTES // DTYPES[self.spec.dtype][0]
-        return max(TILE_NUMEL // self.row_numel, 1) * self.row_numel
+        rows = math.lcm(*(patch.row_multiple for patch in self.patches))  # 1 without patches
+        return max(TILE_NUMEL // (rows * self.row_numel), 1) * rows * self.row_numel
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """(start, stop) in elements, in order."""

@@ -15,6 +15,7 @@ bitsandbytes itself is not imported: a 256-entry table from byte to its two valu
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -95,6 +96,19 @@ def _check_companions(weight: str, state: QuantState, ckpt: Checkpoint) -> None:
         raise ValueError(f"{nbytes} bytes are stored, {list(state.shape)} needs {needed}")
 
 
+# All weights of a checkpoint have the same tables, as a rule: thousands of experts share one.
+@cache
+def _floats(raw: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.float32)
+
+
+@cache
+def _pairs(quant_map: bytes) -> torch.Tensor:
+    """float64 [256]: the two fp32 values of each byte, viewed as one number, so that index_select copies a pair at a time."""
+    values, byte = _floats(quant_map), torch.arange(256)
+    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.float64).view(-1)
+
+
 class FourBitSources:
     """The packed codes and scales of one weight. `transposed`: an HF Conv1D weight, stored (out, in), made (in, out)."""
 
@@ -104,15 +118,8 @@ class FourBitSources:
         self.spec = TensorSpec(state.dtype, state.shape[::-1] if self.transposed else state.shape)
         self.out_dtype = state.dtype
         self.nbytes = self.spec.numel if self.transposed else 0
-        quant_map = self._floats(".quant_map")
-        byte = torch.arange(256)
-        pairs = torch.stack([quant_map[byte >> 4], quant_map[byte & 15]], dim=1)  # float32 [256, 2]
-        # Two fp32 values viewed as one float64: index_select then copies a pair at a time.
-        self._pairs = pairs.view(torch.float64).view(-1)
-        self._nested_map = self._floats(".nested_quant_map") if state.nested_blocksize else None
-
-    def _floats(self, companion: str) -> torch.Tensor:
-        return torch.frombuffer(read_all(self.store, self._weight + companion), dtype=torch.float32).clone()
+        self._pairs = _pairs(bytes(read_all(ckpt, weight + ".quant_map")))
+        self._nested_map = _floats(bytes(read_all(ckpt, weight + ".nested_quant_map"))) if state.nested_blocksize else None
 
     def _blocks(self, start: int, stop: int) -> tuple[int, int]:
         if self.transposed:
