@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from build import CONFIG, checkpoint_tensors, shard_name, write_checkpoint, write_json
 from lorafuse.checkpoint import INDEX, MAX_JSON_NBYTES, SINGLE, Checkpoint, read_all
 from lorafuse.errors import CheckpointError, StorageError
-from safetensors.torch import save_file
 
 FIRST, SECOND = shard_name(1, 2), shard_name(2, 2)
 

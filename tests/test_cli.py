@@ -16,6 +16,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+
 from build import CONFIG, adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint, write_json
 from lorafuse import __version__, cli
 

@@ -7,6 +7,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
+
 from lorafuse.errors import AdapterError, CheckpointError, LorafuseError, StorageError
 from lorafuse.hub import ADAPTER_FILES, CHECKPOINT_FILES, local_dir
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from build import raw_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, deserialize, safe_open
+from safetensors.torch import load, save
+
+from build import raw_file
 from lorafuse.errors import StorageError
 from lorafuse.shardfile import FormatError, Shard, ShardWriter
 from lorafuse.tensors import DTYPES, TensorSpec
-from safetensors import SafetensorError, deserialize, safe_open
-from safetensors.torch import load, save
 
 # The order of safetensors' Rust enum Dtype, which its writer sorts by, largest first; then by name.
 REFERENCE_ORDER = (
