@@ -30,6 +30,12 @@ REFERENCE_ORDER = (
 AWKWARD = ['"', "\\", "a\nb", "\x00", "\x1b[31m", "\u2028", "\u2029", "🙂", "é", "../../x", "__metadata", "\x7f", "\ufeff", "a/b"]
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A path for one file after another, as Hypothesis asks for many."""
+    return tmp_path_factory.mktemp("scratch") / "x.safetensors"
+
+
 def write(path: Path, tensors: dict[str, tuple[TensorSpec, bytes]]) -> str:
     writer = ShardWriter(path, [(name, spec) for name, (spec, _) in tensors.items()])
     for _, data in tensors.values():
@@ -83,12 +89,11 @@ def as_torch(spec: TensorSpec, data: bytes) -> torch.Tensor:
 
 @settings(max_examples=150, deadline=None)
 @given(tensors=tensors_in_reference_order())
-def test_writer_equals_reference(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[TensorSpec, bytes]]) -> None:
+def test_writer_equals_reference(scratch: Path, tensors: dict[str, tuple[TensorSpec, bytes]]) -> None:
     """For any names, dtypes and shapes, the file is byte for byte what safetensors writes for that order."""
-    path = tmp_path_factory.mktemp("w") / "x.safetensors"
-    sha256 = write(path, tensors)
-    assert path.read_bytes() == save({name: as_torch(*t) for name, t in tensors.items()}, {"format": "pt"})
-    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = write(scratch, tensors)
+    assert scratch.read_bytes() == save({name: as_torch(*t) for name, t in tensors.items()}, {"format": "pt"})
+    assert sha256 == hashlib.sha256(scratch.read_bytes()).hexdigest()
 
 
 def test_reference_order_is_complete() -> None:
@@ -98,17 +103,14 @@ def test_reference_order_is_complete() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(tensors=tensors_in_reference_order(), data=st.data())
-def test_read_back(
-    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[TensorSpec, bytes]], data: st.DataObject
-) -> None:
+def test_read_back(scratch: Path, tensors: dict[str, tuple[TensorSpec, bytes]], data: st.DataObject) -> None:
     """In any order of tensors, what was written is read back, whole and in ranges, by lorafuse and by safetensors."""
     order = data.draw(st.permutations(list(tensors)))
-    path = tmp_path_factory.mktemp("r") / "x.safetensors"
-    write(path, {name: tensors[name] for name in order})
-    shard = Shard(path)
+    write(scratch, {name: tensors[name] for name in order})
+    shard = Shard(scratch)
     assert [(name, info.spec) for name, info in shard.tensors.items()] == [(name, tensors[name][0]) for name in order]
     assert shard.metadata == {"format": "pt"}
-    reference = dict(deserialize(path.read_bytes()))
+    reference = dict(deserialize(scratch.read_bytes()))
     for name, (spec, content) in tensors.items():
         start = data.draw(st.integers(0, len(content)))
         stop = data.draw(st.integers(start, len(content)))
@@ -536,16 +538,15 @@ def mutated_headers(draw: st.DrawFn) -> bytes:
 
 @settings(max_examples=400, deadline=None)
 @given(data=mutated_headers())
-def test_accepted_headers_are_valid(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_accepted_headers_are_valid(scratch: Path, data: bytes) -> None:
     """Whatever header lorafuse accepts, safetensors accepts and reads alike; what it refuses, it refuses as a FormatError."""
-    path = tmp_path_factory.mktemp("f") / "x.safetensors"
-    path.write_bytes(data)
-    agrees(path)
+    scratch.write_bytes(data)
+    agrees(scratch)
 
 
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
-def test_accepted_bytes_are_valid(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_accepted_bytes_are_valid(scratch: Path, data: st.DataObject) -> None:
     """The same for a file in which bytes were changed, removed or put in anywhere."""
     file = bytearray(raw_file({"__metadata__": {"a": "b"}} | one("a") | one("b", data_offsets=[8, 16]), bytes(16)))
     for _ in range(data.draw(st.integers(1, 2))):
@@ -556,9 +557,8 @@ def test_accepted_bytes_are_valid(tmp_path_factory: pytest.TempPathFactory, data
         end = file.rfind(b"}", 0, len(file)) + 1
         if end > 8:
             file[:8] = struct.pack("<Q", end - 8)
-    path = tmp_path_factory.mktemp("b") / "x.safetensors"
-    path.write_bytes(bytes(file))
-    agrees(path)
+    scratch.write_bytes(bytes(file))
+    agrees(scratch)
 
 
 @pytest.mark.parametrize("header", [
