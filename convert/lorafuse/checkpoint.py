@@ -16,6 +16,8 @@ from lorafuse.tensors import TensorInfo
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON_NBYTES = 64_000_000
+# Of the fields that are read somewhere.
+CONFIG_TYPES = {"model_type": str, "architectures": list, "text_config": dict, "quantization_config": dict}
 
 
 class Store(Protocol):
@@ -81,10 +83,11 @@ class Checkpoint(ShardedStore):
         self.path = path
         try:
             self.config = read_json_dict(path / "config.json")
+            _check_types(self.config, path)
             weight_map = _weight_map(path)
             names = sorted(set(weight_map.values())) if weight_map else [SINGLE]
             super().__init__([path / name for name in names])
-        except FileNotFoundError as e:
+        except (FileNotFoundError, NotADirectoryError) as e:
             raise CheckpointError(f"{e.filename}: not found; {shown(path)} is no complete checkpoint.") from None
         except (FormatError, ValueError) as e:
             raise CheckpointError(str(e)) from None
@@ -114,6 +117,13 @@ def read_json_dict(path: Path) -> dict[str, Any]:
     return value
 
 
+def _check_types(config: dict[str, Any], path: Path) -> None:
+    for name, kind in CONFIG_TYPES.items():
+        value = config.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{path / 'config.json'}: {name} is {shown(value)}; expected {kind.__name__}.")
+
+
 def _weight_map(path: Path) -> dict[str, str]:
     """Tensor name → file name from the index; empty for a checkpoint of one file."""
     index = path / INDEX
@@ -135,7 +145,8 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _stays_inside(name: str) -> bool:
-    return not (set(name) & set("\\:\0") or name.startswith("/") or ".." in name.split("/"))
+    plain = name.isprintable() and not set(name) & set("\\:")
+    return plain and not name.startswith("/") and all(part != ".." and len(part.encode()) < 256 for part in name.split("/"))
 
 
 def _compare(path: Path, weight_map: dict[str, str], store: ShardedStore) -> None:

@@ -1,6 +1,7 @@
 """The command line: options, progress, exit codes. The only file that prints or exits; everything else is `pipeline.convert`."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import click
 
 from lorafuse._version import __version__
 from lorafuse.errors import LorafuseError, UsageError, shown
-from lorafuse.settings import DTYPE_CHOICES, parse_nbytes
+from lorafuse.settings import DTYPE_CHOICES, Settings, parse_nbytes
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -68,6 +69,7 @@ def convert(
     """
     show = Show(as_json=as_json, quiet=quiet)
     with _exit_codes():
+        Settings(device=options["device"], adapter_scale=options["adapter_scale"])  # refuses them, as click does the others
         from lorafuse.pipeline import convert as run  # imports torch: not before the options are known to be right
 
         receipt = run(ckpt, adapter, out_dir, dry_run=dry_run, on_event=show, **options)
@@ -81,7 +83,7 @@ def convert(
         if not quiet:
             click.echo(summary_text(receipt, ckpt, adapter), err=True)
         if not as_json:
-            click.echo(out_dir)
+            click.echo(os.fsencode(out_dir))  # a path is bytes, perhaps no UTF-8
 
 
 class Show:

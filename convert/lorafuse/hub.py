@@ -9,6 +9,8 @@ from lorafuse.sidecars import ALWAYS, PROCESSOR, TOKENIZER
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?")
 CHECKPOINT_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", *ALWAYS, *TOKENIZER, *PROCESSOR)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", *TOKENIZER, *PROCESSOR)
+# A pattern's * matches a slash too, and some repositories hold the same weights a second time under these names.
+UNWANTED = ("*/*.safetensors", "*/*.py", "consolidated*.safetensors")
 
 
 def local_dir(name: str, patterns: tuple[str, ...], kind: type[LorafuseError]) -> Path:
@@ -27,14 +29,19 @@ def _download(repo: str, revision: str | None, patterns: tuple[str, ...], kind: 
     # Imported here: it costs as much as the rest of the start-up, and most runs have local inputs.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        HfHubHTTPError,
+        GatedRepoError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(UNWANTED)))
+    except HFValidationError:
+        raise kind(f"{shown(repo)}: no such directory.") from None
+    except GatedRepoError:
+        raise kind(f"{repo}: is gated; ask for access on its page on the hub, and log in.") from None
     except RepositoryNotFoundError:
         raise kind(f"{repo}: no such directory, and no such repository on the hub (or it is private: log in first).") from None
     except RevisionNotFoundError:
@@ -43,5 +50,6 @@ def _download(repo: str, revision: str | None, patterns: tuple[str, ...], kind: 
         raise StorageError(
             f"{repo}: no such directory, and the hub cannot be reached to look for a repository of that name."
         ) from None
-    except (HfHubHTTPError, OSError) as e:
+    except Exception as e:
+        # Everything, since the HTTP library behind the hub changes, and only some have errors that are OSErrors.
         raise StorageError(f"{repo}: downloading failed: {shown(e)}") from None

@@ -45,7 +45,7 @@ def parse_nbytes(text: str | int) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?B?)\s*", str(text).upper())
     if not match or match[2] not in _UNITS:
         raise UsageError(f"{shown(text)!r} is no size; expected a number with a decimal unit, such as 100MB or 5GB.")
-    nbytes = int(float(match[1]) * _UNITS[match[2]])
-    if nbytes <= 0:
-        raise UsageError(f"{shown(text)!r} is no size; expected more than 0 bytes.")
-    return nbytes
+    nbytes = float(match[1]) * _UNITS[match[2]]
+    if not 1 <= nbytes < 2**63:
+        raise UsageError(f"{shown(text)!r} is no size; expected at least 1 byte and less than 2^63.")
+    return int(nbytes)

@@ -5,11 +5,14 @@ into SIGBUS, and `safetensors.save_file`, which holds a whole shard. Format: 8 b
 header, then the data without holes (https://github.com/huggingface/safetensors, README, "Format").
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import stat
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,7 @@ class Shard:
             header, data_start = _read_header(self._fd, self.nbytes, path)
             self.header_sha256 = hashlib.sha256(header).hexdigest()
             parsed = _parse_json(header, path)
-            self.metadata: dict[str, str] = parsed.pop("__metadata__", None) or {}
+            self.metadata = _check_metadata(parsed.pop("__metadata__", None), path)
             self.tensors = _check_entries(parsed, data_start, self.nbytes, number, path)
         except BaseException:
             os.close(self._fd)
@@ -67,12 +70,17 @@ class Shard:
 
 def open_regular(path: Path) -> int:
     """Open a file for reading. A FIFO, a socket or a directory is refused instead of waited for."""
-    # O_NONBLOCK: opening a FIFO without a writer would hang.
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        # O_NONBLOCK: opening a FIFO without a writer would hang.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        if e.errno not in (errno.ENXIO, errno.ELOOP):  # a socket; a link that leads to itself
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
         os.close(fd)
-        raise FormatError(f"{shown(path)}: is not a regular file.")
-    return fd
+    raise FormatError(f"{shown(path)}: is not a regular file.")
 
 
 def _read_header(fd: int, nbytes: int, path: Path) -> tuple[bytes, int]:
@@ -95,14 +103,19 @@ def _read_header(fd: int, nbytes: int, path: Path) -> tuple[bytes, int]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {shown(next(n for n in names if names.count(n) > 1))!r} occurs twice")
+        n_times = Counter(name for name, _ in pairs)
+        raise ValueError(f"the name {shown(next(name for name in n_times if n_times[name] > 1))} occurs twice")
     return unique
+
+
+def _integer(text: str) -> int | float:
+    # Rust takes -0 for a float, and Python takes its time over a thousand digits; no field of a header takes NaN.
+    return int(text) if text.isdigit() and len(text) < 20 else math.nan
 
 
 def _parse_json(header: bytes, path: Path) -> dict[str, Any]:
     try:
-        return json.loads(header.decode("utf-8"), object_pairs_hook=_unique)  # type: ignore[no-any-return]
+        return json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)  # type: ignore[no-any-return]
     except (ValueError, RecursionError) as e:
         raise FormatError(f"{path}: the header is not valid: {shown(e) or type(e).__name__}.") from None
 
@@ -111,12 +124,32 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _is_unicode(name: str) -> bool:
+def _overflows(shape: list[int]) -> bool:
+    """Whether the number of elements, multiplied up in order, leaves 63 bits, even if a later dimension is 0."""
+    numel = 1
+    for n in shape:
+        numel *= n
+        if not _is_count(numel):
+            return True
+    return False
+
+
+def _is_unicode(text: str) -> bool:
     try:
-        name.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 can't
         return False
     return True
+
+
+def _check_metadata(metadata: object, path: Path) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ is not a dictionary of strings.")
+    if not all(map(_is_unicode, (*metadata, *metadata.values()))):
+        raise FormatError(f"{path}: __metadata__ is not valid Unicode.")
+    return metadata
 
 
 def _check_entries(entries: dict[str, Any], data_start: int, nbytes: int, number: int, path: Path) -> dict[str, TensorInfo]:
@@ -126,15 +159,18 @@ def _check_entries(entries: dict[str, Any], data_start: int, nbytes: int, number
             raise FormatError(f"{path}: the tensor name {shown(name)} is not valid Unicode.")
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            complete = len(entry) == 3
         except (TypeError, KeyError, ValueError):
-            raise FormatError(f"{path}: the header's entry of {shown(name)} lacks dtype, shape or data_offsets.") from None
-        if dtype not in DTYPES:
+            complete = False
+        if not complete:
+            raise FormatError(f"{path}: the entry of {shown(name)} must have dtype, shape and two data_offsets, nothing else.")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise FormatError(f"{path}: {shown(name)} has the dtype {shown(dtype)}, which is not known here.")
-        if not isinstance(shape, list) or not all(map(_is_count, [*shape, begin, end])):
+        if not isinstance(shape, list) or not all(map(_is_count, [*shape, begin, end])) or _overflows(shape):
             raise FormatError(f"{path}: {shown(name)} has an impossible shape or offset.")
         spec = TensorSpec(dtype, tuple(shape))
         if end - begin != spec.nbytes:
-            raise FormatError(f"{path}: {shown(name)} is {spec}, {spec.nbytes} bytes, but has {end - begin} bytes of data.")
+            raise FormatError(f"{path}: {shown(name)} is {shown(spec)}, {spec.nbytes} bytes, but has {end - begin} bytes of data.")
         tensors[name] = TensorInfo(spec, number, data_start + begin)
         spans.append((begin, end, name))
     at = 0

@@ -105,11 +105,9 @@ def index_of(plan: Plan) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Pretty-printed JSON, synced."""
-    _write(
-        path,
-        lambda f: f.write((json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")),
-    )
+    """Pretty-printed JSON, synced. As transformers writes it: ASCII, so that any path or string can be spelled, and with Infinity
+    and NaN, which some configs hold (Mamba's time_step_limit)."""
+    _write(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode("ascii")))
 
 
 def _copy(source: Path, root: Path, target: Path) -> None:
