@@ -15,7 +15,7 @@ import struct
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorafuse.errors import LorafuseError, StorageError, shown
 from lorafuse.tensors import DTYPES, TensorInfo, TensorSpec
@@ -40,7 +40,8 @@ class Shard:
             header, data_start = _read_header(self._fd, self.nbytes, path)
             self.header_sha256 = hashlib.sha256(header).hexdigest()
             parsed = _parse_json(header, path)
-            self.metadata = _check_metadata(parsed.pop("__metadata__", None), path)
+            del header  # tens of megabytes for a model of many experts
+            self.metadata = _check_metadata(_dict_of(parsed.pop("__metadata__", None)), path)
             self.tensors = _check_entries(parsed, data_start, self.nbytes, number, path)
         except BaseException:
             os.close(self._fd)
@@ -100,12 +101,20 @@ def _read_header(fd: int, nbytes: int, path: Path) -> tuple[bytes, int]:
     return header, 8 + n
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class _Entry(NamedTuple):
+    """A tensor's entry in the header. Most of a large header's memory would be its dictionaries and lists."""
+
+    dtype: object
+    shape: object
+    data_offsets: object
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
     unique = dict(pairs)
     if len(unique) != len(pairs):
         n_times = Counter(name for name, _ in pairs)
         raise ValueError(f"the name {shown(next(name for name in n_times if n_times[name] > 1))} occurs twice")
-    return unique
+    return _Entry(**unique) if unique.keys() == set(_Entry._fields) else unique
 
 
 def _integer(text: str) -> int | float:
@@ -115,9 +124,15 @@ def _integer(text: str) -> int | float:
 
 def _parse_json(header: bytes, path: Path) -> dict[str, Any]:
     try:
-        return json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)  # type: ignore[no-any-return]
+        parsed = json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
     except (ValueError, RecursionError) as e:
         raise FormatError(f"{path}: the header is not valid: {shown(e) or type(e).__name__}.") from None
+    return _dict_of(parsed)  # type: ignore[no-any-return]
+
+
+def _dict_of(value: Any) -> Any:
+    """Undoes what _unique does to a dictionary that happens to have an entry's keys: three tensors may be called like that."""
+    return value._asdict() if isinstance(value, _Entry) else value
 
 
 def _is_count(value: object) -> bool:
@@ -153,28 +168,29 @@ def _check_metadata(metadata: object, path: Path) -> dict[str, str]:
 
 
 def _check_entries(entries: dict[str, Any], data_start: int, nbytes: int, number: int, path: Path) -> dict[str, TensorInfo]:
-    tensors, spans = {}, []
+    tensors: dict[str, TensorInfo] = {}
+    specs: dict[TensorSpec, TensorSpec] = {}
+    spans: list[tuple[int, int, str]] = []
     for name, entry in entries.items():
         if not _is_unicode(name):
             raise FormatError(f"{path}: the tensor name {shown(name)} is not valid Unicode.")
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            complete = len(entry) == 3
-        except (TypeError, KeyError, ValueError):
-            complete = False
-        if not complete:
+        if not isinstance(entry, _Entry) or not isinstance(entry.data_offsets, list) or len(entry.data_offsets) != 2:
             raise FormatError(f"{path}: the entry of {shown(name)} must have dtype, shape and two data_offsets, nothing else.")
+        dtype, shape = entry.dtype, entry.shape
+        begin, end = entry.data_offsets
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise FormatError(f"{path}: {shown(name)} has the dtype {shown(dtype)}, which is not known here.")
         if not isinstance(shape, list) or not all(map(_is_count, [*shape, begin, end])) or _overflows(shape):
             raise FormatError(f"{path}: {shown(name)} has an impossible shape or offset.")
         spec = TensorSpec(dtype, tuple(shape))
+        spec = specs.setdefault(spec, spec)  # thousands of experts share a few
         if end - begin != spec.nbytes:
             raise FormatError(f"{path}: {shown(name)} is {shown(spec)}, {spec.nbytes} bytes, but has {end - begin} bytes of data.")
         tensors[name] = TensorInfo(spec, number, data_start + begin)
         spans.append((begin, end, name))
     at = 0
-    for begin, end, name in sorted(spans):
+    spans.sort()
+    for begin, end, name in spans:
         if begin != at:
             raise FormatError(
                 f"{path}: the data of {shown(name)} starts at {begin}, expected {at}; tensors overlap or leave a hole."
