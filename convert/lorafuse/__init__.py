@@ -1,1 +1,26 @@
-"""Merge LoRA and QLoRA adapters into safetensors checkpoints, a tile at a time."""
+"""Merge LoRA and QLoRA adapters into safetensors checkpoints, a tile at a time, without loading the model.
+
+    >>> import lorafuse
+    >>> receipt = lorafuse.convert("base-nf4", "my-adapter", "merged")
+
+The command line (`lorafuse-convert`) is a thin layer over `convert`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lorafuse._version import __version__
+from lorafuse.errors import LorafuseError
+
+if TYPE_CHECKING:
+    from lorafuse.pipeline import convert
+
+__all__ = ["LorafuseError", "__version__", "convert"]
+
+
+def __getattr__(name: str) -> Any:
+    # `import lorafuse` must not import torch: the command line shows its help without it.
+    if name == "convert":
+        from lorafuse.pipeline import convert
+
+        return convert
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

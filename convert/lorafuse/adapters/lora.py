@@ -1,0 +1,227 @@
+"""PEFT's LoRA: `lora_A`/`lora_B` on Linear, HF Conv1D, Embedding and Conv1d/2d/3d, biases, and replaced parameters.
+
+Tensors decide what is merged, the config only scales (scaling = alpha / r, or alpha / sqrt(r) with use_rslora; PEFT 0.21
+lora/layer.py, update_layer). Rank comes from the tensors and orientation from the shapes, since the saved `fan_in_fan_out` is that
+of the last layer which PEFT touched. Parameters saved whole (modules_to_save, trained biases, resized embeddings,
+`base_layer` copies) replace those of the checkpoint before any update.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from lorafuse.adapters.patch import AddVector, Factor, LowRank, Patch, Target, Update
+from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.codecs.dense import DenseSources
+from lorafuse.errors import AdapterError, listed, shown
+from lorafuse.tensors import FLOATS
+
+PREFIX = "base_model.model."
+Warn = Callable[[str], None]
+
+# Key → module and leaf. PEFT strips the adapter's name on saving; older and other trainers leave it in.
+_KEY = re.compile(
+    r"(?:(?P<module>.+)\.)?(?P<leaf>lora_[AB](\.[^.]+)?\.(weight|bias)|lora_embedding_[AB](\.[^.]+)?|lora_[a-z]\w*(\..*)?"
+    r"|token_adapter\..*|trainable_tokens_delta"
+    r"|base_layer\.(weight|bias)|modules_to_save(\.[^.]+)?\.(weight|bias)|original_module\.(weight|bias))$"
+)
+
+# Config fields that change what is computed and are not implemented: field → what PEFT does with it. Falsy values are harmless.
+_REFUSED = {
+    "use_dora": "DoRA rescales rows by a trained magnitude",
+    "use_qalora": "QALoRA groups the inputs of lora_A",
+    "use_bdlora": "bdLoRA stores block-diagonal factors",
+    "alora_invocation_tokens": "aLoRA is active only after its invocation tokens, so no merged weight equals it",
+    "arrow_config": "Arrow routes between adapters, so no merged weight equals it",
+    "kasa_config": "KaSA truncates the base weight by an SVD",
+    "layer_replication": "layer_replication makes more layers than the checkpoint has",
+    "megatron_config": "Megatron's linears are split over devices",
+    "enable_lora": "MergedLinear of peft ≤ 0.2 stores a grouped convolution",
+    "target_parameters": "target_parameters adapts 3-D expert parameters",
+    "trainable_token_indices": "trainable tokens replace rows of an embedding",
+}
+_HARMLESS_INITS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal", "mica")
+
+
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
+    """Everything the adapter does, and the tensors that it ignores with the reason of each."""
+    config = _checked_config(adapter)
+    modules = _group(adapter)
+    ignored: dict[str, str] = {}
+    result: list[Update] = []
+    for module, leaves in modules.items():
+        result += _replacements(adapter, module, leaves, ignored)
+        result += _low_rank(adapter, config, module, leaves, scale, warn)
+        if leaves:
+            key = next(iter(leaves.values()))
+            raise AdapterError(f"{adapter.file}: {shown(key)} is of a kind that is not supported.")
+    if config.get("bias") == "lora_only" and not any(".bias" in key for key in adapter.store.tensors):
+        warn(
+            f"{adapter.file}: bias is 'lora_only', but no trained bias is in the file; peft 0.7 to 0.20 did not save them."
+        )
+    return result, ignored
+
+
+def _checked_config(adapter: AdapterDir) -> dict[str, Any]:
+    config, where = adapter.config, adapter.path / CONFIG
+    for field, what in _REFUSED.items():
+        if config.get(field):
+            raise AdapterError(f"{where}: {field} is set, which is not supported: {what}.")
+    init = config.get("init_lora_weights")
+    if not any(init is harmless or init == harmless for harmless in _HARMLESS_INITS):
+        raise AdapterError(
+            f"{where}: init_lora_weights is {shown(init)}, which changes the base weight; this is not supported."
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise AdapterError(f"{where}: {field} is {shown(config[field])}, expected an object.")
+    return config
+
+
+def _group(adapter: AdapterDir) -> dict[str, dict[str, str]]:
+    """module → {leaf: key}. A parameter that is saved whole is the leaf "" of a module of its own name."""
+    modules: dict[str, dict[str, str]] = {}
+    for key in adapter.store.tensors:
+        name = key.removeprefix(PREFIX)
+        match = _KEY.fullmatch(name)
+        module, leaf = (match["module"] or "", match["leaf"]) if match else (name, "")
+        if match and leaf.startswith(("lora_A.", "lora_B.", "lora_embedding_", "modules_to_save.")):
+            parts = leaf.split(".")
+            leaf = parts[0] if leaf.startswith("lora_embedding_") else f"{parts[0]}.{parts[-1]}"
+        leaves = modules.setdefault(module, {})
+        if leaf in leaves:
+            raise AdapterError(
+                f"{adapter.file}: {shown(leaves[leaf])} and {shown(key)} are the same tensor; which is meant?"
+            )
+        leaves[leaf] = key
+    if not modules:
+        raise AdapterError(f"{adapter.file}: holds no tensor.")
+    return modules
+
+
+def _replacements(adapter: AdapterDir, module: str, leaves: dict[str, str], ignored: dict[str, str]) -> list[Update]:
+    """Parameters saved whole; takes their leaves."""
+    found: dict[str, str] = {}
+    for leaf in [leaf for leaf in leaves if leaf.startswith("original_module.")]:
+        ignored[leaves.pop(leaf)] = "a copy of the module that modules_to_save replaces"
+    if "" in leaves:
+        found[module] = leaves.pop("")
+    for parameter in ("weight", "bias"):
+        for kind in ("base_layer", "modules_to_save"):
+            key = leaves.pop(f"{kind}.{parameter}", None)
+            if key is not None:
+                found[f"{module}.{parameter}"] = key
+    for key in found.values():
+        spec = adapter.store.tensors[key].spec
+        if spec.dtype not in FLOATS:
+            raise AdapterError(
+                f"{adapter.file}: {shown(key)} has the dtype {spec.dtype}; expected one of {listed(FLOATS)}."
+            )
+    return [Update(name, (key,), replaced=DenseSources(adapter.store, key)) for name, key in found.items()]
+
+
+def _low_rank(
+    adapter: AdapterDir, config: dict[str, Any], module: str, leaves: dict[str, str], scale: float, warn: Warn
+) -> list[Update]:
+    """The updates by factors; takes their leaves."""
+    if "lora_magnitude_vector" in {leaf.partition(".")[0] for leaf in leaves}:
+        raise AdapterError(f"{adapter.file}: {shown(module)} has a lora_magnitude_vector: DoRA is not supported.")
+    embedding = "lora_embedding_A" in leaves or "lora_embedding_B" in leaves
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    present = [name for name in names if name in leaves]
+    if not present:
+        return []
+    if len(present) == 1:
+        other = names[1 - names.index(present[0])]
+        raise AdapterError(f"{adapter.file}: {shown(module)} has {present[0]} but no {other}.")
+    key_a, key_b = (leaves.pop(name) for name in names)
+    _check_factors(adapter, key_a, key_b)
+    rank = adapter.store.tensors[key_a].spec.shape[0]
+    scaling = scale * _scaling(adapter, config, module, rank, warn)
+    bias = leaves.pop("lora_B.bias", None)
+    make = _embedding_patch if embedding else _linear_patch
+    result = [
+        Update(f"{module}.weight", (key_a, key_b), make=lambda target: make(adapter, key_a, key_b, scaling, target))
+    ]
+    if bias is not None:
+        # Scaled, as in the forward pass; PEFT's bitsandbytes layers add it unscaled when they merge.
+        key = bias
+        result.append(Update(f"{module}.bias", (key,), make=lambda target: _bias_patch(adapter, key, scaling, target)))
+    return result
+
+
+def _check_factors(adapter: AdapterDir, key_a: str, key_b: str) -> None:
+    a, b = adapter.store.tensors[key_a].spec, adapter.store.tensors[key_b].spec
+    fits = (
+        len(a.shape) >= 2 and len(b.shape) == len(a.shape) and a.shape[0] == b.shape[1] and math.prod(b.shape[2:]) == 1
+    )
+    if not fits or a.numel == 0 or b.numel == 0:
+        raise AdapterError(
+            f"{adapter.file}: {shown(key_a)} is {a} and {shown(key_b)} is {b}; they are not the two factors of one update."
+        )
+    for key, spec in ((key_a, a), (key_b, b)):
+        if spec.dtype not in FLOATS:
+            raise AdapterError(
+                f"{adapter.file}: {shown(key)} has the dtype {spec.dtype}; expected one of {listed(FLOATS)}."
+            )
+
+
+def pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's look-up in rank_pattern and alpha_pattern: the first key in file order that matches as a regex anchored at the end,
+    preceded by nothing or by a dot (PEFT 0.21 utils/other.py, get_pattern_key)."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _scaling(adapter: AdapterDir, config: dict[str, Any], module: str, rank: int, warn: Warn) -> float:
+    where = adapter.path / CONFIG
+    try:
+        alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+        expected = pattern_value(config.get("rank_pattern"), module, config.get("r", 8))
+    except re.error as e:
+        raise AdapterError(f"{where}: a pattern is not a regular expression: {shown(e)}.") from None
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise AdapterError(f"{where}: the alpha of {shown(module)} is {shown(alpha)}, expected a number.")
+    if expected != rank:
+        warn(
+            f"{where}: says rank {shown(expected)} for {shown(module)}, its tensors have rank {rank}; they are believed."
+        )
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _linear_patch(adapter: AdapterDir, key_a: str, key_b: str, scaling: float, target: Target) -> Patch:
+    a, b = adapter.store.tensors[key_a].spec, adapter.store.tensors[key_b].spec
+    out_in, matrix = (b.shape[0], a.n_cols), (target.spec.shape[0], target.spec.n_cols)
+    conv = len(a.shape) > 2
+    kernel_fits = not conv or target.spec.shape[1:] == a.shape[1:]
+    square = out_in[0] == out_in[1]
+    if out_in == matrix and kernel_fits and not (square and target.is_conv1d):
+        return LowRank(Factor(adapter.store, key_b), Factor(adapter.store, key_a), scaling)
+    if out_in[::-1] == matrix and not conv and len(target.spec.shape) == 2:
+        left, right = (Factor(adapter.store, key, transposed=True) for key in (key_a, key_b))
+        return LowRank(left, right, scaling)
+    grouped = " Convolutions with groups have no merged form." if conv else ""
+    raise AdapterError(
+        f"{adapter.file}: {shown(key_a)} {list(a.shape)} and {shown(key_b)} {list(b.shape)} do not fit {shown(target.name)} "
+        f"{list(target.spec.shape)}; is the adapter for another base?{grouped}"
+    )
+
+
+def _embedding_patch(adapter: AdapterDir, key_a: str, key_b: str, scaling: float, target: Target) -> Patch:
+    left, right = (Factor(adapter.store, key, transposed=True) for key in (key_a, key_b))
+    if (left.shape[0], right.shape[1]) != target.spec.shape:
+        raise AdapterError(
+            f"{adapter.file}: {shown(key_a)} and {shown(key_b)} update {left.shape[0]} × {right.shape[1]}, but {shown(target.name)} is "
+            f"{list(target.spec.shape)}; is the adapter for another base, or its vocabulary resized without saving the embedding?"
+        )
+    return LowRank(left, right, scaling)
+
+
+def _bias_patch(adapter: AdapterDir, key: str, scaling: float, target: Target) -> Patch:
+    spec = adapter.store.tensors[key].spec
+    if spec.shape != target.spec.shape or spec.dtype not in FLOATS:
+        raise AdapterError(f"{adapter.file}: {shown(key)} is {spec}, but {shown(target.name)} is {target.spec}.")
+    return AddVector(Factor(adapter.store, key), scaling)

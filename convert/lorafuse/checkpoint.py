@@ -1,0 +1,171 @@
+"""A directory of safetensors files as {name: TensorInfo} with ranged reads, and the checkpoint's config.
+
+Only files that the index names are read: a stale `model.safetensors` beside an index is refused, `.bin` files are ignored.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from lorafuse.errors import CheckpointError, LorafuseError, StorageError, listed, shown
+from lorafuse.shardfile import Buffer, FormatError, Shard, open_regular
+from lorafuse.tensors import TensorInfo
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_JSON_NBYTES = 64_000_000
+
+
+class Store(Protocol):
+    """Stored tensors by name, with ranged reads: a checkpoint or an adapter file."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read_into(self, name: str, start: int, buffer: Buffer) -> None:
+        """Fill `buffer` with the tensor's bytes from byte `start` on."""
+
+    def will_need(self, name: str, start: int, nbytes: int) -> None:
+        """Hint that these bytes are read soon."""
+
+
+def read_all(store: Store, name: str) -> bytearray:
+    """A small tensor's bytes."""
+    buffer = bytearray(store.tensors[name].spec.nbytes)
+    store.read_into(name, 0, buffer)
+    return buffer
+
+
+class ShardedStore:
+    """Several safetensors files as one Store. A name in two files is refused."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.shards: list[Shard] = []
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            for number, path in enumerate(paths):
+                self._add(path, number)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, path: Path, number: int) -> None:
+        shard = Shard(path, number)
+        self.shards.append(shard)
+        both = self.tensors.keys() & shard.tensors.keys()
+        if both:
+            name = min(both)
+            first = self.shards[self.tensors[name].file].path.name
+            raise FormatError(f"{path}: {shown(name)} is also in {first}; a tensor must be in one file.")
+        self.tensors.update(shard.tensors)
+
+    def read_into(self, name: str, start: int, buffer: Buffer) -> None:
+        info = self.tensors[name]
+        self.shards[info.file].read_into(info, start, buffer)
+
+    def will_need(self, name: str, start: int, nbytes: int) -> None:
+        info = self.tensors[name]
+        self.shards[info.file].will_need(info, start, nbytes)
+
+    def close(self) -> None:
+        for shard in self.shards:
+            shard.close()
+
+
+class Checkpoint(ShardedStore):
+    """A checkpoint directory: its stored tensors and `config` (config.json as a dict)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.config = read_json_dict(path / "config.json")
+            weight_map = _weight_map(path)
+            names = sorted(set(weight_map.values())) if weight_map else [SINGLE]
+            super().__init__([path / name for name in names])
+        except FileNotFoundError as e:
+            raise CheckpointError(f"{e.filename}: not found; {shown(path)} is no complete checkpoint.") from None
+        except (FormatError, ValueError) as e:
+            raise CheckpointError(str(e)) from None
+        except OSError as e:
+            raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
+        try:
+            if weight_map:
+                _compare(path, weight_map, self)
+            _refuse_unknown_quantization(self.config, path)
+        except BaseException:
+            self.close()
+            raise
+
+
+def read_json_dict(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object. Raises ValueError with a message that names the file."""
+    with os.fdopen(open_regular(path), "rb") as f:
+        data = f.read(MAX_JSON_NBYTES + 1)
+    if len(data) > MAX_JSON_NBYTES:
+        raise ValueError(f"{path}: is larger than {MAX_JSON_NBYTES} bytes.")
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: is not valid JSON: {shown(e) or type(e).__name__}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds {type(value).__name__}, expected an object.")
+    return value
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name → file name from the index; empty for a checkpoint of one file."""
+    index = path / INDEX
+    if not index.exists():
+        if not (path / SINGLE).exists():
+            found = [p.name for p in sorted(path.glob("*.bin"))]
+            hint = f" It has {listed(found)}: convert these to safetensors first." if found else ""
+            raise CheckpointError(f"{shown(path)}: holds neither {SINGLE} nor {INDEX}.{hint}")
+        return {}
+    weight_map = read_json_dict(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or not _stays_inside(file):
+            raise CheckpointError(
+                f"{index}: maps {shown(name)} to {shown(file)}, which is no safetensors file of this directory."
+            )
+    if SINGLE not in weight_map.values() and (path / SINGLE).exists():
+        raise CheckpointError(
+            f"{shown(path)}: holds both {INDEX} and a {SINGLE} that it does not name; remove the stale one."
+        )
+    return weight_map
+
+
+def _stays_inside(name: str) -> bool:
+    return not (set(name) & set("\\:\0") or name.startswith("/") or ".." in name.split("/"))
+
+
+def _compare(path: Path, weight_map: dict[str, str], store: ShardedStore) -> None:
+    for name, file in weight_map.items():
+        info = store.tensors.get(name)
+        if info is None or store.shards[info.file].path != path / file:
+            raise CheckpointError(f"{path / file}: lacks {shown(name)}, which {INDEX} expects there.")
+    extra = store.tensors.keys() - weight_map.keys()
+    if extra:
+        name = min(extra)
+        file = store.shards[store.tensors[name].file].path
+        raise CheckpointError(f"{file}: holds {shown(name)}, which {INDEX} does not list.")
+
+
+def _refuse_unknown_quantization(config: dict[str, Any], path: Path) -> None:
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        quantization = part.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        # Very old bitsandbytes configs name no method.
+        if method not in (None, "bitsandbytes"):
+            raise CheckpointError(
+                f"{path / 'config.json'}: the checkpoint is quantized with {shown(method)}; bitsandbytes 4-bit and 8-bit and "
+                "full precision are supported. Dequantize it first, or merge into the full-precision checkpoint."
+            )
+
+
+def as_error(error: FormatError, kind: type[LorafuseError]) -> LorafuseError:
+    """A format error as a checkpoint's or an adapter's."""
+    return kind(str(error))

@@ -1,0 +1,65 @@
+"""What every codec produces, and the scratch memory that decoding works in."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+
+from lorafuse.checkpoint import Store
+from lorafuse.tensors import TensorSpec
+
+# Modules of class transformers.pytorch_utils.Conv1D, whose weight is (in, out). bitsandbytes stores these as (out, in).
+# From `grep 'Conv1D(' models/*/modeling_*.py` of transformers 5.23.0.
+CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp"})
+CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+def is_conv1d(config: dict[str, Any], weight: str) -> bool:
+    """Whether a weight belongs to an HF Conv1D module, by the model type and the module's name."""
+    parts = weight.split(".")
+    return config.get("model_type") in CONV1D_MODEL_TYPES and len(parts) > 1 and parts[-2] in CONV1D_MODULES
+
+
+class Arena:
+    """Named scratch tensors of one worker, made once and grown when a larger one is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def get(self, name: str, numel: int, dtype: torch.dtype, *, host: bool = False) -> torch.Tensor:
+        """An uninitialised 1-D tensor [numel]; the one of the last call with that name is no longer valid."""
+        tensor = self._pool.get((name, dtype))
+        if tensor is None or tensor.numel() < numel:
+            tensor = torch.empty(numel, dtype=dtype, device="cpu" if host else self.device)
+            self._pool[name, dtype] = tensor
+        return tensor[:numel]
+
+    def fetch(self, name: str, store: Store, key: str, start: int, nbytes: int) -> torch.Tensor:
+        """Bytes [start, start + nbytes) of a stored tensor, uint8 [nbytes] on the host."""
+        buffer = self.get(name, nbytes, torch.uint8, host=True)
+        if nbytes:
+            store.read_into(key, start, memoryview(buffer.numpy()))
+        return buffer
+
+
+class Sources(Protocol):
+    """The stored tensors that one weight is made from, and how.
+
+    `fetch` reads, `decode` computes: they are apart so that the time of each is known. Elements [start, stop) are counted in
+    the flattened weight and are whole rows of its last dimension.
+    """
+
+    spec: TensorSpec  # shape, and the dtype that decoding yields
+    out_dtype: str  # the dtype that `--dtype auto` writes; differs from spec.dtype for int8, which decodes to fp32
+    names: tuple[str, ...]  # the stored tensors
+    nbytes: int  # host bytes held while a tile is decoded, beyond what is proportional to the tile
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Hint that elements [start, stop) are fetched soon."""
+
+    def fetch(self, start: int, stop: int, arena: Arena) -> Iterable[torch.Tensor]:
+        """The raw bytes that elements [start, stop) of the flattened weight need."""
+
+    def decode(self, raw: Iterable[torch.Tensor], start: int, stop: int, arena: Arena) -> torch.Tensor:
+        """Elements [start, stop), 1-D, of spec.dtype, on the arena's device. Valid until the arena's next use."""

@@ -1,0 +1,72 @@
+"""One exception per exit code.
+
+A message is one or two sentences: which file and tensor, what was expected, what was found, what to do. Anything that came
+out of an input goes through `shown` first, since a tensor name may hold terminal escapes.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LorafuseError(Exception):
+    """Base of every error that lorafuse raises on purpose; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UsageError(LorafuseError):
+    """The settings are impossible, whatever the inputs (a memory limit that nothing fits into)."""
+
+    exit_code = 2
+
+
+class CheckpointError(LorafuseError):
+    """The checkpoint is bad, incomplete or of an unsupported kind."""
+
+    exit_code = 3
+
+
+class AdapterError(LorafuseError):
+    """The adapter is bad, unsupported, or does not fit the checkpoint."""
+
+    exit_code = 4
+
+
+class StorageError(LorafuseError):
+    """Reading or writing failed: an I/O error, no space, an unreachable hub."""
+
+    exit_code = 5
+
+
+class OutDirError(LorafuseError):
+    """OUT_DIR exists, is not empty, or is unsafe."""
+
+    exit_code = 7
+
+
+class ResultError(LorafuseError):
+    """The result is not valid: a non-finite value that the inputs did not have, or verification failed."""
+
+    exit_code = 8
+
+
+def shown(text: object, limit: int = 200) -> str:
+    """`text` as it may be printed: control characters and lone surrogates escaped, at most `limit` characters."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+    return escaped if len(escaped) <= limit else f"{escaped[: limit - 1]}…"
+
+
+def listed(names: Iterable[object], most: int = 5) -> str:
+    """The first `most` names, comma-separated, and how many more there are."""
+    everything = [shown(name) for name in names]
+    rest = len(everything) - most
+    return ", ".join(everything[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
+    """The candidates closest to `name`, for "did you mean" in a refusal; empty when none is close."""
+    # A difflib ratio costs far more than a suffix test, and names that share their last part are what people look for.
+    leaf = name.rpartition(".")[2]
+    pool = list(candidates)
+    close = difflib.get_close_matches(name, [c for c in pool if leaf in c][:500] or pool[:500], most, 0.5)
+    return f" (nearest: {listed(close)})" if close else ""

@@ -1,0 +1,69 @@
+"""How much of an update the stored weight kept: sums over tiles, taken while the tile is in cache.
+
+With W the base, Δ the update, V = W + Δ in fp32 and S the stored value: delta_norm = ‖Δ‖, delta_rel = ‖Δ‖ / ‖W‖,
+kept = ⟨S−W, Δ⟩ / ⟨Δ, Δ⟩ = 1 + ⟨S−V, Δ⟩ / ⟨Δ, Δ⟩, noise = ‖S−V‖ / ‖Δ‖, changed = share of elements with S ≠ W. Sums within a tile
+are fp32, across tiles float64. Δ is taken as V − W, so what fp32 itself rounds away is below the resolution (noise of a float32
+output is 0).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lorafuse.codecs.sources import Arena
+
+
+@dataclass
+class Measures:
+    """Sums over the elements seen so far."""
+
+    numel: int = 0
+    base_sq: float = 0.0
+    delta_sq: float = 0.0
+    residual_sq: float = 0.0
+    residual_delta: float = 0.0
+    n_changed: int = 0
+    n_broken: int = 0  # elements that are not finite although the base's are
+
+    def add(self, other: "Measures") -> None:
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def summary(self) -> dict[str, float | None]:
+        """delta_norm, delta_rel, kept, noise, changed; None where a ratio has no meaning (no update, or non-finite input)."""
+        kept = noise = None
+        if self.delta_sq > 0:
+            kept, noise = 1 + self.residual_delta / self.delta_sq, math.sqrt(self.residual_sq / self.delta_sq)
+        figures = {
+            "delta_norm": math.sqrt(self.delta_sq),
+            "delta_rel": math.sqrt(self.delta_sq / self.base_sq) if self.base_sq else None,
+            "kept": kept,
+            "noise": noise,
+            "changed": self.n_changed / self.numel,
+        }
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
+
+
+def measure_tile(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, arena: Arena) -> Measures:
+    """Sums of one tile: `base` W in its own dtype, `total` V fp32, `stored` S in the output's dtype, all 1-D.
+
+    Overwrites `total`.
+    """
+    numel = total.numel()
+    w = base if base.dtype == torch.float32 else arena.get("measure.w", numel, torch.float32).copy_(base)
+    s = arena.get("measure.s", numel, torch.float32).copy_(stored)
+    n_changed = int(torch.count_nonzero(s != w))
+    residual = s.sub_(total)
+    delta = total.sub_(w)
+    measures = Measures(
+        numel=numel,
+        base_sq=float(torch.dot(w, w)),
+        delta_sq=float(torch.dot(delta, delta)),
+        residual_sq=float(torch.dot(residual, residual)),
+        residual_delta=float(torch.dot(residual, delta)),
+        n_changed=n_changed,
+    )
+    if not math.isfinite(measures.residual_sq):
+        measures.n_broken = int((~stored.isfinite() & w.isfinite()).sum())
+    return measures

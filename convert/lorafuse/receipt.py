@@ -1,0 +1,95 @@
+"""`lorafuse_receipt.json`: what was merged into what, from which bytes, and how much of the update was kept.
+
+Schema 1, see docs/receipt.md. Everything except `timing`, `peak_rss` and `tool` is the same from run to run.
+"""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafuse._version import __version__
+from lorafuse.adapters import AdapterDir
+from lorafuse.checkpoint import Checkpoint
+from lorafuse.merge import Outcome
+from lorafuse.plan import Plan, Step
+from lorafuse.settings import Settings
+from lorafuse.shardfile import open_regular
+
+RECEIPT = "lorafuse_receipt.json"
+SCHEMA = 1
+HASH_NBYTES = 1 << 20
+
+
+def hash_inputs(ckpt: Checkpoint, ckpt_name: str, adapter: AdapterDir, adapter_name: str) -> list[dict[str, Any]]:
+    """role, path (the input as it was named, then the file), size and sha256 of every file that was read for its tensors or config."""
+    files = [
+        ("checkpoint", ckpt_name, ckpt.path, path)
+        for path in (ckpt.path / "config.json", *(s.path for s in ckpt.shards))
+    ]
+    files += [
+        ("adapter", adapter_name, adapter.path, path) for path in (adapter.path / "adapter_config.json", adapter.file)
+    ]
+    return [
+        {"role": role, "path": f"{name.rstrip('/')}/{path.relative_to(root)}", **_digest(path)}
+        for role, name, root, path in files
+    ]
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    digest, nbytes = hashlib.sha256(), 0
+    buffer = bytearray(HASH_NBYTES)
+    with open(open_regular(path), "rb", buffering=0) as f:
+        while n := f.readinto(buffer):
+            digest.update(memoryview(buffer)[:n])
+            nbytes += n
+    return {"size": nbytes, "sha256": digest.hexdigest()}
+
+
+def make_receipt(
+    plan: Plan, outcome: Outcome, settings: Settings, inputs: list[dict[str, Any]], wall_s: float
+) -> dict[str, Any]:
+    """The receipt of a finished merge."""
+    timing = {"wall_s": wall_s, **vars(outcome.timing)}
+    return {
+        "schema": SCHEMA,
+        "tool": {
+            "name": "lorafuse",
+            "version": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "settings": settings.decisive,
+        "plan_id": plan.plan_id,
+        "inputs": inputs,
+        "outputs": [{"file": w.file, "size": w.nbytes, "sha256": w.sha256} for w in outcome.written],
+        "tensors": {step.name: _tensor(step, outcome) for step in plan.steps},
+        "adapter_tensors": {"used": plan.used, "ignored": plan.ignored},
+        "base_semantics": "stored",
+        "timing": {name: round(seconds, 4) for name, seconds in timing.items()},
+        "peak_rss": peak_rss(),
+    }
+
+
+def _tensor(step: Step, outcome: Outcome) -> dict[str, Any]:
+    entry: dict[str, Any] = {"action": step.action, "dtype": step.spec.torch_name, "shape": list(step.spec.shape)}
+    for patch in step.patches:
+        entry |= patch.facts
+    if step.name in outcome.measures:
+        entry |= outcome.measures[step.name].summary()
+    return entry
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    # Not ru_maxrss: a child starts with its parent's, until it execs something larger.
+    try:
+        with open("/proc/self/status", encoding="ascii") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)

@@ -1,0 +1,51 @@
+"""What a user can ask for, checked without torch, so that a wrong option is refused at once."""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+
+from lorafuse.errors import UsageError, shown
+
+DTYPE_CHOICES = ("auto", "float32", "float16", "bfloat16")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options of a conversion. `dtype`, `max_shard_nbytes` and `adapter_scale` decide the bytes written, the rest does not."""
+
+    dtype: str = "auto"
+    max_shard_nbytes: int = 5 * 10**9
+    memory_nbytes: int = 100 * 10**6
+    device: str = "auto"
+    adapter_scale: float = 1.0
+    n_threads: int = 0  # 0: as many as this process may use
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_CHOICES:
+            raise UsageError(f"dtype is {shown(self.dtype)}; expected one of {', '.join(DTYPE_CHOICES)}.")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"device is {shown(self.device)}; expected auto, cpu, cuda or cuda:N.")
+        if not math.isfinite(self.adapter_scale):
+            raise UsageError(f"adapter_scale is {self.adapter_scale}; expected a finite number.")
+
+    @property
+    def n_workers(self) -> int:
+        return self.n_threads or len(os.sched_getaffinity(0))
+
+    @property
+    def decisive(self) -> dict[str, str | int | float]:
+        """The settings that the output depends on."""
+        return {"dtype": self.dtype, "max_shard_size": self.max_shard_nbytes, "adapter_scale": self.adapter_scale}
+
+
+def parse_nbytes(text: str | int) -> int:
+    """`5GB` → 5·10⁹. Decimal units, as everywhere in the Hugging Face libraries. Raises UsageError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?B?)\s*", str(text).upper())
+    if not match or match[2] not in _UNITS:
+        raise UsageError(f"{shown(text)!r} is no size; expected a number with a decimal unit, such as 100MB or 5GB.")
+    nbytes = int(float(match[1]) * _UNITS[match[2]])
+    if nbytes <= 0:
+        raise UsageError(f"{shown(text)!r} is no size; expected more than 0 bytes.")
+    return nbytes
