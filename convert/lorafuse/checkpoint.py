@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from lorafuse.errors import CheckpointError, LorafuseError, StorageError, listed, shown
+from lorafuse.errors import CheckpointError, StorageError, listed, shown
 from lorafuse.shardfile import Buffer, FormatError, Shard, open_regular
 from lorafuse.tensors import TensorInfo
 
@@ -128,13 +128,9 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: has no weight_map.")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors") or not _stays_inside(file):
-            raise CheckpointError(
-                f"{index}: maps {shown(name)} to {shown(file)}, which is no safetensors file of this directory."
-            )
+            raise CheckpointError(f"{index}: maps {shown(name)} to {shown(file)}, which is no safetensors file of this directory.")
     if SINGLE not in weight_map.values() and (path / SINGLE).exists():
-        raise CheckpointError(
-            f"{shown(path)}: holds both {INDEX} and a {SINGLE} that it does not name; remove the stale one."
-        )
+        raise CheckpointError(f"{shown(path)}: holds both {INDEX} and a {SINGLE} that it does not name; remove the stale one.")
     return weight_map
 
 
@@ -147,11 +143,10 @@ def _compare(path: Path, weight_map: dict[str, str], store: ShardedStore) -> Non
         info = store.tensors.get(name)
         if info is None or store.shards[info.file].path != path / file:
             raise CheckpointError(f"{path / file}: lacks {shown(name)}, which {INDEX} expects there.")
-    extra = store.tensors.keys() - weight_map.keys()
-    if extra:
-        name = min(extra)
-        file = store.shards[store.tensors[name].file].path
-        raise CheckpointError(f"{file}: holds {shown(name)}, which {INDEX} does not list.")
+    extra = min(store.tensors.keys() - weight_map.keys(), default=None)
+    if extra is not None:
+        holder = store.shards[store.tensors[extra].file].path
+        raise CheckpointError(f"{holder}: holds {shown(extra)}, which {INDEX} does not list.")
 
 
 def _refuse_unknown_quantization(config: dict[str, Any], path: Path) -> None:
@@ -164,8 +159,3 @@ def _refuse_unknown_quantization(config: dict[str, Any], path: Path) -> None:
                 f"{path / 'config.json'}: the checkpoint is quantized with {shown(method)}; bitsandbytes 4-bit and 8-bit and "
                 "full precision are supported. Dequantize it first, or merge into the full-precision checkpoint."
             )
-
-
-def as_error(error: FormatError, kind: type[LorafuseError]) -> LorafuseError:
-    """A format error as a checkpoint's or an adapter's."""
-    return kind(str(error))

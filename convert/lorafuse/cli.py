@@ -62,9 +62,9 @@ def convert(
 ) -> None:
     """Merge ADAPTER into CKPT and write the result to OUT_DIR.
 
-    CKPT is a safetensors checkpoint (bitsandbytes NF4, FP4, int8, or full precision), ADAPTER a PEFT LoRA adapter; each a directory or a
-    hub id org/name[@revision]. OUT_DIR gets full-precision shards that transformers, vLLM and others load, and
-    lorafuse_receipt.json.
+    CKPT is a safetensors checkpoint (bitsandbytes NF4, FP4, int8, or full precision), ADAPTER a PEFT LoRA adapter; each a
+    directory or a hub id org/name[@revision]. OUT_DIR gets full-precision shards that transformers, vLLM and others load,
+    and lorafuse_receipt.json.
     """
     show = Show(as_json=as_json, quiet=quiet)
     with _exit_codes():
@@ -107,9 +107,7 @@ class Show:
             self._bar.update(event["nbytes"])
         elif kind == "shard" and self._bar is None:
             self._n_done += 1
-            click.echo(
-                f"{event['file']}: {event['nbytes'] / 1e6:,.1f} MB ({self._n_done} of {self._n_shards})", err=True
-            )
+            click.echo(f"{event['file']}: {event['nbytes'] / 1e6:,.1f} MB ({self._n_done} of {self._n_shards})", err=True)
 
     def _open_bar(self, nbytes: int) -> None:
         if sys.stderr.isatty():
@@ -127,9 +125,7 @@ def plan_text(plan: dict[str, Any]) -> str:
     weights = ", ".join(f"{n} {action}" for action, n in sorted(plan["weights"].items()))
     lines = [f"{plan['nbytes'] / 1e6:,.1f} MB in {len(plan['shards'])} shards; weights: {weights}"]
     lines += [f"  {s['file']}  {s['nbytes'] / 1e6:,.1f} MB  {s['n_weights']} weights" for s in plan["shards"]]
-    lines.append(
-        f"adapter tensors: {plan['adapter_tensors']['used']} used, {len(plan['adapter_tensors']['ignored'])} ignored"
-    )
+    lines.append(f"adapter tensors: {plan['adapter_tensors']['used']} used, {len(plan['adapter_tensors']['ignored'])} ignored")
     lines += [f"  ignored {shown(key)}: {shown(reason)}" for key, reason in plan["adapter_tensors"]["ignored"].items()]
     lines += [f"config.json: {name} = {json.dumps(value)}" for name, value in plan["config_changes"].items()]
     return "\n".join(lines)

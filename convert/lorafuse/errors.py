@@ -65,8 +65,8 @@ def listed(names: Iterable[object], most: int = 5) -> str:
 
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
     """The candidates closest to `name`, for "did you mean" in a refusal; empty when none is close."""
-    # A difflib ratio costs far more than a suffix test, and names that share their last part are what people look for.
-    leaf = name.rpartition(".")[2]
+    # A difflib ratio costs far more than a suffix test, and names of the same module are what people look for.
+    leaf = ".".join(name.split(".")[-2:])
     pool = list(candidates)
     close = difflib.get_close_matches(name, [c for c in pool if leaf in c][:500] or pool[:500], most, 0.5)
     return f" (nearest: {listed(close)})" if close else ""

@@ -36,9 +36,7 @@ def _download(repo: str, revision: str | None, patterns: tuple[str, ...], kind: 
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except RepositoryNotFoundError:
-        raise kind(
-            f"{repo}: no such directory, and no such repository on the hub (or it is private: log in first)."
-        ) from None
+        raise kind(f"{repo}: no such directory, and no such repository on the hub (or it is private: log in first).") from None
     except RevisionNotFoundError:
         raise kind(f"{repo}: has no revision {shown(revision)}.") from None
     except LocalEntryNotFoundError:

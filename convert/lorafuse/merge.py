@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import local
@@ -17,12 +18,14 @@ from typing import Any
 
 import torch
 
+from lorafuse.adapters.patch import Base
 from lorafuse.codecs import Arena
 from lorafuse.codecs.dense import DenseSources
+from lorafuse.codecs.sources import host_view
 from lorafuse.errors import ResultError, shown
 from lorafuse.measure import Measures, measure_tile
-from lorafuse.plan import Plan, PlannedShard, Step
 from lorafuse.shardfile import ShardWriter
+from lorafuse.steps import Plan, PlannedShard, Step
 from lorafuse.tensors import DTYPES
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -68,13 +71,25 @@ class Tile:
 
 def merge(plan: Plan, staging: Path, device: torch.device, on_event: OnEvent) -> Outcome:
     """Write every shard of the plan into `staging`. Errors of reading and writing pass through."""
-    torch.set_num_threads(1)
     outcome = Outcome()
-    with Workshop(plan, device) as workshop:
+    with _exact_single_threaded_torch(), Workshop(plan, device) as workshop:
         tiles = workshop.tiles()
         for shard in plan.shards:
             _write_shard(shard, staging, tiles, workshop, outcome, on_event)
     return outcome
+
+
+@contextmanager
+def _exact_single_threaded_torch() -> Iterator[None]:
+    """One thread per op, and no reduced-precision matrix products, whatever the calling program chose; restored afterwards."""
+    n_threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 def _write_shard(
@@ -86,7 +101,7 @@ def _write_shard(
             for _ in step.tiles():
                 tile = next(tiles)
                 began = time.perf_counter()
-                writer.write(memoryview(tile.buffer.numpy())[: tile.nbytes])
+                writer.write(host_view(tile.buffer)[: tile.nbytes])
                 outcome.timing.write_s += time.perf_counter() - began
                 _account(step, tile, outcome)
                 workshop.give_back(tile.buffer)
@@ -106,8 +121,9 @@ def _account(step: Step, tile: Tile, outcome: Outcome) -> None:
     if tile.measures:
         if tile.measures.n_broken:
             raise ResultError(
-                f"{shown(step.name)}: {tile.measures.n_broken} values of a tile are not finite in {step.spec.torch_name}, though the base's are: "
-                "the adapter holds non-finite values, or the sum overflows. --dtype bfloat16 or float32 has a wider range."
+                f"{shown(step.name)}: {tile.measures.n_broken} values of a tile are not finite in {step.spec.torch_name}, though "
+                "the base's are: the adapter holds non-finite values, or the sum overflows. --dtype bfloat16 or float32 has a "
+                "wider range."
             )
         if step.patches:
             outcome.measures.setdefault(step.name, Measures()).add(tile.measures)
@@ -118,9 +134,7 @@ class Workshop:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self._plan, self._device = plan, device
-        self._executor = ThreadPoolExecutor(
-            plan.memory.n_workers, "tile", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._executor = ThreadPoolExecutor(plan.memory.n_workers, "tile", initializer=self._start_worker)
         self._local = local()
         self._buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         self._pending: deque[tuple[Step, bool, Future[Tile]]] = deque()
@@ -135,6 +149,10 @@ class Workshop:
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
+    def _start_worker(self) -> None:
+        torch.set_num_threads(1)  # OpenMP's number is each thread's own
+        self._local.arena = Arena(self._device)
+
     def give_back(self, buffer: torch.Tensor) -> None:
         self._buffers.put(buffer)
 
@@ -146,7 +164,7 @@ class Workshop:
                 yield self._take()
             self._held_nbytes += step.resident_nbytes
             for patch in step.patches:
-                patch.prepare(self._loader)
+                patch.prepare(Base(step.sources, self._loader), self._loader)
             for start, stop in step.tiles():
                 while len(self._pending) >= self._plan.memory.n_tiles:
                     yield self._take()
@@ -168,8 +186,6 @@ class Workshop:
     def _make(self, step: Step, start: int, stop: int, buffer: torch.Tensor) -> Tile:
         if step.verbatim:
             return copy_tile(step, start, stop, buffer)
-        if not hasattr(self._local, "arena"):
-            self._local.arena = Arena(self._device)
         return merge_tile(step, start, stop, buffer, self._local.arena)
 
 
@@ -178,7 +194,7 @@ def copy_tile(step: Step, start: int, stop: int, buffer: torch.Tensor) -> Tile:
     nbytes = (stop - start) * DTYPES[step.spec.dtype][0]
     assert isinstance(step.sources, DenseSources), "only a dense weight is copied"
     began = time.perf_counter()
-    step.sources.copy_into(start, memoryview(buffer.numpy())[:nbytes])
+    step.sources.copy_into(start, host_view(buffer)[:nbytes])
     return Tile(buffer, nbytes, Timing(read_s=time.perf_counter() - began))
 
 

@@ -45,9 +45,8 @@ class Names:
         """The weight of that name. Raises AdapterError naming the adapter's tensor and what was looked for."""
         if parameter in self.weights or (self.tied and parameter == self.tied.head):
             return parameter
-        raise AdapterError(
-            f"{file}: {shown(key)} belongs to {shown(parameter)}, which the checkpoint does not have{nearest(parameter, self.weights)}."
-        )
+        close = nearest(parameter, self.weights)
+        raise AdapterError(f"{file}: {shown(key)} belongs to {shown(parameter)}, which the checkpoint does not have{close}.")
 
     def may_resize(self, weight: str) -> bool:
         """Whether a replacement may have another number of rows: the embeddings and the head's bias."""
@@ -57,9 +56,9 @@ class Names:
     def refuse_shared(self) -> None:
         """Raises AdapterError for models whose tied embedding has more than one other user."""
         if self.config.get("model_type") in _SHARED_BY_MORE_THAN_TWO:
+            kind = shown(self.config["model_type"])
             raise AdapterError(
-                f"The adapter changes an embedding that {shown(self.config['model_type'])} shares between encoder, decoder and head; "
-                "that is not supported."
+                f"The adapter changes an embedding that {kind} shares between encoder, decoder and head; that is not supported."
             )
 
     def _find_embed(self) -> str | None:
@@ -68,11 +67,7 @@ class Names:
             for name, sources in self.weights.items()
             if name.endswith(".weight") and name.split(".")[-2] in INPUT_EMBEDDINGS and len(sources.spec.shape) == 2
         ]
-        text = [
-            name
-            for name in found
-            if not re.search(r"vision|visual|audio|encoder\.embed_tokens|decoder\.embed_tokens", name)
-        ]
+        text = [name for name in found if not re.search(r"vision|visual|audio|(en|de)coder\.embed_tokens", name)]
         return min(text or found, key=len, default=None)
 
     def _head_of(self, embed: str) -> str:
@@ -85,9 +80,13 @@ class Names:
             return None
         stored = self.head in self.weights
         flag = _flag(self.config, "tie_word_embeddings")
-        # Some classes tie when the field is absent; then the head is not stored.
-        tied = not stored if flag is None else bool(flag)
+        # Some classes tie when the field is absent; then no head is stored, under whatever name.
+        tied = not self._stores_another_like_embed() if flag is None else bool(flag)
         return TiedPair(self.embed, self.head, stored) if tied else None
+
+    def _stores_another_like_embed(self) -> bool:
+        shape = self.weights[self.embed or ""].spec.shape
+        return any(name != self.embed and sources.spec.shape == shape for name, sources in self.weights.items())
 
     def _has_head(self) -> bool:
         architectures = self.config.get("architectures") or ["ForCausalLM"]

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from os import PathLike, fspath
 from pathlib import Path
@@ -15,11 +14,12 @@ from lorafuse.checkpoint import Checkpoint
 from lorafuse.errors import AdapterError, CheckpointError, UsageError
 from lorafuse.hub import ADAPTER_FILES, CHECKPOINT_FILES, local_dir
 from lorafuse.merge import merge
-from lorafuse.plan import Plan, make_plan
-from lorafuse.receipt import RECEIPT, hash_inputs, make_receipt
+from lorafuse.plan import make_plan
+from lorafuse.receipt import RECEIPT, InputHashes, make_receipt
 from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.sidecars import write_json, write_sidecars
 from lorafuse.staging import Staging, check_out_dir
+from lorafuse.steps import Plan
 from lorafuse.verify import verify_staging
 
 
@@ -40,18 +40,13 @@ def convert(
     """Merge a PEFT adapter into a checkpoint and write the result to `out_dir`.
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`. Returns the receipt (also written to
-    `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets one dict for each thing that happens: `event` is "warning",
-    "plan", "progress", "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong; then `out_dir` is
-    as it was.
+    `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets one dict for each thing that happens: `event` is
+    "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong, or
+    an OSError; then `out_dir` is as it was.
     """
     began = time.perf_counter()
-    settings = Settings(
-        dtype=dtype,
-        max_shard_nbytes=parse_nbytes(max_shard_size),
-        memory_nbytes=parse_nbytes(memory_limit),
-        device=device,
-        adapter_scale=adapter_scale,
-    )
+    limits = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
+    settings = Settings(dtype=dtype, device=device, adapter_scale=adapter_scale, **limits)
     target = pick_device(device)
     ckpt_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
     adapter_dir = local_dir(fspath(adapter), ADAPTER_FILES, AdapterError)
@@ -65,22 +60,14 @@ def convert(
         on_event(plan_event(plan))
         if dry_run:
             return plan_event(plan)
-        with Staging(out, plan.plan_id) as staging, ThreadPoolExecutor(1, "hash") as beside:
-            inputs = beside.submit(hash_inputs, base, fspath(ckpt), lora, fspath(adapter))
+        with InputHashes(base, fspath(ckpt), lora, fspath(adapter)) as inputs, Staging(out, plan.plan_id) as staging:
             outcome = merge(plan, staging.path, target, on_event)
             write_sidecars(plan, ckpt_dir, base.config, adapter_dir, staging.path)
             verify_staging(plan, outcome, staging.path)
             receipt = make_receipt(plan, outcome, settings, inputs.result(), time.perf_counter() - began)
             write_json(staging.path / RECEIPT, receipt)
             staging.commit()
-    on_event(
-        {
-            "event": "done",
-            "out_dir": fspath(out_dir),
-            "wall_s": receipt["timing"]["wall_s"],
-            "peak_rss": receipt["peak_rss"],
-        }
-    )
+    on_event({"event": "done", "out_dir": fspath(out_dir), **receipt["timing"], "peak_rss": receipt["peak_rss"]})
     return receipt
 
 
@@ -105,9 +92,7 @@ def plan_event(plan: Plan) -> dict[str, Any]:
         "nbytes": plan.nbytes,
         "n_workers": plan.memory.n_workers,
         "weights": actions,
-        "shards": [
-            {"file": shard.file, "nbytes": shard.nbytes, "n_weights": len(shard.steps)} for shard in plan.shards
-        ],
+        "shards": [{"file": shard.file, "nbytes": shard.nbytes, "n_weights": len(shard.steps)} for shard in plan.shards],
         "adapter_tensors": {"used": len(plan.used), "ignored": plan.ignored},
         "config_changes": plan.config_changes,
     }

@@ -6,52 +6,60 @@ Schema 1, see docs/receipt.md. Everything except `timing`, `peak_rss` and `tool`
 import hashlib
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 
 from lorafuse._version import __version__
 from lorafuse.adapters import AdapterDir
+from lorafuse.adapters.store import CONFIG
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.merge import Outcome
-from lorafuse.plan import Plan, Step
 from lorafuse.settings import Settings
 from lorafuse.shardfile import open_regular
+from lorafuse.steps import Plan, Step
 
 RECEIPT = "lorafuse_receipt.json"
 SCHEMA = 1
 HASH_NBYTES = 1 << 20
 
 
-def hash_inputs(ckpt: Checkpoint, ckpt_name: str, adapter: AdapterDir, adapter_name: str) -> list[dict[str, Any]]:
-    """role, path (the input as it was named, then the file), size and sha256 of every file that was read for its tensors or config."""
-    files = [
-        ("checkpoint", ckpt_name, ckpt.path, path)
-        for path in (ckpt.path / "config.json", *(s.path for s in ckpt.shards))
-    ]
-    files += [
-        ("adapter", adapter_name, adapter.path, path) for path in (adapter.path / "adapter_config.json", adapter.file)
-    ]
-    return [
-        {"role": role, "path": f"{name.rstrip('/')}/{path.relative_to(root)}", **_digest(path)}
-        for role, name, root, path in files
-    ]
+class InputHashes:
+    """sha256 of every input file, taken in a thread beside the merge; leaving the context early stops it."""
+
+    def __init__(self, ckpt: Checkpoint, ckpt_name: str, adapter: AdapterDir, adapter_name: str) -> None:
+        paths = [("checkpoint", ckpt_name, ckpt.path, p) for p in (ckpt.path / "config.json", *(s.path for s in ckpt.shards))]
+        paths += [("adapter", adapter_name, adapter.path, p) for p in (adapter.path / CONFIG, adapter.file)]
+        self._files = [(role, f"{name.rstrip('/')}/{path.relative_to(root)}", path) for role, name, root, path in paths]
+        self._stop = Event()
+        self._executor = ThreadPoolExecutor(1, "hash")
+
+    def __enter__(self) -> "InputHashes":
+        self._future = self._executor.submit(lambda: [self._entry(*file) for file in self._files])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._executor.shutdown()
+
+    def result(self) -> list[dict[str, Any]]:
+        """role, path (the input as it was named, then the file), size and sha256 of each file."""
+        return self._future.result()
+
+    def _entry(self, role: str, named: str, path: Path) -> dict[str, Any]:
+        digest, nbytes = hashlib.sha256(), 0
+        buffer = bytearray(HASH_NBYTES)
+        with open(open_regular(path), "rb", buffering=0) as f:
+            while (n := f.readinto(buffer)) and not self._stop.is_set():
+                digest.update(memoryview(buffer)[:n])
+                nbytes += n
+        return {"role": role, "path": named, "size": nbytes, "sha256": digest.hexdigest()}
 
 
-def _digest(path: Path) -> dict[str, Any]:
-    digest, nbytes = hashlib.sha256(), 0
-    buffer = bytearray(HASH_NBYTES)
-    with open(open_regular(path), "rb", buffering=0) as f:
-        while n := f.readinto(buffer):
-            digest.update(memoryview(buffer)[:n])
-            nbytes += n
-    return {"size": nbytes, "sha256": digest.hexdigest()}
-
-
-def make_receipt(
-    plan: Plan, outcome: Outcome, settings: Settings, inputs: list[dict[str, Any]], wall_s: float
-) -> dict[str, Any]:
+def make_receipt(plan: Plan, outcome: Outcome, settings: Settings, inputs: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
     """The receipt of a finished merge."""
     timing = {"wall_s": wall_s, **vars(outcome.timing)}
     return {

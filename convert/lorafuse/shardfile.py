@@ -119,9 +119,7 @@ def _is_unicode(name: str) -> bool:
     return True
 
 
-def _check_entries(
-    entries: dict[str, Any], data_start: int, nbytes: int, number: int, path: Path
-) -> dict[str, TensorInfo]:
+def _check_entries(entries: dict[str, Any], data_start: int, nbytes: int, number: int, path: Path) -> dict[str, TensorInfo]:
     tensors, spans = {}, []
     for name, entry in entries.items():
         if not _is_unicode(name):
@@ -129,18 +127,14 @@ def _check_entries(
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
-            raise FormatError(
-                f"{path}: the header's entry of {shown(name)} lacks dtype, shape or data_offsets."
-            ) from None
+            raise FormatError(f"{path}: the header's entry of {shown(name)} lacks dtype, shape or data_offsets.") from None
         if dtype not in DTYPES:
             raise FormatError(f"{path}: {shown(name)} has the dtype {shown(dtype)}, which is not known here.")
         if not isinstance(shape, list) or not all(map(_is_count, [*shape, begin, end])):
             raise FormatError(f"{path}: {shown(name)} has an impossible shape or offset.")
         spec = TensorSpec(dtype, tuple(shape))
         if end - begin != spec.nbytes:
-            raise FormatError(
-                f"{path}: {shown(name)} is {spec}, {spec.nbytes} bytes, but has {end - begin} bytes of data."
-            )
+            raise FormatError(f"{path}: {shown(name)} is {spec}, {spec.nbytes} bytes, but has {end - begin} bytes of data.")
         tensors[name] = TensorInfo(spec, number, data_start + begin)
         spans.append((begin, end, name))
     at = 0
@@ -151,9 +145,7 @@ def _check_entries(
             )
         at = end
     if data_start + at != nbytes:
-        raise FormatError(
-            f"{path}: has {nbytes} bytes, its header describes {data_start + at}; it is truncated or damaged."
-        )
+        raise FormatError(f"{path}: has {nbytes} bytes, its header describes {data_start + at}; it is truncated or damaged.")
     return tensors
 
 

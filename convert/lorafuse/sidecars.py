@@ -13,8 +13,8 @@ from typing import Any
 
 from lorafuse.checkpoint import INDEX
 from lorafuse.errors import CheckpointError, shown
-from lorafuse.plan import Plan
 from lorafuse.shardfile import open_regular
+from lorafuse.steps import Plan
 from lorafuse.tensors import FLOATS
 
 VOCABULARIES = (
@@ -129,9 +129,7 @@ def _refuse_escape(source: Path, root: Path) -> None:
     `tokenizer.json` that is a link to a private file must not be copied into a directory that will be published."""
     real, real_root = Path(os.path.realpath(source)), Path(os.path.realpath(root))
     if real_root not in real.parents and real_root.parent.parent / "blobs" != real.parent:
-        raise CheckpointError(
-            f"{shown(source)}: is a link to {shown(real)}, outside its directory; replace it by the file."
-        )
+        raise CheckpointError(f"{shown(source)}: is a link to {shown(real)}, outside its directory; replace it by the file.")
 
 
 def _write(path: Path, fill: Callable[[Any], object]) -> None:

@@ -22,17 +22,13 @@ def check_out_dir(out_dir: Path, inputs: list[Path], *, overwrite: bool) -> None
     for path in inputs:
         real_in = Path(os.path.realpath(path))
         if real_out == real_in or real_in in real_out.parents or real_out in real_in.parents:
-            raise OutDirError(
-                f"{shown(out_dir)}: is, contains or lies inside the input {shown(path)}; choose another directory."
-            )
+            raise OutDirError(f"{shown(out_dir)}: is, contains or lies inside the input {shown(path)}; choose another directory.")
     if not os.path.lexists(out_dir):
         return
     if not out_dir.is_dir():
         raise OutDirError(f"{shown(out_dir)}: exists and is not a directory.")
     if not overwrite and any(out_dir.iterdir()):
-        raise OutDirError(
-            f"{shown(out_dir)}: exists and is not empty; --overwrite replaces it once the new one is complete."
-        )
+        raise OutDirError(f"{shown(out_dir)}: exists and is not empty; --overwrite replaces it once the new one is complete.")
 
 
 class Staging:

@@ -6,7 +6,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorafuse.errors import ResultError, shown
 from lorafuse.merge import Outcome
-from lorafuse.plan import Plan
+from lorafuse.steps import Plan
 
 
 def verify_staging(plan: Plan, outcome: Outcome, staging: Path) -> None:
@@ -15,9 +15,7 @@ def verify_staging(plan: Plan, outcome: Outcome, staging: Path) -> None:
     for shard in plan.shards:
         path = staging / shard.file
         if path.stat().st_size != written[shard.file].nbytes:
-            raise ResultError(
-                f"{shard.file}: has {path.stat().st_size} bytes, {written[shard.file].nbytes} were written."
-            )
+            raise ResultError(f"{shard.file}: has {path.stat().st_size} bytes, {written[shard.file].nbytes} were written.")
         try:
             with safe_open(path, framework="np") as f:
                 found = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (not a dict)

@@ -34,7 +34,5 @@ def module_of(adapter: AdapterDir) -> ModuleType:
         raise AdapterError(f"{adapter.path / CONFIG}: has no peft_type; it was not written by PEFT.")
     module = ADAPTERS.get(kind) if isinstance(kind, str) else None
     if module is None:
-        raise AdapterError(
-            f"{adapter.path / CONFIG}: peft_type {shown(kind)} is not supported; known are {listed(ADAPTERS)}."
-        )
+        raise AdapterError(f"{adapter.path / CONFIG}: peft_type {shown(kind)} is not supported; known are {listed(ADAPTERS)}.")
     return module

@@ -11,21 +11,21 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from lorafuse.adapters.patch import AddVector, Factor, LowRank, Patch, Target, Update
+from lorafuse.adapters.factor import Factor
+from lorafuse.adapters.keys import check_float, drop_copies, group, pattern_value, refuse_left_over, replacements
+from lorafuse.adapters.lowrank import AddVector, LowRank
+from lorafuse.adapters.patch import Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
-from lorafuse.codecs.dense import DenseSources
-from lorafuse.errors import AdapterError, listed, shown
+from lorafuse.errors import AdapterError, shown
 from lorafuse.tensors import FLOATS
 
-PREFIX = "base_model.model."
-Warn = Callable[[str], None]
-
-# Key → module and leaf. PEFT strips the adapter's name on saving; older and other trainers leave it in.
-_KEY = re.compile(
-    r"(?:(?P<module>.+)\.)?(?P<leaf>lora_[AB](\.[^.]+)?\.(weight|bias)|lora_embedding_[AB](\.[^.]+)?|lora_[a-z]\w*(\..*)?"
+# Older and other trainers leave the adapter's name in; `lora_…` of another kind is matched in order to be named in a refusal.
+_LEAVES = (
+    r"lora_[AB](\.(?P<name>[^.]+))?\.(weight|bias)|lora_embedding_[AB]|lora_[a-z]\w*(\..*)?"
     r"|token_adapter\..*|trainable_tokens_delta"
-    r"|base_layer\.(weight|bias)|modules_to_save(\.[^.]+)?\.(weight|bias)|original_module\.(weight|bias))$"
 )
+
+Warn = Callable[[str], None]
 
 # Config fields that change what is computed and are not implemented: field → what PEFT does with it. Falsy values are harmless.
 _REFUSED = {
@@ -47,20 +47,29 @@ _HARMLESS_INITS = (True, False, None, "true", "false", "gaussian", "eva", "ortho
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
     """Everything the adapter does, and the tensors that it ignores with the reason of each."""
     config = _checked_config(adapter)
-    modules = _group(adapter)
-    ignored: dict[str, str] = {}
+    warn = _once(warn)
+    modules = group(adapter, _LEAVES)
+    ignored = drop_copies(modules)
     result: list[Update] = []
     for module, leaves in modules.items():
-        result += _replacements(adapter, module, leaves, ignored)
+        result += replacements(adapter, module, leaves)
         result += _low_rank(adapter, config, module, leaves, scale, warn)
-        if leaves:
-            key = next(iter(leaves.values()))
-            raise AdapterError(f"{adapter.file}: {shown(key)} is of a kind that is not supported.")
+        refuse_left_over(adapter, leaves)
     if config.get("bias") == "lora_only" and not any(".bias" in key for key in adapter.store.tensors):
-        warn(
-            f"{adapter.file}: bias is 'lora_only', but no trained bias is in the file; peft 0.7 to 0.20 did not save them."
-        )
+        warn(f"{adapter.file}: bias is 'lora_only', but no trained bias is in the file; peft 0.7 to 0.20 did not save them.")
     return result, ignored
+
+
+def _once(warn: Warn) -> Warn:
+    """A mismatch in the config concerns hundreds of modules alike."""
+    said: set[str] = set()
+
+    def once(message: str) -> None:
+        if message not in said:
+            said.add(message)
+            warn(message)
+
+    return once
 
 
 def _checked_config(adapter: AdapterDir) -> dict[str, Any]:
@@ -70,55 +79,11 @@ def _checked_config(adapter: AdapterDir) -> dict[str, Any]:
             raise AdapterError(f"{where}: {field} is set, which is not supported: {what}.")
     init = config.get("init_lora_weights")
     if not any(init is harmless or init == harmless for harmless in _HARMLESS_INITS):
-        raise AdapterError(
-            f"{where}: init_lora_weights is {shown(init)}, which changes the base weight; this is not supported."
-        )
+        raise AdapterError(f"{where}: init_lora_weights is {shown(init)}, which changes the base weight; this is not supported.")
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field) or {}, dict):
             raise AdapterError(f"{where}: {field} is {shown(config[field])}, expected an object.")
     return config
-
-
-def _group(adapter: AdapterDir) -> dict[str, dict[str, str]]:
-    """module → {leaf: key}. A parameter that is saved whole is the leaf "" of a module of its own name."""
-    modules: dict[str, dict[str, str]] = {}
-    for key in adapter.store.tensors:
-        name = key.removeprefix(PREFIX)
-        match = _KEY.fullmatch(name)
-        module, leaf = (match["module"] or "", match["leaf"]) if match else (name, "")
-        if match and leaf.startswith(("lora_A.", "lora_B.", "lora_embedding_", "modules_to_save.")):
-            parts = leaf.split(".")
-            leaf = parts[0] if leaf.startswith("lora_embedding_") else f"{parts[0]}.{parts[-1]}"
-        leaves = modules.setdefault(module, {})
-        if leaf in leaves:
-            raise AdapterError(
-                f"{adapter.file}: {shown(leaves[leaf])} and {shown(key)} are the same tensor; which is meant?"
-            )
-        leaves[leaf] = key
-    if not modules:
-        raise AdapterError(f"{adapter.file}: holds no tensor.")
-    return modules
-
-
-def _replacements(adapter: AdapterDir, module: str, leaves: dict[str, str], ignored: dict[str, str]) -> list[Update]:
-    """Parameters saved whole; takes their leaves."""
-    found: dict[str, str] = {}
-    for leaf in [leaf for leaf in leaves if leaf.startswith("original_module.")]:
-        ignored[leaves.pop(leaf)] = "a copy of the module that modules_to_save replaces"
-    if "" in leaves:
-        found[module] = leaves.pop("")
-    for parameter in ("weight", "bias"):
-        for kind in ("base_layer", "modules_to_save"):
-            key = leaves.pop(f"{kind}.{parameter}", None)
-            if key is not None:
-                found[f"{module}.{parameter}"] = key
-    for key in found.values():
-        spec = adapter.store.tensors[key].spec
-        if spec.dtype not in FLOATS:
-            raise AdapterError(
-                f"{adapter.file}: {shown(key)} has the dtype {spec.dtype}; expected one of {listed(FLOATS)}."
-            )
-    return [Update(name, (key,), replaced=DenseSources(adapter.store, key)) for name, key in found.items()]
 
 
 def _low_rank(
@@ -141,9 +106,7 @@ def _low_rank(
     scaling = scale * _scaling(adapter, config, module, rank, warn)
     bias = leaves.pop("lora_B.bias", None)
     make = _embedding_patch if embedding else _linear_patch
-    result = [
-        Update(f"{module}.weight", (key_a, key_b), make=lambda target: make(adapter, key_a, key_b, scaling, target))
-    ]
+    result = [Update(f"{module}.weight", (key_a, key_b), make=lambda target: make(adapter, key_a, key_b, scaling, target))]
     if bias is not None:
         # Scaled, as in the forward pass; PEFT's bitsandbytes layers add it unscaled when they merge.
         key = bias
@@ -153,27 +116,13 @@ def _low_rank(
 
 def _check_factors(adapter: AdapterDir, key_a: str, key_b: str) -> None:
     a, b = adapter.store.tensors[key_a].spec, adapter.store.tensors[key_b].spec
-    fits = (
-        len(a.shape) >= 2 and len(b.shape) == len(a.shape) and a.shape[0] == b.shape[1] and math.prod(b.shape[2:]) == 1
-    )
+    fits = len(a.shape) >= 2 and len(b.shape) == len(a.shape) and a.shape[0] == b.shape[1] and math.prod(b.shape[2:]) == 1
     if not fits or a.numel == 0 or b.numel == 0:
         raise AdapterError(
             f"{adapter.file}: {shown(key_a)} is {a} and {shown(key_b)} is {b}; they are not the two factors of one update."
         )
-    for key, spec in ((key_a, a), (key_b, b)):
-        if spec.dtype not in FLOATS:
-            raise AdapterError(
-                f"{adapter.file}: {shown(key)} has the dtype {spec.dtype}; expected one of {listed(FLOATS)}."
-            )
-
-
-def pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's look-up in rank_pattern and alpha_pattern: the first key in file order that matches as a regex anchored at the end,
-    preceded by nothing or by a dot (PEFT 0.21 utils/other.py, get_pattern_key)."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    for key in (key_a, key_b):
+        check_float(adapter, key)
 
 
 def _scaling(adapter: AdapterDir, config: dict[str, Any], module: str, rank: int, warn: Warn) -> float:
@@ -186,9 +135,7 @@ def _scaling(adapter: AdapterDir, config: dict[str, Any], module: str, rank: int
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise AdapterError(f"{where}: the alpha of {shown(module)} is {shown(alpha)}, expected a number.")
     if expected != rank:
-        warn(
-            f"{where}: says rank {shown(expected)} for {shown(module)}, its tensors have rank {rank}; they are believed."
-        )
+        warn(f"{where}: says rank {shown(expected)} where the tensors have rank {rank}; the tensors are believed.")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -214,8 +161,9 @@ def _embedding_patch(adapter: AdapterDir, key_a: str, key_b: str, scaling: float
     left, right = (Factor(adapter.store, key, transposed=True) for key in (key_a, key_b))
     if (left.shape[0], right.shape[1]) != target.spec.shape:
         raise AdapterError(
-            f"{adapter.file}: {shown(key_a)} and {shown(key_b)} update {left.shape[0]} × {right.shape[1]}, but {shown(target.name)} is "
-            f"{list(target.spec.shape)}; is the adapter for another base, or its vocabulary resized without saving the embedding?"
+            f"{adapter.file}: {shown(key_a)} and {shown(key_b)} update {left.shape[0]} × {right.shape[1]}, but "
+            f"{shown(target.name)} is {list(target.spec.shape)}; is the adapter for another base, or was the vocabulary resized "
+            "without saving the embedding?"
         )
     return LowRank(left, right, scaling)
 

@@ -87,6 +87,4 @@ def _refuse_bad_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > path.stat().st_size:
-        raise AdapterError(
-            f"{path}: unpacks to {unpacked} bytes from {path.stat().st_size}; torch.save does not compress."
-        )
+        raise AdapterError(f"{path}: unpacks to {unpacked} bytes from {path.stat().st_size}; torch.save does not compress.")

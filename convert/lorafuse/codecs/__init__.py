@@ -31,4 +31,14 @@ def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
             weights[weight] = codec.open_sources(weight, names, ckpt)
             for name in names:
                 del left[name]
+    _refuse_bare_codes(weights, ckpt)
     return weights
+
+
+def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint) -> None:
+    """In a quantized checkpoint, integers called `weight` that no codec claimed are codes whose companions are missing."""
+    if not ckpt.config.get("quantization_config"):
+        return
+    for name, sources in weights.items():
+        if name.endswith(".weight") and sources.spec.dtype in ("U8", "I8"):
+            raise CheckpointError(f"{shown(ckpt.path)}: {shown(name)} is quantized, but its quant_state or SCB is missing.")

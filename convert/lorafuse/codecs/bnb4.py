@@ -15,6 +15,7 @@ bitsandbytes itself is not imported: a 256-entry table from byte to its two valu
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,9 +55,7 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> "Four
         state = _read_state(names[1], ckpt)
         _check_companions(weight, state, ckpt)
     except (KeyError, TypeError, ValueError, RecursionError) as e:
-        raise CheckpointError(
-            f"{shown(ckpt.path)}: the quant_state of {shown(weight)} is broken: {shown(e)}."
-        ) from None
+        raise CheckpointError(f"{shown(ckpt.path)}: the quant_state of {shown(weight)} is broken: {shown(e)}.") from None
     return FourBitSources(weight, names, state, ckpt)
 
 
@@ -73,9 +72,7 @@ def _read_state(name: str, ckpt: Checkpoint) -> QuantState:
         raise ValueError("shape or block size is not a positive whole number")
     if raw["blocksize"] % 2:
         raise ValueError(f"the block size {raw['blocksize']} is odd")
-    return QuantState(
-        dtype, tuple(raw["shape"]), raw["blocksize"], nested_blocksize, float(raw.get("nested_offset", 0.0))
-    )
+    return QuantState(dtype, tuple(raw["shape"]), raw["blocksize"], nested_blocksize, float(raw.get("nested_offset", 0.0)))
 
 
 def _check_companions(weight: str, state: QuantState, ckpt: Checkpoint) -> None:
@@ -99,6 +96,19 @@ def _check_companions(weight: str, state: QuantState, ckpt: Checkpoint) -> None:
         raise ValueError(f"{nbytes} bytes are stored, {list(state.shape)} needs {needed}")
 
 
+# All weights of a checkpoint have the same tables, as a rule: thousands of experts share one.
+@cache
+def _floats(raw: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.float32)
+
+
+@cache
+def _pairs(quant_map: bytes) -> torch.Tensor:
+    """float64 [256]: the two fp32 values of each byte, viewed as one number, so that index_select copies a pair at a time."""
+    values, byte = _floats(quant_map), torch.arange(256)
+    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.float64).view(-1)
+
+
 class FourBitSources:
     """The packed codes and scales of one weight. `transposed`: an HF Conv1D weight, stored (out, in), made (in, out)."""
 
@@ -108,15 +118,8 @@ class FourBitSources:
         self.spec = TensorSpec(state.dtype, state.shape[::-1] if self.transposed else state.shape)
         self.out_dtype = state.dtype
         self.nbytes = self.spec.numel if self.transposed else 0
-        quant_map = self._floats(".quant_map")
-        byte = torch.arange(256)
-        pairs = torch.stack([quant_map[byte >> 4], quant_map[byte & 15]], dim=1)  # float32 [256, 2]
-        # Two fp32 values viewed as one float64: index_select then copies a pair at a time.
-        self._pairs = pairs.view(torch.float64).view(-1)
-        self._nested_map = self._floats(".nested_quant_map") if state.nested_blocksize else None
-
-    def _floats(self, companion: str) -> torch.Tensor:
-        return torch.frombuffer(read_all(self.store, self._weight + companion), dtype=torch.float32).clone()
+        self._pairs = _pairs(bytes(read_all(ckpt, weight + ".quant_map")))
+        self._nested_map = _floats(bytes(read_all(ckpt, weight + ".nested_quant_map"))) if state.nested_blocksize else None
 
     def _blocks(self, start: int, stop: int) -> tuple[int, int]:
         if self.transposed:
@@ -137,15 +140,11 @@ class FourBitSources:
         end = min(last * half, -(-self.spec.numel // 2))
         packed = arena.fetch("bnb4.packed", self.store, self._weight, first * half, end - first * half)
         itemsize = 1 if state.nested_blocksize else 4
-        absmax = arena.fetch(
-            "bnb4.absmax", self.store, self._weight + ".absmax", first * itemsize, (last - first) * itemsize
-        )
+        absmax = arena.fetch("bnb4.absmax", self.store, self._weight + ".absmax", first * itemsize, (last - first) * itemsize)
         if not state.nested_blocksize:
             return packed, absmax.view(torch.float32)
         outer, outer_end = first // state.nested_blocksize, -(-last // state.nested_blocksize)
-        nested = arena.fetch(
-            "bnb4.nested", self.store, self._weight + ".nested_absmax", outer * 4, (outer_end - outer) * 4
-        )
+        nested = arena.fetch("bnb4.nested", self.store, self._weight + ".nested_absmax", outer * 4, (outer_end - outer) * 4)
         return packed, absmax, nested.view(torch.float32)
 
     def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
@@ -174,15 +173,11 @@ class FourBitSources:
         if self._nested_map is None:
             return raw[1].to(arena.device)
         codes, nested = raw[1].to(arena.device), raw[2].to(arena.device)
-        outer = (
-            torch.arange(first, last, device=arena.device) // state.nested_blocksize - first // state.nested_blocksize
-        )
+        outer = torch.arange(first, last, device=arena.device) // state.nested_blocksize - first // state.nested_blocksize
         values = self._nested_map.to(arena.device)[codes.int()]
         return values.mul_(nested[outer]).add_(state.nested_offset)
 
-    def _decode_transposed(
-        self, packed: torch.Tensor, absmax: torch.Tensor, start: int, stop: int, arena: Arena
-    ) -> torch.Tensor:
+    def _decode_transposed(self, packed: torch.Tensor, absmax: torch.Tensor, start: int, stop: int, arena: Arena) -> torch.Tensor:
         """Rows of the transposed weight are columns of the stored one: element by element, since a byte may span two."""
         n_stored_rows, n_stored_cols = self._state.shape
         rows = torch.arange(start // n_stored_rows, stop // n_stored_rows, device=arena.device)

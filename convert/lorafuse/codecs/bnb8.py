@@ -17,7 +17,7 @@ INV_127 = 7.874015718698502e-3  # fp32(1/127), as bitsandbytes spells it
 
 
 def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
-    claims = {}
+    claims: dict[str, tuple[str, ...]] = {}
     for scb in stored:
         module = scb.removesuffix(".SCB")
         weight = f"{module}.weight"
@@ -72,7 +72,7 @@ class Int8Sources:
         scb = arena.fetch("int8.scb", self.store, self.names[1], first * 4, (last - first) * 4)
         return q.view(torch.int8), scb.view(torch.float32)
 
-    def decode(self, raw: tuple[torch.Tensor, torch.Tensor], start: int, stop: int, arena: Arena) -> torch.Tensor:
+    def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
         q, scb = (t.to(arena.device) for t in raw)
         out = arena.get("int8.w", stop - start, torch.float32)
         if self.transposed:

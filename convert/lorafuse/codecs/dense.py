@@ -33,7 +33,7 @@ class DenseSources:
         """Fill `buffer` with the stored bytes from element `start` on."""
         self.store.read_into(self.names[0], start * self._itemsize, buffer)
 
-    def decode(self, raw: tuple[torch.Tensor], start: int, stop: int, arena: Arena) -> torch.Tensor:
+    def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
         return raw[0].to(arena.device).view(getattr(torch, self.spec.torch_name))
 
 

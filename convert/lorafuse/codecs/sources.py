@@ -1,6 +1,5 @@
 """What every codec produces, and the scratch memory that decoding works in."""
 
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +17,11 @@ def is_conv1d(config: dict[str, Any], weight: str) -> bool:
     """Whether a weight belongs to an HF Conv1D module, by the model type and the module's name."""
     parts = weight.split(".")
     return config.get("model_type") in CONV1D_MODEL_TYPES and len(parts) > 1 and parts[-2] in CONV1D_MODULES
+
+
+def host_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a uint8 tensor on the host, writable, not copied."""
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers, their stubs do not say so
 
 
 class Arena:
@@ -39,7 +43,7 @@ class Arena:
         """Bytes [start, start + nbytes) of a stored tensor, uint8 [nbytes] on the host."""
         buffer = self.get(name, nbytes, torch.uint8, host=True)
         if nbytes:
-            store.read_into(key, start, memoryview(buffer.numpy()))
+            store.read_into(key, start, host_view(buffer))
         return buffer
 
 
@@ -58,8 +62,8 @@ class Sources(Protocol):
     def will_need(self, start: int, stop: int) -> None:
         """Hint that elements [start, stop) are fetched soon."""
 
-    def fetch(self, start: int, stop: int, arena: Arena) -> Iterable[torch.Tensor]:
+    def fetch(self, start: int, stop: int, arena: Arena) -> tuple[torch.Tensor, ...]:
         """The raw bytes that elements [start, stop) of the flattened weight need."""
 
-    def decode(self, raw: Iterable[torch.Tensor], start: int, stop: int, arena: Arena) -> torch.Tensor:
+    def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
         """Elements [start, stop), 1-D, of spec.dtype, on the arena's device. Valid until the arena's next use."""

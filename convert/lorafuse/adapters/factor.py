@@ -1,0 +1,72 @@
+"""Adapter tensors as fp32 matrices, read whole or in parts."""
+
+import torch
+
+from lorafuse.checkpoint import Store
+from lorafuse.codecs.sources import Arena, host_view
+from lorafuse.tensors import DTYPES
+
+READ_NUMEL = 1 << 18
+
+
+class Factor:
+    """A 2-D adapter tensor as fp32, whole or in parts, perhaps transposed. `shape` is the logical one, after transposing."""
+
+    def __init__(self, store: Store, key: str, *, transposed: bool = False) -> None:
+        spec = store.tensors[key].spec
+        self.store, self.key, self.transposed = store, key, transposed
+        self._stored = (spec.shape[0], spec.n_cols)
+        self.shape = self._stored[::-1] if transposed else self._stored
+        self._dtype = getattr(torch, spec.torch_name)
+        self._itemsize = DTYPES[spec.dtype][0]
+        self.nbytes = spec.numel * 4
+
+    def whole(self, arena: Arena) -> torch.Tensor:
+        """float32 `shape`, on the arena's device, in memory of its own."""
+        n_rows, n_cols = self._stored
+        stored = torch.empty(n_rows, n_cols, device=arena.device)
+        step = max(READ_NUMEL // max(n_cols, 1), 1)
+        for start in range(0, n_rows, step):
+            stop = min(start + step, n_rows)
+            stored[start:stop] = self._stored_rows(start, stop, arena)
+        return stored.T if self.transposed else stored
+
+    def rows(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
+        return self._stored_cols(start, stop, arena).T if self.transposed else self._stored_rows(start, stop, arena)
+
+    def cols(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
+        return self._stored_rows(start, stop, arena).T if self.transposed else self._stored_cols(start, stop, arena)
+
+    def _stored_rows(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
+        n_cols = self._stored[1]
+        row_nbytes = n_cols * self._itemsize
+        raw = arena.fetch("factor.raw", self.store, self.key, start * row_nbytes, (stop - start) * row_nbytes)
+        return self._float(raw, arena).view(stop - start, n_cols)
+
+    def _stored_cols(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
+        n_rows, n_cols = self._stored
+        nbytes = (stop - start) * self._itemsize
+        raw = arena.get("factor.raw", n_rows * nbytes, torch.uint8, host=True)
+        view = host_view(raw)
+        for row in range(n_rows):
+            self.store.read_into(self.key, (row * n_cols + start) * self._itemsize, view[row * nbytes : (row + 1) * nbytes])
+        return self._float(raw, arena).view(n_rows, stop - start)
+
+    def _float(self, raw: torch.Tensor, arena: Arena) -> torch.Tensor:
+        values = raw.view(self._dtype)
+        return arena.get("factor.float", values.numel(), torch.float32).copy_(values)
+
+
+def load(store: Store, key: str, device: torch.device) -> torch.Tensor:
+    """A whole adapter tensor in its own shape: floats as fp32, integers as int64."""
+    spec = store.tensors[key].spec
+    stored = getattr(torch, spec.torch_name)
+    itemsize = DTYPES[spec.dtype][0]
+    values = torch.empty(spec.numel, dtype=torch.float32 if stored.is_floating_point else torch.int64, device=device)
+    piece = torch.empty(min(READ_NUMEL, spec.numel) * itemsize, dtype=torch.uint8)
+    for start in range(0, spec.numel, READ_NUMEL):
+        stop = min(start + READ_NUMEL, spec.numel)
+        part = piece[: (stop - start) * itemsize]
+        store.read_into(key, start * itemsize, host_view(part))
+        values[start:stop] = part.view(stored)
+    return values.view(spec.shape)

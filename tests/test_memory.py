@@ -1,0 +1,68 @@
+"""Peak memory: a constant beyond `import torch`, whatever the size of a tensor."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+
+# ru_maxrss of a child starts at its parent's, so a small process does the starting.
+LAUNCH = "import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:]); r = os.wait4(p.pid, 0); print(r[1], r[2].ru_maxrss)"
+
+
+def peak_nbytes(*command):
+    out = subprocess.run([sys.executable, "-S", "-c", LAUNCH, *command], capture_output=True, text=True, check=True).stdout
+    status, kilobytes = out.split()[-2:]
+    assert status == "0"
+    return int(kilobytes) * 1024
+
+
+def write(path, tensors):
+    """{name: (dtype, shape, piece, how often it is repeated)}, without holding any of it."""
+    header, at = {}, 0
+    for name, (dtype, shape, piece, n) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(piece) * n]}
+        at += len(piece) * n
+    text = json.dumps(header).encode()
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for _, _, piece, n in tensors.values():
+            for _ in range(n):
+                f.write(piece)
+
+
+def test_peak_memory_is_bounded(tmp_path):
+    """An NF4 matrix of 268 M elements and an embedding of 268 MB take less than 100 MB beyond `import torch`."""
+    import bitsandbytes.functional as bnb
+
+    rows, cols = 8192, 32768
+    n, rng = rows * cols, np.random.default_rng(0)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [rows, cols]}
+    state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.05}
+    packed = json.dumps(state).encode()
+    w, piece = "model.layers.0.mlp.up_proj.weight", rng.integers(0, 256, 1 << 20, dtype=np.uint8).tobytes()
+    maps = [bnb.create_dynamic_map().numpy().tobytes(), bnb.get_4bit_type("nf4", device="cpu").numpy().tobytes()]
+    ckpt, lora = tmp_path / "ckpt", tmp_path / "lora"
+    ckpt.mkdir()
+    lora.mkdir()
+    write(
+        ckpt / "model.safetensors",
+        {
+            "model.embed_tokens.weight": ("BF16", [32768, 4096], bytes(1 << 20), 256),
+            w: ("U8", [n // 2, 1], piece, n // 2 >> 20),
+            f"{w}.absmax": ("U8", [n // 64], piece, n // 64 >> 20),
+            f"{w}.nested_absmax": ("F32", [n // 64 // 256], np.full(n // 64 // 256, 0.02, np.float32).tobytes(), 1),
+            f"{w}.nested_quant_map": ("F32", [256], maps[0], 1),
+            f"{w}.quant_map": ("F32", [16], maps[1], 1),
+            f"{w}.quant_state.bitsandbytes__nf4": ("U8", [len(packed)], packed, 1),
+        },
+    )
+    (ckpt / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}')
+    key = f"base_model.model.{w.removesuffix('.weight')}"
+    factors = {f"{key}.lora_A.weight": [64, cols], f"{key}.lora_B.weight": [rows, 64]}
+    write(lora / "adapter_model.safetensors", {k: ("F32", s, bytes(4 * s[0] * s[1]), 1) for k, s in factors.items()})
+    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 64, "lora_alpha": 64}')
+    floor = min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
+    peak = peak_nbytes(sys.executable, "-m", "lorafuse.cli", "convert", "-q", str(ckpt), str(lora), str(tmp_path / "out"))
+    assert peak - floor < 100e6, f"{(peak - floor) / 1e6:.0f} MB beyond import torch"
