@@ -1,0 +1,163 @@
+"""What the benchmarks share: running a command and reading what the kernel says of it, medians, inputs, tables.
+
+Wall time, CPU time (user + system, every thread and every child that was waited for) and peak resident memory come from
+wait4 of a process of its own for each run. Linux starts a child's peak at that of the process it was forked from, so
+this module and the scripts that measure import the standard library alone, and `run` refuses to measure from a process
+that has grown; what needs torch runs in children.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+BENCH = Path(__file__).resolve().parent
+MB, GB = 10**6, 10**9
+KIB = 1024
+LARGEST_PARENT = 60 * MB
+
+
+class ChildError(Exception):
+    """A measured command failed; the message holds the end of what it wrote to stderr."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one run of a command took."""
+
+    wall_s: float
+    cpu_s: float
+    peak_rss: int  # bytes
+    stdout: str
+    stderr: str
+
+
+def run(argv: Sequence[str | Path]) -> Usage:
+    """Runs a command to its end; a failure is an error, never a measurement."""
+    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    if own_peak > LARGEST_PARENT:
+        raise RuntimeError(f"this process has grown to {own_peak / MB:.0f} MB, which a child's peak would include")
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        start = time.perf_counter()
+        process = subprocess.Popen([str(word) for word in argv], stdout=out, stderr=err)
+        _, status, used = os.wait4(process.pid, 0)
+        wall_s = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        usage = Usage(
+            wall_s, used.ru_utime + used.ru_stime, used.ru_maxrss * KIB, out.read().decode(), err.read().decode()
+        )
+    if process.returncode:
+        raise ChildError(f"{' '.join(map(str, argv))} exited with {process.returncode}:\n{usage.stderr[-2000:]}")
+    return usage
+
+
+def python(*args: str | Path) -> Usage:
+    return run([sys.executable, *args])
+
+
+def convert(base: Path, adapter: Path, out_dir: Path) -> Usage:
+    """`lorafuse-convert`, in this interpreter."""
+    return python("-m", "lorafuse.cli", "convert", base, adapter, out_dir, "--quiet")
+
+
+@contextmanager
+def scratch(work: Path) -> Iterator[Path]:
+    """A directory for outputs, in the work directory; removed with all that is in it."""
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="outputs-", dir=work) as directory:
+        yield Path(directory)
+
+
+def fresh(out_dir: Path) -> Path:
+    """out_dir, which no longer exists, and nothing that waits to be written to disk."""
+    shutil.rmtree(out_dir, ignore_errors=True)
+    os.sync()
+    return out_dir
+
+
+def alternate(first: Callable[[], A], second: Callable[[], B], pairs: int) -> tuple[list[A], list[B]]:
+    """A B A B ...: what else the machine does meanwhile falls on both alike."""
+    results = [(first(), second()) for _ in range(pairs)]
+    return [a for a, _ in results], [b for _, b in results]
+
+
+@contextmanager
+def busy(n_processes: int) -> Iterator[None]:
+    """As many processes that never rest."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_processes)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def inputs(work: Path, shape: str, layers: int = 16) -> tuple[Path, Path]:
+    """The checkpoint and the adapter that synthetic.py makes of this shape, made once in a work directory."""
+    directory = work / (f"llama-{layers}" if shape == "llama" else shape)
+    if not directory.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        python(BENCH / "synthetic.py", shape, directory, "--layers", str(layers))
+    return directory / "base", directory / "adapter"
+
+
+def main(doc: str, report: Callable[[Path, int], str]) -> None:
+    """The command line of each benchmark."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="directory for inputs (kept) and outputs (removed)")
+    parser.add_argument("--layers", type=int, default=16, help="layers of the 1B checkpoint (16)")
+    args = parser.parse_args()
+    print(report(args.work, args.layers))
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def each(values: Sequence[float], digits: int = 2) -> str:
+    """The single measurements behind a median."""
+    return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, numbers to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+def machine() -> str:
+    """What the figures were measured on, as one Markdown table."""
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    total_kib = next(int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
+    packages = ("torch", "bitsandbytes", "transformers", "peft", "safetensors")
+    facts = [
+        ("processor", f"{models[0] if models else os.uname().machine}, {os.cpu_count()} cores"),
+        ("memory", f"{total_kib * KIB / GB:.0f} GB"),
+        ("kernel", f"{os.uname().sysname} {os.uname().release}"),
+        ("Python", sys.version.split()[0]),
+        *((name, version(name)) for name in packages),
+        ("date", datetime.now(UTC).date().isoformat()),
+    ]
+    return table(("measured on", ""), facts).replace("---:", "---")
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
