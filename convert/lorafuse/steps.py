@@ -16,11 +16,11 @@ from lorafuse.tensors import DTYPES, TensorSpec
 
 # Elements of a tile. It depends on nothing, so that the bytes written do not either; a tile of this size stays in cache while it is
 # decoded, updated and cast, and smaller ones cost more in calls (bench/tiles.py).
-TILE_NUMEL = 1 << 19
+TILE_NUMEL = 3 << 18
 COPY_NBYTES = 1 << 20
-# What a worker holds per element of its tile: packed codes, index, decoded values in fp32 and in the weight's dtype, the sum, two
-# buffers for the measures.
-WORKER_NBYTES_PER_ELEMENT = 24
+# What a worker holds per element of its tile: packed codes, index, decoded values in fp32 and in the weight's dtype, and two fp32
+# buffers and a flag for the sum and the measures.
+WORKER_NBYTES_PER_ELEMENT = 20
 # Interpreter, libraries' buffers and allocator slack beyond `import torch`, measured by bench/memory.py.
 RUNTIME_NBYTES = 25_000_000
 STORED_TENSOR_NBYTES = 800  # a stored tensor's name and entries in the tables, measured with 120,000 of them
