@@ -60,9 +60,7 @@ def run(argv: Sequence[str | Path]) -> Usage:
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
-        usage = Usage(
-            wall_s, used.ru_utime + used.ru_stime, used.ru_maxrss * KIB, out.read().decode(), err.read().decode()
-        )
+        usage = Usage(wall_s, used.ru_utime + used.ru_stime, used.ru_maxrss * KIB, out.read().decode(), err.read().decode())
     if process.returncode:
         raise ChildError(f"{' '.join(map(str, argv))} exited with {process.returncode}:\n{usage.stderr[-2000:]}")
     return usage

@@ -52,9 +52,7 @@ def disk(work: Path, layers: int) -> str:
             measure.fresh(copy).mkdir()
             return measure.run(["dd", f"if={result}", f"of={copy / result.name}", "bs=8M", "conv=fdatasync"]).wall_s
 
-        a, b = measure.alternate(
-            lambda: measure.convert(base, adapter, measure.fresh(outputs / "again")).wall_s, dd, PAIRS
-        )
+        a, b = measure.alternate(lambda: measure.convert(base, adapter, measure.fresh(outputs / "again")).wall_s, dd, PAIRS)
         n_bytes = result.stat().st_size
     header = (f"{n_bytes / GB:.2f} GB to the same disk", "lorafuse", "dd, synced", "lorafuse / dd")
     return table(header, [("wall time, s", each(a), each(b), f"**{median(a) / median(b):.2f}**")])
@@ -65,9 +63,7 @@ def start() -> str:
     command = ("-m", "lorafuse.cli", "convert", "--help")
     imported = measure.python("-X", "importtime", *command).stderr
     has_torch = any(line.rpartition("|")[2].strip() == "torch" for line in imported.splitlines())
-    ours, floor = measure.alternate(
-        lambda: measure.python(*command).wall_s, lambda: measure.python("-c", "pass").wall_s, STARTS
-    )
+    ours, floor = measure.alternate(lambda: measure.python(*command).wall_s, lambda: measure.python("-c", "pass").wall_s, STARTS)
     header = (f"median of {STARTS} starts", "wall time, s", "imports torch")
     rows = [
         ("`lorafuse-convert --help`", f"**{median(ours):.2f}**", "yes" if has_torch else "no"),
