@@ -1,0 +1,239 @@
+"""PEFT types other than LoRA: against the unmerged PEFT model, and against W' in float64 made from the file's tensors."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorafuse
+from lorafuse import steps
+from lorafuse.errors import AdapterError
+from oracle import config, decode, read_adapter, read_tensors
+
+PREFIX = "base_model.model."
+TARGETS = ["q_proj", "k_proj", "down_proj"]  # square, wide and tall
+
+
+# ---- W' and b' in float64 from the float64 tensors of one module; c is adapter_config.json
+
+
+def loha(W, b, a, c):
+    rank = a["hada_w1_b"].shape[0]
+    return W + (a["hada_w1_a"] @ a["hada_w1_b"]) * (a["hada_w2_a"] @ a["hada_w2_b"]) * alpha_of(a, c) / rank, b
+
+
+def alpha_of(a, c):
+    """The patterns of these tests are ends of names."""
+    return next((v for k, v in c["alpha_pattern"].items() if a["module"].endswith(k)), c["alpha"])
+
+
+# name → (config class, its settings, formula)
+TYPES = {
+    "loha": (peft.LoHaConfig, {"r": 4, "alpha": 8}, loha),
+    "loha_patterns": (
+        peft.LoHaConfig,
+        {"r": 4, "alpha": 8, "rank_pattern": {"0.self_attn.q_proj": 3}, "alpha_pattern": {"q_proj": 5.5}, "module_dropout": 0.5},
+        loha,
+    ),
+}
+
+
+@pytest.fixture
+def tuned(base, tmp_path):
+    """tuned(config) → (adapter directory, the unmerged PEFT model in eval mode), no parameter at its initial value."""
+
+    def make(settings, *, ckpt=None, model=None, name="adapter", spread=0.1):
+        from transformers import AutoModelForCausalLM
+
+        model = model or AutoModelForCausalLM.from_pretrained(ckpt or base("fp32"), dtype=torch.float32)
+        torch.manual_seed(1)
+        wrapped = peft.get_peft_model(model, settings)
+        with torch.no_grad():
+            for p in wrapped.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p) * spread)
+        wrapped.save_pretrained(tmp_path / name)
+        return tmp_path / name, wrapped.eval()
+
+    return make
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(1, 20)[None]).logits
+
+
+def load(path):
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
+    return model
+
+
+def expected(ckpt, adapter, formula, scale=1.0):
+    """{weight: (float64 value, whether the adapter changes it)}."""
+    wanted = {name: [value, False] for name, (value, _) in decode(ckpt).items()}
+    modules, settings = {}, config(adapter, "adapter_config.json")
+    for key, tensor in read_adapter(adapter).items():
+        module, leaf = key.removeprefix(PREFIX).split("_proj.")
+        module += "_proj"
+        modules.setdefault(module, {"module": module})[leaf] = tensor.double() if tensor.is_floating_point() else tensor
+    for module, tensors in modules.items():
+        weight, bias = wanted[f"{module}.weight"], wanted.get(f"{module}.bias", [None, False])
+        for entry, new in zip((weight, bias), formula(weight[0], bias[0], tensors, settings), strict=True):
+            if new is not entry[0]:
+                entry[0], entry[1] = entry[0] + scale * (new - entry[0]), True
+    return wanted
+
+
+def assert_weights(out_dir, wanted, base_tensors):
+    """Changed weights within fp32's error, all others bit for bit."""
+    found = read_tensors(out_dir)
+    assert found.keys() == wanted.keys()
+    assert any(changed for _, changed in wanted.values())
+    for name, (value, changed) in wanted.items():
+        w = base_tensors[name][0]
+        assert found[name].shape == value.shape
+        if changed:
+            slack = 3e-6 * (value.abs() + w.abs()) + 1e-6 * w.abs().max()
+            assert ((found[name].double() - value).abs() <= slack).all(), name
+            assert (value - w).abs().max() > 1e-3, f"{name}: the adapter changes nothing"
+        else:
+            assert torch.equal(found[name].double(), value), name
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_the_merged_model_answers_as_the_unmerged_one(name, base, tuned, tmp_path):
+    kind, settings, formula = TYPES[name]
+    adapter, model = tuned(kind(target_modules=TARGETS, **settings))
+    receipt = lorafuse.convert(base("fp32"), adapter, tmp_path / "out")
+    assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() < 1e-4
+    assert_weights(tmp_path / "out", expected(base("fp32"), adapter, formula), decode(base("fp32")))
+    assert receipt["adapter_tensors"] == {"used": sorted(read_adapter(adapter)), "ignored": {}}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_the_base_is_what_nf4_training_saw(name, base, tuned, tmp_path, monkeypatch):
+    """The reference is PEFT on the dequantized base; --adapter-scale multiplies W' − W, here with tiles of a few rows."""
+    kind, settings, formula = TYPES[name]
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    save_file({n: v.float() for n, (v, _) in decode(base("nf4_dq")).items()}, dense / "model.safetensors", {"format": "pt"})
+    (dense / "config.json").write_text(json.dumps({k: v for k, v in config(base("bf16")).items() if k != "dtype"}))
+    adapter, model = tuned(kind(target_modules=TARGETS, **settings), ckpt=dense)
+    lorafuse.convert(base("nf4_dq"), adapter, tmp_path / "out", dtype="float32")
+    assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() < 1e-4
+    monkeypatch.setattr(steps, "TILE_NUMEL", 480)
+    lorafuse.convert(base("nf4_dq"), adapter, tmp_path / "half", dtype="float32", adapter_scale=0.5)
+    assert_weights(tmp_path / "half", expected(base("nf4_dq"), adapter, formula, 0.5), decode(base("nf4_dq")))
+
+
+# ---- convolutions and embeddings
+
+
+class Layers(nn.Module):
+    """Layers of each kind beside Linear, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(11, 24)
+        self.line, self.grouped = nn.Conv1d(24, 16, 3), nn.Conv1d(16, 12, 3, groups=2)
+        self.plane, self.point = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 1)
+        self.wide, self.square, self.paired = nn.Conv2d(8, 8, (3, 2)), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 2, groups=2)
+
+    def forward(self, ids):
+        x = self.grouped(self.line(self.words(ids).transpose(1, 2)))
+        x = self.plane(x[:, None])
+        return self.paired(self.square(self.wide(self.point(x))))
+
+
+CONVOLUTIONS = ["line", "grouped", "plane", "point", "wide", "square", "paired"]
+LAYERS = {
+    "loha": (peft.LoHaConfig, {"r": 3, "alpha": 6}, CONVOLUTIONS),
+}
+LAYERS |= {f"{name}_effective": (kind, s | {"use_effective_conv2d": True}, t) for name, (kind, s, t) in LAYERS.items()}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_convolutions_and_embeddings(name, tuned, tmp_path):
+    kind, settings, targets = LAYERS[name]
+    torch.manual_seed(0)
+    plain, ckpt, ids = Layers(), tmp_path / "ckpt", torch.arange(11)[None].repeat(2, 1)
+    ckpt.mkdir()
+    save_file(plain.state_dict(), ckpt / "model.safetensors")
+    (ckpt / "config.json").write_text('{"model_type": "none", "architectures": ["Layers"], "dtype": "float32"}')
+    with torch.no_grad():
+        before = plain(ids)
+        adapter, model = tuned(kind(target_modules=targets, **settings), model=plain, spread=0.3)
+        lorafuse.convert(ckpt, adapter, tmp_path / "out")
+        merged = Layers()
+        merged.load_state_dict(load_file(tmp_path / "out/model.safetensors"))
+        after = model(ids)
+        assert (after - before).abs().max() > 1e-2
+        assert (merged(ids) - after).abs().max() < 1e-5 * after.abs().max()
+
+
+# ---- refusals
+
+
+def rewrite(path, **fields):
+    settings = json.loads((path / "adapter_config.json").read_text()) | fields
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+W = "model.layers.0.self_attn.q_proj.weight"
+
+
+def zeros(*shape):
+    return torch.zeros(shape)
+
+
+# name → (type in TYPES, config fields, tensors by leaf or None for those that PEFT wrote, message with {file} and {config})
+REFUSED = {
+    "loha without a partner": (
+        "loha",
+        {},
+        {"hada_w1_a": zeros(64, 4), "hada_w1_b": zeros(4, 64), "hada_w2_a": zeros(64, 4)},
+        "{file}: model.layers.0.self_attn.q_proj has hada_w1_a but no hada_w2_b.",
+    ),
+    "loha of another size": (
+        "loha",
+        {},
+        {"hada_w1_a": zeros(64, 4), "hada_w1_b": zeros(4, 72), "hada_w2_a": zeros(64, 4), "hada_w2_b": zeros(4, 72)},
+        f"{{file}}: {Q}.hada_w1_a [64, 4] and {Q}.hada_w1_b [4, 72] do not fit {W} [64, 64]; is the adapter for another base?",
+    ),
+    "loha of two ranks": (
+        "loha",
+        {},
+        {"hada_w1_a": zeros(64, 4), "hada_w1_b": zeros(3, 64), "hada_w2_a": zeros(64, 4), "hada_w2_b": zeros(4, 64)},
+        f"{{file}}: {Q}.hada_w1_a is F32 [64, 4] and {Q}.hada_w1_b is F32 [3, 64]; they do not make one update.",
+    ),
+    "loha of a new kind": (
+        "loha",
+        {},
+        {f"hada_w{i}_{x}": zeros(64, 64) for i in (1, 2) for x in "ab"} | {"hada_w3_a": zeros(1)},
+        f"{{file}}: {Q}.hada_w3_a is of a kind that is not supported.",
+    ),
+    "loha alpha": ("loha", {"alpha": "8"}, None, "{config}: the alpha of model.layers.0.mlp.down_proj is 8, expected a number."),
+    "loha pattern": ("loha", {"rank_pattern": [1]}, None, "{config}: rank_pattern is [1], expected an object."),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_before_anything_is_written(case, base, tuned, tmp_path):
+    name, fields, tensors, message = REFUSED[case]
+    kind, settings, _ = TYPES[name]
+    adapter, _ = tuned(kind(target_modules=TARGETS, **settings))
+    rewrite(adapter, **fields)
+    if tensors is not None:
+        save_file({f"{Q}.{leaf}": t for leaf, t in tensors.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError) as caught:
+        lorafuse.convert(base("fp32"), adapter, tmp_path / "work" / "out")
+    wanted = message.format(file=adapter / "adapter_model.safetensors", config=adapter / "adapter_config.json")
+    assert str(caught.value) == wanted
+    assert not (tmp_path / "work").exists()
