@@ -25,6 +25,11 @@ def loha(W, b, a, c):
     return W + (a["hada_w1_a"] @ a["hada_w1_b"]) * (a["hada_w2_a"] @ a["hada_w2_b"]) * alpha_of(a, c) / rank, b
 
 
+def lokr(W, b, a, c):
+    one, two = (a[n] if n in a else a[f"{n}_a"] @ a[f"{n}_b"] for n in ("lokr_w1", "lokr_w2"))
+    return W + torch.kron(one, two) * alpha_of(a, c) / c["r"], b
+
+
 def alpha_of(a, c):
     """The patterns of these tests are ends of names."""
     return next((v for k, v in c["alpha_pattern"].items() if a["module"].endswith(k)), c["alpha"])
@@ -38,6 +43,10 @@ TYPES = {
         {"r": 4, "alpha": 8, "rank_pattern": {"0.self_attn.q_proj": 3}, "alpha_pattern": {"q_proj": 5.5}, "module_dropout": 0.5},
         loha,
     ),
+    "lokr": (peft.LoKrConfig, {"r": 4, "alpha": 8}, lokr),
+    "lokr_both": (peft.LoKrConfig, {"r": 2, "alpha": 3, "decompose_both": True}, lokr),
+    "lokr_whole": (peft.LoKrConfig, {"r": 64, "alpha": 100, "alpha_pattern": {"down_proj": 7}}, lokr),
+    "lokr_factor": (peft.LoKrConfig, {"r": 3, "alpha": 8, "decompose_factor": 4, "rank_dropout": 0.5}, lokr),
 }
 
 
@@ -154,8 +163,13 @@ class Layers(nn.Module):
 CONVOLUTIONS = ["line", "grouped", "plane", "point", "wide", "square", "paired"]
 LAYERS = {
     "loha": (peft.LoHaConfig, {"r": 3, "alpha": 6}, CONVOLUTIONS),
+    "lokr": (peft.LoKrConfig, {"r": 2, "alpha": 6}, CONVOLUTIONS),
+    "lokr_factor": (peft.LoKrConfig, {"r": 1, "alpha": 2, "decompose_factor": 2}, ["line", "grouped", "wide", "square", "paired"]),
+    "lokr_whole": (peft.LoKrConfig, {"r": 99, "alpha": 60}, CONVOLUTIONS),
 }
 LAYERS |= {f"{name}_effective": (kind, s | {"use_effective_conv2d": True}, t) for name, (kind, s, t) in LAYERS.items()}
+# PEFT's own forward pass fails on Conv1d with a core of rank 1.
+LAYERS["lokr_factor_effective"] = (*LAYERS["lokr_factor_effective"][:2], ["plane", "wide", "square", "paired"])
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -221,6 +235,24 @@ REFUSED = {
     ),
     "loha alpha": ("loha", {"alpha": "8"}, None, "{config}: the alpha of model.layers.0.mlp.down_proj is 8, expected a number."),
     "loha pattern": ("loha", {"rank_pattern": [1]}, None, "{config}: rank_pattern is [1], expected an object."),
+    "lokr without rank": (
+        "lokr_whole",
+        {"r": 0},
+        None,
+        "{config}: the rank of model.layers.0.mlp.down_proj is 0, expected an integer of at least 1.",
+    ),
+    "lokr without w2": (
+        "lokr",
+        {},
+        {"lokr_w1": zeros(8, 8)},
+        "{file}: model.layers.0.self_attn.q_proj has no lokr_w2 and no lokr_w2_a.",
+    ),
+    "lokr of another size": (
+        "lokr",
+        {},
+        {"lokr_w1": zeros(8, 8), "lokr_w2": zeros(8, 9)},
+        f"{{file}}: {Q}.lokr_w1 [8, 8] and {Q}.lokr_w2 [8, 9] do not fit {W} [64, 64]; is the adapter for another base?",
+    ),
 }
 
 

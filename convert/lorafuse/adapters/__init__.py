@@ -7,13 +7,14 @@ reasons. A type is added by one file and one word in ADAPTERS.
 from pathlib import Path
 from types import ModuleType
 
-from lorafuse.adapters import loha, lora
+from lorafuse.adapters import loha, lokr, lora
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, listed, shown
 
 ADAPTERS: dict[str, ModuleType] = {
     "LOHA": loha,
+    "LOKR": lokr,
     "LORA": lora,
 }
 
