@@ -30,6 +30,11 @@ def lokr(W, b, a, c):
     return W + torch.kron(one, two) * alpha_of(a, c) / c["r"], b
 
 
+def ia3(W, b, a, c):
+    by = a["ia3_l"]
+    return W * by, b * by.flatten() if by.shape[1] == 1 else b
+
+
 def alpha_of(a, c):
     """The patterns of these tests are ends of names."""
     return next((v for k, v in c["alpha_pattern"].items() if a["module"].endswith(k)), c["alpha"])
@@ -37,6 +42,8 @@ def alpha_of(a, c):
 
 # name → (config class, its settings, formula)
 TYPES = {
+    "ia3": (peft.IA3Config, {"feedforward_modules": ["down_proj"]}, ia3),
+    "ia3_regex": (peft.IA3Config, {"feedforward_modules": r".*(q|down)_proj"}, ia3),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 8}, loha),
     "loha_patterns": (
         peft.LoHaConfig,
@@ -141,6 +148,21 @@ def test_the_base_is_what_nf4_training_saw(name, base, tuned, tmp_path, monkeypa
     assert_weights(tmp_path / "half", expected(base("nf4_dq"), adapter, formula, 0.5), decode(base("nf4_dq")))
 
 
+@pytest.mark.parametrize("inputs", [[], ["mlp.c_proj", "c_fc"], ["c_attn", "attn.c_proj"]])
+def test_ia3_of_an_hf_conv1d_scales_its_other_side(inputs, base, tuned, tmp_path):
+    """c_attn, c_fc and the MLP's c_proj are decided by shape, the attention's square c_proj by the architecture."""
+    settings = peft.IA3Config(target_modules=["c_attn", "c_proj", "c_fc", *inputs], feedforward_modules=inputs)
+    adapter, model = tuned(settings, ckpt=base("gpt2"))
+    lorafuse.convert(base("gpt2"), adapter, tmp_path / "out")
+    assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() < 1e-4
+
+
+def test_ia3_on_outputs_needs_no_bias(base, tuned, tmp_path):
+    adapter, model = tuned(peft.IA3Config(target_modules=TARGETS, feedforward_modules=[]), ckpt=base("bf16_odd"))
+    lorafuse.convert(base("bf16_odd"), adapter, tmp_path / "out", dtype="float32")
+    assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() < 1e-4
+
+
 # ---- convolutions and embeddings
 
 
@@ -152,22 +174,28 @@ class Layers(nn.Module):
         self.words = nn.Embedding(11, 24)
         self.line, self.grouped = nn.Conv1d(24, 16, 3), nn.Conv1d(16, 12, 3, groups=2)
         self.plane, self.point = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 1)
+        self.cube = nn.Conv3d(1, 2, (2, 2, 1))
         self.wide, self.square, self.paired = nn.Conv2d(8, 8, (3, 2)), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 2, groups=2)
 
     def forward(self, ids):
         x = self.grouped(self.line(self.words(ids).transpose(1, 2)))
         x = self.plane(x[:, None])
-        return self.paired(self.square(self.wide(self.point(x))))
+        return self.cube(self.paired(self.square(self.wide(self.point(x))))[:, None])
 
 
-CONVOLUTIONS = ["line", "grouped", "plane", "point", "wide", "square", "paired"]
+PLANES = ["plane", "point", "wide", "square", "paired"]
+CONVOLUTIONS = ["line", "grouped", *PLANES]
 LAYERS = {
+    "ia3_outputs": (peft.IA3Config, {"feedforward_modules": ["plane"]}, [*PLANES, "cube"]),
+    "ia3_inputs": (peft.IA3Config, {"feedforward_modules": [*PLANES, "cube"]}, [*PLANES, "cube"]),
     "loha": (peft.LoHaConfig, {"r": 3, "alpha": 6}, CONVOLUTIONS),
     "lokr": (peft.LoKrConfig, {"r": 2, "alpha": 6}, CONVOLUTIONS),
     "lokr_factor": (peft.LoKrConfig, {"r": 1, "alpha": 2, "decompose_factor": 2}, ["line", "grouped", "wide", "square", "paired"]),
     "lokr_whole": (peft.LoKrConfig, {"r": 99, "alpha": 60}, CONVOLUTIONS),
 }
-LAYERS |= {f"{name}_effective": (kind, s | {"use_effective_conv2d": True}, t) for name, (kind, s, t) in LAYERS.items()}
+LAYERS |= {
+    f"{name}_effective": (kind, s | {"use_effective_conv2d": True}, t) for name, (kind, s, t) in LAYERS.items() if name[:2] == "lo"
+}
 # PEFT's own forward pass fails on Conv1d with a core of rank 1.
 LAYERS["lokr_factor_effective"] = (*LAYERS["lokr_factor_effective"][:2], ["plane", "wide", "square", "paired"])
 
@@ -209,6 +237,30 @@ def zeros(*shape):
 
 # name → (type in TYPES, config fields, tensors by leaf or None for those that PEFT wrote, message with {file} and {config})
 REFUSED = {
+    "ia3 of another size": (
+        "ia3",
+        {},
+        {"ia3_l": zeros(72, 1)},
+        f"{{file}}: {Q}.ia3_l [72, 1] does not fit {W} [64, 64]; is the adapter for another base?",
+    ),
+    "ia3 of several vectors": (
+        "ia3",
+        {},
+        {"ia3_l": zeros(64, 2)},
+        f"{{file}}: {Q}.ia3_l is F32 [64, 2], expected a vector as PEFT stores it.",
+    ),
+    "ia3 without feedforward_modules": (
+        "ia3",
+        {"feedforward_modules": None},
+        {"ia3_l": zeros(1, 64, 1, 1)},
+        "{config}: feedforward_modules is None, expected a list or a regular expression.",
+    ),
+    "ia3 with a bad regular expression": (
+        "ia3",
+        {"feedforward_modules": "("},
+        {"ia3_l": zeros(1, 1)},
+        "{config}: feedforward_modules is not a regular expression: missing ), unterminated subpattern at position 0.",
+    ),
     "loha without a partner": (
         "loha",
         {},
