@@ -35,6 +35,16 @@ def ia3(W, b, a, c):
     return W * by, b * by.flatten() if by.shape[1] == 1 else b
 
 
+def hra(W, b, a, c):
+    u, eye = a["hra_u"], torch.eye(W.shape[1], dtype=torch.float64)
+    if c["apply_GS"]:
+        q = torch.linalg.qr(u).Q
+        return W @ (eye - 2 * q @ q.T), b
+    for column in u.T:
+        W = W @ (eye - 2 * torch.outer(column, column) / column.dot(column))
+    return W, b
+
+
 def alpha_of(a, c):
     """The patterns of these tests are ends of names."""
     return next((v for k, v in c["alpha_pattern"].items() if a["module"].endswith(k)), c["alpha"])
@@ -42,6 +52,9 @@ def alpha_of(a, c):
 
 # name → (config class, its settings, formula)
 TYPES = {
+    "hra": (peft.HRAConfig, {"r": 4}, hra),
+    "hra_odd": (peft.HRAConfig, {"r": 5, "init_weights": False}, hra),
+    "hra_orthonormal": (peft.HRAConfig, {"r": 6, "apply_GS": True}, hra),
     "ia3": (peft.IA3Config, {"feedforward_modules": ["down_proj"]}, ia3),
     "ia3_regex": (peft.IA3Config, {"feedforward_modules": r".*(q|down)_proj"}, ia3),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 8}, loha),
@@ -157,6 +170,27 @@ def test_ia3_of_an_hf_conv1d_scales_its_other_side(inputs, base, tuned, tmp_path
     assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("kind", [peft.HRAConfig])
+def test_trained_biases_replace_those_of_the_base(kind, base, tuned, tmp_path):
+    only = kind.__name__.removesuffix("Config").lower().replace("miss", "MiSS") + "_only"
+    settings = kind(target_modules=TARGETS, bias=only, **({"block_size": 8} if kind is peft.C3AConfig else {}))
+    adapter, model = tuned(settings)
+    receipt = lorafuse.convert(base("fp32"), adapter, tmp_path / "out")
+    assert receipt["tensors"]["model.layers.0.self_attn.q_proj.bias"]["action"] == "replaced"
+    assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() < 1e-4
+
+
+def test_biases_that_peft_did_not_save_are_missed(base, tuned, tmp_path):
+    adapter, _ = tuned(peft.HRAConfig(target_modules=TARGETS, r=4))
+    rewrite(adapter, bias="hra_only")
+    events = []
+    lorafuse.convert(base("fp32"), adapter, tmp_path / "out", on_event=events.append)
+    assert [e["message"] for e in events if e["event"] == "warning"] == [
+        f"{adapter}/adapter_model.safetensors: bias is 'hra_only', but no trained bias is in the file; peft before 0.21 did not "
+        "save them."
+    ]
+
+
 def test_ia3_on_outputs_needs_no_bias(base, tuned, tmp_path):
     adapter, model = tuned(peft.IA3Config(target_modules=TARGETS, feedforward_modules=[]), ckpt=base("bf16_odd"))
     lorafuse.convert(base("bf16_odd"), adapter, tmp_path / "out", dtype="float32")
@@ -186,6 +220,8 @@ class Layers(nn.Module):
 PLANES = ["plane", "point", "wide", "square", "paired"]
 CONVOLUTIONS = ["line", "grouped", *PLANES]
 LAYERS = {
+    "hra": (peft.HRAConfig, {"r": 2}, ["plane", "point", "square"]),
+    "hra_orthonormal": (peft.HRAConfig, {"r": 3, "apply_GS": True}, ["plane", "point", "square"]),
     "ia3_outputs": (peft.IA3Config, {"feedforward_modules": ["plane"]}, [*PLANES, "cube"]),
     "ia3_inputs": (peft.IA3Config, {"feedforward_modules": [*PLANES, "cube"]}, [*PLANES, "cube"]),
     "loha": (peft.LoHaConfig, {"r": 3, "alpha": 6}, CONVOLUTIONS),
@@ -200,14 +236,18 @@ LAYERS |= {
 LAYERS["lokr_factor_effective"] = (*LAYERS["lokr_factor_effective"][:2], ["plane", "wide", "square", "paired"])
 
 
+def write_layers(model, ckpt):
+    ckpt.mkdir()
+    save_file(model.state_dict(), ckpt / "model.safetensors")
+    (ckpt / "config.json").write_text('{"model_type": "none", "architectures": ["Layers"], "dtype": "float32"}')
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_convolutions_and_embeddings(name, tuned, tmp_path):
     kind, settings, targets = LAYERS[name]
     torch.manual_seed(0)
     plain, ckpt, ids = Layers(), tmp_path / "ckpt", torch.arange(11)[None].repeat(2, 1)
-    ckpt.mkdir()
-    save_file(plain.state_dict(), ckpt / "model.safetensors")
-    (ckpt / "config.json").write_text('{"model_type": "none", "architectures": ["Layers"], "dtype": "float32"}')
+    write_layers(plain, ckpt)
     with torch.no_grad():
         before = plain(ids)
         adapter, model = tuned(kind(target_modules=targets, **settings), model=plain, spread=0.3)
@@ -237,6 +277,13 @@ def zeros(*shape):
 
 # name → (type in TYPES, config fields, tensors by leaf or None for those that PEFT wrote, message with {file} and {config})
 REFUSED = {
+    "hra of another size": (
+        "hra",
+        {},
+        {"hra_u": zeros(72, 4)},
+        f"{{file}}: {Q}.hra_u [72, 4] does not fit {W} [64, 64]; is the adapter for another base?",
+    ),
+    "hra of no rank": ("hra", {}, {"hra_u": zeros(64)}, f"{{file}}: {Q}.hra_u is F32 [64]; HRA has no such shape."),
     "ia3 of another size": (
         "ia3",
         {},

@@ -84,9 +84,11 @@ def misfit(adapter: AdapterDir, keys: tuple[str, ...], target: Target, hint: str
 
 
 def not_one_update(adapter: AdapterDir, keys: tuple[str, ...]) -> AdapterError:
-    """The refusal of tensors whose shapes do not fit each other."""
+    """The refusal of tensors whose shapes do not fit each other, or the type."""
     named = " and ".join(f"{shown(key)} is {adapter.store.tensors[key].spec}" for key in keys)
-    return AdapterError(f"{adapter.file}: {named}; they do not make one update.")
+    kind = shown(adapter.config.get("peft_type"))
+    wrong = "they do not make one update" if len(keys) > 1 else f"{kind} has no such shape"
+    return AdapterError(f"{adapter.file}: {named}; {wrong}.")
 
 
 def refuse_conv1d(adapter: AdapterDir, key: str, target: Target) -> None:
