@@ -45,6 +45,10 @@ def hra(W, b, a, c):
     return W, b
 
 
+def shira(W, b, a, c):
+    return W + torch.sparse_coo_tensor(a["shira_indices"], a["shira_weight"], W.shape, dtype=W.dtype).to_dense(), b
+
+
 def alpha_of(a, c):
     """The patterns of these tests are ends of names."""
     return next((v for k, v in c["alpha_pattern"].items() if a["module"].endswith(k)), c["alpha"])
@@ -55,6 +59,7 @@ TYPES = {
     "hra": (peft.HRAConfig, {"r": 4}, hra),
     "hra_odd": (peft.HRAConfig, {"r": 5, "init_weights": False}, hra),
     "hra_orthonormal": (peft.HRAConfig, {"r": 6, "apply_GS": True}, hra),
+    "shira": (peft.ShiraConfig, {"r": 4, "random_seed": 3}, shira),
     "ia3": (peft.IA3Config, {"feedforward_modules": ["down_proj"]}, ia3),
     "ia3_regex": (peft.IA3Config, {"feedforward_modules": r".*(q|down)_proj"}, ia3),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 8}, loha),
@@ -191,6 +196,29 @@ def test_biases_that_peft_did_not_save_are_missed(base, tuned, tmp_path):
     ]
 
 
+def test_shira_indices_of_windows_and_repeated_ones(base, tuned, tmp_path):
+    """float32 indices are exact; values of the same element add up, in whatever order the file has them."""
+    adapter, _ = tuned(peft.ShiraConfig(target_modules=TARGETS, r=4))
+    tensors = read_adapter(adapter)
+    for key in [key for key in tensors if key.endswith("shira_indices")]:
+        tensors[key][:, 5] = tensors[key][:, 300]
+        tensors[key] = tensors[key].float()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    lorafuse.convert(base("fp32"), adapter, tmp_path / "out")
+    assert_weights(tmp_path / "out", expected(base("fp32"), adapter, shira), decode(base("fp32")))
+
+
+def test_shira_indices_outside_the_weight_are_refused(base, tuned, tmp_path):
+    adapter, _ = tuned(peft.ShiraConfig(target_modules=TARGETS, r=4))
+    tensors = read_adapter(adapter)
+    tensors[f"{Q}.shira_indices"][1, 7] = 64
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError) as caught:
+        lorafuse.convert(base("fp32"), adapter, tmp_path / "work" / "out")
+    assert str(caught.value) == f"{adapter}/adapter_model.safetensors: {Q}.shira_indices names column 64 of {W}, which has 64."
+    assert not any((tmp_path / "work").iterdir())
+
+
 def test_ia3_on_outputs_needs_no_bias(base, tuned, tmp_path):
     adapter, model = tuned(peft.IA3Config(target_modules=TARGETS, feedforward_modules=[]), ckpt=base("bf16_odd"))
     lorafuse.convert(base("bf16_odd"), adapter, tmp_path / "out", dtype="float32")
@@ -284,6 +312,18 @@ REFUSED = {
         f"{{file}}: {Q}.hra_u [72, 4] does not fit {W} [64, 64]; is the adapter for another base?",
     ),
     "hra of no rank": ("hra", {}, {"hra_u": zeros(64)}, f"{{file}}: {Q}.hra_u is F32 [64]; HRA has no such shape."),
+    "shira without indices": (
+        "shira",
+        {},
+        {"shira_weight": zeros(5)},
+        "{file}: model.layers.0.self_attn.q_proj has shira_weight but no shira_indices.",
+    ),
+    "shira of two lengths": (
+        "shira",
+        {},
+        {"shira_weight": zeros(5), "shira_indices": zeros(2, 6).int()},
+        f"{{file}}: {Q}.shira_weight is F32 [5] and {Q}.shira_indices is I32 [2, 6]; they do not make one update.",
+    ),
     "ia3 of another size": (
         "ia3",
         {},
