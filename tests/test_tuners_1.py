@@ -49,6 +49,21 @@ def shira(W, b, a, c):
     return W + torch.sparse_coo_tensor(a["shira_indices"], a["shira_weight"], W.shape, dtype=W.dtype).to_dense(), b
 
 
+def miss(W, b, a, c):
+    block = a["miss_block"]
+    if c["init_weights"] == "mini":
+        block = block.tile(1, W.shape[0] // block.shape[1])
+    return W + block.tile(-(-W.shape[1] // len(block)), 1)[: W.shape[1]].T, b
+
+
+def bat(W, b, a, c):
+    blocks, shards = a["miss_block"], W.shape[1] // a["miss_block"].shape[1]
+    rows = [
+        part @ torch.block_diag(*[m] * shards) + m.tile(1, shards) for part, m in zip(W.split(len(blocks[0])), blocks, strict=True)
+    ]
+    return W + torch.cat(rows), b
+
+
 def alpha_of(a, c):
     """The patterns of these tests are ends of names."""
     return next((v for k, v in c["alpha_pattern"].items() if a["module"].endswith(k)), c["alpha"])
@@ -60,6 +75,10 @@ TYPES = {
     "hra_odd": (peft.HRAConfig, {"r": 5, "init_weights": False}, hra),
     "hra_orthonormal": (peft.HRAConfig, {"r": 6, "apply_GS": True}, hra),
     "shira": (peft.ShiraConfig, {"r": 4, "random_seed": 3}, shira),
+    "miss": (peft.MissConfig, {"r": 8, "miss_dropout": 0.5}, miss),
+    "miss_cut": (peft.MissConfig, {"r": 7}, miss),
+    "miss_mini": (peft.MissConfig, {"r": 10, "mini_r": 8, "init_weights": "mini"}, miss),
+    "miss_bat": (peft.MissConfig, {"r": 16, "init_weights": "bat"}, bat),
     "ia3": (peft.IA3Config, {"feedforward_modules": ["down_proj"]}, ia3),
     "ia3_regex": (peft.IA3Config, {"feedforward_modules": r".*(q|down)_proj"}, ia3),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 8}, loha),
@@ -175,7 +194,7 @@ def test_ia3_of_an_hf_conv1d_scales_its_other_side(inputs, base, tuned, tmp_path
     assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", [peft.HRAConfig])
+@pytest.mark.parametrize("kind", [peft.HRAConfig, peft.MissConfig])
 def test_trained_biases_replace_those_of_the_base(kind, base, tuned, tmp_path):
     only = kind.__name__.removesuffix("Config").lower().replace("miss", "MiSS") + "_only"
     settings = kind(target_modules=TARGETS, bias=only, **({"block_size": 8} if kind is peft.C3AConfig else {}))
@@ -323,6 +342,25 @@ REFUSED = {
         {},
         {"shira_weight": zeros(5), "shira_indices": zeros(2, 6).int()},
         f"{{file}}: {Q}.shira_weight is F32 [5] and {Q}.shira_indices is I32 [2, 6]; they do not make one update.",
+    ),
+    "miss of another size": (
+        "miss",
+        {},
+        {"miss_block": zeros(8, 72)},
+        f"{{file}}: {Q}.miss_block [8, 72] does not fit {W} [64, 64]; is the adapter for another base?",
+    ),
+    "miss of another variant": (
+        "miss_bat",
+        {"init_weights": True},
+        None,
+        "{file}: base_model.model.model.layers.0.mlp.down_proj.miss_block is F32 [4, 16, 16], which is not a block of MiSS with "
+        "init_weights True.",
+    ),
+    "miss of a new variant": (
+        "miss",
+        {"init_weights": "bit"},
+        None,
+        "{config}: init_weights is bit, expected true, false, 'bat' or 'mini', which say how miss_block is applied.",
     ),
     "ia3 of another size": (
         "ia3",
