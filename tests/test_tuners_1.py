@@ -64,6 +64,16 @@ def bat(W, b, a, c):
     return W + torch.cat(rows), b
 
 
+def c3a(W, b, a, c):
+    kernel, delta = a["c3a_kernel"], torch.zeros_like(W)
+    n_out, n_in, size = kernel.shape
+    for i in range(n_out):
+        for j in range(n_in):
+            block = torch.stack([kernel[i, j].roll(p) for p in range(size)])
+            delta[i * size : (i + 1) * size, j * size : (j + 1) * size] = block / W.shape[1]
+    return W + delta, b
+
+
 def alpha_of(a, c):
     """The patterns of these tests are ends of names."""
     return next((v for k, v in c["alpha_pattern"].items() if a["module"].endswith(k)), c["alpha"])
@@ -79,6 +89,8 @@ TYPES = {
     "miss_cut": (peft.MissConfig, {"r": 7}, miss),
     "miss_mini": (peft.MissConfig, {"r": 10, "mini_r": 8, "init_weights": "mini"}, miss),
     "miss_bat": (peft.MissConfig, {"r": 16, "init_weights": "bat"}, bat),
+    "c3a": (peft.C3AConfig, {"block_size": 8}, c3a),
+    "c3a_pattern": (peft.C3AConfig, {"block_size": 16, "block_size_pattern": {"q_proj": 64}}, c3a),
     "ia3": (peft.IA3Config, {"feedforward_modules": ["down_proj"]}, ia3),
     "ia3_regex": (peft.IA3Config, {"feedforward_modules": r".*(q|down)_proj"}, ia3),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 8}, loha),
@@ -194,7 +206,7 @@ def test_ia3_of_an_hf_conv1d_scales_its_other_side(inputs, base, tuned, tmp_path
     assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", [peft.HRAConfig, peft.MissConfig])
+@pytest.mark.parametrize("kind", [peft.C3AConfig, peft.HRAConfig, peft.MissConfig])
 def test_trained_biases_replace_those_of_the_base(kind, base, tuned, tmp_path):
     only = kind.__name__.removesuffix("Config").lower().replace("miss", "MiSS") + "_only"
     settings = kind(target_modules=TARGETS, bias=only, **({"block_size": 8} if kind is peft.C3AConfig else {}))
@@ -361,6 +373,18 @@ REFUSED = {
         {"init_weights": "bit"},
         None,
         "{config}: init_weights is bit, expected true, false, 'bat' or 'mini', which say how miss_block is applied.",
+    ),
+    "c3a of another size": (
+        "c3a",
+        {},
+        {"c3a_kernel": zeros(8, 9, 8)},
+        f"{{file}}: {Q}.c3a_kernel [8, 9, 8] does not fit {W} [64, 64]; is the adapter for another base?",
+    ),
+    "c3a of integers": (
+        "c3a",
+        {},
+        {"c3a_kernel": zeros(8, 8, 8).int()},
+        f"{{file}}: {Q}.c3a_kernel has the dtype I32; expected one of F32, F16, BF16.",
     ),
     "ia3 of another size": (
         "ia3",
