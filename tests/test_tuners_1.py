@@ -74,6 +74,30 @@ def c3a(W, b, a, c):
     return W + delta, b
 
 
+def cayley(skew):
+    eye = torch.eye(skew.shape[-1], dtype=skew.dtype)
+    return (eye - skew) @ torch.linalg.inv(eye + skew)
+
+
+def oft(W, b, a, c, doubled=False):
+    q = a["oft_R.weight"]
+    size = next(n for n in range(2, 999) if n * (n - 1) // 2 == q.shape[1])
+    skew = torch.zeros(len(q), size, size, dtype=q.dtype)
+    for n in range(len(q)):
+        skew[n, *torch.triu_indices(size, size, 1)] = q[n]
+    skew = skew - skew.mT
+    if c["coft"]:
+        limit = c["eps"] / len(q) ** 0.5
+        skew = torch.stack([m * min(1, limit / m.norm()) for m in skew])
+    if c["use_cayley_neumann"]:
+        last = c["num_cayley_neumann_terms"] - 1
+        power = [torch.linalg.matrix_power(skew, k) for k in range(last + 1)]
+        r = power[0] + 2 * sum(power[1:last]) + (2 if doubled else 1) * power[last]
+    else:
+        r = cayley(skew)
+    return W @ torch.block_diag(*r, *(r[:1].repeat(W.shape[1] // size - 1, 1, 1) if c["block_share"] else [])).T, b
+
+
 def alpha_of(a, c):
     """The patterns of these tests are ends of names."""
     return next((v for k, v in c["alpha_pattern"].items() if a["module"].endswith(k)), c["alpha"])
@@ -84,6 +108,11 @@ TYPES = {
     "hra": (peft.HRAConfig, {"r": 4}, hra),
     "hra_odd": (peft.HRAConfig, {"r": 5, "init_weights": False}, hra),
     "hra_orthonormal": (peft.HRAConfig, {"r": 6, "apply_GS": True}, hra),
+    "oft": (peft.OFTConfig, {"oft_block_size": 8}, oft),
+    "oft_terms": (peft.OFTConfig, {"oft_block_size": 16, "num_cayley_neumann_terms": 7, "module_dropout": 0.5}, oft),
+    "oft_exact": (peft.OFTConfig, {"oft_block_size": 0, "r": 2, "use_cayley_neumann": False}, oft),
+    "oft_shared": (peft.OFTConfig, {"oft_block_size": 32, "block_share": True}, oft),
+    "oft_constrained": (peft.OFTConfig, {"oft_block_size": 8, "coft": True, "eps": 0.7}, oft),
     "shira": (peft.ShiraConfig, {"r": 4, "random_seed": 3}, shira),
     "miss": (peft.MissConfig, {"r": 8, "miss_dropout": 0.5}, miss),
     "miss_cut": (peft.MissConfig, {"r": 7}, miss),
@@ -206,7 +235,7 @@ def test_ia3_of_an_hf_conv1d_scales_its_other_side(inputs, base, tuned, tmp_path
     assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", [peft.C3AConfig, peft.HRAConfig, peft.MissConfig])
+@pytest.mark.parametrize("kind", [peft.C3AConfig, peft.HRAConfig, peft.MissConfig, peft.OFTConfig])
 def test_trained_biases_replace_those_of_the_base(kind, base, tuned, tmp_path):
     only = kind.__name__.removesuffix("Config").lower().replace("miss", "MiSS") + "_only"
     settings = kind(target_modules=TARGETS, bias=only, **({"block_size": 8} if kind is peft.C3AConfig else {}))
@@ -225,6 +254,42 @@ def test_biases_that_peft_did_not_save_are_missed(base, tuned, tmp_path):
         f"{adapter}/adapter_model.safetensors: bias is 'hra_only', but no trained bias is in the file; peft before 0.21 did not "
         "save them."
     ]
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4])
+def test_short_series_of_oft_are_those_of_peft(terms, base, tuned, tmp_path):
+    """PEFT computes four terms when three are asked for, and does not halve the last of two."""
+    adapter, model = tuned(peft.OFTConfig(target_modules=TARGETS, oft_block_size=8, num_cayley_neumann_terms=terms))
+    lorafuse.convert(base("fp32"), adapter, tmp_path / "out")
+    assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() < 1e-4
+
+
+def test_oft_of_old_releases_is_merged_as_it_was_trained(base, tuned, tmp_path):
+    """Before 0.18 the last term of the series counted twice, and the config named no version."""
+    adapter, _ = tuned(peft.OFTConfig(target_modules=TARGETS, oft_block_size=8))
+    rewrite(adapter, peft_version=None)
+    events = []
+    lorafuse.convert(base("fp32"), adapter, tmp_path / "out", on_event=events.append)
+    assert [e["message"] for e in events if e["event"] == "warning"] == [
+        f"{adapter}/adapter_config.json: was written by peft before 0.18, whose Cayley-Neumann series had another last term; it is "
+        "merged as it was trained, which later releases of peft do not do."
+    ]
+    wanted = expected(base("fp32"), adapter, lambda W, b, a, c: oft(W, b, a, c, doubled=True))
+    assert_weights(tmp_path / "out", wanted, decode(base("fp32")))
+
+
+def test_oft_of_a_larger_kernel_is_refused(tuned, tmp_path):
+    """In PEFT the unmerged layer and its merged weight answer differently."""
+    plain, ckpt = Layers(), tmp_path / "ckpt"
+    write_layers(plain, ckpt)
+    adapter, _ = tuned(peft.OFTConfig(target_modules=["square"], oft_block_size=4), model=plain)
+    with pytest.raises(AdapterError) as caught:
+        lorafuse.convert(ckpt, adapter, tmp_path / "work" / "out")
+    assert str(caught.value) == (
+        f"{adapter}/adapter_model.safetensors: base_model.model.square.oft_R.weight turns patches of square.weight [8, 8, 3, 3]; "
+        "they overlap, so no merged weight equals it."
+    )
+    assert not (tmp_path / "work").exists()
 
 
 def test_shira_indices_of_windows_and_repeated_ones(base, tuned, tmp_path):
@@ -279,6 +344,8 @@ class Layers(nn.Module):
 PLANES = ["plane", "point", "wide", "square", "paired"]
 CONVOLUTIONS = ["line", "grouped", *PLANES]
 LAYERS = {
+    "oft": (peft.OFTConfig, {"oft_block_size": 3}, ["point", "words"]),
+    "oft_shared": (peft.OFTConfig, {"oft_block_size": 6, "block_share": True, "use_cayley_neumann": False}, ["point", "words"]),
     "hra": (peft.HRAConfig, {"r": 2}, ["plane", "point", "square"]),
     "hra_orthonormal": (peft.HRAConfig, {"r": 3, "apply_GS": True}, ["plane", "point", "square"]),
     "ia3_outputs": (peft.IA3Config, {"feedforward_modules": ["plane"]}, [*PLANES, "cube"]),
@@ -336,6 +403,37 @@ def zeros(*shape):
 
 # name → (type in TYPES, config fields, tensors by leaf or None for those that PEFT wrote, message with {file} and {config})
 REFUSED = {
+    "oft of another size": (
+        "oft",
+        {},
+        {"oft_R.weight": zeros(9, 28)},
+        f"{{file}}: {Q}.oft_R.weight [9, 28] does not fit {W} [64, 64]; is the adapter for another base?",
+    ),
+    "oft of no triangle": (
+        "oft",
+        {},
+        {"oft_R.weight": zeros(8, 27)},
+        f"{{file}}: {Q}.oft_R.weight is F32 [8, 27]; OFT has no such shape.",
+    ),
+    "oft not shared": (
+        "oft_shared",
+        {"block_share": False},
+        {"oft_R.weight": zeros(1, 496)},
+        f"{{file}}: {Q}.oft_R.weight [1, 496] does not fit {W} [64, 64]; is the adapter for another base?",
+    ),
+    "oft of 0.15": (
+        "oft",
+        {},
+        {"oft_r": zeros(8, 8, 8)},
+        f"{{file}}: {Q}.oft_r is of peft before 0.16, whose OFT is not supported.",
+    ),
+    "oft terms": (
+        "oft",
+        {"num_cayley_neumann_terms": 0},
+        None,
+        "{config}: num_cayley_neumann_terms is 0, expected an integer of at least 1.",
+    ),
+    "oft eps": ("oft_constrained", {"eps": "1"}, None, "{config}: eps is 1, expected a number of at least 0."),
     "hra of another size": (
         "hra",
         {},

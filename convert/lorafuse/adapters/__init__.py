@@ -7,7 +7,7 @@ reasons. A type is added by one file and one word in ADAPTERS.
 from pathlib import Path
 from types import ModuleType
 
-from lorafuse.adapters import c3a, hra, ia3, loha, lokr, lora, miss, shira
+from lorafuse.adapters import c3a, hra, ia3, loha, lokr, lora, miss, oft, shira
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, listed, shown
@@ -20,6 +20,7 @@ ADAPTERS: dict[str, ModuleType] = {
     "LOKR": lokr,
     "LORA": lora,
     "MISS": miss,
+    "OFT": oft,
     "SHIRA": shira,
 }
 
