@@ -3,6 +3,7 @@
 import json
 
 import peft
+import peft.tuners.boft.layer as boft_layer
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -98,6 +99,20 @@ def oft(W, b, a, c, doubled=False):
     return W @ torch.block_diag(*r, *(r[:1].repeat(W.shape[1] // size - 1, 1, 1) if c["block_share"] else [])).T, b
 
 
+def boft(W, b, a, c):
+    """F_i is the rotation in the order in which neighbouring halves of blocks are 2ⁱ halves apart."""
+    stored, n = a["boft_R"], W.shape[1]
+    for i, blocks in enumerate(stored):
+        order, half = torch.arange(n), stored.shape[-1] // 2
+        if i:
+            group = half * 2 ** (i + 1)
+            halves = [order[g : g + group].split(half) for g in range(0, n, group)]
+            order = torch.cat([torch.cat([*parts[::2], *parts[1::2]]) for parts in halves])
+        p = torch.eye(n, dtype=W.dtype)[order]
+        W = W @ (p @ torch.block_diag(*cayley((blocks - blocks.mT) / 2)) @ p.T).T
+    return W * a["boft_s"], b
+
+
 def alpha_of(a, c):
     """The patterns of these tests are ends of names."""
     return next((v for k, v in c["alpha_pattern"].items() if a["module"].endswith(k)), c["alpha"])
@@ -105,6 +120,9 @@ def alpha_of(a, c):
 
 # name → (config class, its settings, formula)
 TYPES = {
+    "boft": (peft.BOFTConfig, {"boft_block_size": 8}, boft),
+    "boft_butterfly": (peft.BOFTConfig, {"boft_block_size": 4, "boft_n_butterfly_factor": 3, "boft_dropout": 0.2}, boft),
+    "boft_number": (peft.BOFTConfig, {"boft_block_size": 0, "boft_block_num": 4, "boft_n_butterfly_factor": 2}, boft),
     "hra": (peft.HRAConfig, {"r": 4}, hra),
     "hra_odd": (peft.HRAConfig, {"r": 5, "init_weights": False}, hra),
     "hra_orthonormal": (peft.HRAConfig, {"r": 6, "apply_GS": True}, hra),
@@ -135,13 +153,22 @@ TYPES = {
 }
 
 
+class BlockDiagonal:
+    """Stands for PEFT's CUDA extension, without which BOFT has one butterfly factor."""
+
+    @staticmethod
+    def forward(blocks):
+        return [torch.stack([torch.block_diag(*part) for part in blocks])]
+
+
 @pytest.fixture
-def tuned(base, tmp_path):
+def tuned(base, tmp_path, monkeypatch):
     """tuned(config) → (adapter directory, the unmerged PEFT model in eval mode), no parameter at its initial value."""
 
     def make(settings, *, ckpt=None, model=None, name="adapter", spread=0.1):
         from transformers import AutoModelForCausalLM
 
+        monkeypatch.setattr(boft_layer, "_FBD_CUDA", BlockDiagonal)
         model = model or AutoModelForCausalLM.from_pretrained(ckpt or base("fp32"), dtype=torch.float32)
         torch.manual_seed(1)
         wrapped = peft.get_peft_model(model, settings)
@@ -235,7 +262,7 @@ def test_ia3_of_an_hf_conv1d_scales_its_other_side(inputs, base, tuned, tmp_path
     assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", [peft.C3AConfig, peft.HRAConfig, peft.MissConfig, peft.OFTConfig])
+@pytest.mark.parametrize("kind", [peft.BOFTConfig, peft.C3AConfig, peft.HRAConfig, peft.MissConfig, peft.OFTConfig])
 def test_trained_biases_replace_those_of_the_base(kind, base, tuned, tmp_path):
     only = kind.__name__.removesuffix("Config").lower().replace("miss", "MiSS") + "_only"
     settings = kind(target_modules=TARGETS, bias=only, **({"block_size": 8} if kind is peft.C3AConfig else {}))
@@ -344,6 +371,8 @@ class Layers(nn.Module):
 PLANES = ["plane", "point", "wide", "square", "paired"]
 CONVOLUTIONS = ["line", "grouped", *PLANES]
 LAYERS = {
+    "boft": (peft.BOFTConfig, {"boft_block_size": 3}, ["plane", "point"]),
+    "boft_butterfly": (peft.BOFTConfig, {"boft_block_size": 2, "boft_n_butterfly_factor": 2}, ["square"]),
     "oft": (peft.OFTConfig, {"oft_block_size": 3}, ["point", "words"]),
     "oft_shared": (peft.OFTConfig, {"oft_block_size": 6, "block_share": True, "use_cayley_neumann": False}, ["point", "words"]),
     "hra": (peft.HRAConfig, {"r": 2}, ["plane", "point", "square"]),
@@ -434,6 +463,18 @@ REFUSED = {
         "{config}: num_cayley_neumann_terms is 0, expected an integer of at least 1.",
     ),
     "oft eps": ("oft_constrained", {"eps": "1"}, None, "{config}: eps is 1, expected a number of at least 0."),
+    "boft of another size": (
+        "boft",
+        {},
+        {"boft_R": zeros(1, 8, 8, 8), "boft_s": zeros(72, 1)},
+        f"{{file}}: {Q}.boft_R [1, 8, 8, 8] and {Q}.boft_s [72, 1] do not fit {W} [64, 64]; is the adapter for another base?",
+    ),
+    "boft of odd blocks": (
+        "boft",
+        {},
+        {"boft_R": zeros(2, 4, 3, 3), "boft_s": zeros(64, 1)},
+        f"{{file}}: {Q}.boft_R is F32 [2, 4, 3, 3] and {Q}.boft_s is F32 [64, 1]; they do not make one update.",
+    ),
     "hra of another size": (
         "hra",
         {},

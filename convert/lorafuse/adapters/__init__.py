@@ -7,12 +7,13 @@ reasons. A type is added by one file and one word in ADAPTERS.
 from pathlib import Path
 from types import ModuleType
 
-from lorafuse.adapters import c3a, hra, ia3, loha, lokr, lora, miss, oft, shira
+from lorafuse.adapters import boft, c3a, hra, ia3, loha, lokr, lora, miss, oft, shira
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, listed, shown
 
 ADAPTERS: dict[str, ModuleType] = {
+    "BOFT": boft,
     "C3A": c3a,
     "HRA": hra,
     "IA3": ia3,
