@@ -253,6 +253,30 @@ def test_the_base_is_what_nf4_training_saw(name, base, tuned, tmp_path, monkeypa
     assert_weights(tmp_path / "half", expected(base("nf4_dq"), adapter, formula, 0.5), decode(base("nf4_dq")))
 
 
+@pytest.mark.parametrize("name", ["boft", "c3a", "hra", "ia3", "loha", "lokr", "miss", "oft", "shira"])
+def test_the_adapter_name_in_a_key_is_accepted(name, base, tuned, tmp_path):
+    kind, settings, _ = TYPES[name]
+    adapter, _ = tuned(kind(target_modules=TARGETS, **settings))
+    lorafuse.convert(base("fp32"), adapter, tmp_path / "plain")
+    named = {f"{k.removesuffix('.weight')}.mine{'.weight' * k.endswith('.weight')}": t for k, t in read_adapter(adapter).items()}
+    save_file(named, adapter / "adapter_model.safetensors")
+    lorafuse.convert(base("fp32"), adapter, tmp_path / "named")
+    assert (tmp_path / "plain/model.safetensors").read_bytes() == (tmp_path / "named/model.safetensors").read_bytes()
+
+
+def test_an_hf_conv1d_is_refused_where_peft_has_no_such_layer(base, tuned, tmp_path):
+    adapter, _ = tuned(peft.HRAConfig(target_modules=TARGETS, r=4))
+    key = "base_model.model.transformer.h.0.attn.c_proj.hra_u"
+    save_file({key: zeros(64, 4)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError) as caught:
+        lorafuse.convert(base("gpt2"), adapter, tmp_path / "work" / "out")
+    assert str(caught.value) == (
+        f"{adapter}/adapter_model.safetensors: {key} updates transformer.h.0.attn.c_proj.weight, an HF Conv1D, which HRA does not "
+        "adapt."
+    )
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize("inputs", [[], ["mlp.c_proj", "c_fc"], ["c_attn", "attn.c_proj"]])
 def test_ia3_of_an_hf_conv1d_scales_its_other_side(inputs, base, tuned, tmp_path):
     """c_attn, c_fc and the MLP's c_proj are decided by shape, the attention's square c_proj by the architecture."""
