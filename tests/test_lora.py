@@ -189,7 +189,7 @@ REFUSED_FIELDS = {
     "target_parameters": ["mlp.experts.down_proj"],
     "trainable_token_indices": [1],
     "init_lora_weights": "pissa",
-    "peft_type": "LOHA",
+    "peft_type": "XLORA",
     "lora_alpha": "16",
     "alpha_pattern": {"(": 1},
     "rank_pattern": [1],

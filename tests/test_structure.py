@@ -37,7 +37,7 @@ ORDER = """
 RANK = {module: rank for rank, line in enumerate(ORDER.split("\n")) for module in line.split()}
 # Beside the codecs and the adapter types themselves.
 CODEC_HELPERS = {"sources"}
-ADAPTER_HELPERS = {"factor", "keys", "lowrank", "patch", "rowwise", "store"}
+ADAPTER_HELPERS = {"factor", "keys", "lowrank", "lycoris", "modules", "patch", "rotation", "rowwise", "store"}
 
 
 def top(path: Path) -> str:

@@ -42,6 +42,8 @@ def _edits(updates: list[Update], names: Names, adapter: AdapterDir) -> dict[str
     """Weight → edit. Replacements first: an update goes on top of them."""
     edits: dict[str, Edit] = {}
     for update in sorted(updates, key=lambda update: update.make is not None):
+        if update.optional and update.parameter not in names.weights:
+            continue
         weight = names.resolve(update.parameter, adapter.file, update.keys[0])
         edit = edits.setdefault(weight, Edit())
         edit.keys += update.keys

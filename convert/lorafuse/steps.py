@@ -8,15 +8,13 @@ from typing import Any
 
 from lorafuse.adapters import Patch
 from lorafuse.adapters.lowrank import LowRank
+from lorafuse.adapters.patch import TILE_NUMEL
 from lorafuse.checkpoint import SINGLE
 from lorafuse.codecs import Sources
 from lorafuse.errors import UsageError, shown
 from lorafuse.settings import Settings
 from lorafuse.tensors import DTYPES, TensorSpec
 
-# Elements of a tile. It depends on nothing, so that the bytes written do not either; a tile of this size stays in cache while it is
-# decoded, updated and cast, and smaller ones cost more in calls (bench/tiles.py).
-TILE_NUMEL = 3 << 18
 COPY_NBYTES = 1 << 20
 # What a worker holds per element of its tile: packed codes, index, decoded values in fp32 and in the weight's dtype, and two fp32
 # buffers and a flag for the sum and the measures.

@@ -7,12 +7,23 @@ reasons. A type is added by one file and one word in ADAPTERS.
 from pathlib import Path
 from types import ModuleType
 
-from lorafuse.adapters import lora
+from lorafuse.adapters import boft, c3a, hra, ia3, loha, lokr, lora, miss, oft, shira
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, listed, shown
 
-ADAPTERS: dict[str, ModuleType] = {"LORA": lora}
+ADAPTERS: dict[str, ModuleType] = {
+    "BOFT": boft,
+    "C3A": c3a,
+    "HRA": hra,
+    "IA3": ia3,
+    "LOHA": loha,
+    "LOKR": lokr,
+    "LORA": lora,
+    "MISS": miss,
+    "OFT": oft,
+    "SHIRA": shira,
+}
 
 __all__ = ["ADAPTERS", "AdapterDir", "Edit", "Patch", "Target", "Update", "module_of", "open_adapter"]
 

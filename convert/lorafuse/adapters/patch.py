@@ -12,6 +12,9 @@ import torch
 from lorafuse.codecs.sources import Arena, Sources
 from lorafuse.tensors import TensorSpec
 
+# Elements of a tile. It depends on nothing, so that the bytes written do not either; a tile of this size stays in cache while it is
+# decoded, updated and cast, and smaller ones cost more in calls (bench/tiles.py).
+TILE_NUMEL = 3 << 18
 COMPARE_NUMEL = 1 << 18
 
 
@@ -91,12 +94,14 @@ class Target:
 @dataclass(frozen=True)
 class Update:
     """What an adapter says about one parameter, before the checkpoint is known: a replacement, or a patch that
-    `make(target)` builds, which raises AdapterError when it does not fit."""
+    `make(target)` builds, which raises AdapterError when it does not fit. An `optional` one is dropped when the checkpoint has no
+    such parameter: what rescales outputs rescales the bias, if there is one."""
 
     parameter: str  # in the adapter's naming
     keys: tuple[str, ...]
     replaced: Sources | None = None
     make: Callable[[Target], Patch] | None = None
+    optional: bool = False
 
 
 @dataclass
