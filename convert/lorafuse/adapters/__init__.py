@@ -7,12 +7,18 @@ reasons. A type is added by one file and one word in ADAPTERS.
 from pathlib import Path
 from types import ModuleType
 
-from lorafuse.adapters import lora
+from lorafuse.adapters import (
+    beft,
+    lora,
+)
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, listed, shown
 
-ADAPTERS: dict[str, ModuleType] = {"LORA": lora}
+ADAPTERS: dict[str, ModuleType] = {
+    "BEFT": beft,
+    "LORA": lora,
+}
 
 __all__ = ["ADAPTERS", "AdapterDir", "Edit", "Patch", "Target", "Update", "module_of", "open_adapter"]
 

@@ -1,0 +1,167 @@
+"""PEFT types beside LoRA, each against PEFT's unmerged forward pass and against a float64 weight made from the file's tensors."""
+
+import re
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lorafuse
+from conftest import QUANTIZED
+from lorafuse.errors import AdapterError
+from oracle import CONV1D, config, decode, read_adapter, read_tensors
+from test_lora import assert_same_answers, rewrite
+
+# case → (config class, base, settings beside the target modules, which are q_proj and down_proj unless given); a case is named
+# after its type.
+CASES = {
+    "beft": ("BeftConfig", "fp32", {}),
+    "beft_nf4": ("BeftConfig", "nf4_dq", {}),
+}
+# How far from their start the trained tensors are moved, where 0.05 would change too little or too much.
+SPREAD = {}
+
+
+def kind_of(case):
+    return case.partition("_")[0]
+
+
+KINDS = sorted({kind_of(case) for case in CASES})
+
+
+@pytest.fixture
+def tuned(base, tmp_path):
+    """tuned(case) → (base, adapter, PEFT's model of the dense twin or of the decoded weights, unmerged)."""
+
+    def make(case, **more):
+        from transformers import AutoModelForCausalLM
+
+        name, key, settings = CASES[case]
+        ckpt = base(key)
+        model = AutoModelForCausalLM.from_pretrained(base(QUANTIZED[key][0] if key in QUANTIZED else key), dtype=torch.float32)
+        if key in QUANTIZED:
+            model.load_state_dict({k: value.float() for k, (value, _) in decode(ckpt).items()}, strict=False)
+        torch.manual_seed(1)
+        defaults = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+        model = peft.get_peft_model(model, getattr(peft, name)(**defaults | settings | more))
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p) * SPREAD.get(kind_of(case), 0.05))
+        model.save_pretrained(tmp_path / "adapter")
+        return ckpt, tmp_path / "adapter", model.eval()
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_merged_model_answers_as_the_unmerged_one(case, tuned, tmp_path):
+    ckpt, adapter, model = tuned(case)
+    receipt = lorafuse.convert(ckpt, adapter, tmp_path / "out", dtype="float32")
+    assert_same_answers(tmp_path / "out", model)
+    used, ignored = receipt["adapter_tensors"]["used"], receipt["adapter_tensors"]["ignored"]
+    assert sorted([*used, *ignored]) == sorted(read_adapter(adapter))
+    with model.disable_adapter(), pytest.raises(AssertionError):
+        assert_same_answers(tmp_path / "out", model, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("case", CASES)
+def test_merged_weights_are_those_of_float64(case, scale, tuned, tmp_path, monkeypatch):
+    """W + scale · (W' − W), in tiles of a few rows."""
+    monkeypatch.setattr("lorafuse.steps.TILE_NUMEL", 640)
+    monkeypatch.setattr("lorafuse.adapters.lowrank.RIGHT_CHUNK_NUMEL", 640)
+    ckpt, adapter, _ = tuned(case)
+    receipt = lorafuse.convert(ckpt, adapter, tmp_path / "out", dtype="float32", adapter_scale=scale)
+    found, wanted = read_tensors(tmp_path / "out"), float64_truth(ckpt, adapter, scale)
+    assert {name for name, entry in receipt["tensors"].items() if entry["action"] == "merged"} == {*wanted}
+    for name, tensor in wanted.items():
+        assert (found[name].double() - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
+
+
+def float64_truth(ckpt, adapter, scale):
+    conf, tensors = config(adapter, "adapter_config.json"), read_adapter(adapter)
+    weights = {name: value for name, (value, _) in decode(ckpt).items()}
+    kind = conf["peft_type"]
+    marker = re.compile(rf"base_model\.(?:model\.(.+)\.)?({kind.lower()}_.+)")
+    modules = {}
+    for key, tensor in tensors.items():
+        if match := marker.fullmatch(key):
+            modules.setdefault(match[1], {})[match[2].removeprefix(kind.lower() + "_")] = tensor.double()
+    shared, merged = modules.pop(None, {}), {}
+    for module, t in modules.items():
+        W, b = weights[f"{module}.weight"], weights.get(f"{module}.bias")
+        turned = config(ckpt)["model_type"] == "gpt2" and CONV1D.search(f"{module}.weight")
+        new, new_b = TRUTHS[kind](W.T if turned else W, b, t, conf, shared)
+        for name, old, updated in (("weight", W, new.T if turned else new), ("bias", b, new_b)):
+            if old is not None and updated is not old and not torch.equal(old, updated):
+                merged[f"{module}.{name}"] = old + scale * (updated - old)
+    return merged
+
+
+def beft(W, b, t, c, g):
+    return W, b + t["bias"][0]
+
+
+TRUTHS = {
+    "BEFT": beft,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_name_in_a_key_is_accepted(kind, tuned, tmp_path):
+    """Trainers that save the state dict themselves leave it in, after the parameter's name."""
+    ckpt, adapter, _ = tuned(kind)
+    lorafuse.convert(ckpt, adapter, tmp_path / "a")
+    named = {re.sub(rf"({kind}_\w+)", r"\1.default", key): t for key, t in read_adapter(adapter).items()}
+    save_file(named, adapter / "adapter_model.safetensors")
+    lorafuse.convert(ckpt, adapter, tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "bias" in getattr(peft, CASES[kind][0]).__dataclass_fields__])
+def test_a_trained_bias_is_replaced_before_it_is_updated(kind, tuned, tmp_path):
+    """bias="all" saves the base's biases as trained; an update of the bias goes on top."""
+    ckpt, adapter, model = tuned(kind, bias="all")
+    lorafuse.convert(ckpt, adapter, tmp_path / "out")
+    assert_same_answers(tmp_path / "out", model)
+
+
+# case → (fields of the config, what is done to the tensors, the message after the file's path)
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+W = "model.layers.0.self_attn.q_proj.weight"
+B = "model.layers.0.self_attn.q_proj.bias"
+
+
+def put(**tensors):
+    return lambda found: found.update({f"{Q}.{leaf.replace('__', '.')}": t for leaf, t in tensors.items()})
+
+
+def drop(key):
+    return lambda found: found.pop(key)
+
+
+REFUSED = {
+    "beft shape": ({}, put(beft_bias=torch.zeros(64)), f"{Q}.beft_bias is F32 [64], expected [1, out]."),
+    "beft size": (
+        {}, put(beft_bias=torch.zeros(1, 63)), f"{Q}.beft_bias [1, 63] does not fit {B} [64]; is the adapter for another base?"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused(case, tuned, tmp_path):
+    """By file, tensor or field, what was expected and what was found; nothing is written."""
+    fields, change, message = REFUSED[case]
+    ckpt, adapter, _ = tuned(case.split()[0], target_modules=["q_proj"])
+    rewrite(adapter, **fields)
+    found = read_adapter(adapter)
+    if change:
+        change(found)
+        save_file(found, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError) as caught:
+        lorafuse.convert(ckpt, adapter, tmp_path / "work" / "out")
+    file = "adapter_model.safetensors" if change or message.startswith("base_model") else "adapter_config.json"
+    assert str(caught.value) == f"{adapter}/{file}: {message.format(adapter=adapter)}"
+    assert not (tmp_path / "work").exists()
