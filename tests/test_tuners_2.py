@@ -18,9 +18,11 @@ from test_lora import assert_same_answers, rewrite
 CASES = {
     "beft": ("BeftConfig", "fp32", {}),
     "beft_nf4": ("BeftConfig", "nf4_dq", {}),
+    "delora": ("DeloraConfig", "fp32", {"r": 4, "rank_pattern": {"q_proj": 3}}),
+    "delora_nf4": ("DeloraConfig", "nf4_dq", {"r": 4}),
 }
 # How far from their start the trained tensors are moved, where 0.05 would change too little or too much.
-SPREAD = {}
+SPREAD = {"delora": 0.2}
 
 
 def kind_of(case):
@@ -104,8 +106,15 @@ def beft(W, b, t, c, g):
     return W, b + t["bias"][0]
 
 
+def delora(W, b, t, c, g):
+    A, B = t["A"], t["B"]
+    diagonal = torch.diag(t["lambda"] / len(A) / (A.norm(dim=1) * B.norm(dim=0)))
+    return W + B @ diagonal @ A * t["w_norm"], b
+
+
 TRUTHS = {
     "BEFT": beft,
+    "DELORA": delora,
 }
 
 
@@ -146,6 +155,11 @@ REFUSED = {
     "beft shape": ({}, put(beft_bias=torch.zeros(64)), f"{Q}.beft_bias is F32 [64], expected [1, out]."),
     "beft size": (
         {}, put(beft_bias=torch.zeros(1, 63)), f"{Q}.beft_bias [1, 63] does not fit {B} [64]; is the adapter for another base?"
+    ),
+    "delora missing": ({}, drop(f"{Q}.delora_w_norm"), "model.layers.0.self_attn.q_proj has delora_A but no delora_w_norm."),
+    "delora shape": ({}, put(delora_A=torch.zeros(2, 64)), f"{Q}.delora_B is F32 [64, 3], expected [out, 2]."),
+    "delora size": (
+        {}, put(delora_B=torch.zeros(63, 3)), f"{Q}.delora_B [63, 3] does not fit {W} [64, 64]; is the adapter for another base?"
     ),
 }  # fmt: skip
 

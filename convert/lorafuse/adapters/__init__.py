@@ -9,6 +9,7 @@ from types import ModuleType
 
 from lorafuse.adapters import (
     beft,
+    delora,
     lora,
 )
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
@@ -17,6 +18,7 @@ from lorafuse.errors import AdapterError, listed, shown
 
 ADAPTERS: dict[str, ModuleType] = {
     "BEFT": beft,
+    "DELORA": delora,
     "LORA": lora,
 }
 
