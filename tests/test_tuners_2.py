@@ -20,6 +20,11 @@ CASES = {
     "beft_nf4": ("BeftConfig", "nf4_dq", {}),
     "delora": ("DeloraConfig", "fp32", {"r": 4, "rank_pattern": {"q_proj": 3}}),
     "delora_nf4": ("DeloraConfig", "nf4_dq", {"r": 4}),
+    "road": ("RoadConfig", "fp32", {"group_size": 8}),
+    "road_2": ("RoadConfig", "fp32", {"variant": "road_2", "group_size": 16}),
+    "road_4": ("RoadConfig", "fp32", {"variant": "road_4", "group_size": 32}),
+    "road_no_bias": ("RoadConfig", "bf16_odd", {"group_size": 10}),
+    "road_nf4": ("RoadConfig", "nf4_dq", {"group_size": 64}),
 }
 # How far from their start the trained tensors are moved, where 0.05 would change too little or too much.
 SPREAD = {"delora": 0.2}
@@ -112,9 +117,27 @@ def delora(W, b, t, c, g):
     return W + B @ diagonal @ A * t["w_norm"], b
 
 
+def road(W, b, t, c, g):
+    theta, alpha, group = t["theta"], t["alpha"], c["group_size"]
+    R = torch.zeros(len(W), len(W), dtype=torch.float64)
+    for i in range(len(W)):
+        start, within, half = i // group * group, i % group, group // 2
+        partner = start + (within + half) % group
+        if c["variant"] == "road_1":
+            first = second = start // 2 + within % half
+        elif c["variant"] == "road_2":
+            first = second = i
+        else:
+            first, second = 2 * start + within, 2 * start + group + within
+        R[i, i] = alpha[first] * theta[first].cos()
+        R[i, partner] = alpha[second] * theta[second].sin() * (-1 if within < half else 1)
+    return R @ W, None if b is None else R @ b
+
+
 TRUTHS = {
     "BEFT": beft,
     "DELORA": delora,
+    "ROAD": road,
 }
 
 
@@ -160,6 +183,11 @@ REFUSED = {
     "delora shape": ({}, put(delora_A=torch.zeros(2, 64)), f"{Q}.delora_B is F32 [64, 3], expected [out, 2]."),
     "delora size": (
         {}, put(delora_B=torch.zeros(63, 3)), f"{Q}.delora_B [63, 3] does not fit {W} [64, 64]; is the adapter for another base?"
+    ),
+    "road variant": ({"variant": "road_3"}, None, "variant is road_3, which is not supported; known are road_1, road_2, road_4."),
+    "road group": ({"group_size": 7}, None, "group_size is 7, expected an even number."),
+    "road size": (
+        {"group_size": 6}, None, f"{Q}.road_theta [32] does not fit {W} [64, 64]; is the adapter for another base?"
     ),
 }  # fmt: skip
 

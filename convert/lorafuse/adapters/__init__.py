@@ -11,6 +11,7 @@ from lorafuse.adapters import (
     beft,
     delora,
     lora,
+    road,
 )
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
@@ -20,6 +21,7 @@ ADAPTERS: dict[str, ModuleType] = {
     "BEFT": beft,
     "DELORA": delora,
     "LORA": lora,
+    "ROAD": road,
 }
 
 __all__ = ["ADAPTERS", "AdapterDir", "Edit", "Patch", "Target", "Update", "module_of", "open_adapter"]
