@@ -13,6 +13,7 @@ from lorafuse.errors import AdapterError
 from oracle import CONV1D, config, decode, read_adapter, read_tensors
 from test_lora import assert_same_answers, rewrite
 
+GPT2 = ["c_attn", "c_proj", "c_fc"]
 # case → (config class, base, settings beside the target modules, which are q_proj and down_proj unless given); a case is named
 # after its type.
 CASES = {
@@ -20,6 +21,10 @@ CASES = {
     "beft_nf4": ("BeftConfig", "nf4_dq", {}),
     "delora": ("DeloraConfig", "fp32", {"r": 4, "rank_pattern": {"q_proj": 3}}),
     "delora_nf4": ("DeloraConfig", "nf4_dq", {"r": 4}),
+    "gralora": ("GraloraConfig", "fp32", {"r": 4, "gralora_k": 2, "alpha": 6}),
+    "gralora_hybrid": ("GraloraConfig", "fp32", {"r": 8, "gralora_k": 4, "hybrid_r": 3}),
+    "gralora_gpt2": ("GraloraConfig", "gpt2", {"r": 4, "gralora_k": 2, "hybrid_r": 2, "target_modules": GPT2}),
+    "gralora_nf4": ("GraloraConfig", "nf4_dq", {"r": 4, "gralora_k": 2}),
     "road": ("RoadConfig", "fp32", {"group_size": 8}),
     "road_2": ("RoadConfig", "fp32", {"variant": "road_2", "group_size": 16}),
     "road_4": ("RoadConfig", "fp32", {"variant": "road_4", "group_size": 32}),
@@ -117,6 +122,18 @@ def delora(W, b, t, c, g):
     return W + B @ diagonal @ A * t["w_norm"], b
 
 
+def gralora(W, b, t, c, g):
+    A, B, k, delta = t["A"], t["B"], c["gralora_k"], torch.zeros_like(W)
+    q, rows, cols = A.shape[2] // k, B.shape[2], A.shape[1]
+    for m in range(k):
+        for n in range(k):
+            block = (A[n][:, m * q : (m + 1) * q] @ B[m][n * q : (n + 1) * q]).T
+            delta[m * rows : (m + 1) * rows, n * cols : (n + 1) * cols] = block
+    if c["hybrid_r"]:
+        delta += t["B_general.weight"] @ t["A_general.weight"]
+    return W + delta * c["alpha"] / (A.shape[2] + c["hybrid_r"]), b
+
+
 def road(W, b, t, c, g):
     theta, alpha, group = t["theta"], t["alpha"], c["group_size"]
     R = torch.zeros(len(W), len(W), dtype=torch.float64)
@@ -137,6 +154,7 @@ def road(W, b, t, c, g):
 TRUTHS = {
     "BEFT": beft,
     "DELORA": delora,
+    "GRALORA": gralora,
     "ROAD": road,
 }
 
@@ -184,6 +202,13 @@ REFUSED = {
     "delora size": (
         {}, put(delora_B=torch.zeros(63, 3)), f"{Q}.delora_B [63, 3] does not fit {W} [64, 64]; is the adapter for another base?"
     ),
+    "gralora ranks": ({}, put(gralora_B=torch.zeros(2, 3, 32)), f"{Q}.gralora_B is F32 [2, 3, 32], expected [2, 4, out / 2]."),
+    "gralora size": (
+        {},
+        put(gralora_B=torch.zeros(2, 4, 31)),
+        f"{Q}.gralora_B [2, 4, 31] does not fit {W} [64, 64]; is the adapter for another base?",
+    ),
+    "gralora alpha": ({"alpha": True}, None, "alpha is True, expected a number."),
     "road variant": ({"variant": "road_3"}, None, "variant is road_3, which is not supported; known are road_1, road_2, road_4."),
     "road group": ({"group_size": 7}, None, "group_size is 7, expected an even number."),
     "road size": (

@@ -10,6 +10,7 @@ from types import ModuleType
 from lorafuse.adapters import (
     beft,
     delora,
+    gralora,
     lora,
     road,
 )
@@ -20,6 +21,7 @@ from lorafuse.errors import AdapterError, listed, shown
 ADAPTERS: dict[str, ModuleType] = {
     "BEFT": beft,
     "DELORA": delora,
+    "GRALORA": gralora,
     "LORA": lora,
     "ROAD": road,
 }
