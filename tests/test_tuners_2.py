@@ -11,7 +11,7 @@ import lorafuse
 from conftest import QUANTIZED
 from lorafuse.errors import AdapterError
 from oracle import CONV1D, config, decode, read_adapter, read_tensors
-from test_lora import assert_same_answers, rewrite
+from test_lora import Convolutions, assert_same_answers, rewrite
 
 GPT2 = ["c_attn", "c_proj", "c_fc"]
 # case → (config class, base, settings beside the target modules, which are q_proj and down_proj unless given); a case is named
@@ -25,6 +25,10 @@ CASES = {
     "gralora_hybrid": ("GraloraConfig", "fp32", {"r": 8, "gralora_k": 4, "hybrid_r": 3}),
     "gralora_gpt2": ("GraloraConfig", "gpt2", {"r": 4, "gralora_k": 2, "hybrid_r": 2, "target_modules": GPT2}),
     "gralora_nf4": ("GraloraConfig", "nf4_dq", {"r": 4, "gralora_k": 2}),
+    "hira": ("HiraConfig", "fp32", {"r": 4, "rank_pattern": {"q_proj": 3}}),
+    "hira_embedding": ("HiraConfig", "fp32", {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}),
+    "hira_gpt2": ("HiraConfig", "gpt2", {"r": 4, "target_modules": GPT2}),
+    "hira_nf4": ("HiraConfig", "nf4_dq", {"r": 4}),
     "road": ("RoadConfig", "fp32", {"group_size": 8}),
     "road_2": ("RoadConfig", "fp32", {"variant": "road_2", "group_size": 16}),
     "road_4": ("RoadConfig", "fp32", {"variant": "road_4", "group_size": 32}),
@@ -32,7 +36,7 @@ CASES = {
     "road_nf4": ("RoadConfig", "nf4_dq", {"group_size": 64}),
 }
 # How far from their start the trained tensors are moved, where 0.05 would change too little or too much.
-SPREAD = {"delora": 0.2}
+SPREAD = {"delora": 0.2, "hira": 0.3}
 
 
 def kind_of(case):
@@ -134,6 +138,11 @@ def gralora(W, b, t, c, g):
     return W + delta * c["alpha"] / (A.shape[2] + c["hybrid_r"]), b
 
 
+def hira(W, b, t, c, g):
+    factor = t["B"] @ t["A"] if "B" in t else (t["embedding_B"] @ t["embedding_A"]).T
+    return W + W * factor, b
+
+
 def road(W, b, t, c, g):
     theta, alpha, group = t["theta"], t["alpha"], c["group_size"]
     R = torch.zeros(len(W), len(W), dtype=torch.float64)
@@ -155,6 +164,7 @@ TRUTHS = {
     "BEFT": beft,
     "DELORA": delora,
     "GRALORA": gralora,
+    "HIRA": hira,
     "ROAD": road,
 }
 
@@ -176,6 +186,25 @@ def test_a_trained_bias_is_replaced_before_it_is_updated(kind, tuned, tmp_path):
     ckpt, adapter, model = tuned(kind, bias="all")
     lorafuse.convert(ckpt, adapter, tmp_path / "out")
     assert_same_answers(tmp_path / "out", model)
+
+
+def test_hira_merges_convolutions_and_embeddings_as_in_peft(tmp_path):
+    torch.manual_seed(0)
+    model, ckpt = Convolutions(), tmp_path / "ckpt"
+    ckpt.mkdir()
+    save_file(dict(model.state_dict()), ckpt / "model.safetensors")
+    (ckpt / "config.json").write_text('{"model_type": "none", "architectures": ["Convolutions"], "dtype": "float32"}')
+    model = peft.get_peft_model(model, peft.HiraConfig(r=3, target_modules=["one", "two", "three", "point", "words"]))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    lorafuse.convert(ckpt, tmp_path / "adapter", tmp_path / "out")
+    expected, found = model.merge_and_unload().state_dict(), read_tensors(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, rtol=1e-6, atol=1e-6), name
 
 
 # case → (fields of the config, what is done to the tensors, the message after the file's path)
@@ -209,6 +238,10 @@ REFUSED = {
         f"{Q}.gralora_B [2, 4, 31] does not fit {W} [64, 64]; is the adapter for another base?",
     ),
     "gralora alpha": ({"alpha": True}, None, "alpha is True, expected a number."),
+    "hira kind": ({}, put(hira_C=torch.zeros(1)), f"{Q}.hira_C is of a kind that is not supported."),
+    "hira size": (
+        {}, put(hira_B=torch.zeros(63, 4)), f"{Q}.hira_B [63, 4] does not fit {W} [64, 64]; is the adapter for another base?"
+    ),
     "road variant": ({"variant": "road_3"}, None, "variant is road_3, which is not supported; known are road_1, road_2, road_4."),
     "road group": ({"group_size": 7}, None, "group_size is 7, expected an even number."),
     "road size": (

@@ -11,6 +11,7 @@ from lorafuse.adapters import (
     beft,
     delora,
     gralora,
+    hira,
     lora,
     road,
 )
@@ -22,6 +23,7 @@ ADAPTERS: dict[str, ModuleType] = {
     "BEFT": beft,
     "DELORA": delora,
     "GRALORA": gralora,
+    "HIRA": hira,
     "LORA": lora,
     "ROAD": road,
 }
