@@ -21,6 +21,12 @@ CASES = {
     "beft_nf4": ("BeftConfig", "nf4_dq", {}),
     "delora": ("DeloraConfig", "fp32", {"r": 4, "rank_pattern": {"q_proj": 3}}),
     "delora_nf4": ("DeloraConfig", "nf4_dq", {"r": 4}),
+    "glora": ("GloraConfig", "fp32", {"r": 3}),
+    "glora_vectors": ("GloraConfig", "fp32", {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}),
+    "glora_constants": ("GloraConfig", "fp32", {"config_A_B": "constant", "config_C": "none", "config_D_E": "constant"}),
+    "glora_off": ("GloraConfig", "fp32", {"config_A_B": "none", "config_C": "vector", "config_D_E": "none"}),
+    "glora_no_bias": ("GloraConfig", "bf16_odd", {"r": 3}),
+    "glora_nf4": ("GloraConfig", "nf4_dq", {"r": 3}),
     "gralora": ("GraloraConfig", "fp32", {"r": 4, "gralora_k": 2, "alpha": 6}),
     "gralora_hybrid": ("GraloraConfig", "fp32", {"r": 8, "gralora_k": 4, "hybrid_r": 3}),
     "gralora_gpt2": ("GraloraConfig", "gpt2", {"r": 4, "gralora_k": 2, "hybrid_r": 2, "target_modules": GPT2}),
@@ -126,6 +132,18 @@ def delora(W, b, t, c, g):
     return W + B @ diagonal @ A * t["w_norm"], b
 
 
+def glora(W, b, t, c, g):
+    def path(name, shape):
+        if f"{name}.Xd" in t:
+            return t[f"{name}.Xd"] @ t[f"{name}.Xu"]
+        return t.get(f"{name}.X", t.get(f"{name}.zeros", torch.zeros(shape)))
+
+    new = W + W * path("A", W.shape) + path("B", W.shape)
+    if b is None:
+        return new, None
+    return new, b + b * path("D", b.shape) + path("E", b.shape) + (W @ path("C", (W.shape[1], 1)))[:, 0]
+
+
 def gralora(W, b, t, c, g):
     A, B, k, delta = t["A"], t["B"], c["gralora_k"], torch.zeros_like(W)
     q, rows, cols = A.shape[2] // k, B.shape[2], A.shape[1]
@@ -163,6 +181,7 @@ def road(W, b, t, c, g):
 TRUTHS = {
     "BEFT": beft,
     "DELORA": delora,
+    "GLORA": glora,
     "GRALORA": gralora,
     "HIRA": hira,
     "ROAD": road,
@@ -230,6 +249,10 @@ REFUSED = {
     "delora shape": ({}, put(delora_A=torch.zeros(2, 64)), f"{Q}.delora_B is F32 [64, 3], expected [out, 2]."),
     "delora size": (
         {}, put(delora_B=torch.zeros(63, 3)), f"{Q}.delora_B [63, 3] does not fit {W} [64, 64]; is the adapter for another base?"
+    ),
+    "glora half": ({}, drop(f"{Q}.glora_A.Xu"), "model.layers.0.self_attn.q_proj has glora_A.Xd but no glora_A.Xu."),
+    "glora size": (
+        {}, put(glora_C__Xd=torch.zeros(63, 3)), f"{Q}.glora_C.Xd [63, 3] does not fit {B} [64]; is the adapter for another base?"
     ),
     "gralora ranks": ({}, put(gralora_B=torch.zeros(2, 3, 32)), f"{Q}.gralora_B is F32 [2, 3, 32], expected [2, 4, out / 2]."),
     "gralora size": (

@@ -10,6 +10,7 @@ from types import ModuleType
 from lorafuse.adapters import (
     beft,
     delora,
+    glora,
     gralora,
     hira,
     lora,
@@ -22,6 +23,7 @@ from lorafuse.errors import AdapterError, listed, shown
 ADAPTERS: dict[str, ModuleType] = {
     "BEFT": beft,
     "DELORA": delora,
+    "GLORA": glora,
     "GRALORA": gralora,
     "HIRA": hira,
     "LORA": lora,
