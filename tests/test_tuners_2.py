@@ -40,9 +40,13 @@ CASES = {
     "road_4": ("RoadConfig", "fp32", {"variant": "road_4", "group_size": 32}),
     "road_no_bias": ("RoadConfig", "bf16_odd", {"group_size": 10}),
     "road_nf4": ("RoadConfig", "nf4_dq", {"group_size": 64}),
+    "vera": ("VeraConfig", "fp32", {"r": 5}),
+    "vera_unsaved": ("VeraConfig", "gpt2", {"r": 5, "save_projection": False, "projection_prng_key": 3, "target_modules": GPT2}),
+    "vera_gpt2": ("VeraConfig", "gpt2", {"r": 5, "target_modules": GPT2}),
+    "vera_nf4": ("VeraConfig", "nf4_dq", {"r": 5}),
 }
 # How far from their start the trained tensors are moved, where 0.05 would change too little or too much.
-SPREAD = {"delora": 0.2, "hira": 0.3}
+SPREAD = {"delora": 0.2, "vera": 0.5, "hira": 0.3}
 
 
 def kind_of(case):
@@ -78,7 +82,8 @@ def tuned(base, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_merged_model_answers_as_the_unmerged_one(case, tuned, tmp_path):
+def test_the_merged_model_answers_as_the_unmerged_one(case, tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorafuse.adapters.vera.READ_NUMEL", 640)
     ckpt, adapter, model = tuned(case)
     receipt = lorafuse.convert(ckpt, adapter, tmp_path / "out", dtype="float32")
     assert_same_answers(tmp_path / "out", model)
@@ -161,6 +166,13 @@ def hira(W, b, t, c, g):
     return W + W * factor, b
 
 
+def vera(W, b, t, c, g):
+    if "A" not in g:
+        pytest.skip("the projections are not in the file; the answers are compared with PEFT's")
+    A, B = g["A"][:, : W.shape[1]], g["B"][: W.shape[0]]
+    return W + (t["lambda_b"][:, None] * B) @ (t["lambda_d"][: B.shape[1], None] * A[: B.shape[1]]), b
+
+
 def road(W, b, t, c, g):
     theta, alpha, group = t["theta"], t["alpha"], c["group_size"]
     R = torch.zeros(len(W), len(W), dtype=torch.float64)
@@ -185,6 +197,7 @@ TRUTHS = {
     "GRALORA": gralora,
     "HIRA": hira,
     "ROAD": road,
+    "VERA": vera,
 }
 
 
@@ -269,6 +282,17 @@ REFUSED = {
     "road group": ({"group_size": 7}, None, "group_size is 7, expected an even number."),
     "road size": (
         {"group_size": 6}, None, f"{Q}.road_theta [32] does not fit {W} [64, 64]; is the adapter for another base?"
+    ),
+    "vera unsaved": (
+        {},
+        lambda found: (found.pop("base_model.vera_A"), found.pop("base_model.vera_B")),
+        "holds no base_model.vera_A, though {adapter}/adapter_config.json says save_projection.",
+    ),
+    "vera rank": ({}, put(vera_lambda_d=torch.zeros(4)), f"{Q}.vera_lambda_d is F32 [4], expected [5]."),
+    "vera projection": (
+        {},
+        lambda found: found.update({"base_model.vera_A": torch.zeros(5, 63)}),
+        f"base_model.vera_A [5, 63] does not fit {W} [64, 64]; is the adapter for another base?",
     ),
 }  # fmt: skip
 

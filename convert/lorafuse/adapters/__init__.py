@@ -15,6 +15,7 @@ from lorafuse.adapters import (
     hira,
     lora,
     road,
+    vera,
 )
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
@@ -28,6 +29,7 @@ ADAPTERS: dict[str, ModuleType] = {
     "HIRA": hira,
     "LORA": lora,
     "ROAD": road,
+    "VERA": vera,
 }
 
 __all__ = ["ADAPTERS", "AdapterDir", "Edit", "Patch", "Target", "Update", "module_of", "open_adapter"]
