@@ -35,6 +35,10 @@ CASES = {
     "hira_embedding": ("HiraConfig", "fp32", {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}),
     "hira_gpt2": ("HiraConfig", "gpt2", {"r": 4, "target_modules": GPT2}),
     "hira_nf4": ("HiraConfig", "nf4_dq", {"r": 4}),
+    "pvera": ("PveraConfig", "fp32", {"r": 5}),
+    "pvera_unsaved": ("PveraConfig", "fp32", {"r": 5, "save_projection": False}),
+    "pvera_gpt2": ("PveraConfig", "gpt2", {"r": 5, "target_modules": GPT2}),
+    "pvera_nf4": ("PveraConfig", "nf4_dq", {"r": 5}),
     "road": ("RoadConfig", "fp32", {"group_size": 8}),
     "road_2": ("RoadConfig", "fp32", {"variant": "road_2", "group_size": 16}),
     "road_4": ("RoadConfig", "fp32", {"variant": "road_4", "group_size": 32}),
@@ -46,7 +50,7 @@ CASES = {
     "vera_nf4": ("VeraConfig", "nf4_dq", {"r": 5}),
 }
 # How far from their start the trained tensors are moved, where 0.05 would change too little or too much.
-SPREAD = {"delora": 0.2, "vera": 0.5, "hira": 0.3}
+SPREAD = {"delora": 0.2, "vera": 0.5, "pvera": 0.5, "hira": 0.3}
 
 
 def kind_of(case):
@@ -196,6 +200,7 @@ TRUTHS = {
     "GLORA": glora,
     "GRALORA": gralora,
     "HIRA": hira,
+    "PVERA": vera,
     "ROAD": road,
     "VERA": vera,
 }
@@ -278,6 +283,13 @@ REFUSED = {
     "hira size": (
         {}, put(hira_B=torch.zeros(63, 4)), f"{Q}.hira_B [63, 4] does not fit {W} [64, 64]; is the adapter for another base?"
     ),
+    "pvera sampling": (
+        {"sample_at_inference": True},
+        None,
+        "sample_at_inference is set, which is not supported: each forward pass samples anew, so no merged weight equals it. Set it "
+        "to false to merge the mean.",
+    ),
+    "pvera rank": ({}, put(pvera_lambda_d=torch.zeros(9)), f"{Q}.pvera_lambda_d is F32 [9], expected [10]."),
     "road variant": ({"variant": "road_3"}, None, "variant is road_3, which is not supported; known are road_1, road_2, road_4."),
     "road group": ({"group_size": 7}, None, "group_size is 7, expected an even number."),
     "road size": (

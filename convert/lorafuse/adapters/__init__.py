@@ -14,6 +14,7 @@ from lorafuse.adapters import (
     gralora,
     hira,
     lora,
+    pvera,
     road,
     vera,
 )
@@ -28,6 +29,7 @@ ADAPTERS: dict[str, ModuleType] = {
     "GRALORA": gralora,
     "HIRA": hira,
     "LORA": lora,
+    "PVERA": pvera,
     "ROAD": road,
     "VERA": vera,
 }
