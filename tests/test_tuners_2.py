@@ -44,13 +44,17 @@ CASES = {
     "road_4": ("RoadConfig", "fp32", {"variant": "road_4", "group_size": 32}),
     "road_no_bias": ("RoadConfig", "bf16_odd", {"group_size": 10}),
     "road_nf4": ("RoadConfig", "nf4_dq", {"group_size": 64}),
+    "vblora": ("VBLoRAConfig", "fp32", {"r": 4, "num_vectors": 20, "vector_length": 16, "topk": 3}),
+    "vblora_topk": ("VBLoRAConfig", "fp32", {"r": 4, "num_vectors": 300, "vector_length": 16, "save_only_topk_weights": True}),
+    "vblora_gpt2": ("VBLoRAConfig", "gpt2", {"r": 3, "num_vectors": 9, "vector_length": 32, "target_modules": GPT2}),
+    "vblora_nf4": ("VBLoRAConfig", "nf4_dq", {"r": 4, "num_vectors": 20, "vector_length": 16}),
     "vera": ("VeraConfig", "fp32", {"r": 5}),
     "vera_unsaved": ("VeraConfig", "gpt2", {"r": 5, "save_projection": False, "projection_prng_key": 3, "target_modules": GPT2}),
     "vera_gpt2": ("VeraConfig", "gpt2", {"r": 5, "target_modules": GPT2}),
     "vera_nf4": ("VeraConfig", "nf4_dq", {"r": 5}),
 }
 # How far from their start the trained tensors are moved, where 0.05 would change too little or too much.
-SPREAD = {"delora": 0.2, "vera": 0.5, "pvera": 0.5, "hira": 0.3}
+SPREAD = {"delora": 0.2, "vblora": 0.5, "vera": 0.5, "pvera": 0.5, "hira": 0.3}
 
 
 def kind_of(case):
@@ -194,6 +198,19 @@ def road(W, b, t, c, g):
     return R @ W, None if b is None else R @ b
 
 
+def vblora(W, b, t, c, g):
+    def mixed(side):
+        if f"logits_{side}" in t:
+            values, indices = t[f"logits_{side}"].topk(c["topk"])
+            weights = values.softmax(-1)
+        else:
+            indices, most = t[f"logits_{side}_topk_indices"].long(), t[f"logits_{side}_topk_weights"]
+            weights = torch.cat([most, 1 - most.sum(-1, keepdim=True)], -1)
+        return torch.einsum("abk,abkv->abv", weights, g["vector_bank"][indices])
+
+    return W + torch.einsum("orv,riw->oviw", mixed("B"), mixed("A")).reshape(W.shape), b
+
+
 TRUTHS = {
     "BEFT": beft,
     "DELORA": delora,
@@ -202,6 +219,7 @@ TRUTHS = {
     "HIRA": hira,
     "PVERA": vera,
     "ROAD": road,
+    "VBLORA": vblora,
     "VERA": vera,
 }
 
@@ -295,6 +313,13 @@ REFUSED = {
     "road size": (
         {"group_size": 6}, None, f"{Q}.road_theta [32] does not fit {W} [64, 64]; is the adapter for another base?"
     ),
+    "vblora bank": ({}, drop("base_model.vblora_vector_bank"), "holds no base_model.vblora_vector_bank."),
+    "vblora vectors": (
+        {},
+        put(vblora_logits_A=torch.zeros(4, 4, 19)),
+        f"{Q}.vblora_logits_A is F32 [4, 4, 19], expected three dimensions, the last one 20.",
+    ),
+    "vblora topk": ({"topk": 21}, None, "base_model.vblora_vector_bank has 20 vectors, fewer than topk, 21."),
     "vera unsaved": (
         {},
         lambda found: (found.pop("base_model.vera_A"), found.pop("base_model.vera_B")),

@@ -16,6 +16,7 @@ from lorafuse.adapters import (
     lora,
     pvera,
     road,
+    vblora,
     vera,
 )
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
@@ -31,6 +32,7 @@ ADAPTERS: dict[str, ModuleType] = {
     "LORA": lora,
     "PVERA": pvera,
     "ROAD": road,
+    "VBLORA": vblora,
     "VERA": vera,
 }
 
