@@ -39,6 +39,11 @@ CASES = {
     "pvera_unsaved": ("PveraConfig", "fp32", {"r": 5, "save_projection": False}),
     "pvera_gpt2": ("PveraConfig", "gpt2", {"r": 5, "target_modules": GPT2}),
     "pvera_nf4": ("PveraConfig", "nf4_dq", {"r": 5}),
+    "randlora": ("RandLoraConfig", "fp32", {"r": 5, "randlora_alpha": 10}),
+    "randlora_wide": ("RandLoraConfig", "fp32", {"r": 8, "randlora_alpha": 8, "target_modules": ["k_proj", "up_proj"]}),
+    "randlora_sparse": ("RandLoraConfig", "fp32", {"r": 8, "randlora_alpha": 8, "very_sparse": True}),
+    "randlora_gpt2": ("RandLoraConfig", "gpt2", {"r": 5, "randlora_alpha": 10, "target_modules": GPT2}),
+    "randlora_nf4": ("RandLoraConfig", "nf4_dq", {"r": 5, "randlora_alpha": 10}),
     "road": ("RoadConfig", "fp32", {"group_size": 8}),
     "road_2": ("RoadConfig", "fp32", {"variant": "road_2", "group_size": 16}),
     "road_4": ("RoadConfig", "fp32", {"variant": "road_4", "group_size": 32}),
@@ -54,7 +59,7 @@ CASES = {
     "vera_nf4": ("VeraConfig", "nf4_dq", {"r": 5}),
 }
 # How far from their start the trained tensors are moved, where 0.05 would change too little or too much.
-SPREAD = {"delora": 0.2, "vblora": 0.5, "vera": 0.5, "pvera": 0.5, "hira": 0.3}
+SPREAD = {"delora": 0.2, "randlora": 0.02, "vblora": 0.5, "vera": 0.5, "pvera": 0.5, "hira": 0.3}
 
 
 def kind_of(case):
@@ -181,6 +186,15 @@ def vera(W, b, t, c, g):
     return W + (t["lambda_b"][:, None] * B) @ (t["lambda_d"][: B.shape[1], None] * A[: B.shape[1]]), b
 
 
+def randlora(W, b, t, c, g):
+    short, long = sorted(W.shape)
+    n = t["lambda"].shape[1]
+    A, B = g["A"][:, :, :short], g["B"][:long, :n]
+    scaled = (t["lambda"][:, :, None] * A * t["gamma"]).flatten(0, 1)
+    product = B.flatten(1) @ scaled
+    return W + (product if W.shape[1] == short else product.T) * c["randlora_alpha"] / c["r"], b
+
+
 def road(W, b, t, c, g):
     theta, alpha, group = t["theta"], t["alpha"], c["group_size"]
     R = torch.zeros(len(W), len(W), dtype=torch.float64)
@@ -218,6 +232,7 @@ TRUTHS = {
     "GRALORA": gralora,
     "HIRA": hira,
     "PVERA": vera,
+    "RANDLORA": randlora,
     "ROAD": road,
     "VBLORA": vblora,
     "VERA": vera,
@@ -260,6 +275,32 @@ def test_hira_merges_convolutions_and_embeddings_as_in_peft(tmp_path):
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.allclose(found[name], tensor, rtol=1e-6, atol=1e-6), name
+
+
+@pytest.mark.parametrize("left_nbytes", [0, 1 << 20])
+@pytest.mark.parametrize("case", ["randlora", "randlora_wide", "randlora_gpt2"])
+def test_randlora_bases_that_do_not_fit_are_read_again(case, left_nbytes, tuned, tmp_path, monkeypatch):
+    """The bytes are those of a run that holds them."""
+    monkeypatch.setattr("lorafuse.steps.TILE_NUMEL", 640)
+    monkeypatch.setattr("lorafuse.adapters.lowrank.RIGHT_CHUNK_NUMEL", 640)
+    monkeypatch.setattr("lorafuse.adapters.lowrank.LEFT_RESIDENT_NBYTES", left_nbytes)
+    ckpt, adapter, _ = tuned(case)
+    lorafuse.convert(ckpt, adapter, tmp_path / "a")
+    never = property(lambda self: False, lambda self, value: None)
+    monkeypatch.setattr("lorafuse.adapters.lowrank.LowRank.right_resident", never, raising=False)
+    lorafuse.convert(ckpt, adapter, tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_randlora_bases_saved_with_each_module_suffice(tuned, tmp_path):
+    """PEFT saves them with every module besides."""
+    ckpt, adapter, _ = tuned("randlora")
+    receipt = lorafuse.convert(ckpt, adapter, tmp_path / "a")
+    assert set(receipt["adapter_tensors"]["ignored"].values()) == {"a copy of the bases that all modules share"}
+    kept = {key: t for key, t in read_adapter(adapter).items() if not key.startswith("base_model.randlora_")}
+    save_file(kept, adapter / "adapter_model.safetensors")
+    lorafuse.convert(ckpt, adapter, tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
 # case → (fields of the config, what is done to the tensors, the message after the file's path)
@@ -308,6 +349,22 @@ REFUSED = {
         "to false to merge the mean.",
     ),
     "pvera rank": ({}, put(pvera_lambda_d=torch.zeros(9)), f"{Q}.pvera_lambda_d is F32 [9], expected [10]."),
+    "randlora unsaved": (
+        {},
+        drop("base_model.randlora_A"),
+        "base_model has randlora_B but no randlora_A.",
+    ),
+    "randlora unsaved both": (
+        {"save_projection": False},
+        lambda found: [found.pop(key) for key in list(found) if key.endswith(("randlora_A", "randlora_B"))],
+        "holds no base_model.randlora_A, and what PEFT would draw in its place depends on the machine; save the adapter with "
+        "save_projection=True.",
+    ),
+    "randlora size": (
+        {},
+        put(randlora_gamma=torch.zeros(13, 63)),
+        f"{Q}.randlora_gamma [13, 63] does not fit {W} [64, 64]; is the adapter for another base?",
+    ),
     "road variant": ({"variant": "road_3"}, None, "variant is road_3, which is not supported; known are road_1, road_2, road_4."),
     "road group": ({"group_size": 7}, None, "group_size is 7, expected an even number."),
     "road size": (
