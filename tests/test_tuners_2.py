@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 import lorafuse
 from conftest import QUANTIZED
+from lorafuse.adapters.seeded import _inside_out, first_of_randperm
 from lorafuse.errors import AdapterError
 from oracle import CONV1D, config, decode, read_adapter, read_tensors
 from test_lora import Convolutions, assert_same_answers, rewrite
@@ -21,6 +22,10 @@ CASES = {
     "beft_nf4": ("BeftConfig", "nf4_dq", {}),
     "delora": ("DeloraConfig", "fp32", {"r": 4, "rank_pattern": {"q_proj": 3}}),
     "delora_nf4": ("DeloraConfig", "nf4_dq", {"r": 4}),
+    "fourierft": ("FourierFTConfig", "fp32", {"n_frequency": 50, "scaling": 100.0, "n_frequency_pattern": {"q_proj": 70}}),
+    "fourierft_dense": ("FourierFTConfig", "fp32", {"n_frequency": 4000, "random_loc_seed": 5}),
+    "fourierft_gpt2": ("FourierFTConfig", "gpt2", {"n_frequency": 60, "scaling": 100.0, "target_modules": GPT2}),
+    "fourierft_nf4": ("FourierFTConfig", "nf4_dq", {"n_frequency": 50}),
     "glora": ("GloraConfig", "fp32", {"r": 3}),
     "glora_vectors": ("GloraConfig", "fp32", {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}),
     "glora_constants": ("GloraConfig", "fp32", {"config_A_B": "constant", "config_C": "none", "config_D_E": "constant"}),
@@ -59,7 +64,7 @@ CASES = {
     "vera_nf4": ("VeraConfig", "nf4_dq", {"r": 5}),
 }
 # How far from their start the trained tensors are moved, where 0.05 would change too little or too much.
-SPREAD = {"delora": 0.2, "randlora": 0.02, "vblora": 0.5, "vera": 0.5, "pvera": 0.5, "hira": 0.3}
+SPREAD = {"delora": 0.2, "fourierft": 1.0, "randlora": 0.02, "vblora": 0.5, "vera": 0.5, "pvera": 0.5, "hira": 0.3}
 
 
 def kind_of(case):
@@ -150,6 +155,16 @@ def delora(W, b, t, c, g):
     return W + B @ diagonal @ A * t["w_norm"], b
 
 
+def fourierft(W, b, t, c, g):
+    return W + torch.fft.ifft2(scattered(W.shape, t["spectrum"], c)).real * c["scaling"], b
+
+
+def scattered(shape, spectrum, c):
+    dense = torch.zeros(shape[0] * shape[1], dtype=torch.float64)
+    dense[torch.randperm(len(dense), generator=torch.Generator().manual_seed(c["random_loc_seed"]))[: len(spectrum)]] = spectrum
+    return dense.view(shape)
+
+
 def glora(W, b, t, c, g):
     def path(name, shape):
         if f"{name}.Xd" in t:
@@ -228,6 +243,7 @@ def vblora(W, b, t, c, g):
 TRUTHS = {
     "BEFT": beft,
     "DELORA": delora,
+    "FOURIERFT": fourierft,
     "GLORA": glora,
     "GRALORA": gralora,
     "HIRA": hira,
@@ -303,6 +319,22 @@ def test_randlora_bases_saved_with_each_module_suffice(tuned, tmp_path):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("n", "n_first", "seed"), [(1, 1, 0), (100, 100, 777), (6144, 301, 2**40 + 1), (10**6, 1000, 0)])
+def test_places_are_those_of_randperm(n, n_first, seed):
+    expected = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:n_first]
+    assert torch.equal(first_of_randperm(n, n_first, seed), expected)
+
+
+def test_places_of_a_large_weight_come_from_the_other_shuffle():
+    """From 214748364 elements on torch.randperm shuffles inside out; compared with the plain loop, since randperm takes 1.7 GB."""
+    draws, shuffled = torch.Generator().manual_seed(7), []
+    for i in range(1000):
+        word = int(torch.empty(1, dtype=torch.int64).random_(-(2**63), None, generator=draws)) % 2**64
+        shuffled.append(i)
+        shuffled[i], shuffled[word % (i + 1)] = shuffled[word % (i + 1)], i
+    assert _inside_out(1000, 40, torch.Generator().manual_seed(7)).tolist() == shuffled[:40]
+
+
 # case → (fields of the config, what is done to the tensors, the message after the file's path)
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 W = "model.layers.0.self_attn.q_proj.weight"
@@ -326,6 +358,13 @@ REFUSED = {
     "delora shape": ({}, put(delora_A=torch.zeros(2, 64)), f"{Q}.delora_B is F32 [64, 3], expected [out, 2]."),
     "delora size": (
         {}, put(delora_B=torch.zeros(63, 3)), f"{Q}.delora_B [63, 3] does not fit {W} [64, 64]; is the adapter for another base?"
+    ),
+    "fourierft scaling": ({"scaling": "much"}, None, "scaling is much, expected a number."),
+    "fourierft seed": ({"random_loc_seed": None}, None, "random_loc_seed is None, expected an integer of at least 0."),
+    "fourierft size": (
+        {},
+        put(fourierft_spectrum=torch.zeros(5000)),
+        f"{Q}.fourierft_spectrum [5000] does not fit {W} [64, 64]; is the adapter for another base?",
     ),
     "glora half": ({}, drop(f"{Q}.glora_A.Xu"), "model.layers.0.self_attn.q_proj has glora_A.Xd but no glora_A.Xu."),
     "glora size": (

@@ -10,6 +10,7 @@ from types import ModuleType
 from lorafuse.adapters import (
     beft,
     delora,
+    fourierft,
     glora,
     gralora,
     hira,
@@ -27,6 +28,7 @@ from lorafuse.errors import AdapterError, listed, shown
 ADAPTERS: dict[str, ModuleType] = {
     "BEFT": beft,
     "DELORA": delora,
+    "FOURIERFT": fourierft,
     "GLORA": glora,
     "GRALORA": gralora,
     "HIRA": hira,
