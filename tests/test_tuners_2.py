@@ -5,11 +5,15 @@ import re
 import peft
 import pytest
 import torch
+from peft.tuners.waveft.constants import WAVELET_REDUCTIONS
+from peft.tuners.waveft.wavelet import Wavelet
+from peft.tuners.waveft.waverec2d import waverec2d
 from safetensors.torch import save_file
 
 import lorafuse
 from conftest import QUANTIZED
 from lorafuse.adapters.seeded import _inside_out, first_of_randperm
+from lorafuse.adapters.wavelets import FAMILIES, reconstruction_filters
 from lorafuse.errors import AdapterError
 from oracle import CONV1D, config, decode, read_adapter, read_tensors
 from test_lora import Convolutions, assert_same_answers, rewrite
@@ -62,9 +66,15 @@ CASES = {
     "vera_unsaved": ("VeraConfig", "gpt2", {"r": 5, "save_projection": False, "projection_prng_key": 3, "target_modules": GPT2}),
     "vera_gpt2": ("VeraConfig", "gpt2", {"r": 5, "target_modules": GPT2}),
     "vera_nf4": ("VeraConfig", "nf4_dq", {"r": 5}),
+    "waveft": ("WaveFTConfig", "fp32", {"n_frequency": 300, "n_frequency_pattern": {"q_proj": 90}}),
+    "waveft_db4": ("WaveFTConfig", "fp32", {"n_frequency": 300, "wavelet_family": "db4", "proportional_parameters": True}),
+    "waveft_sym7": ("WaveFTConfig", "bf16_odd", {"n_frequency": 300, "wavelet_family": "sym7", "random_loc_seed": 5}),
+    "waveft_sparse": ("WaveFTConfig", "fp32", {"n_frequency": 300, "use_idwt": False}),
+    "waveft_gpt2": ("WaveFTConfig", "gpt2", {"n_frequency": 300, "wavelet_family": "db3", "target_modules": GPT2}),
+    "waveft_nf4": ("WaveFTConfig", "nf4_dq", {"n_frequency": 300}),
 }
 # How far from their start the trained tensors are moved, where 0.05 would change too little or too much.
-SPREAD = {"delora": 0.2, "fourierft": 1.0, "randlora": 0.02, "vblora": 0.5, "vera": 0.5, "pvera": 0.5, "hira": 0.3}
+SPREAD = {"delora": 0.2, "fourierft": 1.0, "randlora": 0.02, "vblora": 0.5, "waveft": 0.02, "vera": 0.5, "pvera": 0.5, "hira": 0.3}
 
 
 def kind_of(case):
@@ -240,6 +250,19 @@ def vblora(W, b, t, c, g):
     return W + torch.einsum("orv,riw->oviw", mixed("B"), mixed("A")).reshape(W.shape), b
 
 
+def waveft(W, b, t, c, g):
+    coefficients = scattered(W.shape, t["spectrum"], c)
+    if not c["use_idwt"]:
+        return W + coefficients * c["scaling"], b
+    reduction = WAVELET_REDUCTIONS[c["wavelet_family"]][0]
+    shape = [(n + reduction + 1) // 2 * 2 for n in W.shape]
+    top, left = ((a - n) // 2 for a, n in zip(shape, W.shape, strict=True))
+    padded = torch.zeros(shape, dtype=torch.float64)
+    padded[top : top + W.shape[0], left : left + W.shape[1]] = coefficients
+    (a, h), (v, d) = (half.chunk(2, dim=1) for half in padded.chunk(2))
+    return W + waverec2d((a, (h, v, d)), c["wavelet_family"])[: W.shape[0], : W.shape[1]] * c["scaling"], b
+
+
 TRUTHS = {
     "BEFT": beft,
     "DELORA": delora,
@@ -252,6 +275,7 @@ TRUTHS = {
     "ROAD": road,
     "VBLORA": vblora,
     "VERA": vera,
+    "WAVEFT": waveft,
 }
 
 
@@ -333,6 +357,14 @@ def test_places_of_a_large_weight_come_from_the_other_shuffle():
         shuffled.append(i)
         shuffled[i], shuffled[word % (i + 1)] = shuffled[word % (i + 1)], i
     assert _inside_out(1000, 40, torch.Generator().manual_seed(7)).tolist() == shuffled[:40]
+
+
+def test_filters_are_those_of_peft():
+    for family in FAMILIES:
+        wavelet = Wavelet(family)
+        expected = torch.tensor([wavelet.rec_lo, wavelet.rec_hi], dtype=torch.float64)
+        assert (reconstruction_filters(family) - expected).abs().max() < 1e-11, family
+        assert WAVELET_REDUCTIONS[family] == (expected.shape[1] - 2,) * 2
 
 
 # case → (fields of the config, what is done to the tensors, the message after the file's path)
@@ -427,6 +459,12 @@ REFUSED = {
         lambda found: found.update({"base_model.vera_A": torch.zeros(5, 63)}),
         f"base_model.vera_A [5, 63] does not fit {W} [64, 64]; is the adapter for another base?",
     ),
+    "waveft family": (
+        {"wavelet_family": "coif1"},
+        None,
+        "wavelet_family is coif1, which is not supported; known are db1, db2, db3, db4, db5 and 14 more.",
+    ),
+    "waveft shape": ({}, put(waveft_spectrum=torch.zeros(5, 5)), f"{Q}.waveft_spectrum is F32 [5, 5], expected [n_frequency]."),
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from lorafuse.adapters import (
     road,
     vblora,
     vera,
+    waveft,
 )
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
@@ -38,6 +39,7 @@ ADAPTERS: dict[str, ModuleType] = {
     "ROAD": road,
     "VBLORA": vblora,
     "VERA": vera,
+    "WAVEFT": waveft,
 }
 
 __all__ = ["ADAPTERS", "AdapterDir", "Edit", "Patch", "Target", "Update", "module_of", "open_adapter"]
