@@ -37,7 +37,9 @@ ORDER = """
 RANK = {module: rank for rank, line in enumerate(ORDER.split("\n")) for module in line.split()}
 # Beside the codecs and the adapter types themselves.
 CODEC_HELPERS = {"sources"}
-ADAPTER_HELPERS = {"factor", "keys", "lowrank", "lycoris", "modules", "patch", "rotation", "rowwise", "store"}
+ADAPTER_HELPERS = {
+    "factor", "keys", "lowrank", "lycoris", "modules", "patch", "rotation", "rowwise", "seeded", "shared", "store", "wavelets",
+}  # fmt: skip
 
 
 def top(path: Path) -> str:
@@ -190,6 +192,7 @@ def test_plain_style(path: Path) -> None:
     assert "hasattr" not in used_names(path)
     allowed = {
         "Protocol",
+        "Readable",
         "NamedTuple",
         "Patch",
         "Exception",

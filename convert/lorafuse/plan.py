@@ -57,8 +57,16 @@ def _edits(updates: list[Update], names: Names, adapter: AdapterDir) -> dict[str
         if update.make:
             if sources.spec.dtype not in FLOATS:
                 raise AdapterError(f"{adapter.file}: {shown(update.keys[0])} updates {shown(weight)}, which is {sources.spec}.")
-            edit.patches.append(update.make(Target(weight, sources.spec, is_conv1d(names.config, weight))))
+            beside = _beside(update, names, adapter, edits)
+            edit.patches.append(update.make(Target(weight, sources.spec, is_conv1d(names.config, weight), beside)))
     return edits
+
+
+def _beside(update: Update, names: Names, adapter: AdapterDir, edits: dict[str, Edit]) -> Sources | None:
+    if update.beside is None:
+        return None
+    other = names.resolve(update.beside, adapter.file, update.keys[0])
+    return edits.get(other, Edit()).replaced or names.weights.get(other) or names.weights[names.embed or ""]
 
 
 def _check_replacement(update: Update, weight: str, spec: TensorSpec, names: Names, adapter: AdapterDir) -> None:

@@ -7,14 +7,43 @@ reasons. A type is added by one file and one word in ADAPTERS.
 from pathlib import Path
 from types import ModuleType
 
-from lorafuse.adapters import boft, c3a, hra, ia3, loha, lokr, lora, miss, oft, shira
+from lorafuse.adapters import (
+    beft,
+    boft,
+    c3a,
+    delora,
+    fourierft,
+    glora,
+    gralora,
+    hira,
+    hra,
+    ia3,
+    loha,
+    lokr,
+    lora,
+    miss,
+    oft,
+    pvera,
+    randlora,
+    road,
+    shira,
+    vblora,
+    vera,
+    waveft,
+)
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, listed, shown
 
 ADAPTERS: dict[str, ModuleType] = {
+    "BEFT": beft,
     "BOFT": boft,
     "C3A": c3a,
+    "DELORA": delora,
+    "FOURIERFT": fourierft,
+    "GLORA": glora,
+    "GRALORA": gralora,
+    "HIRA": hira,
     "HRA": hra,
     "IA3": ia3,
     "LOHA": loha,
@@ -22,7 +51,13 @@ ADAPTERS: dict[str, ModuleType] = {
     "LORA": lora,
     "MISS": miss,
     "OFT": oft,
+    "PVERA": pvera,
+    "RANDLORA": randlora,
+    "ROAD": road,
     "SHIRA": shira,
+    "VBLORA": vblora,
+    "VERA": vera,
+    "WAVEFT": waveft,
 }
 
 __all__ = ["ADAPTERS", "AdapterDir", "Edit", "Patch", "Target", "Update", "module_of", "open_adapter"]

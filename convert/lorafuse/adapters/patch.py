@@ -89,19 +89,23 @@ class Target:
     name: str
     spec: TensorSpec
     is_conv1d: bool
+    beside: Sources | None = None  # the other parameter that the update asked for, before any patch
 
 
 @dataclass(frozen=True)
 class Update:
     """What an adapter says about one parameter, before the checkpoint is known: a replacement, or a patch that
-    `make(target)` builds, which raises AdapterError when it does not fit. An `optional` one is dropped when the checkpoint has no
-    such parameter: what rescales outputs rescales the bias, if there is one."""
+    `make(target)` builds, which raises AdapterError when it does not fit.
+
+    An `optional` one is left out where the checkpoint has no such parameter (a bias); its keys belong to another update too.
+    """
 
     parameter: str  # in the adapter's naming
     keys: tuple[str, ...]
     replaced: Sources | None = None
     make: Callable[[Target], Patch] | None = None
     optional: bool = False
+    beside: str | None = None  # another parameter that the patch has to read: a bias that depends on its weight
 
 
 @dataclass
