@@ -186,7 +186,6 @@ REFUSED_FIELDS = {
     "kasa_config": {"x": 1},
     "layer_replication": [[0, 1], [0, 1]],
     "megatron_config": {"x": 1},
-    "target_parameters": ["mlp.experts.down_proj"],
     "trainable_token_indices": [1],
     "init_lora_weights": "pissa",
     "peft_type": "XLORA",

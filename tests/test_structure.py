@@ -37,9 +37,8 @@ ORDER = """
 RANK = {module: rank for rank, line in enumerate(ORDER.split("\n")) for module in line.split()}
 # Beside the codecs and the adapter types themselves.
 CODEC_HELPERS = {"sources"}
-ADAPTER_HELPERS = {
-    "factor", "keys", "lowrank", "lycoris", "modules", "patch", "rotation", "rowwise", "seeded", "shared", "store", "wavelets",
-}  # fmt: skip
+ADAPTER_HELPERS = {"experts", "factor", "keys", "lowrank", "lycoris", "modules", "patch", "placed", "rotation"}
+ADAPTER_HELPERS |= {"rowwise", "seeded", "shared", "store", "wavelets"}
 
 
 def top(path: Path) -> str:

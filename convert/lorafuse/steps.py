@@ -42,9 +42,15 @@ class Step:
         return self.action == "copied"
 
     @property
+    def _stacked(self) -> bool:
+        return any(patch.stacked for patch in self.patches)
+
+    @property
     def row_numel(self) -> int:
-        """Elements per row of a tile: patches see the weight as a matrix of its first dimension, decoding needs only the last."""
-        return max(self.spec.n_cols if self.patches else math.prod(self.spec.shape[-1:]), 1)
+        """Elements per row of a tile: patches see the weight as a matrix of its first dimension (or as a stack of matrices),
+        decoding needs only the last."""
+        whole_rows = self.patches and not self._stacked
+        return max(self.spec.n_cols if whole_rows else math.prod(self.spec.shape[-1:]), 1)
 
     @property
     def tile_numel(self) -> int:
@@ -56,7 +62,10 @@ class Step:
     def tiles(self) -> Iterator[tuple[int, int]]:
         """(start, stop) in elements, in order."""
         step, numel = self.tile_numel, self.spec.numel
-        return ((start, min(start + step, numel)) for start in range(0, numel, step))
+        matrix = max(self.spec.n_cols, 1) if self._stacked else numel
+        for first in range(0, numel, max(matrix, 1)):
+            last = first + matrix
+            yield from ((start, min(start + step, last)) for start in range(first, last, step))
 
     @property
     def resident_nbytes(self) -> int:

@@ -1,7 +1,7 @@
 """Adapters: one file per PEFT type, and `open_adapter`, which reads any of them.
 
-An adapter module has one function, `updates(adapter, scale, warn)`, which returns a list of Update and the ignored tensors with
-reasons. A type is added by one file and one word in ADAPTERS.
+An adapter module has one function, `updates(adapter, scale, warn)`, which returns a list of Update (or Choice) and the ignored
+tensors with reasons. A type is added by one file and one word in ADAPTERS.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ from lorafuse.adapters import (
     vera,
     waveft,
 )
-from lorafuse.adapters.patch import Edit, Patch, Target, Update
+from lorafuse.adapters.patch import Choice, Edit, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, listed, shown
 
@@ -60,7 +60,7 @@ ADAPTERS: dict[str, ModuleType] = {
     "WAVEFT": waveft,
 }
 
-__all__ = ["ADAPTERS", "AdapterDir", "Edit", "Patch", "Target", "Update", "module_of", "open_adapter"]
+__all__ = ["ADAPTERS", "AdapterDir", "Choice", "Edit", "Patch", "Target", "Update", "module_of", "open_adapter"]
 
 
 def open_adapter(path: Path) -> AdapterDir:

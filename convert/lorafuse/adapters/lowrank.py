@@ -56,6 +56,10 @@ class LowRank(Patch):
         return {"rank": self.rank, "scale": self.scale}
 
     @property
+    def reads_base(self) -> bool:
+        return False
+
+    @property
     def nbytes(self) -> int:
         return (self.left.nbytes if self.left_resident else 0) + (self.right.nbytes if self.right_resident else 0)
 
@@ -99,6 +103,10 @@ class AddVector(Patch):
     @property
     def facts(self) -> dict[str, Any]:
         return {"scale": self.scale}
+
+    @property
+    def reads_base(self) -> bool:
+        return False
 
     @property
     def nbytes(self) -> int:

@@ -53,6 +53,10 @@ class RowWise(Patch):
         return self._scratch_nbytes
 
     @property
+    def reads_base(self) -> bool:
+        return self._begin is not None
+
+    @property
     def row_multiple(self) -> int:
         return self._row_multiple
 
