@@ -5,7 +5,6 @@ package.
 """
 
 import json
-import re
 
 import pytest
 import torch
@@ -13,18 +12,35 @@ from safetensors.torch import save_file
 
 import lorafuse
 from lorafuse.errors import AdapterError
+from oracle import CONV1D as CONV1D_NAME
 from oracle import config, decode, read_adapter, read_tensors
-from test_lora import assert_same_answers, rewrite
+from test_lora import Convolutions, assert_same_answers, rewrite
 
 LAYERS = {"target_modules": ["q_proj", "down_proj"]}
 CONV1D = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
 ADALORA = {"init_r": 6, "target_r": 3, "total_step": 10, "lora_alpha": 9}
+# AdaLoRA's own form of a rank: which of the init_r are left, by the name of lora_E. One module has none left.
+KEPT = {"model.layers.0.self_attn.q_proj": [0, 1, 4], "model.layers.1.mlp.down_proj": []}
+REDUCED = {f"{module}.lora_E.default": [i in kept for i in range(6)] for module, kept in KEPT.items()}
+SUPRA = {"sparsity": 0.5, "select_top": False, "r": 3, "lora_alpha": 5}
 
 # name → (peft_type, settings, kind of base)
 CASES = {
     "ln_tuning": ("LN_TUNING", {"target_modules": ["input_layernorm", "norm"]}, "fp32"),
     "ln_tuning, a module with children": ("LN_TUNING", {"target_modules": ["mlp"]}, "fp32"),
     "ln_tuning, norms with a bias": ("LN_TUNING", {"target_modules": ["ln_1", "ln_f"]}, "gpt2"),
+    "adalora": ("ADALORA", LAYERS | ADALORA, "fp32"),
+    "adalora, conv1d, biases": ("ADALORA", CONV1D | ADALORA | {"bias": "lora_only"}, "gpt2"),
+    "adalora, no alpha": ("ADALORA", LAYERS | ADALORA | {"lora_alpha": 0}, "fp32"),
+    "adalora, ranks reduced": ("ADALORA", LAYERS | ADALORA | {"rank_pattern": REDUCED}, "fp32"),
+    "deft": ("DEFT", LAYERS | {"r": 3}, "fp32"),
+    "deft, qr, alpha": ("DEFT", LAYERS | {"r": 3, "decomposition_method": "qr", "alpha": 7, "bias": "deft_only"}, "fp32"),
+    "deft, para": ("DEFT", LAYERS | {"r": 3, "para": True}, "fp32"),
+    "deft, qr, para, conv1d": ("DEFT", CONV1D | {"r": 3, "decomposition_method": "qr", "para": True}, "gpt2"),
+    "deft, conv1d": ("DEFT", CONV1D | {"r": 3, "alpha": 2}, "gpt2"),
+    "deft, more rank than outputs": ("DEFT", {"target_modules": ["k_proj"], "r": 40, "alpha": 7}, "fp32"),
+    "supertuning": ("SUPERTUNING", LAYERS, "fp32"),
+    "supertuning, smallest, low rank": ("SUPERTUNING", LAYERS | SUPRA, "fp32"),
     "trainable_tokens": ("TRAINABLE_TOKENS", {"token_indices": [90, 1, 2, 5]}, "fp32"),
     "trainable_tokens, two layers": (
         "TRAINABLE_TOKENS",
@@ -40,7 +56,7 @@ def tuned(base, tmp_path):
     """tuned(peft_type, settings, kind) → an adapter that PEFT wrote for that base (dequantized, where it is quantized), every
     trained value moved at random; `.model` is PEFT's model, not merged."""
 
-    def make(kind, settings, base_kind="fp32", *, before=None, noise=0.05):
+    def make(kind, settings, base_kind="fp32", noise=0.05):
         from peft import get_peft_model
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -58,8 +74,8 @@ def tuned(base, tmp_path):
             for p in peft.parameters():
                 if p.requires_grad:
                     p.add_(torch.randn_like(p) * noise)
-            if before:
-                before(peft)
+            for name, mask in (settings.get("rank_pattern") or {}).items():
+                peft.get_parameter(f"base_model.model.{name}")[~torch.tensor(mask)] = 0
         path = tmp_path / "adapter"
         peft.save_pretrained(path)
         make.model = peft.eval()
@@ -79,7 +95,7 @@ def test_merged_answers_as_the_unmerged_model(case, base, tuned, tmp_path):
 
 
 # One case of each type that has one on linear layers; PEFT's model stands on the dequantized base.
-NF4 = {}
+NF4 = ["adalora", "deft", "deft, qr, alpha", "supertuning, smallest, low rank"]
 
 
 @pytest.mark.parametrize("case", NF4)
@@ -94,13 +110,56 @@ def expected_ln_tuning(w, name, tensors, conf):
     return tensors.get(name.rpartition(".")[0] + ".ln_tuning_layers." + name.rpartition(".")[2], w)
 
 
+def expected_adalora(w, name, tensors, conf):
+    a, b, e = (tensors.get(name.removesuffix("weight") + f"lora_{x}") for x in "ABE")
+    if a is None:
+        return w
+    delta = b @ (a * e) * (conf["lora_alpha"] or conf["init_r"]) / (conf["init_r"] + 1e-5)
+    return w + (delta.T if is_conv1d(name) else delta)
+
+
+def expected_deft(w, name, tensors, conf):
+    p, r = (tensors.get(name.removesuffix("weight") + f"deft_{x}") for x in "PR")
+    if p is None:
+        return w
+    w = w.T if is_conv1d(name) else w
+    q, right = (p, p.clamp(min=0)) if conf["decomposition_method"] == "relu" else [torch.linalg.qr(p)[0]] * 2
+    new = w - q @ right.T @ w
+    if not conf["para"]:
+        new = new + q @ r * (conf["alpha"] / p.shape[1] if conf["alpha"] else 1)
+    return new.T if is_conv1d(name) else new
+
+
+def expected_supertuning(w, name, tensors, conf):
+    part = {leaf: tensors.get(name.removesuffix("weight") + f"supertuning_{leaf}") for leaf in SUPER_LEAVES}
+    if part["indices"] is None:
+        return w
+    new = w.clone()
+    for i, value in zip(part["indices"].tolist(), part["values"].tolist(), strict=True):
+        new[i // w.shape[1], i % w.shape[1]] += value
+    return new + part["lora_B.weight"] @ part["lora_A.weight"] * conf["lora_alpha"] / conf["r"] if conf["r"] else new
+
+
+SUPER_LEAVES = ("indices", "values", "lora_A.weight", "lora_B.weight")
+
+
+def is_conv1d(name):
+    return bool(CONV1D_NAME.search(name))
+
+
 def expected_trainable_tokens(w, name, tensors, conf):
     rows = tensors.get(name.removesuffix("weight") + "trainable_tokens_delta")
     return w if rows is None else w.index_copy(0, torch.tensor(conf["token_indices"]), rows)
 
 
 # peft_type → (W in float64, weight name, adapter tensors in float64 by name without the prefix, config) → W'
-FORMULAS = {"LN_TUNING": expected_ln_tuning, "TRAINABLE_TOKENS": expected_trainable_tokens}
+FORMULAS = {
+    "ADALORA": expected_adalora,
+    "DEFT": expected_deft,
+    "LN_TUNING": expected_ln_tuning,
+    "SUPERTUNING": expected_supertuning,
+    "TRAINABLE_TOKENS": expected_trainable_tokens,
+}
 WEIGHED = [case for case in CASES if CASES[case][0] in FORMULAS and "children" not in case]
 
 
@@ -111,6 +170,7 @@ def wanted(base_dir, adapter, scale):
     tensors = {key: t.double() if t.is_floating_point() else t for key, t in tensors.items()}
     values = {name: value for name, (value, _) in decode(base_dir).items()}
     formula = FORMULAS[conf["peft_type"]]
+    values |= {name.replace("base_layer.", ""): t for name, t in tensors.items() if name.endswith("base_layer.bias")}
     return {name: w + scale * (formula(w, name, tensors, conf) - w) for name, w in values.items()}
 
 
@@ -147,10 +207,10 @@ def refused(ckpt, adapter, out, where="adapter_model.safetensors"):
 
 
 def change(adapter, **tensors):
-    """Rewrite an adapter file: a new tensor, or None to drop one; keys by their last part, in the first module that has it."""
+    """Rewrite an adapter file: a new tensor, or None to drop one, by the leaf in q_proj of the first layer or the whole key."""
     stored = read_adapter(adapter)
     for leaf, tensor in tensors.items():
-        key = min((k for k in stored if re.search(rf"(^|\.){re.escape(leaf)}$", k)), default=leaf)
+        key = leaf if leaf.startswith("base_model.") else f"base_model.model.{Q}.{leaf}"
         stored.pop(key, None)
         if tensor is not None:
             stored[key] = tensor
@@ -164,8 +224,8 @@ ANOTHER_BASE = "is the adapter for another base?"
 
 def test_ln_tuning_refuses_another_shape(base, tuned, tmp_path):
     adapter = tuned("LN_TUNING", {"target_modules": ["norm"]})
-    change(adapter, **{"model.norm.ln_tuning_layers.weight": torch.zeros(65)})
     key = "base_model.model.model.norm.ln_tuning_layers.weight"
+    change(adapter, **{key: torch.zeros(65)})
     assert refused(base("fp32"), adapter, tmp_path) == f"{key} is [65], but model.norm.weight is [64]; {ANOTHER_BASE}"
 
 
@@ -190,9 +250,163 @@ def test_trainable_tokens_refuses_what_does_not_fit(case, base, tuned, tmp_path)
     fields, tensor, message = TOKENS[case]
     rewrite(adapter, **fields)
     if tensor is not None:
-        change(adapter, **{"embed_tokens.trainable_tokens_delta": tensor})
+        change(adapter, **{EMBED: tensor})
     where = "adapter_config.json" if tensor is None else "adapter_model.safetensors"
     assert refused(base("fp32"), adapter, tmp_path, where) == message
+
+
+Q_A, Q_B, Q_E = (f"base_model.model.{Q}.lora_{x}" for x in "ABE")
+Q_P, Q_R = (f"base_model.model.{Q}.deft_{x}" for x in "PR")
+INDICES, VALUES = (f"base_model.model.{Q}.supertuning_{x}" for x in ("indices", "values"))
+SUPER_A, SUPER_B = (f"base_model.model.{Q}.supertuning_lora_{x}.weight" for x in "AB")
+WEIGHT = f"{Q}.weight [64, 64]; {ANOTHER_BASE}"
+# name of the case → (case above, tensors of q_proj of the first layer, None to drop one, the refusal)
+MISFITS = {
+    "adalora, no E": ("adalora", {"lora_E": None}, f"{Q} has lora_A but no lora_E."),
+    "adalora, two ranks": (
+        "adalora",
+        {"lora_A": torch.zeros(5, 64)},
+        f"{Q_A} is F32 [5, 64] and {Q_B} is F32 [64, 6]; they are not the two factors of one update.",
+    ),
+    "adalora, another E": ("adalora", {"lora_E": torch.zeros(6)}, f"{Q_E} is F32 [6], expected [6, 1] from {Q_A}."),
+    "adalora, another base": (
+        "adalora",
+        {"lora_A": torch.zeros(6, 72)},
+        f"{Q_A} [6, 72] and {Q_B} [64, 6] do not fit {WEIGHT}",
+    ),
+    "adalora, integers": (
+        "adalora",
+        {"lora_B": torch.zeros(64, 6, dtype=torch.int8)},
+        f"{Q_B} has the dtype I8; expected one of F32, F16, BF16.",
+    ),
+    "adalora, a stranger": (
+        "adalora",
+        {"lora_embedding_A": torch.zeros(6, 96)},
+        f"base_model.model.{Q}.lora_embedding_A is of a kind that is not supported.",
+    ),
+    "deft, no R": ("deft", {"deft_R": None}, f"{Q} has deft_P but no deft_R."),
+    "deft, another R": ("deft", {"deft_R": torch.zeros(4, 64)}, f"{Q_R} is F32 [4, 64], expected [3, 64] from {Q_P}."),
+    "deft, no matrix": ("deft", {"deft_P": torch.zeros(64)}, f"{Q_P} is F32 [64], expected a matrix [outputs, rank]."),
+    "deft, another base": ("deft", {"deft_P": torch.zeros(72, 3)}, f"{Q_P} [72, 3] and {Q_R} [3, 64] do not fit {WEIGHT}"),
+    "deft, para, another base": ("deft, para", {"deft_P": torch.zeros(72, 3)}, f"{Q_P} [72, 3] does not fit {WEIGHT}"),
+    "supertuning, no indices": (
+        "supertuning",
+        {"supertuning_indices": None},
+        f"{Q} has supertuning_values but no supertuning_indices (save_precomputed_indices was off), so it is not known which "
+        "elements they belong to.",
+    ),
+    "supertuning, no values": (
+        "supertuning",
+        {"supertuning_values": None},
+        f"{Q} has supertuning_indices but no supertuning_values.",
+    ),
+    "supertuning, another count": (
+        "supertuning",
+        {"supertuning_values": torch.zeros(3)},
+        f"{VALUES} is F32 [3], expected [40] from {INDICES}.",
+    ),
+    "supertuning, floats": (
+        "supertuning",
+        {"supertuning_indices": torch.zeros(40)},
+        f"{INDICES} is F32 [40], expected a vector of I32 or I64.",
+    ),
+    "supertuning, outside": (
+        "supertuning",
+        {"supertuning_indices": torch.arange(40) + 4060},
+        f"{INDICES} has positions from 4060 to 4099, but {Q}.weight has 4096 elements; {ANOTHER_BASE}",
+    ),
+    "supertuning, another base": (
+        "supertuning, smallest, low rank",
+        {"supertuning_lora_A.weight": torch.zeros(3, 72)},
+        f"{SUPER_A} [3, 72] and {SUPER_B} [64, 3] do not fit {WEIGHT}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_tensors_that_do_not_fit_are_refused(case, base, tuned, tmp_path):
+    of, tensors, message = MISFITS[case]
+    kind, settings, base_kind = CASES[of]
+    adapter = tuned(kind, settings, base_kind)
+    change(adapter, **tensors)
+    assert refused(base(base_kind), adapter, tmp_path) == message
+
+
+FIELDS = {
+    "init_r": ("adalora", -2, "init_r is -2, expected a rank."),
+    "lora_alpha": ("adalora", "9", "lora_alpha is 9, expected a number."),
+    "target_parameters": (
+        "adalora",
+        ["experts"],
+        "target_parameters is set, which is not supported: AdaLoRA has no form for parameters that are not a layer's.",
+    ),
+    "decomposition_method": ("deft", "svd", "decomposition_method is svd, expected relu or qr."),
+    "alpha": ("deft", "nan", "alpha is nan, expected a number."),
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_config_fields_that_are_not_understood_are_refused(field, base, tuned, tmp_path):
+    of, value, message = FIELDS[field]
+    kind, settings, base_kind = CASES[of]
+    adapter = tuned(kind, settings, base_kind)
+    rewrite(adapter, **{field: value})
+    assert refused(base(base_kind), adapter, tmp_path, "adapter_config.json") == message
+
+
+def test_a_module_without_rank_is_ignored_with_the_reason(base, tuned, tmp_path):
+    adapter = tuned(*CASES["adalora, ranks reduced"])
+    receipt = lorafuse.convert(base("fp32"), adapter, tmp_path / "out")
+    name = "model.layers.1.mlp.down_proj"
+    assert receipt["tensors"][f"{name}.weight"]["action"] == "copied"
+    assert receipt["adapter_tensors"]["ignored"] == {
+        f"base_model.model.{name}.lora_{x}": "the rank of the module was reduced to 0" for x in "ABE"
+    }
+    assert receipt["tensors"][f"{Q}.weight"]["rank"] == 3
+
+
+class Large(torch.nn.Module):
+    """Weights of several tiles."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.words = torch.nn.Linear(700, 600), torch.nn.Embedding(900, 320)
+
+
+# name → (PEFT type, settings, model): PEFT's own merge in fp32 is the reference.
+WITHOUT_TRANSFORMERS = {
+    "adalora, convolutions": ("ADALORA", {"target_modules": ["two", "point"]} | ADALORA, Convolutions),
+    "adalora": ("ADALORA", {"target_modules": ["one"]} | ADALORA, Large),
+    "deft": ("DEFT", {"target_modules": ["one"]}, Large),
+    "deft, qr": ("DEFT", {"target_modules": ["one"], "decomposition_method": "qr"}, Large),
+    "supertuning": ("SUPERTUNING", {"target_modules": ["one"], "sparsity": 0.9, "r": 2}, Large),
+    "trainable_tokens": ("TRAINABLE_TOKENS", {"target_modules": ["words"], "token_indices": [899, *range(810, 830), 0]}, Large),
+    "ln_tuning": ("LN_TUNING", {"target_modules": ["one", "words"]}, Large),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_TRANSFORMERS)
+def test_merges_as_peft_does_beyond_one_tile(case, tmp_path):
+    from peft import get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind, settings, make = WITHOUT_TRANSFORMERS[case]
+    torch.manual_seed(0)
+    model = make()
+    ckpt = tmp_path / "ckpt"
+    ckpt.mkdir()
+    save_file(dict(model.state_dict()), ckpt / "model.safetensors")
+    (ckpt / "config.json").write_text('{"model_type": "none", "architectures": ["None"], "dtype": "float32"}')
+    peft = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**settings))
+    with torch.no_grad():
+        for p in peft.parameters():
+            p.add_(torch.randn_like(p) * 0.1 * p.requires_grad)
+    peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    lorafuse.convert(ckpt, tmp_path / "adapter", tmp_path / "out", memory_limit="300MB")
+    expected, found = peft.merge_and_unload().state_dict(), read_tensors(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() <= 2e-6 * (1 + tensor.abs().max()), name
 
 
 def test_replaced_rows_are_bit_exact_and_the_pair_stays_tied(base, tuned, tmp_path):

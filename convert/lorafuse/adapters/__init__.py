@@ -8,8 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 from lorafuse.adapters import (
+    adalora,
+    deft,
     ln_tuning,
     lora,
+    supertuning,
     trainable_tokens,
 )
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
@@ -17,8 +20,11 @@ from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, listed, shown
 
 ADAPTERS: dict[str, ModuleType] = {
+    "ADALORA": adalora,
+    "DEFT": deft,
     "LN_TUNING": ln_tuning,
     "LORA": lora,
+    "SUPERTUNING": supertuning,
     "TRAINABLE_TOKENS": trainable_tokens,
 }
 

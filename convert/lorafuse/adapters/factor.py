@@ -10,11 +10,12 @@ READ_NUMEL = 1 << 18
 
 
 class Factor:
-    """A 2-D adapter tensor as fp32, whole or in parts, perhaps transposed. `shape` is the logical one, after transposing."""
+    """A 2-D adapter tensor as fp32, whole or in parts, perhaps transposed, perhaps each row times an element of another tensor,
+    `row_scale`. `shape` is the logical one, after transposing, and the rows are those of that shape."""
 
-    def __init__(self, store: Store, key: str, *, transposed: bool = False) -> None:
+    def __init__(self, store: Store, key: str, *, transposed: bool = False, row_scale: str | None = None) -> None:
         spec = store.tensors[key].spec
-        self.store, self.key, self.transposed = store, key, transposed
+        self.store, self.key, self.transposed, self._row_scale = store, key, transposed, row_scale
         self._stored = (spec.shape[0], spec.n_cols)
         self.shape = self._stored[::-1] if transposed else self._stored
         self._dtype = getattr(torch, spec.torch_name)
@@ -29,13 +30,21 @@ class Factor:
         for start in range(0, n_rows, step):
             stop = min(start + step, n_rows)
             stored[start:stop] = self._stored_rows(start, stop, arena)
-        return stored.T if self.transposed else stored
+        return self._scaled(stored.T if self.transposed else stored, 0, arena)
 
     def rows(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
-        return self._stored_cols(start, stop, arena).T if self.transposed else self._stored_rows(start, stop, arena)
+        stored = self._stored_cols(start, stop, arena).T if self.transposed else self._stored_rows(start, stop, arena)
+        return self._scaled(stored, start, arena)
 
     def cols(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
-        return self._stored_rows(start, stop, arena).T if self.transposed else self._stored_cols(start, stop, arena)
+        stored = self._stored_rows(start, stop, arena).T if self.transposed else self._stored_cols(start, stop, arena)
+        return self._scaled(stored, 0, arena)
+
+    def _scaled(self, rows: torch.Tensor, first_row: int, arena: Arena) -> torch.Tensor:
+        if self._row_scale is None:
+            return rows
+        scale = load(self.store, self._row_scale, arena.device).view(-1, 1)
+        return rows.mul_(scale[first_row : first_row + rows.shape[0]])
 
     def _stored_rows(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
         n_cols = self._stored[1]
