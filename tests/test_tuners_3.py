@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import lorafuse
-from lorafuse.errors import AdapterError
+from lorafuse.errors import AdapterError, UsageError
 from oracle import CONV1D as CONV1D_NAME
 from oracle import config, decode, read_adapter, read_tensors
 from test_lora import Convolutions, assert_same_answers, rewrite
@@ -39,6 +39,8 @@ CASES = {
     "deft, qr, para, conv1d": ("DEFT", CONV1D | {"r": 3, "decomposition_method": "qr", "para": True}, "gpt2"),
     "deft, conv1d": ("DEFT", CONV1D | {"r": 3, "alpha": 2}, "gpt2"),
     "deft, more rank than outputs": ("DEFT", {"target_modules": ["k_proj"], "r": 40, "alpha": 7}, "fp32"),
+    "osf": ("OSF", LAYERS, "fp32"),
+    "osf, ranks": ("OSF", LAYERS | {"effective_rank": 0.25, "rank_pattern": {"down_proj": 40, "0.*q_proj": 64}}, "fp32"),
     "supertuning": ("SUPERTUNING", LAYERS, "fp32"),
     "supertuning, smallest, low rank": ("SUPERTUNING", LAYERS | SUPRA, "fp32"),
     "trainable_tokens": ("TRAINABLE_TOKENS", {"token_indices": [90, 1, 2, 5]}, "fp32"),
@@ -56,32 +58,45 @@ def tuned(base, tmp_path):
     """tuned(peft_type, settings, kind) → an adapter that PEFT wrote for that base (dequantized, where it is quantized), every
     trained value moved at random; `.model` is PEFT's model, not merged."""
 
-    def make(kind, settings, base_kind="fp32", noise=0.05):
-        from peft import get_peft_model
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    def make(kind, settings, base_kind="fp32"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         conf = AutoConfig.from_pretrained(base(base_kind))
         conf.__dict__.pop("quantization_config", None)
         model = AutoModelForCausalLM.from_config(conf, dtype=torch.float32)
         values = {name: value.float() for name, (value, _) in decode(base(base_kind)).items()}
-        missing = model.load_state_dict(values, strict=False)
-        assert not missing.unexpected_keys
+        assert not model.load_state_dict(values, strict=False).unexpected_keys
         model.tie_weights()
-        torch.manual_seed(1)
-        peft = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type="CAUSAL_LM", **settings))
-        with torch.no_grad():
-            for p in peft.parameters():
-                if p.requires_grad:
-                    p.add_(torch.randn_like(p) * noise)
-            for name, mask in (settings.get("rank_pattern") or {}).items():
-                peft.get_parameter(f"base_model.model.{name}")[~torch.tensor(mask)] = 0
+        peft = tune(model, kind, {"task_type": "CAUSAL_LM"} | settings)
+        for name, mask in (settings.get("rank_pattern") or {}).items() if kind == "ADALORA" else ():
+            peft.get_parameter(f"base_model.model.{name}").data[~torch.tensor(mask)] = 0
         path = tmp_path / "adapter"
         peft.save_pretrained(path)
         make.model = peft.eval()
         return path
 
     return make
+
+
+def tune(model, kind, settings):
+    """PEFT's model of that type, every trained value moved at random."""
+    from peft import get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    torch.manual_seed(1)
+    peft = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**settings))
+    with torch.no_grad():
+        for p in peft.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.05)
+    return peft
+
+
+def save_plain(model, path):
+    """A checkpoint of a module that is no transformers model."""
+    path.mkdir()
+    save_file(dict(model.state_dict()), path / "model.safetensors")
+    (path / "config.json").write_text('{"model_type": "none", "architectures": ["None"], "dtype": "float32"}')
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,6 +155,14 @@ def expected_supertuning(w, name, tensors, conf):
     return new + part["lora_B.weight"] @ part["lora_A.weight"] * conf["lora_alpha"] / conf["r"] if conf["r"] else new
 
 
+def expected_osf(w, name, tensors, conf):
+    u, s, v = (tensors.get(name.removesuffix("weight") + f"osf_svd_params.{x}_low") for x in "USV")
+    if s is None:
+        return w
+    high_u, high_s, high_v = (part[..., : min(w.shape) - len(s)] for part in torch.svd(w))
+    return (high_u * high_s) @ high_v.T + (u * s) @ v
+
+
 SUPER_LEAVES = ("indices", "values", "lora_A.weight", "lora_B.weight")
 
 
@@ -157,6 +180,7 @@ FORMULAS = {
     "ADALORA": expected_adalora,
     "DEFT": expected_deft,
     "LN_TUNING": expected_ln_tuning,
+    "OSF": expected_osf,
     "SUPERTUNING": expected_supertuning,
     "TRAINABLE_TOKENS": expected_trainable_tokens,
 }
@@ -193,7 +217,7 @@ def test_weights_are_those_of_the_formula(case, scale, base, tuned, tmp_path):
     assert changed
 
 
-SLACK = {}
+SLACK = {"OSF": 2e-6}  # an SVD in fp32
 
 
 def refused(ckpt, adapter, out, where="adapter_model.safetensors"):
@@ -257,6 +281,7 @@ def test_trainable_tokens_refuses_what_does_not_fit(case, base, tuned, tmp_path)
 
 Q_A, Q_B, Q_E = (f"base_model.model.{Q}.lora_{x}" for x in "ABE")
 Q_P, Q_R = (f"base_model.model.{Q}.deft_{x}" for x in "PR")
+Q_U, Q_S, Q_V = (f"base_model.model.{Q}.osf_svd_params.{x}_low" for x in "USV")
 INDICES, VALUES = (f"base_model.model.{Q}.supertuning_{x}" for x in ("indices", "values"))
 SUPER_A, SUPER_B = (f"base_model.model.{Q}.supertuning_lora_{x}.weight" for x in "AB")
 WEIGHT = f"{Q}.weight [64, 64]; {ANOTHER_BASE}"
@@ -289,6 +314,18 @@ MISFITS = {
     "deft, no matrix": ("deft", {"deft_P": torch.zeros(64)}, f"{Q_P} is F32 [64], expected a matrix [outputs, rank]."),
     "deft, another base": ("deft", {"deft_P": torch.zeros(72, 3)}, f"{Q_P} [72, 3] and {Q_R} [3, 64] do not fit {WEIGHT}"),
     "deft, para, another base": ("deft, para", {"deft_P": torch.zeros(72, 3)}, f"{Q_P} [72, 3] does not fit {WEIGHT}"),
+    "osf, no S": ("osf", {"osf_svd_params.S_low": None}, f"{Q} has osf_svd_params.U_low but no osf_svd_params.S_low."),
+    "osf, no vector": ("osf", {"osf_svd_params.S_low": torch.zeros(32, 1)}, f"{Q_S} is F32 [32, 1], expected a vector."),
+    "osf, two ranks": (
+        "osf",
+        {"osf_svd_params.V_low": torch.zeros(31, 64)},
+        f"{Q_V} is F32 [31, 64], expected [32, 64] from {Q_S}.",
+    ),
+    "osf, another base": (
+        "osf",
+        {"osf_svd_params.V_low": torch.zeros(32, 72)},
+        f"{Q_U} [64, 32] and {Q_S} [32] and {Q_V} [32, 72] do not fit {WEIGHT}",
+    ),
     "supertuning, no indices": (
         "supertuning",
         {"supertuning_indices": None},
@@ -365,6 +402,35 @@ def test_a_module_without_rank_is_ignored_with_the_reason(base, tuned, tmp_path)
     assert receipt["tensors"][f"{Q}.weight"]["rank"] == 3
 
 
+def test_a_module_that_osf_does_not_train_is_ignored_with_the_reason(base, tuned, tmp_path):
+    receipt = lorafuse.convert(base("fp32"), tuned(*CASES["osf, ranks"]), tmp_path / "out")
+    assert receipt["adapter_tensors"]["ignored"] == dict.fromkeys((Q_U, Q_S, Q_V), "no singular value of the module is trained")
+
+
+@pytest.mark.parametrize("kind", ["bf16", "nf4_dq"])
+def test_osf_that_changes_nothing_gives_the_base(kind, base, tmp_path):
+    """In half precision too, where the parts of the SVD were rounded before they were trained."""
+    from peft import OSFConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base("bf16"), dtype=torch.bfloat16)
+    model.load_state_dict({name: value.bfloat16() for name, (value, _) in decode(base(kind)).items()})
+    get_peft_model(model, OSFConfig(task_type="CAUSAL_LM", **LAYERS)).save_pretrained(tmp_path / "adapter")
+    lorafuse.convert(base(kind), tmp_path / "adapter", tmp_path / "out")
+    for name, tensor in read_tensors(tmp_path / "out").items():
+        assert torch.equal(tensor, model.state_dict().get(name.replace("proj.", "proj.base_layer."), tensor)), name
+
+
+def test_a_weight_that_does_not_fit_the_limit_with_its_svd_is_named(base, tuned, tmp_path):
+    model = Large()
+    save_plain(model, tmp_path / "ckpt")
+    adapter = tmp_path / "adapter"
+    tune(model, "OSF", {"target_modules": ["one"]}).save_pretrained(adapter)
+    with pytest.raises(UsageError, match=r"^A memory limit of 70 MB is too small: \d+ MB .* most of it for one\.weight\."):
+        lorafuse.convert(tmp_path / "ckpt", adapter, tmp_path / "work/out", memory_limit="70MB")
+    assert not (tmp_path / "work").exists()
+
+
 class Large(torch.nn.Module):
     """Weights of several tiles."""
 
@@ -379,6 +445,7 @@ WITHOUT_TRANSFORMERS = {
     "adalora": ("ADALORA", {"target_modules": ["one"]} | ADALORA, Large),
     "deft": ("DEFT", {"target_modules": ["one"]}, Large),
     "deft, qr": ("DEFT", {"target_modules": ["one"], "decomposition_method": "qr"}, Large),
+    "osf": ("OSF", {"target_modules": ["one"]}, Large),
     "supertuning": ("SUPERTUNING", {"target_modules": ["one"], "sparsity": 0.9, "r": 2}, Large),
     "trainable_tokens": ("TRAINABLE_TOKENS", {"target_modules": ["words"], "token_indices": [899, *range(810, 830), 0]}, Large),
     "ln_tuning": ("LN_TUNING", {"target_modules": ["one", "words"]}, Large),
@@ -387,22 +454,13 @@ WITHOUT_TRANSFORMERS = {
 
 @pytest.mark.parametrize("case", WITHOUT_TRANSFORMERS)
 def test_merges_as_peft_does_beyond_one_tile(case, tmp_path):
-    from peft import get_peft_model
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
     kind, settings, make = WITHOUT_TRANSFORMERS[case]
     torch.manual_seed(0)
     model = make()
-    ckpt = tmp_path / "ckpt"
-    ckpt.mkdir()
-    save_file(dict(model.state_dict()), ckpt / "model.safetensors")
-    (ckpt / "config.json").write_text('{"model_type": "none", "architectures": ["None"], "dtype": "float32"}')
-    peft = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**settings))
-    with torch.no_grad():
-        for p in peft.parameters():
-            p.add_(torch.randn_like(p) * 0.1 * p.requires_grad)
+    save_plain(model, tmp_path / "ckpt")
+    peft = tune(model, kind, settings)
     peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    lorafuse.convert(ckpt, tmp_path / "adapter", tmp_path / "out", memory_limit="300MB")
+    lorafuse.convert(tmp_path / "ckpt", tmp_path / "adapter", tmp_path / "out", memory_limit="300MB")
     expected, found = peft.merge_and_unload().state_dict(), read_tensors(tmp_path / "out")
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():

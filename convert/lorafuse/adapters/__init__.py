@@ -12,6 +12,7 @@ from lorafuse.adapters import (
     deft,
     ln_tuning,
     lora,
+    osf,
     supertuning,
     trainable_tokens,
 )
@@ -24,6 +25,7 @@ ADAPTERS: dict[str, ModuleType] = {
     "DEFT": deft,
     "LN_TUNING": ln_tuning,
     "LORA": lora,
+    "OSF": osf,
     "SUPERTUNING": supertuning,
     "TRAINABLE_TOKENS": trainable_tokens,
 }
