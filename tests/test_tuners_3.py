@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import lorafuse
+from conftest import LINEARS
 from lorafuse.errors import AdapterError, UsageError
 from oracle import CONV1D as CONV1D_NAME
 from oracle import config, decode, read_adapter, read_tensors
@@ -43,6 +44,11 @@ CASES = {
     "osf, ranks": ("OSF", LAYERS | {"effective_rank": 0.25, "rank_pattern": {"down_proj": 40, "0.*q_proj": 64}}, "fp32"),
     "supertuning": ("SUPERTUNING", LAYERS, "fp32"),
     "supertuning, smallest, low rank": ("SUPERTUNING", LAYERS | SUPRA, "fp32"),
+    "tinylora": ("TINYLORA", {"target_modules": LINEARS, "u": 3}, "fp32"),
+    "tinylora, some share a vector": ("TINYLORA", {"target_modules": LINEARS, "r": 3, "weight_tying": 0.75}, "fp32"),
+    "tinylora, all share one": ("TINYLORA", LAYERS | {"weight_tying": 1.0, "u": 1, "r": 1}, "fp32"),
+    "tinylora, an embedding": ("TINYLORA", {"target_modules": ["embed_tokens", "k_proj"]}, "fp32"),
+    "tinylora, conv1d": ("TINYLORA", CONV1D | {"r": 5}, "gpt2"),
     "trainable_tokens": ("TRAINABLE_TOKENS", {"token_indices": [90, 1, 2, 5]}, "fp32"),
     "trainable_tokens, two layers": (
         "TRAINABLE_TOKENS",
@@ -50,6 +56,8 @@ CASES = {
         "fp32",
     ),
     "trainable_tokens, tied": ("TRAINABLE_TOKENS", {"token_indices": [1, 5]}, "fp32_tied"),
+    "unilora": ("UNILORA", {"target_modules": LINEARS, "save_indices": True}, "fp32"),
+    "unilora, conv1d": ("UNILORA", CONV1D | {"save_indices": True, "r": 3, "bias": "unilora_only"}, "gpt2"),
 }
 
 
@@ -110,7 +118,7 @@ def test_merged_answers_as_the_unmerged_model(case, base, tuned, tmp_path):
 
 
 # One case of each type that has one on linear layers; PEFT's model stands on the dequantized base.
-NF4 = ["adalora", "deft", "deft, qr, alpha", "supertuning, smallest, low rank"]
+NF4 = ["adalora", "deft", "deft, qr, alpha", "supertuning, smallest, low rank", "tinylora", "unilora"]
 
 
 @pytest.mark.parametrize("case", NF4)
@@ -163,6 +171,15 @@ def expected_osf(w, name, tensors, conf):
     return (high_u * high_s) @ high_v.T + (u * s) @ v
 
 
+def expected_unilora(w, name, tensors, conf):
+    index = {x: tensors.get(name.removesuffix("weight") + f"unilora_indices_{x}") for x in "AB"}
+    if index["A"] is None:
+        return w
+    theta = tensors["base_model.unilora_theta_d"]
+    a, b = (theta[index[x]] * tensors[name.removesuffix("weight") + f"unilora_scales_{x}"] for x in "AB")
+    return w + ((b @ a).T if is_conv1d(name) else b @ a)
+
+
 SUPER_LEAVES = ("indices", "values", "lora_A.weight", "lora_B.weight")
 
 
@@ -183,6 +200,7 @@ FORMULAS = {
     "OSF": expected_osf,
     "SUPERTUNING": expected_supertuning,
     "TRAINABLE_TOKENS": expected_trainable_tokens,
+    "UNILORA": expected_unilora,
 }
 WEIGHED = [case for case in CASES if CASES[case][0] in FORMULAS and "children" not in case]
 
@@ -284,6 +302,8 @@ Q_P, Q_R = (f"base_model.model.{Q}.deft_{x}" for x in "PR")
 Q_U, Q_S, Q_V = (f"base_model.model.{Q}.osf_svd_params.{x}_low" for x in "USV")
 INDICES, VALUES = (f"base_model.model.{Q}.supertuning_{x}" for x in ("indices", "values"))
 SUPER_A, SUPER_B = (f"base_model.model.{Q}.supertuning_lora_{x}.weight" for x in "AB")
+TINY_A, TINY_B, TINY_P = (f"base_model.model.{Q}.tinylora_{x}" for x in "ABP")
+THETA, UNI = "base_model.unilora_theta_d", f"base_model.model.{Q}.unilora_"
 WEIGHT = f"{Q}.weight [64, 64]; {ANOTHER_BASE}"
 # name of the case → (case above, tensors of q_proj of the first layer, None to drop one, the refusal)
 MISFITS = {
@@ -325,6 +345,67 @@ MISFITS = {
         "osf",
         {"osf_svd_params.V_low": torch.zeros(32, 72)},
         f"{Q_U} [64, 32] and {Q_S} [32] and {Q_V} [32, 72] do not fit {WEIGHT}",
+    ),
+    "tinylora, no P": (
+        "tinylora",
+        {"tinylora_P": None},
+        f"{Q} has tinylora_A but no tinylora_P (save_projection was off), so it is not known which vector belongs to it.",
+    ),
+    "tinylora, another P": (
+        "tinylora",
+        {"tinylora_P": torch.ones(3, 2, 2)},
+        f"{TINY_P} is not what projection_seed gives, so it is not known which vector belongs to {Q}.",
+    ),
+    "tinylora, no square": ("tinylora", {"tinylora_P": torch.ones(3, 2)}, f"{TINY_P} is F32 [3, 2], expected [u, rank, rank]."),
+    "tinylora, no vectors": (
+        "tinylora, all share one",
+        {"base_model.tinylora_v.0": None},
+        "has no tinylora_v.",
+    ),
+    "tinylora, a vector less": (
+        "tinylora",
+        {"base_model.tinylora_v.0": None},
+        "has no tinylora_v.0, the vector of model.layers.0.self_attn.q_proj.",
+    ),
+    "tinylora, another vector": (
+        "tinylora, all share one",
+        {"base_model.tinylora_v.0": torch.ones(2)},
+        "base_model.tinylora_v.0 is F32 [2], expected [1] from base_model.model.model.layers.0.mlp.down_proj.tinylora_P.",
+    ),
+    "tinylora, another rank": (
+        "tinylora",
+        {"tinylora_A": torch.ones(3, 64)},
+        f"{TINY_A} is F32 [3, 64], expected [2, 64] from {TINY_P}.",
+    ),
+    "tinylora, another base": (
+        "tinylora",
+        {"tinylora_A": torch.ones(2, 72)},
+        f"{TINY_A} [2, 72] and {TINY_B} [64, 2] do not fit {WEIGHT}",
+    ),
+    "unilora, no vector": ("unilora", {THETA: None}, "has no unilora_theta_d."),
+    "unilora, a matrix": ("unilora", {THETA: torch.ones(16, 16)}, f"{THETA} is F32 [16, 16], expected [256] as a vector."),
+    "unilora, a short vector": (
+        "unilora",
+        {
+            THETA: torch.ones(9),
+        },
+        f"base_model.model.model.layers.0.mlp.down_proj.unilora_indices_A is I64 [4, 96], expected positions in the 9 of {THETA}.",
+    ),
+    "unilora, no scales": ("unilora", {"unilora_scales_B": None}, f"{Q} has unilora_indices_A but no unilora_scales_B."),
+    "unilora, other scales": (
+        "unilora",
+        {"unilora_scales_B": torch.ones(64, 5)},
+        f"{UNI}scales_B is F32 [64, 5], expected [64, 4] from {UNI}indices_B.",
+    ),
+    "unilora, two ranks": (
+        "unilora",
+        {"unilora_indices_B": torch.ones(64, 5, dtype=torch.int64)},
+        f"{UNI}indices_A is I64 [4, 64] and {UNI}indices_B is I64 [64, 5]; they are not those of two factors.",
+    ),
+    "unilora, another base": (
+        "unilora",
+        {"unilora_indices_A": torch.ones(4, 72, dtype=torch.int64), "unilora_scales_A": torch.ones(4, 72)},
+        f"{UNI}indices_A [4, 72] and {UNI}indices_B [64, 4] do not fit {WEIGHT}",
     ),
     "supertuning, no indices": (
         "supertuning",
@@ -402,6 +483,14 @@ def test_a_module_without_rank_is_ignored_with_the_reason(base, tuned, tmp_path)
     assert receipt["tensors"][f"{Q}.weight"]["rank"] == 3
 
 
+def test_unilora_without_indices_is_refused(base, tuned, tmp_path):
+    adapter = tuned("UNILORA", LAYERS)
+    assert refused(base("fp32"), adapter, tmp_path) == (
+        "has no unilora_indices_A (save_indices was off), so it is not known which elements of unilora_theta_d belong to which "
+        "module."
+    )
+
+
 def test_a_module_that_osf_does_not_train_is_ignored_with_the_reason(base, tuned, tmp_path):
     receipt = lorafuse.convert(base("fp32"), tuned(*CASES["osf, ranks"]), tmp_path / "out")
     assert receipt["adapter_tensors"]["ignored"] == dict.fromkeys((Q_U, Q_S, Q_V), "no singular value of the module is trained")
@@ -447,6 +536,8 @@ WITHOUT_TRANSFORMERS = {
     "deft, qr": ("DEFT", {"target_modules": ["one"], "decomposition_method": "qr"}, Large),
     "osf": ("OSF", {"target_modules": ["one"]}, Large),
     "supertuning": ("SUPERTUNING", {"target_modules": ["one"], "sparsity": 0.9, "r": 2}, Large),
+    "tinylora": ("TINYLORA", {"target_modules": ["one", "words"]}, Large),
+    "unilora": ("UNILORA", {"target_modules": ["one"], "save_indices": True}, Large),
     "trainable_tokens": ("TRAINABLE_TOKENS", {"target_modules": ["words"], "token_indices": [899, *range(810, 830), 0]}, Large),
     "ln_tuning": ("LN_TUNING", {"target_modules": ["one", "words"]}, Large),
 }

@@ -14,7 +14,9 @@ from lorafuse.adapters import (
     lora,
     osf,
     supertuning,
+    tinylora,
     trainable_tokens,
+    unilora,
 )
 from lorafuse.adapters.patch import Edit, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
@@ -27,7 +29,9 @@ ADAPTERS: dict[str, ModuleType] = {
     "LORA": lora,
     "OSF": osf,
     "SUPERTUNING": supertuning,
+    "TINYLORA": tinylora,
     "TRAINABLE_TOKENS": trainable_tokens,
+    "UNILORA": unilora,
 }
 
 _PROMPT = "it trains inputs of the model, not weights"
