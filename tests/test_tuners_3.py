@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import lorafuse
 from conftest import LINEARS
+from lorafuse.adapters import frod
 from lorafuse.errors import AdapterError, UsageError
 from oracle import CONV1D as CONV1D_NAME
 from oracle import config, decode, read_adapter, read_tensors
@@ -24,6 +25,7 @@ ADALORA = {"init_r": 6, "target_r": 3, "total_step": 10, "lora_alpha": 9}
 KEPT = {"model.layers.0.self_attn.q_proj": [0, 1, 4], "model.layers.1.mlp.down_proj": []}
 REDUCED = {f"{module}.lora_E.default": [i in kept for i in range(6)] for module, kept in KEPT.items()}
 SUPRA = {"sparsity": 0.5, "select_top": False, "r": 3, "lora_alpha": 5}
+FROD = {"progressbar": False}
 
 # name → (peft_type, settings, kind of base)
 CASES = {
@@ -40,6 +42,9 @@ CASES = {
     "deft, qr, para, conv1d": ("DEFT", CONV1D | {"r": 3, "decomposition_method": "qr", "para": True}, "gpt2"),
     "deft, conv1d": ("DEFT", CONV1D | {"r": 3, "alpha": 2}, "gpt2"),
     "deft, more rank than outputs": ("DEFT", {"target_modules": ["k_proj"], "r": 40, "alpha": 7}, "fp32"),
+    "frod": ("FROD", LAYERS | FROD, "fp32"),
+    "frod, no sparse part": ("FROD", {"target_modules": LINEARS, "sparse_rate": 0} | FROD, "fp32"),
+    "frod, conv1d": ("FROD", CONV1D | FROD | {"sparse_rate": 0.1}, "gpt2"),
     "osf": ("OSF", LAYERS, "fp32"),
     "osf, ranks": ("OSF", LAYERS | {"effective_rank": 0.25, "rank_pattern": {"down_proj": 40, "0.*q_proj": 64}}, "fp32"),
     "supertuning": ("SUPERTUNING", LAYERS, "fp32"),
@@ -171,6 +176,21 @@ def expected_osf(w, name, tensors, conf):
     return (high_u * high_s) @ high_v.T + (u * s) @ v
 
 
+def expected_frod(w, name, tensors, conf):
+    module = name.removesuffix(".weight")
+    values = tensors.get(f"{module}.frod_lambda_s_values")
+    if values is None:
+        return w
+    kind = "_".join(module.split(".")[-2:])
+    v, places = (tensors[f"base_model.frod_{x}.{kind}"] for x in ("V", "s_indices"))
+    s = torch.diag(tensors[f"{module}.frod_lambda_l"])
+    for i, j, value in zip(*places.tolist(), values.tolist(), strict=True):
+        s[i, j] += value
+    u = torch.nn.functional.normalize((w.T if is_conv1d(name) else w) @ torch.linalg.inv(v).T, dim=0)
+    new = u.float().double() @ s @ v.T
+    return new.T if is_conv1d(name) else new
+
+
 def expected_unilora(w, name, tensors, conf):
     index = {x: tensors.get(name.removesuffix("weight") + f"unilora_indices_{x}") for x in "AB"}
     if index["A"] is None:
@@ -196,6 +216,7 @@ def expected_trainable_tokens(w, name, tensors, conf):
 FORMULAS = {
     "ADALORA": expected_adalora,
     "DEFT": expected_deft,
+    "FROD": expected_frod,
     "LN_TUNING": expected_ln_tuning,
     "OSF": expected_osf,
     "SUPERTUNING": expected_supertuning,
@@ -303,6 +324,7 @@ Q_U, Q_S, Q_V = (f"base_model.model.{Q}.osf_svd_params.{x}_low" for x in "USV")
 INDICES, VALUES = (f"base_model.model.{Q}.supertuning_{x}" for x in ("indices", "values"))
 SUPER_A, SUPER_B = (f"base_model.model.{Q}.supertuning_lora_{x}.weight" for x in "AB")
 TINY_A, TINY_B, TINY_P = (f"base_model.model.{Q}.tinylora_{x}" for x in "ABP")
+FROD_SHARED, FROD_L = "base_model.frod_", f"base_model.model.{Q}.frod_lambda_l"
 THETA, UNI = "base_model.unilora_theta_d", f"base_model.model.{Q}.unilora_"
 WEIGHT = f"{Q}.weight [64, 64]; {ANOTHER_BASE}"
 # name of the case → (case above, tensors of q_proj of the first layer, None to drop one, the refusal)
@@ -334,6 +356,28 @@ MISFITS = {
     "deft, no matrix": ("deft", {"deft_P": torch.zeros(64)}, f"{Q_P} is F32 [64], expected a matrix [outputs, rank]."),
     "deft, another base": ("deft", {"deft_P": torch.zeros(72, 3)}, f"{Q_P} [72, 3] and {Q_R} [3, 64] do not fit {WEIGHT}"),
     "deft, para, another base": ("deft, para", {"deft_P": torch.zeros(72, 3)}, f"{Q_P} [72, 3] does not fit {WEIGHT}"),
+    "frod, no values": ("frod", {"frod_lambda_s_values": None}, f"{Q} has frod_lambda_l but no frod_lambda_s_values."),
+    "frod, no projection": (
+        "frod",
+        {f"{FROD_SHARED}V.self_attn_q_proj": None},
+        f"has no frod_V.self_attn_q_proj for {Q} (save_projection was off); PEFT would make it from all layers of that kind "
+        "together.",
+    ),
+    "frod, another projection": (
+        "frod",
+        {f"{FROD_SHARED}V.self_attn_q_proj": torch.eye(63)},
+        f"{FROD_SHARED}V.self_attn_q_proj is F32 [63, 63], expected [64, 64] from {FROD_L}.",
+    ),
+    "frod, outside": (
+        "frod",
+        {f"{FROD_SHARED}s_indices.self_attn_q_proj": torch.full((2, 40), 64)},
+        f"{FROD_SHARED}s_indices.self_attn_q_proj is I64 [2, 40], expected [2, n] positions in 64 × 64.",
+    ),
+    "frod, another size": (
+        "frod",
+        {f"{FROD_SHARED}s_size.self_attn_q_proj": torch.tensor([64, 96])},
+        f"{FROD_SHARED}s_size.self_attn_q_proj is not 64 × 64, which follows from {FROD_L}.",
+    ),
     "osf, no S": ("osf", {"osf_svd_params.S_low": None}, f"{Q} has osf_svd_params.U_low but no osf_svd_params.S_low."),
     "osf, no vector": ("osf", {"osf_svd_params.S_low": torch.zeros(32, 1)}, f"{Q_S} is F32 [32, 1], expected a vector."),
     "osf, two ranks": (
@@ -491,6 +535,28 @@ def test_unilora_without_indices_is_refused(base, tuned, tmp_path):
     )
 
 
+def test_frod_on_half_precision_uses_the_u_that_was_trained(base, tmp_path):
+    """U was rounded to the dtype of the base before λ was trained on it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base("bf16"), dtype=torch.bfloat16)
+    peft = tune(model, "FROD", LAYERS | FROD | {"task_type": "CAUSAL_LM"})
+    peft.save_pretrained(tmp_path / "adapter")
+    lorafuse.convert(base("bf16"), tmp_path / "adapter", tmp_path / "out", dtype="float32")
+    layer = peft.get_submodule(f"base_model.model.{Q}")
+    u, v, s, lambdas = layer._get_frod_tensors("default", device="cpu", dtype=torch.float64)
+    found = read_tensors(tmp_path / "out")[f"{Q}.weight"].double()
+    assert (found - u @ (s.to_dense() + lambdas.diag()) @ v.T).abs().max() < 2e-6
+    assert layer.frod_U["default"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("module", ["lm_head", "layer.0.attention.output.dense", "layers.3.fc", "a.b.q_proj", "3.output.dense"])
+def test_frod_finds_the_kind_of_a_layer_as_peft_does(module):
+    from peft.tuners.frod.model import _category_from_key
+
+    assert frod._category(module) == _category_from_key(module)
+
+
 def test_a_module_that_osf_does_not_train_is_ignored_with_the_reason(base, tuned, tmp_path):
     receipt = lorafuse.convert(base("fp32"), tuned(*CASES["osf, ranks"]), tmp_path / "out")
     assert receipt["adapter_tensors"]["ignored"] == dict.fromkeys((Q_U, Q_S, Q_V), "no singular value of the module is trained")
@@ -534,6 +600,7 @@ WITHOUT_TRANSFORMERS = {
     "adalora": ("ADALORA", {"target_modules": ["one"]} | ADALORA, Large),
     "deft": ("DEFT", {"target_modules": ["one"]}, Large),
     "deft, qr": ("DEFT", {"target_modules": ["one"], "decomposition_method": "qr"}, Large),
+    "frod": ("FROD", {"target_modules": ["one"]} | FROD, Large),
     "osf": ("OSF", {"target_modules": ["one"]}, Large),
     "supertuning": ("SUPERTUNING", {"target_modules": ["one"], "sparsity": 0.9, "r": 2}, Large),
     "tinylora": ("TINYLORA", {"target_modules": ["one", "words"]}, Large),

@@ -10,6 +10,7 @@ from types import ModuleType
 from lorafuse.adapters import (
     adalora,
     deft,
+    frod,
     ln_tuning,
     lora,
     osf,
@@ -25,6 +26,7 @@ from lorafuse.errors import AdapterError, listed, shown
 ADAPTERS: dict[str, ModuleType] = {
     "ADALORA": adalora,
     "DEFT": deft,
+    "FROD": frod,
     "LN_TUNING": ln_tuning,
     "LORA": lora,
     "OSF": osf,
