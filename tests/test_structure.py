@@ -38,7 +38,7 @@ RANK = {module: rank for rank, line in enumerate(ORDER.split("\n")) for module i
 # Beside the codecs and the adapter types themselves.
 CODEC_HELPERS = {"sources"}
 ADAPTER_HELPERS = {"experts", "factor", "keys", "lowrank", "lycoris", "modules", "patch", "placed", "rotation"}
-ADAPTER_HELPERS |= {"rowwise", "seeded", "shared", "store", "wavelets"}
+ADAPTER_HELPERS |= {"fit", "rows", "rowwise", "seeded", "shared", "store", "wavelets"}
 
 
 def top(path: Path) -> str:

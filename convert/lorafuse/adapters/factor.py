@@ -12,16 +12,25 @@ READ_NUMEL = 1 << 18
 
 
 class Factor:
-    """A 2-D adapter tensor as fp32, or some of its rows and evenly spaced columns, whole or in parts, perhaps transposed.
+    """A 2-D adapter tensor as fp32, or some of its rows and evenly spaced columns, whole or in parts, perhaps transposed, perhaps
+    each row times an element of another tensor, `row_scale`.
 
-    `rows` and `cols` choose from the stored matrix; `shape` is the logical one, after choosing and transposing.
+    `rows` and `cols` choose from the stored matrix; `shape` is the logical one, after choosing and transposing, and it is the rows
+    of that shape which are scaled.
     """
 
     def __init__(
-        self, store: Store, key: str, *, transposed: bool = False, rows: range | None = None, cols: range | None = None
+        self,
+        store: Store,
+        key: str,
+        *,
+        transposed: bool = False,
+        rows: range | None = None,
+        cols: range | None = None,
+        row_scale: str | None = None,
     ) -> None:
         spec = store.tensors[key].spec
-        self.store, self.key, self.transposed = store, key, transposed
+        self.store, self.key, self.transposed, self._row_scale = store, key, transposed, row_scale
         self._width = spec.n_cols
         self._rows, self._cols = rows or range(spec.shape[0]), cols or range(spec.n_cols)
         self._chosen = (len(self._rows), len(self._cols))
@@ -38,13 +47,21 @@ class Factor:
         for start in range(0, n_rows, step):
             stop = min(start + step, n_rows)
             stored[start:stop] = self._stored_rows(start, stop, arena)
-        return stored.T if self.transposed else stored
+        return self._scaled(stored.T if self.transposed else stored, 0, arena)
 
     def rows(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
-        return self._stored_cols(start, stop, arena).T if self.transposed else self._stored_rows(start, stop, arena)
+        stored = self._stored_cols(start, stop, arena).T if self.transposed else self._stored_rows(start, stop, arena)
+        return self._scaled(stored, start, arena)
 
     def cols(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
-        return self._stored_rows(start, stop, arena).T if self.transposed else self._stored_cols(start, stop, arena)
+        stored = self._stored_rows(start, stop, arena).T if self.transposed else self._stored_cols(start, stop, arena)
+        return self._scaled(stored, 0, arena)
+
+    def _scaled(self, rows: torch.Tensor, first_row: int, arena: Arena) -> torch.Tensor:
+        if self._row_scale is None:
+            return rows
+        scale = load(self.store, self._row_scale, arena.device).view(-1, 1)
+        return rows.mul_(scale[first_row : first_row + rows.shape[0]])
 
     def _stored_rows(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
         """One read of whole rows, since they lie together."""
