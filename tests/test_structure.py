@@ -141,7 +141,7 @@ def test_one_file_knows(word: str, file: str) -> None:
 
 
 def test_one_rounding() -> None:
-    """The place where a result is rounded is marked, once; receipts round seconds, TinyLoRA a number of groups, nothing else does."""
+    """The place where a result is rounded is marked, once; beside it only seconds and a number of groups are rounded."""
     texts = {relative(path): path.read_text(encoding="utf-8") for path in FILES}
     assert texts["merge.py"].count("the one rounding") == 1
     rounds = {file for file in texts for name in used_names(PACKAGE / file) if re.fullmatch(r"(.*\.)?round_?", name)}
