@@ -9,6 +9,8 @@ from lorafuse.adapters.patch import Patch, Target, Update
 from lorafuse.adapters.shared import NAMED, Found, Leaves, Warn, each_module, expect, misfit, read_modules, shape_of, take
 from lorafuse.adapters.store import AdapterDir
 
+SUPPORTED = "biases of layers that have one"
+
 _LEAVES = rf"beft_bias{NAMED}"
 
 

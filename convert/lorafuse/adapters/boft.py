@@ -15,6 +15,8 @@ from lorafuse.adapters.rotation import cayley_minus_identity, excess, excess_nby
 from lorafuse.adapters.rowwise import RowWise, Tensors
 from lorafuse.adapters.store import AdapterDir
 
+SUPPORTED = "Linear, Conv2d; several butterfly factors"
+
 _LEAVES = r"boft_\w+(\.(?P<name>[^.]+))?"
 
 

@@ -12,6 +12,8 @@ from lorafuse.adapters.patch import Patch, Target, Update
 from lorafuse.adapters.rowwise import RowWise
 from lorafuse.adapters.store import AdapterDir
 
+SUPPORTED = "Linear"
+
 _LEAVES = r"c3a_\w+(\.(?P<name>[^.]+))?"
 
 

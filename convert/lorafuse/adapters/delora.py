@@ -9,6 +9,8 @@ from lorafuse.adapters.rowwise import RowWise, Tensors, product_added
 from lorafuse.adapters.shared import NAMED, Found, Leaves, Warn, each_module, expect, misfit, read_modules, shape_of, take
 from lorafuse.adapters.store import AdapterDir
 
+SUPPORTED = "Linear; files that hold delora_w_norm"
+
 _NAMES = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
 _LEAVES = rf"delora_(A|B|lambda|w_norm){NAMED}"
 _LEAST_NORM = 1e-4

@@ -27,6 +27,8 @@ from lorafuse.adapters.shared import (
 )
 from lorafuse.adapters.store import AdapterDir
 
+SUPPORTED = "Linear, HF Conv1D"
+
 _NAME = "fourierft_spectrum"
 _LEAVES = rf"{_NAME}{NAMED}"
 _CHUNK_NUMEL = 1 << 18  # coefficients times rows at once

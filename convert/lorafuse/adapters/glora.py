@@ -15,6 +15,8 @@ from lorafuse.adapters.rowwise import RowWise, Tensors
 from lorafuse.adapters.shared import Found, Leaves, Warn, each_module, expect, misfit, read_modules, shape_of, take
 from lorafuse.adapters.store import AdapterDir
 
+SUPPORTED = "Linear: weight and bias"
+
 _LEAVES = r"glora_[A-E](\.(?P<name>[^.]+))?\.(Xd|Xu|X|zeros)"
 _OFF = "zeros of a path that is switched off"
 

@@ -23,6 +23,8 @@ from lorafuse.adapters.shared import (
 )
 from lorafuse.adapters.store import AdapterDir
 
+SUPPORTED = "Linear, HF Conv1D; hybrid part"
+
 _LEAVES = r"gralora_[AB](_general)?(\.(?P<name>(?!weight$)[^.]+))?(\.weight)?"
 
 

@@ -25,6 +25,8 @@ from lorafuse.adapters.shared import (
 )
 from lorafuse.adapters.store import AdapterDir
 
+SUPPORTED = "Linear, HF Conv1D, Embedding, Conv1d/2d/3d"
+
 _LEAVES = rf"hira_(embedding_)?[AB]{NAMED}"
 
 

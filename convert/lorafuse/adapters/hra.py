@@ -13,6 +13,8 @@ from lorafuse.adapters.patch import Base, Patch, Target, Update
 from lorafuse.adapters.rowwise import RowWise, Tensors
 from lorafuse.adapters.store import AdapterDir
 
+SUPPORTED = "Linear, Conv2d; Gram-Schmidt"
+
 _LEAVES = r"hra_\w+(\.(?P<name>[^.]+))?"
 
 

@@ -18,6 +18,8 @@ from lorafuse.adapters.rowwise import RowWise, Tensors
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, shown
 
+SUPPORTED = "Linear, HF Conv1D, Conv2d, Conv3d; feedforward, biases"
+
 _LEAVES = r"ia3_\w+(\.(?P<name>[^.]+))?"
 
 

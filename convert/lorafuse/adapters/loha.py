@@ -13,6 +13,8 @@ from lorafuse.adapters.patch import Base, Patch, Target, Update
 from lorafuse.adapters.rowwise import RowWise, Tensors
 from lorafuse.adapters.store import AdapterDir
 
+SUPPORTED = "Linear, Conv1d, Conv2d; effective convolutions"
+
 _LEAVES = r"hada_\w+(\.(?P<name>[^.]+))?"
 _PLAIN = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")

@@ -28,6 +28,8 @@ from lorafuse.adapters.rowwise import RowWise, Tensors
 from lorafuse.adapters.store import AdapterDir
 from lorafuse.errors import AdapterError, shown
 
+SUPPORTED = "Linear, Conv1d, Conv2d; whole and factored w1, w2"
+
 _LEAVES = r"lokr_\w+(\.(?P<name>[^.]+))?"
 
 

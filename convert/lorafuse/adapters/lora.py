@@ -26,10 +26,13 @@ _LEAVES = (
     r"|token_adapter\..*|trainable_tokens_delta"
 )
 
+SUPPORTED = "Linear, HF Conv1D, Embedding, Conv1d/2d/3d, experts (target_parameters); patterns, rsLoRA, trained biases"
+MEMORY = "tiles"
+
 Warn = Callable[[str], None]
 
 # Config fields that change what is computed and are not implemented: field → what PEFT does with it. Falsy values are harmless.
-_REFUSED = {
+REFUSED_FIELDS = {
     "use_dora": "DoRA rescales rows by a trained magnitude",
     "use_qalora": "QALoRA groups the inputs of lora_A",
     "use_bdlora": "bdLoRA stores block-diagonal factors",
@@ -78,7 +81,7 @@ def _once(warn: Warn) -> Warn:
 
 def _checked_config(adapter: AdapterDir) -> dict[str, Any]:
     config, where = adapter.config, adapter.path / CONFIG
-    for field, what in _REFUSED.items():
+    for field, what in REFUSED_FIELDS.items():
         if config.get(field):
             raise AdapterError(f"{where}: {field} is set, which is not supported: {what}.")
     init = config.get("init_lora_weights")

@@ -15,6 +15,8 @@ from lorafuse.adapters.rowwise import RowWise, Tensors
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, shown
 
+SUPPORTED = "Linear; bat and mini"
+
 _LEAVES = r"miss_\w+(\.(?P<name>[^.]+))?"
 
 

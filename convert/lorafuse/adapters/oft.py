@@ -22,6 +22,8 @@ from lorafuse.adapters.rowwise import RowWise, Tensors
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, shown
 
+SUPPORTED = "Linear, Embedding, 1 × 1 Conv2d; larger kernels have no merged form"
+
 _LEAVES = r"oft_\w+(\.(?P<name>(?!weight$)[^.]+))?(\.weight)?"
 
 

@@ -8,6 +8,8 @@ from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.adapters.vera import vector_updates
 from lorafuse.errors import AdapterError
 
+SUPPORTED = "as VERA, with the mean; not sample_at_inference"
+
 
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
     """One for the weight of each module."""

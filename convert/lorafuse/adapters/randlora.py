@@ -30,6 +30,8 @@ from lorafuse.adapters.store import AdapterDir
 from lorafuse.codecs.sources import Arena
 from lorafuse.errors import AdapterError
 
+SUPPORTED = "Linear, HF Conv1D; with saved projections"
+
 _LEAVES = rf"randlora_(lambda|gamma|[AB]){NAMED}"
 
 

@@ -26,6 +26,8 @@ from lorafuse.adapters.shared import (
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError
 
+SUPPORTED = "Linear: weight and bias; road_1, road_2, road_4"
+
 _NAMES = ("road_theta", "road_alpha")
 _LEAVES = rf"road_(theta|alpha){NAMED}"
 _VARIANTS = ("road_1", "road_2", "road_4")  # the number is that of the angles of a pair

@@ -13,6 +13,8 @@ from lorafuse.adapters.rowwise import RowWise, Tensors
 from lorafuse.adapters.store import AdapterDir
 from lorafuse.errors import AdapterError, shown
 
+SUPPORTED = "Linear; files that hold their indices"
+
 _LEAVES = r"shira_\w+(\.(?P<name>[^.]+))?"
 _INDEX_DTYPES = ("I32", "I64", "F32")
 

@@ -26,6 +26,8 @@ from lorafuse.adapters.shared import (
 from lorafuse.adapters.store import AdapterDir
 from lorafuse.errors import AdapterError, shown
 
+SUPPORTED = "Linear, HF Conv1D; whole logits or top k"
+
 _BANK = "vblora_vector_bank"
 _LEAVES = rf"vblora_logits_[AB](_topk_(indices|weights))?{NAMED}|{_BANK}(\.[^.]+)?"
 _INTEGERS = ("U8", "I8", "I16", "I32", "I64")

@@ -33,6 +33,8 @@ from lorafuse.codecs.sources import host_view
 from lorafuse.errors import AdapterError, shown
 from lorafuse.tensors import DTYPES
 
+SUPPORTED = "Linear, HF Conv1D; projections saved or redrawn"
+
 
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
     """One for the weight of each module."""

@@ -31,6 +31,8 @@ from lorafuse.adapters.shared import (
 from lorafuse.adapters.store import AdapterDir
 from lorafuse.adapters.wavelets import FAMILIES, reconstruction_filters
 
+SUPPORTED = "Linear, HF Conv1D; db1–db10 and sym2–sym10"
+
 _NAME = "waveft_spectrum"
 _LEAVES = rf"{_NAME}{NAMED}"
 _CHUNK_NUMEL = 1 << 17  # elements that coefficients add to at once
