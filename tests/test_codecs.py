@@ -31,7 +31,8 @@ def four_bit(weight, **settings):
     """(stored tensors of `w.weight`, what bitsandbytes decodes them to)."""
     packed, state = bnb.quantize_4bit(weight, **settings)
     stored = {f"w.weight.{name}": t for name, t in state.as_dict(packed=True).items()}
-    decoded = bnb.dequantize_4bit(packed, state).reshape(weight.shape)
+    # As bytes in a column: bitsandbytes takes one row, of however few elements, for a transposed weight.
+    decoded = bnb.dequantize_4bit(packed.view(torch.uint8).reshape(-1, 1), state).reshape(weight.shape)
     return {"w.weight": packed, **stored}, decoded
 
 

@@ -61,7 +61,7 @@ def measure_tile(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, 
     Overwrites `total`.
     """
     numel = total.numel()
-    w = base if base.dtype == torch.float32 else arena.get("measure.w", numel, torch.float32).copy_(base)
+    w = base if base.dtype == torch.float32 else arena.get("sum.fp32", numel, torch.float32).copy_(base)
     s = arena.get("measure.s", numel, torch.float32).copy_(stored)
     n_changed = _count_different(s, w, arena)
     residual = s.sub_(total)

@@ -21,7 +21,7 @@ import torch
 from lorafuse.adapters.patch import Base
 from lorafuse.codecs import Arena
 from lorafuse.codecs.dense import DenseSources
-from lorafuse.codecs.sources import host_view
+from lorafuse.codecs.sources import DECODED_FP32, host_view
 from lorafuse.errors import ResultError, shown
 from lorafuse.measure import Measures, measure_tile
 from lorafuse.shardfile import ShardWriter
@@ -136,7 +136,8 @@ class Workshop:
         self._plan, self._device = plan, device
         self._executor = ThreadPoolExecutor(plan.memory.n_workers, "tile", initializer=self._start_worker)
         self._local = local()
-        self._buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        # Last in, first out: the buffer that was written last is still in cache.
+        self._buffers: queue.LifoQueue[torch.Tensor] = queue.LifoQueue()
         self._pending: deque[tuple[Step, bool, Future[Tile]]] = deque()
         self._held_nbytes = 0  # by steps that are prepared and not released
         self._loader = Arena(device)
@@ -212,7 +213,8 @@ def merge_tile(step: Step, start: int, stop: int, buffer: torch.Tensor, arena: A
     stored = finished if on_host else arena.get("merge.stored", stop - start, finished.dtype)
     total = base
     if step.patches:
-        total = arena.get("merge.total", stop - start, torch.float32).copy_(base)
+        name = "sum.fp32" if base.dtype == torch.float32 else DECODED_FP32
+        total = arena.get(name, stop - start, torch.float32).copy_(base)
         for patch in step.patches:
             patch.apply(total.view(-1, step.row_numel), start // step.row_numel, arena)
     stored.copy_(total)  # the one rounding, to nearest even

@@ -6,10 +6,14 @@ A plan is complete: the loop that carries it out decides nothing.
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorafuse._version import __version__
-from lorafuse.adapters import AdapterDir, Edit, Target, Update, module_of
+from lorafuse.adapters import AdapterDir, Choice, Edit, Patch, Target, Update, module_of
+from lorafuse.adapters.keys import unusual_prefixes
+from lorafuse.adapters.patch import Parameter, Part
+from lorafuse.adapters.placed import Placed
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.codecs import Sources, open_weights
 from lorafuse.codecs.sources import is_conv1d
@@ -26,7 +30,7 @@ def make_plan(ckpt: Checkpoint, adapter: AdapterDir, settings: Settings) -> Plan
     weights = open_weights(ckpt)
     names = Names(weights, ckpt.config)
     updates, ignored = module_of(adapter).updates(adapter, settings.adapter_scale, warnings.append)
-    edits = _edits(updates, names, adapter)
+    edits = _edits(updates, names, adapter, warnings.append)
     untied = _settle_tied(names, edits, ignored, bool(adapter.config.get("ensure_weight_tying")))
     steps = _steps(weights, names, edits, untied, settings.dtype)
     if not steps:
@@ -38,25 +42,96 @@ def make_plan(ckpt: Checkpoint, adapter: AdapterDir, settings: Settings) -> Plan
     return Plan(shards, _plan_id(ckpt, adapter, settings, shards), memory, config_changes, used, ignored, warnings)
 
 
-def _edits(updates: list[Update], names: Names, adapter: AdapterDir) -> dict[str, Edit]:
+def _edits(said: list[Update | Choice], names: Names, adapter: AdapterDir, warn: Callable[[str], None]) -> dict[str, Edit]:
     """Weight → edit. Replacements first: an update goes on top of them."""
+    unusual = unusual_prefixes(adapter)
+    if unusual:
+        warn(unusual)
+    found = names.resolve(_parameters(said), adapter.file, warn)
+    updates: list[Update] = []
+    for one in said:
+        updates += one.settle({name: found[name] for name in one.parameters}) if isinstance(one, Choice) else [one]
     edits: dict[str, Edit] = {}
     for update in sorted(updates, key=lambda update: update.make is not None):
-        weight = names.resolve(update.parameter, adapter.file, update.keys[0])
-        edit = edits.setdefault(weight, Edit())
-        edit.keys += update.keys
-        sources = edit.replaced or names.weights.get(weight) or names.weights[names.embed or ""]
-        if update.replaced:
-            if edit.replaced:
-                both = listed(edit.keys)
-                raise AdapterError(f"{adapter.file}: {both} replace the same weight, {shown(weight)}; which is meant?")
-            _check_replacement(update, weight, sources.spec, names, adapter)
-            edit.replaced = update.replaced
-        if update.make:
-            if sources.spec.dtype not in FLOATS:
-                raise AdapterError(f"{adapter.file}: {shown(update.keys[0])} updates {shown(weight)}, which is {sources.spec}.")
-            edit.patches.append(update.make(Target(weight, sources.spec, is_conv1d(names.config, weight))))
+        parameter = found.get(update.parameter) or _beside_weight(update.parameter, found, names)
+        if parameter is None:
+            continue
+        for part in parameter.parts:
+            edit = edits.setdefault(part.weight, Edit())
+            edit.keys += update.keys
+            sources = edit.replaced or names.weights.get(part.weight) or names.weights[names.embed or ""]
+            if update.replaced:
+                _replace(update, part, sources.spec, edit, names, adapter)
+            if update.make:
+                beside = _sources_beside(update, found, names, edits)
+                edit.patches.append(_patch(update, parameter, part, sources.spec, beside, names, adapter))
     return edits
+
+
+def _parameters(said: list[Update | Choice]) -> dict[str, str]:
+    """The parameters to find, each with a tensor that names it."""
+    wanted: dict[str, str] = {}
+    for one in said:
+        if isinstance(one, Choice):
+            wanted |= dict.fromkeys(one.parameters, one.keys[0])
+        else:
+            names = [one.beside] if one.optional else [one.parameter, one.beside]
+            wanted |= {name: one.keys[0] for name in names if name is not None}
+    return wanted
+
+
+def _beside_weight(parameter: str, found: Mapping[str, Parameter], names: Names) -> Parameter | None:
+    """An optional parameter, a bias: what stands beside the weight of its module, if anything does."""
+    module, _, leaf = parameter.rpartition(".")
+    weight = found.get(f"{module}.weight")
+    if weight is None or len(weight.parts) != 1 or not weight.parts[0].whole:
+        return None
+    name = f"{weight.parts[0].weight.rpartition('.')[0]}.{leaf}"
+    return Parameter(names.weights[name].spec.shape, (Part(name),)) if name in names.weights else None
+
+
+def _sources_beside(update: Update, found: Mapping[str, Parameter], names: Names, edits: dict[str, Edit]) -> Sources | None:
+    if update.beside is None:
+        return None
+    weight = found[update.beside].parts[0].weight
+    return edits.get(weight, Edit()).replaced or names.weights.get(weight) or names.weights[names.embed or ""]
+
+
+def _replace(update: Update, part: Part, spec: TensorSpec, edit: Edit, names: Names, adapter: AdapterDir) -> None:
+    if edit.replaced:
+        both = listed(edit.keys)
+        raise AdapterError(f"{adapter.file}: {both} replace the same weight, {shown(part.weight)}; which is meant?")
+    if not part.whole or part.transposed:
+        raise AdapterError(
+            f"{adapter.file}: {shown(update.keys[0])} replaces a parameter that the checkpoint stores in another form, in "
+            f"{shown(part.weight)}; that is not supported."
+        )
+    _check_replacement(update, part.weight, spec, names, adapter)
+    edit.replaced = update.replaced
+
+
+def _patch(
+    update: Update, parameter: Parameter, part: Part, spec: TensorSpec, beside: Sources | None, names: Names, adapter: AdapterDir
+) -> Patch:
+    """The update's patch for this weight, moved to the rows that it has of the parameter."""
+    assert update.make is not None
+    key = shown(update.keys[0])
+    if spec.dtype not in FLOATS:
+        raise AdapterError(f"{adapter.file}: {key} updates {shown(part.weight)}, which is {spec}.")
+    conv1d = is_conv1d(names.config, part.weight) != part.transposed
+    if update.stacked:
+        return update.make(Target(part.weight, spec, conv1d, part, beside))
+    if part.expert is not None:
+        raise AdapterError(f"{adapter.file}: {key} updates {shown(part.weight)} and others as one matrix; that is not supported.")
+    if part.whole:
+        return update.make(Target(part.weight, spec, conv1d, beside=beside))
+    inner = update.make(Target(part.weight, TensorSpec(spec.dtype, parameter.shape), conv1d, beside=beside))
+    if inner.reads_base or inner.row_multiple > 1:
+        raise AdapterError(
+            f"{adapter.file}: {key} changes {shown(update.parameter)} as a whole, which the checkpoint stores in another form, in "
+            f"{shown(part.weight)}; that is not supported."
+        )
+    return Placed(inner, part)
 
 
 def _check_replacement(update: Update, weight: str, spec: TensorSpec, names: Names, adapter: AdapterDir) -> None:

@@ -8,19 +8,17 @@ from typing import Any
 
 from lorafuse.adapters import Patch
 from lorafuse.adapters.lowrank import LowRank
+from lorafuse.adapters.patch import TILE_NUMEL
 from lorafuse.checkpoint import SINGLE
 from lorafuse.codecs import Sources
 from lorafuse.errors import UsageError, shown
 from lorafuse.settings import Settings
 from lorafuse.tensors import DTYPES, TensorSpec
 
-# Elements of a tile. It depends on nothing, so that the bytes written do not either; a tile of this size stays in cache while it is
-# decoded, updated and cast, and smaller ones cost more in calls (bench/tiles.py).
-TILE_NUMEL = 1 << 19
 COPY_NBYTES = 1 << 20
-# What a worker holds per element of its tile: packed codes, index, decoded values in fp32 and in the weight's dtype, the sum, two
-# buffers for the measures.
-WORKER_NBYTES_PER_ELEMENT = 24
+# What a worker holds per element of its tile: packed codes, index, decoded values in fp32 and in the weight's dtype, and two fp32
+# buffers and a flag for the sum and the measures.
+WORKER_NBYTES_PER_ELEMENT = 20
 # Interpreter, libraries' buffers and allocator slack beyond `import torch`, measured by bench/memory.py.
 RUNTIME_NBYTES = 25_000_000
 STORED_TENSOR_NBYTES = 800  # a stored tensor's name and entries in the tables, measured with 120,000 of them
@@ -44,9 +42,15 @@ class Step:
         return self.action == "copied"
 
     @property
+    def _stacked(self) -> bool:
+        return any(patch.stacked for patch in self.patches)
+
+    @property
     def row_numel(self) -> int:
-        """Elements per row of a tile: patches see the weight as a matrix of its first dimension, decoding needs only the last."""
-        return max(self.spec.n_cols if self.patches else math.prod(self.spec.shape[-1:]), 1)
+        """Elements per row of a tile: patches see the weight as a matrix of its first dimension (or as a stack of matrices),
+        decoding needs only the last."""
+        whole_rows = self.patches and not self._stacked
+        return max(self.spec.n_cols if whole_rows else math.prod(self.spec.shape[-1:]), 1)
 
     @property
     def tile_numel(self) -> int:
@@ -58,7 +62,10 @@ class Step:
     def tiles(self) -> Iterator[tuple[int, int]]:
         """(start, stop) in elements, in order."""
         step, numel = self.tile_numel, self.spec.numel
-        return ((start, min(start + step, numel)) for start in range(0, numel, step))
+        matrix = max(self.spec.n_cols, 1) if self._stacked else numel
+        for first in range(0, numel, max(matrix, 1)):
+            last = first + matrix
+            yield from ((start, min(start + step, last)) for start in range(first, last, step))
 
     @property
     def resident_nbytes(self) -> int:

@@ -1,20 +1,104 @@
 """Adapters: one file per PEFT type, and `open_adapter`, which reads any of them.
 
-An adapter module has one function, `updates(adapter, scale, warn)`, which returns a list of Update and the ignored tensors with
-reasons. A type is added by one file and one word in ADAPTERS.
+An adapter module has one function, `updates(adapter, scale, warn)`, which returns a list of Update (or Choice) and the ignored
+tensors with reasons. A type is added by one file and one word in ADAPTERS.
 """
 
 from pathlib import Path
 from types import ModuleType
 
-from lorafuse.adapters import lora
-from lorafuse.adapters.patch import Edit, Patch, Target, Update
+from lorafuse.adapters import (
+    adalora,
+    beft,
+    boft,
+    c3a,
+    deft,
+    delora,
+    fourierft,
+    frod,
+    glora,
+    gralora,
+    hira,
+    hra,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    lora,
+    miss,
+    oft,
+    osf,
+    pvera,
+    randlora,
+    road,
+    shira,
+    supertuning,
+    tinylora,
+    trainable_tokens,
+    unilora,
+    vblora,
+    vera,
+    waveft,
+)
+from lorafuse.adapters.patch import Choice, Edit, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, listed, shown
 
-ADAPTERS: dict[str, ModuleType] = {"LORA": lora}
+ADAPTERS: dict[str, ModuleType] = {
+    "ADALORA": adalora,
+    "BEFT": beft,
+    "BOFT": boft,
+    "C3A": c3a,
+    "DEFT": deft,
+    "DELORA": delora,
+    "FOURIERFT": fourierft,
+    "FROD": frod,
+    "GLORA": glora,
+    "GRALORA": gralora,
+    "HIRA": hira,
+    "HRA": hra,
+    "IA3": ia3,
+    "LN_TUNING": ln_tuning,
+    "LOHA": loha,
+    "LOKR": lokr,
+    "LORA": lora,
+    "MISS": miss,
+    "OFT": oft,
+    "OSF": osf,
+    "PVERA": pvera,
+    "RANDLORA": randlora,
+    "ROAD": road,
+    "SHIRA": shira,
+    "SUPERTUNING": supertuning,
+    "TINYLORA": tinylora,
+    "TRAINABLE_TOKENS": trainable_tokens,
+    "UNILORA": unilora,
+    "VBLORA": vblora,
+    "VERA": vera,
+    "WAVEFT": waveft,
+}
 
-__all__ = ["ADAPTERS", "AdapterDir", "Edit", "Patch", "Target", "Update", "module_of", "open_adapter"]
+_PROMPT = "it trains inputs of the model, not weights"
+# Types that no change of weights equals, or whose update cannot be known from the files: type → why, in plain words.
+REFUSED_TYPES: dict[str, str] = {
+    "ADAMSS": "its subspaces are found by clustering singular vectors of the base weight, and the clusters are not in the file",
+    "ADAPTION_PROMPT": "it adds attention to trained inputs, which no weight holds",
+    "CARTRIDGE": "it trains a key-value cache, not weights",
+    "CPT": _PROMPT,
+    "LILY": "a router chooses between factors for each input, so no merged weight equals it",
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "PEANUT": "its update is a network applied to the base weight, which is not implemented",
+    "POLY": "a router chooses between skills for each task, so no merged weight equals it",
+    "PREFIX_TUNING": "it trains a key-value cache, not weights",
+    "PROMPT_TUNING": _PROMPT,
+    "PSOFT": "its factors A and B come from an SVD of the base weight and are not in the file, and the sign of a singular vector "
+    "is each library's choice, so the update depends on where it was trained",
+    "P_TUNING": _PROMPT,
+    "SHADOW": "a second network runs beside the model, so no merged weight equals it",
+    "XLORA": "a classifier mixes LoRA adapters for each input, so no merged weight equals it",
+}
+
+__all__ = ["ADAPTERS", "REFUSED_TYPES", "AdapterDir", "Choice", "Edit", "Patch", "Target", "Update", "module_of", "open_adapter"]
 
 
 def open_adapter(path: Path) -> AdapterDir:
@@ -33,6 +117,8 @@ def module_of(adapter: AdapterDir) -> ModuleType:
     if kind is None:
         raise AdapterError(f"{adapter.path / CONFIG}: has no peft_type; it was not written by PEFT.")
     module = ADAPTERS.get(kind) if isinstance(kind, str) else None
+    if isinstance(kind, str) and kind in REFUSED_TYPES:
+        raise AdapterError(f"{adapter.path / CONFIG}: peft_type {kind} cannot be merged: {REFUSED_TYPES[kind]}.")
     if module is None:
         raise AdapterError(f"{adapter.path / CONFIG}: peft_type {shown(kind)} is not supported; known are {listed(ADAPTERS)}.")
     return module

@@ -1,5 +1,7 @@
 """Adapter tensors as fp32 matrices, read whole or in parts."""
 
+import math
+
 import torch
 
 from lorafuse.checkpoint import Store
@@ -10,51 +12,77 @@ READ_NUMEL = 1 << 18
 
 
 class Factor:
-    """A 2-D adapter tensor as fp32, whole or in parts, perhaps transposed. `shape` is the logical one, after transposing."""
+    """A 2-D adapter tensor as fp32, or some of its rows and evenly spaced columns, whole or in parts, perhaps transposed, perhaps
+    each row times an element of another tensor, `row_scale`.
 
-    def __init__(self, store: Store, key: str, *, transposed: bool = False) -> None:
+    `rows` and `cols` choose from the stored matrix; `shape` is the logical one, after choosing and transposing, and it is the rows
+    of that shape which are scaled.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        *,
+        transposed: bool = False,
+        rows: range | None = None,
+        cols: range | None = None,
+        row_scale: str | None = None,
+    ) -> None:
         spec = store.tensors[key].spec
-        self.store, self.key, self.transposed = store, key, transposed
-        self._stored = (spec.shape[0], spec.n_cols)
-        self.shape = self._stored[::-1] if transposed else self._stored
+        self.store, self.key, self.transposed, self._row_scale = store, key, transposed, row_scale
+        self._width = spec.n_cols
+        self._rows, self._cols = rows or range(spec.shape[0]), cols or range(spec.n_cols)
+        self._chosen = (len(self._rows), len(self._cols))
+        self.shape = self._chosen[::-1] if transposed else self._chosen
         self._dtype = getattr(torch, spec.torch_name)
         self._itemsize = DTYPES[spec.dtype][0]
-        self.nbytes = spec.numel * 4
+        self.nbytes = math.prod(self.shape) * 4
 
     def whole(self, arena: Arena) -> torch.Tensor:
         """float32 `shape`, on the arena's device, in memory of its own."""
-        n_rows, n_cols = self._stored
+        n_rows, n_cols = self._chosen
         stored = torch.empty(n_rows, n_cols, device=arena.device)
-        step = max(READ_NUMEL // max(n_cols, 1), 1)
+        step = max(READ_NUMEL // max(self._width, 1), 1)
         for start in range(0, n_rows, step):
             stop = min(start + step, n_rows)
             stored[start:stop] = self._stored_rows(start, stop, arena)
-        return stored.T if self.transposed else stored
+        return self._scaled(stored.T if self.transposed else stored, 0, arena)
 
     def rows(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
-        return self._stored_cols(start, stop, arena).T if self.transposed else self._stored_rows(start, stop, arena)
+        stored = self._stored_cols(start, stop, arena).T if self.transposed else self._stored_rows(start, stop, arena)
+        return self._scaled(stored, start, arena)
 
     def cols(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
-        return self._stored_rows(start, stop, arena).T if self.transposed else self._stored_cols(start, stop, arena)
+        stored = self._stored_rows(start, stop, arena).T if self.transposed else self._stored_cols(start, stop, arena)
+        return self._scaled(stored, 0, arena)
+
+    def _scaled(self, rows: torch.Tensor, first_row: int, arena: Arena) -> torch.Tensor:
+        if self._row_scale is None:
+            return rows
+        scale = load(self.store, self._row_scale, arena.device).view(-1, 1)
+        return rows.mul_(scale[first_row : first_row + rows.shape[0]])
 
     def _stored_rows(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
-        n_cols = self._stored[1]
-        row_nbytes = n_cols * self._itemsize
-        raw = arena.fetch("factor.raw", self.store, self.key, start * row_nbytes, (stop - start) * row_nbytes)
-        return self._float(raw, arena).view(stop - start, n_cols)
+        """One read of whole rows, since they lie together."""
+        row_nbytes = self._width * self._itemsize
+        raw = arena.fetch("factor.raw", self.store, self.key, self._rows[start] * row_nbytes, (stop - start) * row_nbytes)
+        return self._float(raw, stop - start, self._cols, arena)
 
     def _stored_cols(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
-        n_rows, n_cols = self._stored
-        nbytes = (stop - start) * self._itemsize
-        raw = arena.get("factor.raw", n_rows * nbytes, torch.uint8, host=True)
+        """One read for each row, from the first chosen column to the last."""
+        cols = self._cols[start:stop]
+        nbytes = (cols[-1] + 1 - cols[0]) * self._itemsize
+        raw = arena.get("factor.raw", len(self._rows) * nbytes, torch.uint8, host=True)
         view = host_view(raw)
-        for row in range(n_rows):
-            self.store.read_into(self.key, (row * n_cols + start) * self._itemsize, view[row * nbytes : (row + 1) * nbytes])
-        return self._float(raw, arena).view(n_rows, stop - start)
+        for i, row in enumerate(self._rows):
+            begin = (row * self._width + cols[0]) * self._itemsize
+            self.store.read_into(self.key, begin, view[i * nbytes : (i + 1) * nbytes])
+        return self._float(raw, len(self._rows), range(0, nbytes // self._itemsize, cols.step), arena)
 
-    def _float(self, raw: torch.Tensor, arena: Arena) -> torch.Tensor:
-        values = raw.view(self._dtype)
-        return arena.get("factor.float", values.numel(), torch.float32).copy_(values)
+    def _float(self, raw: torch.Tensor, n_rows: int, cols: range, arena: Arena) -> torch.Tensor:
+        values = raw.view(self._dtype).view(n_rows, -1)[:, cols.start : cols.stop : cols.step]
+        return arena.get("factor.float", values.numel(), torch.float32).view(values.shape).copy_(values)
 
 
 def load(store: Store, key: str, device: torch.device) -> torch.Tensor:

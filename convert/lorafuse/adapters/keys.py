@@ -16,17 +16,43 @@ _SAVED_WHOLE = r"base_layer\.(weight|bias)|modules_to_save(\.[^.]+)?\.(weight|bi
 Modules = dict[str, dict[str, str]]  # module → {leaf: key}
 
 
+# Modules that other libraries wrap around a model or its layers when it is trained, and a PEFT prefix too many.
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+_OUTER = re.compile(rf"(?:(?:{'|'.join(map(re.escape, _WRAPPERS))})*{re.escape(PREFIX)})*")
+_INNER = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, _WRAPPERS[1:]))})")
+
+
+def plain_name(key: str) -> str:
+    """A key without PEFT's prefix, however often it has it, and without what wrappers put into it."""
+    match = _OUTER.match(key)
+    name = key[match.end() :] if match else key
+    if name == key:
+        name = re.sub(rf"^(?:{re.escape(_WRAPPERS[0])})+", "", name)
+    return _INNER.sub("", name)
+
+
+def unusual_prefixes(adapter: AdapterDir) -> str | None:
+    """What to say about keys that PEFT itself would not load, since it expects its prefix and nothing else."""
+    for key in adapter.store.tensors:
+        name = plain_name(key)
+        if key != PREFIX + name:
+            return (
+                f"{adapter.file}: {shown(key)} is taken for {shown(PREFIX + name)}; PEFT itself would not load keys of this form."
+            )
+    return None
+
+
 def group(adapter: AdapterDir, leaf_pattern: str) -> Modules:
     """Keys by module and leaf, a leaf being what the regular expression matches at the end of a key, after a dot.
 
     A parameter that is saved whole is the leaf "" of a module of its own name. The adapter's name, which PEFT strips on saving
     and other trainers leave in (`lora_A.default.weight`), is dropped from a leaf when the pattern has it as the group `name`.
-    Keys without the PEFT prefix are taken as they are.
+    Prefixes of wrappers are dropped (`plain_name`).
     """
     pattern = re.compile(rf"(?:(?P<module>.+)\.)?(?P<leaf>{_SAVED_WHOLE}|{leaf_pattern})")
     modules: Modules = {}
     for key in adapter.store.tensors:
-        name = key.removeprefix(PREFIX)
+        name = plain_name(key)
         match = pattern.fullmatch(name)
         module, leaf = (match["module"] or "", match["leaf"]) if match else (name, "")
         if leaf.startswith("modules_to_save."):

@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from lorafuse.adapters import experts
 from lorafuse.adapters.factor import Factor
 from lorafuse.adapters.keys import check_float, drop_copies, group, pattern_value, refuse_left_over, replacements
 from lorafuse.adapters.lowrank import AddVector, LowRank
-from lorafuse.adapters.patch import Patch, Target, Update
+from lorafuse.adapters.patch import Choice, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, shown
 from lorafuse.tensors import FLOATS
@@ -38,20 +39,23 @@ _REFUSED = {
     "layer_replication": "layer_replication makes more layers than the checkpoint has",
     "megatron_config": "Megatron's linears are split over devices",
     "enable_lora": "MergedLinear of peft ≤ 0.2 stores a grouped convolution",
-    "target_parameters": "target_parameters adapts 3-D expert parameters",
     "trainable_token_indices": "trainable tokens replace rows of an embedding",
 }
 _HARMLESS_INITS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal", "mica")
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update | Choice], dict[str, str]]:
     """Everything the adapter does, and the tensors that it ignores with the reason of each."""
     config = _checked_config(adapter)
     warn = _once(warn)
     modules = group(adapter, _LEAVES)
     ignored = drop_copies(modules)
-    result: list[Update] = []
-    for module, leaves in modules.items():
+    result: list[Update | Choice] = []
+    result += experts.choices(
+        adapter, modules, lambda name, rank: scale * _scaling(adapter, config, name, rank, warn), _linear_patch
+    )
+    for path, leaves in modules.items():
+        module = path.replace(".base_layer", "")  # some wrappers keep the module that they wrap under this name
         result += replacements(adapter, module, leaves)
         result += _low_rank(adapter, config, module, leaves, scale, warn)
         refuse_left_over(adapter, leaves)

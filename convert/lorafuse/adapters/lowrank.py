@@ -1,6 +1,6 @@
 """LoRA's patches: the product of two factors added to a matrix, and a vector added to a bias."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,6 +14,27 @@ LEFT_RESIDENT_NBYTES = 4 << 20
 RIGHT_CHUNK_NUMEL = 1 << 20
 
 
+class Readable(Protocol):
+    """A matrix that comes from the adapter, whole."""
+
+    shape: tuple[int, int]
+    nbytes: int  # as fp32, whole
+
+    def whole(self, arena: Arena) -> torch.Tensor: ...
+
+
+class LeftFactor(Readable, Protocol):
+    """One that is also read by rows; what it returns is valid until the arena's next use."""
+
+    def rows(self, start: int, stop: int, arena: Arena) -> torch.Tensor: ...
+
+
+class RightFactor(Readable, Protocol):
+    """One that is also read by columns."""
+
+    def cols(self, start: int, stop: int, arena: Arena) -> torch.Tensor: ...
+
+
 class LowRank(Patch):
     """W += scale · left @ right, left [rows, r], right [r, n_cols]: LoRA on Linear, Embedding, Conv1D and Conv1d/2d/3d.
 
@@ -21,7 +42,7 @@ class LowRank(Patch):
     get_delta_weight, has the same formula with a separate sum).
     """
 
-    def __init__(self, left: Factor, right: Factor, scale: float) -> None:
+    def __init__(self, left: LeftFactor, right: RightFactor, scale: float) -> None:
         self.left, self.right, self.scale = left, right, scale
         self.rank, self.n_cols = right.shape
         self.right_resident = True
@@ -33,6 +54,10 @@ class LowRank(Patch):
     @property
     def facts(self) -> dict[str, Any]:
         return {"rank": self.rank, "scale": self.scale}
+
+    @property
+    def reads_base(self) -> bool:
+        return False
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +89,7 @@ class LowRank(Patch):
         if not isinstance(other, LowRank) or self.scale != other.scale:
             return False
         arena = Arena(torch.device("cpu"))
-        pairs = ((self.left, other.left), (self.right, other.right))
+        pairs: tuple[tuple[Readable, Readable], ...] = ((self.left, other.left), (self.right, other.right))
         return all(a.shape == b.shape and torch.equal(a.whole(arena), b.whole(arena)) for a, b in pairs)
 
 
@@ -78,6 +103,10 @@ class AddVector(Patch):
     @property
     def facts(self) -> dict[str, Any]:
         return {"scale": self.scale}
+
+    @property
+    def reads_base(self) -> bool:
+        return False
 
     @property
     def nbytes(self) -> int:

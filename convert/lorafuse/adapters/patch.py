@@ -3,7 +3,7 @@
 A patch is not "a delta": it may replace rows or rescale them. `prepare` and `release` bracket the tiles of its weight.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,7 +12,11 @@ import torch
 from lorafuse.codecs.sources import Arena, Sources
 from lorafuse.tensors import TensorSpec
 
+# Elements of a tile. It depends on nothing, so that the bytes written do not either; a tile of this size stays in cache while it is
+# decoded, updated and cast, and smaller ones cost more in calls (bench/tiles.py).
+TILE_NUMEL = 3 << 18
 COMPARE_NUMEL = 1 << 18
+WHOLE = -1
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,16 @@ class Patch(Protocol):
         return 0
 
     @property
+    def stacked(self) -> bool:
+        """The weight is a stack of matrices: its rows are those of all matrices, and a tile stays within one of them."""
+        return False
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether prepare reads the weight."""
+        return True
+
+    @property
     def row_multiple(self) -> int:
         """Tiles start at multiples of this many rows, for patches that mix neighbouring rows."""
         return 1
@@ -79,24 +93,75 @@ class Patch(Protocol):
         return False
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a weight holds of a parameter, where these differ because loading stacks, joins or cuts tensors.
+
+    Rows [row, row + n_rows) of the parameter are rows [weight_row, …) of the weight; with `expert`, the parameter is a stack of
+    matrices, and rows are those of that matrix.
+    """
+
+    weight: str
+    n_rows: int = WHOLE
+    row: int = 0
+    weight_row: int = 0
+    expert: int | None = None
+    transposed: bool = False  # in memory
+
+    @property
+    def whole(self) -> bool:
+        """Whether weight and parameter hold the same."""
+        return self.expert is None and self.row == self.weight_row == 0 and self.n_rows == WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of the model in memory, found in the checkpoint: its shape there, and the weights that hold it."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    in_out: bool = False  # a stack that transformers 5 keeps as (E, in, out), against its custom
+
+
 @dataclass(frozen=True)
 class Target:
-    """The weight that an update found: its name in the checkpoint, spec, and whether it belongs to an HF Conv1D."""
+    """The weight that an update found: its name in the checkpoint, spec, and whether its matrix is stored as (in, out), as
+    HF Conv1D's is."""
 
     name: str
     spec: TensorSpec
     is_conv1d: bool
+    part: Part | None = None
+    beside: Sources | None = None  # the other parameter that the update asked for, before any patch
 
 
 @dataclass(frozen=True)
 class Update:
     """What an adapter says about one parameter, before the checkpoint is known: a replacement, or a patch that
-    `make(target)` builds, which raises AdapterError when it does not fit."""
+    `make(target)` builds, which raises AdapterError when it does not fit.
+
+    An `optional` one is left out where the checkpoint has no such parameter (a bias); its keys belong to another update too.
+    """
 
     parameter: str  # in the adapter's naming
     keys: tuple[str, ...]
     replaced: Sources | None = None
     make: Callable[[Target], Patch] | None = None
+    optional: bool = False
+    beside: str | None = None  # another parameter that the patch has to read: a bias that depends on its weight
+    stacked: bool = False  # `make` knows stacks of matrices and their parts
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an adapter says about some of several parameters, without saying which: their shapes decide.
+
+    `settle` maps the parameters found, by name, to updates; it raises AdapterError when none or several ways fit.
+    """
+
+    parameters: tuple[str, ...]  # in the adapter's naming
+    keys: tuple[str, ...]
+    settle: Callable[[Mapping[str, Parameter]], list[Update]]
 
 
 @dataclass

@@ -53,6 +53,10 @@ class RowWise(Patch):
         return self._scratch_nbytes
 
     @property
+    def reads_base(self) -> bool:
+        return self._begin is not None
+
+    @property
     def row_multiple(self) -> int:
         return self._row_multiple
 
@@ -66,3 +70,17 @@ class RowWise(Patch):
 
     def release(self) -> None:
         self._tensors = {}
+
+
+def product_added(scale: float) -> Callable[[torch.Tensor, int, Tensors], None]:
+    """rows += scale · left[rows] @ right, for a `begin` that makes `left` [n_rows, r] and `right` [r, n_cols]."""
+
+    def update(tile: torch.Tensor, first_row: int, tensors: Tensors) -> None:
+        tile.addmm_(tensors["left"][first_row : first_row + tile.shape[0]], tensors["right"], alpha=scale)
+
+    return update
+
+
+def oriented(left: torch.Tensor, right: torch.Tensor, *, transposed: bool) -> Tensors:
+    """The factors of left @ right, or of its transpose."""
+    return {"left": right.T, "right": left.T} if transposed else {"left": left, "right": right}

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from lorafuse.checkpoint import Checkpoint, read_all
-from lorafuse.codecs.sources import Arena, is_conv1d
+from lorafuse.codecs.sources import DECODED_FP32, Arena, is_conv1d
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
 
@@ -161,7 +161,7 @@ class FourBitSources:
             index = arena.get("bnb4.index", packed.numel(), torch.int32)
             index.copy_(packed)
             # Room for whole blocks: the last one may be short, and the pad nibble of an odd count is decoded and cut off.
-            values = arena.get("bnb4.values", (last - first) * blocksize, torch.float32)
+            values = arena.get(DECODED_FP32, (last - first) * blocksize, torch.float32)
             pairs = values[: 2 * packed.numel()].view(torch.float64)
             torch.index_select(arena.place(self._pairs), 0, index, out=pairs)
             values.view(-1, blocksize).mul_(absmax[:, None])
@@ -176,12 +176,11 @@ class FourBitSources:
         if self._nested_map is None:
             return arena.place(raw[1])
         codes, nested = arena.place(raw[1]), arena.place(raw[2])
-        index = arena.get("bnb4.absmax_index", codes.numel(), torch.int32).copy_(codes)
-        values = arena.get("bnb4.absmax_values", nested.numel() * state.nested_blocksize, torch.float32)
-        torch.index_select(arena.place(self._nested_map), 0, index, out=values[: codes.numel()])
-        values.view(-1, state.nested_blocksize).mul_(nested[:, None]).add_(state.nested_offset)
+        # Allocated: for so few elements that costs less than looking for scratch.
+        values = arena.place(self._nested_map).index_select(0, codes.int())
+        outer = nested[:, None].expand(-1, state.nested_blocksize).reshape(-1)
         begin = first % state.nested_blocksize
-        return values[begin : begin + last - first]
+        return values.mul_(outer[: values.numel()]).add_(state.nested_offset)[begin : begin + last - first]
 
     def _decode_transposed(self, packed: torch.Tensor, absmax: torch.Tensor, start: int, stop: int, arena: Arena) -> torch.Tensor:
         """Rows of the transposed weight are columns of the stored one: element by element, since a byte may span two."""

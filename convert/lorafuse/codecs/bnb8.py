@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from lorafuse.checkpoint import Checkpoint, read_all
-from lorafuse.codecs.sources import Arena, is_conv1d
+from lorafuse.codecs.sources import DECODED_FP32, Arena, is_conv1d
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
 
@@ -74,7 +74,7 @@ class Int8Sources:
 
     def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
         q, scb = (arena.place(t) for t in raw)
-        out = arena.get("int8.w", stop - start, torch.float32)
+        out = arena.get(DECODED_FP32, stop - start, torch.float32)
         if self.transposed:
             n_out = self._stored[0]
             tile = out.view(-1, n_out)  # float32 [cols of the stored weight, n_out]

@@ -24,6 +24,11 @@ def host_view(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers, their stubs do not say so
 
 
+# The scratch that a codec decodes to fp32 in. Once the tile is in the narrower dtype of its quant_state, the sum may use it:
+# a buffer less that has to stay in cache.
+DECODED_FP32 = "decoded.fp32"
+
+
 class Arena:
     """Named scratch tensors of one worker, made once and grown when a larger one is asked for."""
 

@@ -1,4 +1,4 @@
-"""Adapter parameter name → weight of this checkpoint, and which embeddings are tied.
+"""The weights of one checkpoint by name, and which embeddings are tied.
 
 The output carries the checkpoint's own names. A weight that is not stored because it is tied to the input embedding can be
 named all the same: it exists as soon as an adapter makes it differ.
@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorafuse.adapters.patch import Parameter
 from lorafuse.codecs import Sources
-from lorafuse.errors import AdapterError, nearest, shown
+from lorafuse.errors import AdapterError, shown
+from lorafuse.naming.resolve import Resolver, Warn
 
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed")
 OUTPUT_EMBEDDINGS = {"gpt_neox": "embed_out"}  # by model_type; lm_head elsewhere
@@ -41,12 +43,13 @@ class Names:
         self.head = self._head_of(self.embed) if self.embed else None
         self.tied = self._find_pair()
 
-    def resolve(self, parameter: str, file: object, key: str) -> str:
-        """The weight of that name. Raises AdapterError naming the adapter's tensor and what was looked for."""
-        if parameter in self.weights or (self.tied and parameter == self.tied.head):
-            return parameter
-        close = nearest(parameter, self.weights)
-        raise AdapterError(f"{file}: {shown(key)} belongs to {shown(parameter)}, which the checkpoint does not have{close}.")
+    def resolve(self, wanted: Mapping[str, str], file: object, warn: Warn) -> dict[str, Parameter]:
+        """The parameters that an adapter names (parameter → the tensor that names it), found in the checkpoint by one rule for
+        all. Raises AdapterError naming the adapter's tensor and what was looked for."""
+        shapes = {name: sources.spec.shape for name, sources in self.weights.items()}
+        if self.tied:
+            shapes.setdefault(self.tied.head, shapes[self.tied.embed])
+        return Resolver(shapes, self.config).resolve(wanted, file, warn)
 
     def may_resize(self, weight: str) -> bool:
         """Whether a replacement may have another number of rows: the embeddings and the head's bias."""
@@ -73,7 +76,8 @@ class Names:
     def _head_of(self, embed: str) -> str:
         module = OUTPUT_EMBEDDINGS.get(str(self.config.get("model_type")), "lm_head")
         prefix = "language_model." if embed.startswith("language_model.model.") else ""
-        return f"{prefix}{module}.weight"
+        head = f"{prefix}{module}.weight"
+        return head if head in self.weights or "lm_head.weight" not in self.weights else "lm_head.weight"
 
     def _find_pair(self) -> TiedPair | None:
         if not self.embed or not self.head or not self._has_head():

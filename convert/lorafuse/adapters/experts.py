@@ -1,0 +1,285 @@
+"""LoRA on parameters (`target_parameters`), mostly stacks of experts' matrices.
+
+For E experts, `lora_A` [E·r, in] holds the rows of each expert together and `lora_B` [out, r·E] holds its columns apart: column
+k·E + e is column k of expert e (PEFT 0.21 lora/layer.py, ParamWrapper.get_delta_weight). Whether the product is the update or its
+transpose is decided by the shapes; it depends on the versions of PEFT and transformers that trained the adapter. Several
+parameters of one module are nested wrappers, the last registered one outermost: `experts.base_layer.lora_A` is the first.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import permutations
+from threading import Lock
+from typing import Any
+
+import torch
+
+from lorafuse.adapters.factor import Factor
+from lorafuse.adapters.keys import Modules, check_float
+from lorafuse.adapters.lowrank import LowRank
+from lorafuse.adapters.patch import Base, Choice, Parameter, Patch, Target, Update
+from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.codecs.sources import Arena
+from lorafuse.errors import AdapterError, listed, shown
+
+# The order in which transformers' expert modules register their matrices.
+_REGISTERED = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+
+Scaling = Callable[[str, int], float]  # (parameter, rank) → scale
+Plain = Callable[[AdapterDir, str, str, float, Target], Patch]
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """One level of nested wrappers: the keys of its factors, and their (out, in)."""
+
+    key_a: str
+    key_b: str
+    out_in: tuple[int, int]
+    n_ranks: int  # of all experts
+
+
+def choices(adapter: AdapterDir, modules: Modules, scaling: Scaling, plain: Plain) -> list[Choice]:
+    """LoRA on parameters; takes its leaves. `plain` makes the patch of a parameter that is one matrix."""
+    targets = adapter.config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise AdapterError(f"{adapter.path / CONFIG}: target_parameters is {shown(targets)}, expected a list of names.")
+    result = []
+    for module in [module for module in modules if not module.endswith(".base_layer")]:
+        ends = {target.rpartition(".")[2]: None for target in targets if _targeted(module, target)}
+        names = sorted(ends, key=lambda name: _REGISTERED.index(name) if name in _REGISTERED else 0)
+        nested = f"{module}.base_layer" in modules
+        if names or nested:
+            wrappers = _take(adapter, modules, module)
+            if len(names) < len(wrappers):
+                raise AdapterError(
+                    f"{adapter.file}: {shown(module)} has LoRA on {len(wrappers)} parameters, but target_parameters in {CONFIG} "
+                    f"names {listed(names) or 'none'} of it."
+                )
+            parameters = tuple(f"{module}.{name}" for name in names)
+            keys = tuple(key for wrapper in wrappers for key in (wrapper.key_a, wrapper.key_b))
+            if wrappers:
+                result.append(Choice(parameters, keys, partial(_settle, adapter, wrappers, scaling, plain)))
+    return result
+
+
+def _targeted(module: str, target: str) -> bool:
+    """PEFT compares whole names and ends after a dot."""
+    return f".{module}.{target.rpartition('.')[2]}".endswith(f".{target}")
+
+
+def _take(adapter: AdapterDir, modules: Modules, module: str) -> list[Wrapper]:
+    """The wrappers of a module, outermost first."""
+    found = []
+    while module in modules:
+        leaves = modules[module]
+        keys = [leaves.pop(leaf, None) for leaf in ("lora_A.weight", "lora_B.weight")]
+        key_a, key_b = keys
+        if key_a is None and key_b is None:
+            break
+        if key_a is None or key_b is None:
+            has, lacks = ("lora_A", "lora_B") if key_a else ("lora_B", "lora_A")
+            raise AdapterError(f"{adapter.file}: {shown(module)} has {has}.weight but no {lacks}.weight.")
+        a, b = (adapter.store.tensors[key].spec for key in (key_a, key_b))
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.numel == 0 or b.numel == 0:
+            raise AdapterError(
+                f"{adapter.file}: {shown(key_a)} is {a} and {shown(key_b)} is {b}; they are not the two factors of one update."
+            )
+        check_float(adapter, key_a)
+        check_float(adapter, key_b)
+        found.append(Wrapper(key_a, key_b, (b.shape[0], a.shape[1]), a.shape[0]))
+        module = f"{module}.base_layer"
+    return found
+
+
+def _settle(
+    adapter: AdapterDir, wrappers: list[Wrapper], scaling: Scaling, plain: Plain, found: Mapping[str, Parameter]
+) -> list[Update]:
+    """Which wrapper belongs to which parameter, and in which orientation."""
+    names = list(found)
+    ways = [
+        way for way in permutations(names, len(wrappers)) if all(_fits(w, found[n]) for w, n in zip(wrappers, way, strict=True))
+    ]
+    if len(ways) > 1:  # several parameters of the same size: the last registered one is outermost
+        ways = [way for way in ways if list(way) == sorted(way, key=names.index, reverse=True)]
+    if len(ways) != 1:
+        shapes = listed(f"{name} {list(parameter.shape)}" for name, parameter in found.items())
+        factors = listed(f"{w.key_a} and {w.key_b} ({w.out_in[0]} × {w.out_in[1]})" for w in wrappers)
+        how = "fit more than one of" if ways else "do not fit"
+        raise AdapterError(f"{adapter.file}: {factors} {how} {shapes}; is the adapter for another base?")
+    pairs = list(zip(wrappers, ways[0], strict=True))
+    known = {_in_memory(w, found[n]) for w, n in pairs if len(found[n].shape) == 3 and not _is_square(w)}
+    return [_update(adapter, wrapper, name, found[name], known, scaling, plain) for wrapper, name in pairs]
+
+
+def _fits(wrapper: Wrapper, parameter: Parameter) -> bool:
+    *n_experts, d1, d2 = parameter.shape if len(parameter.shape) in (2, 3) else (0, 0)
+    divides = not n_experts or wrapper.n_ranks % n_experts[0] == 0
+    return divides and wrapper.out_in in ((d1, d2), (d2, d1))
+
+
+def _is_square(wrapper: Wrapper) -> bool:
+    return wrapper.out_in[0] == wrapper.out_in[1]
+
+
+def _in_memory(wrapper: Wrapper, parameter: Parameter) -> bool:
+    """Whether the product of a wrapper that is not square is the transpose of the update of the parameter in memory."""
+    return (wrapper.out_in != parameter.shape[1:]) != parameter.parts[0].transposed
+
+
+def _update(
+    adapter: AdapterDir,
+    wrapper: Wrapper,
+    name: str,
+    parameter: Parameter,
+    known: set[bool],
+    scaling: Scaling,
+    plain: Plain,
+) -> Update:
+    keys = (wrapper.key_a, wrapper.key_b)
+    if len(parameter.shape) == 2:
+        scale = scaling(name, wrapper.n_ranks)
+        return Update(name, keys, make=lambda target: plain(adapter, *keys, scale, target))
+    n_experts = parameter.shape[0]
+    rank = wrapper.n_ranks // n_experts
+    transposed = wrapper.out_in != parameter.shape[1:]
+    if _is_square(wrapper):
+        in_memory = known.pop() if len(known) == 1 else _by_version(adapter, name, parameter)
+        transposed = in_memory != parameter.parts[0].transposed
+    stack = Stack(adapter, wrapper, rank, n_experts, scaling(name, rank), transposed)
+    return Update(name, keys, make=stack.patch, stacked=True)
+
+
+def _by_version(adapter: AdapterDir, name: str, parameter: Parameter) -> bool:
+    """The orientation of square matrices when the adapter has no others: PEFT up to 0.18 took a stack for (E, in, out), later
+    versions for (E, out, in) except where transformers 5 says that it is (E, in, out)."""
+    version = str(adapter.config.get("peft_version") or "0.0").split(".")
+    number = tuple(int(part) if part.isdecimal() else 0 for part in version[:2])
+    if number < (0, 19):
+        return True
+    if parameter.in_out:
+        raise AdapterError(
+            f"{adapter.file}: the matrices of {shown(name)} are square, and PEFT {shown('.'.join(version))} stores their update in "
+            "one orientation with transformers 4 and in the other with 5; the adapter does not say which it was."
+        )
+    return False
+
+
+class Stack:
+    """The factors of all experts: `matrix` gives those of one."""
+
+    def __init__(self, adapter: AdapterDir, wrapper: Wrapper, rank: int, n_experts: int, scale: float, transposed: bool) -> None:
+        self.adapter, self.wrapper, self.transposed = adapter, wrapper, transposed
+        self.rank, self.n_experts, self.scale = rank, n_experts, scale
+
+    def matrix(self, expert: int, rows: range) -> LowRank:
+        """The update of these rows of one expert's matrix."""
+        own_rows = range(expert * self.rank, (expert + 1) * self.rank)
+        own_cols = range(expert, self.rank * self.n_experts, self.n_experts)
+        store, key_a, key_b = self.adapter.store, self.wrapper.key_a, self.wrapper.key_b
+        if self.transposed:
+            left = Factor(store, key_a, transposed=True, rows=own_rows, cols=rows)  # [rows, r]
+            right = Factor(store, key_b, transposed=True, cols=own_cols)  # [r, n_cols]
+        else:
+            left = Factor(store, key_b, rows=rows, cols=own_cols)
+            right = Factor(store, key_a, rows=own_rows)
+        return LowRank(left, right, self.scale)
+
+    def patch(self, target: Target) -> Patch:
+        part = target.part
+        if part is not None and part.expert is not None:
+            return Expert(self, part.expert, range(part.row, part.row + part.n_rows))
+        if part is None or part.whole:
+            return Experts(self, target.spec.shape[1])
+        raise AdapterError(
+            f"{self.adapter.file}: {shown(self.wrapper.key_a)} updates a part of {shown(target.name)}, which is not supported."
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return {"rank": self.rank, "scale": self.scale}
+
+
+class Expert(Patch):
+    """The update of a weight that is one expert's matrix, or some rows of it; small until it is prepared, since there are many."""
+
+    __slots__ = ("_expert", "_inner", "_rows", "_stack")
+
+    def __init__(self, stack: Stack, expert: int, rows: range) -> None:
+        self._stack, self._expert, self._rows = stack, expert, rows
+        self._inner: LowRank | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self._stack.facts()
+
+    @property
+    def reads_base(self) -> bool:
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        return self._stack.matrix(self._expert, self._rows).nbytes
+
+    def prepare(self, base: Base, arena: Arena) -> None:
+        self._inner = self._stack.matrix(self._expert, self._rows)
+        self._inner.prepare(base, arena)
+
+    def apply(self, tile: torch.Tensor, first_row: int, arena: Arena) -> None:
+        assert self._inner is not None, "apply outside prepare and release"
+        self._inner.apply(tile, first_row, arena)
+
+    def release(self) -> None:
+        self._inner = None
+
+
+class Experts(Patch):
+    """The update of a weight that is the whole stack [E, n_rows, n_cols]. The factors of the two experts that were used last are
+    kept: tiles come in order, so workers are at most at a boundary between two."""
+
+    def __init__(self, stack: Stack, n_rows: int) -> None:
+        self._stack, self._n_rows = stack, n_rows
+        self._loaded: dict[int, LowRank] = {}
+        self._base: Base | None = None
+        self._lock = Lock()
+
+    @property
+    def stacked(self) -> bool:
+        return True
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self._stack.facts()
+
+    @property
+    def reads_base(self) -> bool:
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.scratch_nbytes
+
+    @property
+    def scratch_nbytes(self) -> int:
+        return self._stack.matrix(0, range(self._n_rows)).nbytes
+
+    def prepare(self, base: Base, arena: Arena) -> None:
+        self._base = base
+
+    def apply(self, tile: torch.Tensor, first_row: int, arena: Arena) -> None:
+        expert, row = divmod(first_row, self._n_rows)
+        self._matrix(expert, arena).apply(tile, row, arena)
+
+    def _matrix(self, expert: int, arena: Arena) -> LowRank:
+        with self._lock:
+            if expert not in self._loaded:
+                assert self._base is not None, "apply outside prepare and release"
+                while len(self._loaded) > 1:
+                    del self._loaded[min(self._loaded)]
+                matrix = self._stack.matrix(expert, range(self._n_rows))
+                matrix.prepare(self._base, arena)
+                self._loaded[expert] = matrix
+            return self._loaded[expert]
+
+    def release(self) -> None:
+        self._loaded, self._base = {}, None

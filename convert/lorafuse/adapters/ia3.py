@@ -1,0 +1,123 @@
+"""PEFT's (IA)³: outputs or inputs of a layer times a trained vector, on Linear, HF Conv1D, Conv2d and Conv3d (arXiv 2205.05638;
+PEFT 0.21 ia3/layer.py, merge).
+
+A vector on the outputs scales rows (columns of an HF Conv1D) and the bias, one on the inputs (a feedforward module) the other
+side. Its shape says which, (out, 1) or (1, in), except in convolutions, where `feedforward_modules` of the config does.
+"""
+
+import math
+import re
+from collections.abc import Callable
+
+import torch
+
+from lorafuse.adapters.keys import check_float
+from lorafuse.adapters.modules import Warn, collect, misfit, tile_nbytes
+from lorafuse.adapters.patch import Base, Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.errors import AdapterError, shown
+
+_LEAVES = r"ia3_\w+(\.(?P<name>[^.]+))?"
+
+
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
+    """Everything the adapter does, and the tensors that it ignores with the reason of each."""
+    return collect(adapter, _LEAVES, lambda module, leaves: _rescale(adapter, module, leaves, scale), warn)
+
+
+def _rescale(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: float) -> list[Update]:
+    key = leaves.pop("ia3_l", None)
+    if key is None:
+        return []
+    check_float(adapter, key)
+    shape = adapter.store.tensors[key].spec.shape
+    numel = math.prod(shape)
+    if len(shape) not in (2, 4, 5) or numel == 0 or numel != max(shape):
+        raise AdapterError(
+            f"{adapter.file}: {shown(key)} is {adapter.store.tensors[key].spec}, expected a vector as PEFT stores it."
+        )
+    on_inputs = _on_inputs(adapter, module, shape)
+    make = _inputs_patch if on_inputs else _outputs_patch
+    result = [Update(f"{module}.weight", (key,), make=lambda target: make(adapter, key, numel, scale, target))]
+    if not on_inputs:
+        bias = Update(f"{module}.bias", (key,), make=lambda target: _rows_patch(adapter, key, numel, scale, target), optional=True)
+        result.append(bias)
+    return result
+
+
+def _on_inputs(adapter: AdapterDir, module: str, shape: tuple[int, ...]) -> bool:
+    """PEFT 0.21 ia3/model.py, _check_target_module_feedforward, where the shape leaves a choice."""
+    if len(shape) == 2 and max(shape) > 1:
+        return shape[0] == 1
+    names, where = adapter.config.get("feedforward_modules"), adapter.path / CONFIG
+    if isinstance(names, str):
+        try:
+            return re.fullmatch(names, module) is not None
+        except re.error as e:
+            raise AdapterError(f"{where}: feedforward_modules is not a regular expression: {shown(e)}.") from None
+    if not isinstance(names, list):
+        raise AdapterError(f"{where}: feedforward_modules is {shown(names)}, expected a list or a regular expression.")
+    return any(module.endswith(str(name)) for name in names)
+
+
+def _outputs_patch(adapter: AdapterDir, key: str, numel: int, scale: float, target: Target) -> Patch:
+    shape = target.spec.shape
+    plain = len(shape) == 2
+    if numel == shape[0] and not (plain and target.is_conv1d and shape[0] == shape[1]):
+        return _rows_patch(adapter, key, numel, scale, target)
+    if plain and numel == shape[1]:
+        return _columns_patch(adapter, key, scale, target, n_groups=1)
+    raise misfit(adapter, (key,), target)
+
+
+def _inputs_patch(adapter: AdapterDir, key: str, numel: int, scale: float, target: Target) -> Patch:
+    shape = target.spec.shape
+    if len(shape) == 2 and numel == shape[0] and (target.is_conv1d or numel != shape[1]):
+        return _rows_patch(adapter, key, numel, scale, target)
+    # A convolution with groups has only the inputs of its group in each row.
+    n_groups = numel // shape[1] if len(shape) > 1 and shape[1] else 0
+    if n_groups == 0 or n_groups * shape[1] != numel or shape[0] % n_groups or (len(shape) == 2 and n_groups > 1):
+        raise misfit(adapter, (key,), target)
+    return _columns_patch(adapter, key, scale, target, n_groups)
+
+
+def _rows_patch(adapter: AdapterDir, key: str, numel: int, scale: float, target: Target) -> Patch:
+    if numel != target.spec.shape[0]:
+        raise misfit(adapter, (key,), target)
+
+    def update(tile: torch.Tensor, first_row: int, tensors: Tensors) -> None:
+        tile.mul_(tensors["by"][first_row : first_row + tile.shape[0], None])
+
+    return _patch(adapter, key, update, scale, 0)
+
+
+def _columns_patch(adapter: AdapterDir, key: str, scale: float, target: Target, n_groups: int) -> Patch:
+    rows_per_group = target.spec.shape[0] // n_groups
+
+    def update(tile: torch.Tensor, first_row: int, tensors: Tensors) -> None:
+        rows = torch.arange(first_row, first_row + tile.shape[0], device=tile.device)
+        by = tensors["by"].view(n_groups, -1)  # [n_groups, inputs of a group]
+        by = by[rows.div(rows_per_group, rounding_mode="floor")] if n_groups > 1 else by
+        tile.view(len(rows), by.shape[1], -1).mul_(by[:, :, None])
+
+    return _patch(adapter, key, update, scale, tile_nbytes(target) if n_groups > 1 else 0)
+
+
+def _patch(
+    adapter: AdapterDir, key: str, update: Callable[[torch.Tensor, int, Tensors], None], scale: float, scratch_nbytes: int
+) -> Patch:
+    def begin(tensors: Tensors, base: Base) -> Tensors:
+        factor = tensors["l"].flatten()
+        return {"by": factor if scale == 1 else (1 + scale * (factor.double() - 1)).float()}
+
+    numel = math.prod(adapter.store.tensors[key].spec.shape)
+    return RowWise(
+        adapter.store,
+        {"l": key},
+        update,
+        begin=begin,
+        begin_nbytes=20 * numel,
+        scratch_nbytes=scratch_nbytes,
+        facts={"scale": scale},
+    )

@@ -1,0 +1,63 @@
+"""PEFT's LoHa: W += alpha / r · (w1_a @ w1_b) ⊙ (w2_a @ w2_b), on Linear, Conv1d and Conv2d (FedPara, arXiv 2108.06098; PEFT 0.21
+loha/layer.py, get_delta_weight).
+
+With use_effective_conv2d each of the two matrices has a core (hada_t1, hada_t2) that spans the kernel. Whether it has one, and the
+rank, is decided by the tensors. Dropouts concern training only.
+"""
+
+import torch
+
+from lorafuse.adapters.lycoris import Factors, multiply_out, scaling_of
+from lorafuse.adapters.modules import Warn, collect, misfit, n_cols_of, not_one_update, once, refuse_conv1d, take_all, tile_nbytes
+from lorafuse.adapters.patch import Base, Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.store import AdapterDir
+
+_LEAVES = r"hada_\w+(\.(?P<name>[^.]+))?"
+_PLAIN = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_CORES = ("hada_t1", "hada_t2")
+
+
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
+    """Everything the adapter does, and the tensors that it ignores with the reason of each."""
+    warn = once(warn)
+    return collect(adapter, _LEAVES, lambda module, leaves: _hadamard(adapter, module, leaves, scale, warn), warn)
+
+
+def _hadamard(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: float, warn: Warn) -> list[Update]:
+    names = _PLAIN + _CORES if any(core in leaves for core in _CORES) else _PLAIN
+    keys = take_all(adapter, module, leaves, names)
+    if keys is None:
+        return []
+    named = dict(zip(names, keys, strict=True))
+    one, two = (Factors(adapter, named[f"hada_w{i}_a"], named[f"hada_w{i}_b"], named.get(f"hada_t{i}")) for i in (1, 2))
+    if (one.n_rows, one.rank, one.n_cols, one.kernel) != (two.n_rows, two.rank, two.n_cols, two.kernel):
+        raise not_one_update(adapter, keys)
+    scaling = scale * scaling_of(adapter, module, one.rank, warn)
+
+    def make(target: Target) -> Patch:
+        refuse_conv1d(adapter, keys[0], target)
+        if (one.n_rows, one.n_cols) != (target.spec.shape[0], n_cols_of(target)) or not one.is_kernel(target.spec.shape):
+            raise misfit(adapter, one.keys, target)
+        return RowWise(
+            adapter.store,
+            named,
+            lambda tile, first_row, tensors: _add(tile, first_row, tensors, scaling),
+            begin=_begin,
+            begin_nbytes=one.begin_nbytes + two.begin_nbytes,
+            scratch_nbytes=2 * tile_nbytes(target),
+            facts={"rank": one.rank, "scale": scaling},
+        )
+
+    return [Update(f"{module}.weight", keys, make=make)]
+
+
+def _begin(tensors: Tensors, base: Base) -> Tensors:
+    left1, right1 = multiply_out(tensors, "hada_w1_a", "hada_w1_b", "hada_t1")
+    left2, right2 = multiply_out(tensors, "hada_w2_a", "hada_w2_b", "hada_t2")
+    return {"left1": left1, "right1": right1, "left2": left2, "right2": right2}
+
+
+def _add(tile: torch.Tensor, first_row: int, tensors: Tensors, scaling: float) -> None:
+    rows = slice(first_row, first_row + tile.shape[0])
+    tile.addcmul_(tensors["left1"][rows] @ tensors["right1"], tensors["left2"][rows] @ tensors["right2"], value=scaling)

@@ -1,0 +1,39 @@
+"""PEFT's trainable tokens: some rows of an embedding are trained and replace those of the base.
+
+W[token_indices] = trainable_tokens_delta (PEFT 0.21 trainable_tokens/layer.py, merge): the stored rows are the new ones, not
+differences. When the head is tied to the embedding, PEFT saves the same rows for both.
+"""
+
+from collections.abc import Callable
+
+from lorafuse.adapters.keys import drop_copies, group, refuse_left_over, replacements
+from lorafuse.adapters.patch import Update
+from lorafuse.adapters.rows import replace_rows
+from lorafuse.adapters.store import AdapterDir
+
+SUPPORTED = "rows of embeddings, also tied ones"
+MEMORY = "tiles"
+
+_LEAF = "trainable_tokens_delta"
+
+
+def updates(adapter: AdapterDir, scale: float, warn: Callable[[str], None]) -> tuple[list[Update], dict[str, str]]:
+    modules = group(adapter, rf"{_LEAF}(\.(?P<name>[^.]+))?")
+    ignored = drop_copies(modules)
+    result: list[Update] = []
+    for module, leaves in modules.items():
+        result += replacements(adapter, module, leaves)
+        key = leaves.pop(_LEAF, None)
+        if key is not None:
+            result.append(_update(adapter, module, key, scale))
+        refuse_left_over(adapter, leaves)
+    return result, ignored
+
+
+def _update(adapter: AdapterDir, module: str, key: str, scale: float) -> Update:
+    indices = adapter.config.get("token_indices")
+    return Update(
+        f"{module}.weight",
+        (key,),
+        make=lambda target: replace_rows(adapter, key, "token_indices", indices, scale, target),
+    )
