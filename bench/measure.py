@@ -10,6 +10,7 @@ import argparse
 import os
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -98,8 +99,9 @@ def alternate(first: Callable[[], A], second: Callable[[], B], pairs: int) -> tu
 
 @contextmanager
 def busy(n_processes: int) -> Iterator[None]:
-    """As many processes that never rest."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_processes)]
+    """As many processes that never rest, until this one ends."""
+    endless = f"import os\nwhile os.getppid() == {os.getpid()}:\n    for _ in range(10**7): pass"
+    loops = [subprocess.Popen([sys.executable, "-c", endless]) for _ in range(n_processes)]
     try:
         yield
     finally:
@@ -123,7 +125,24 @@ def main(doc: str, report: Callable[[Path, int], str]) -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory for inputs (kept) and outputs (removed)")
     parser.add_argument("--layers", type=int, default=16, help="layers of the 1B checkpoint (16)")
     args = parser.parse_args()
-    print(report(args.work, args.layers))
+    print(watched(report, args.work, args.layers))
+
+
+def watched(report: Callable[[Path, int], str], work: Path, layers: int) -> str:
+    """The report, and how idle the machine was apart from it: what others took makes every figure worse, and not alike."""
+    # A plain SIGTERM would leave gigabytes of outputs behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    wall_began, others_began = time.monotonic(), others_cpu_s()
+    text = report(work, layers)
+    share = (others_cpu_s() - others_began) / (time.monotonic() - wall_began) / (os.cpu_count() or 1)
+    return f"{text}\n\nOther processes took {max(share, 0):.0%} of the processors meanwhile."
+
+
+def others_cpu_s() -> float:
+    """CPU seconds of the whole machine since it started, less those of this process and the children it waited for."""
+    user, nice, system, _, _, irq, softirq, *_ = (int(ticks) for ticks in _lines("/proc/stat")[0].split()[1:])
+    own = sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - own
 
 
 def median(values: Sequence[float]) -> float:

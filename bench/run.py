@@ -35,7 +35,8 @@ def section(name: str, work: Path) -> str:
     """The benchmark's own account of itself, then its tables."""
     title, doc = TITLES[name], BENCHMARKS[name].__doc__ or ""
     what, command, how = doc.strip().split("\n\n")
-    return f"## {title}\n\n{what}\n\n```\n{command.strip()}\n```\n\n{how}\n\n{BENCHMARKS[name].report(work, LAYERS)}"
+    tables = measure.watched(BENCHMARKS[name].report, work, LAYERS)
+    return f"## {title}\n\n{what}\n\n```\n{command.strip()}\n```\n\n{how}\n\n{tables}"
 
 
 def main() -> None:
