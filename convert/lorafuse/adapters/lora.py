@@ -8,13 +8,13 @@ of the last layer which PEFT touched. Parameters saved whole (modules_to_save, t
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 from lorafuse.adapters import experts
 from lorafuse.adapters.factor import Factor
 from lorafuse.adapters.keys import check_float, drop_copies, group, pattern_value, refuse_left_over, replacements
 from lorafuse.adapters.lowrank import AddVector, LowRank
+from lorafuse.adapters.modules import Warn, once
 from lorafuse.adapters.patch import Choice, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.errors import AdapterError, shown
@@ -28,8 +28,6 @@ _LEAVES = (
 
 SUPPORTED = "Linear, HF Conv1D, Embedding, Conv1d/2d/3d, experts (target_parameters); patterns, rsLoRA, trained biases"
 MEMORY = "tiles"
-
-Warn = Callable[[str], None]
 
 # Config fields that change what is computed and are not implemented: field → what PEFT does with it. Falsy values are harmless.
 REFUSED_FIELDS = {
@@ -50,7 +48,7 @@ _HARMLESS_INITS = (True, False, None, "true", "false", "gaussian", "eva", "ortho
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update | Choice], dict[str, str]]:
     """Everything the adapter does, and the tensors that it ignores with the reason of each."""
     config = _checked_config(adapter)
-    warn = _once(warn)
+    warn = once(warn)
     modules = group(adapter, _LEAVES)
     ignored = drop_copies(modules)
     result: list[Update | Choice] = []
@@ -65,18 +63,6 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update 
     if config.get("bias") == "lora_only" and not any(".bias" in key for key in adapter.store.tensors):
         warn(f"{adapter.file}: bias is 'lora_only', but no trained bias is in the file; peft 0.7 to 0.20 did not save them.")
     return result, ignored
-
-
-def _once(warn: Warn) -> Warn:
-    """A mismatch in the config concerns hundreds of modules alike."""
-    said: set[str] = set()
-
-    def once(message: str) -> None:
-        if message not in said:
-            said.add(message)
-            warn(message)
-
-    return once
 
 
 def _checked_config(adapter: AdapterDir) -> dict[str, Any]:
