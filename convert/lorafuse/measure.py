@@ -1,8 +1,8 @@
 """How much of an update the stored weight kept: sums over tiles, taken while the tile is in cache.
 
 With W the base, Δ the update, V = W + Δ in fp32 and S the stored value: delta_norm = ‖Δ‖, delta_rel = ‖Δ‖ / ‖W‖,
-kept = ⟨S−W, Δ⟩ / ⟨Δ, Δ⟩ = 1 + ⟨S−V, Δ⟩ / ⟨Δ, Δ⟩, noise = ‖S−V‖ / ‖Δ‖, changed = share of elements with S ≠ W. Sums within a tile
-are fp32, across tiles float64. Δ is taken as V − W, so what fp32 itself rounds away is below the resolution (noise of a float32
+kept = ⟨S−W, Δ⟩ / ⟨Δ, Δ⟩ = 1 + ⟨S−V, Δ⟩ / ⟨Δ, Δ⟩, noise = ‖S−V‖ / ‖Δ‖, changed = share of elements with S ≠ W. Sums within a chunk
+are fp32, across chunks float64. Δ is taken as V − W, so what fp32 itself rounds away is below the resolution (noise of a float32
 output is 0).
 """
 
@@ -13,6 +13,10 @@ import numpy as np
 import torch
 
 from lorafuse.codecs.sources import Arena
+
+# Elements that are measured at once: their buffers fit the cache, and leave the tile's own there.
+CHUNK_NUMEL = 1 << 17
+NBYTES_PER_ELEMENT = 9  # of a chunk: W and S in fp32, and a flag
 
 
 @dataclass
@@ -60,8 +64,16 @@ def measure_tile(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, 
 
     Overwrites `total`.
     """
+    measures = Measures()
+    for start in range(0, total.numel(), CHUNK_NUMEL):
+        chunk = slice(start, start + CHUNK_NUMEL)
+        measures.add(_measure_chunk(base[chunk], total[chunk], stored[chunk], arena))
+    return measures
+
+
+def _measure_chunk(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, arena: Arena) -> Measures:
     numel = total.numel()
-    w = base if base.dtype == torch.float32 else arena.get("sum.fp32", numel, torch.float32).copy_(base)
+    w = base if base.dtype == torch.float32 else arena.get("measure.w", numel, torch.float32).copy_(base)
     s = arena.get("measure.s", numel, torch.float32).copy_(stored)
     n_changed = _count_different(s, w, arena)
     residual = s.sub_(total)

@@ -199,6 +199,7 @@ def copy_tile(step: Step, start: int, stop: int, buffer: torch.Tensor) -> Tile:
     return Tile(buffer, nbytes, Timing(read_s=time.perf_counter() - began))
 
 
+@torch.inference_mode()
 def merge_tile(step: Step, start: int, stop: int, buffer: torch.Tensor, arena: Arena) -> Tile:
     """Elements [start, stop) of a weight: decoded, patched, rounded once into `buffer`, measured."""
     nbytes = (stop - start) * DTYPES[step.spec.dtype][0]

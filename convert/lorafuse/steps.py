@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorafuse import measure
 from lorafuse.adapters import Patch
 from lorafuse.adapters.lowrank import LowRank
 from lorafuse.adapters.patch import TILE_NUMEL
@@ -16,9 +17,9 @@ from lorafuse.settings import Settings
 from lorafuse.tensors import DTYPES, TensorSpec
 
 COPY_NBYTES = 1 << 20
-# What a worker holds per element of its tile: packed codes, index, decoded values in fp32 and in the weight's dtype, and two fp32
-# buffers and a flag for the sum and the measures.
-WORKER_NBYTES_PER_ELEMENT = 20
+# What a worker holds per element of its tile: packed codes, indexes or the values in the weight's dtype, values in fp32, and the
+# sum where it needs a buffer of its own; with a byte to spare.
+WORKER_NBYTES_PER_ELEMENT = 12
 # Interpreter, libraries' buffers and allocator slack beyond `import torch`, measured by bench/memory.py.
 RUNTIME_NBYTES = 25_000_000
 STORED_TENSOR_NBYTES = 800  # a stored tensor's name and entries in the tables, measured with 120,000 of them
@@ -78,7 +79,9 @@ class Step:
         tile = min(self.tile_numel, self.spec.numel)
         if self.verbatim:
             return 0
-        return tile * WORKER_NBYTES_PER_ELEMENT + self.sources.nbytes + sum(patch.scratch_nbytes for patch in self.patches)
+        measures = min(tile, measure.CHUNK_NUMEL) * measure.NBYTES_PER_ELEMENT
+        patches = sum(patch.scratch_nbytes for patch in self.patches)
+        return tile * WORKER_NBYTES_PER_ELEMENT + measures + self.sources.nbytes + patches
 
     @property
     def tile_nbytes(self) -> int:

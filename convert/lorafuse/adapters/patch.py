@@ -14,7 +14,7 @@ from lorafuse.tensors import TensorSpec
 
 # Elements of a tile. It depends on nothing, so that the bytes written do not either; a tile of this size stays in cache while it is
 # decoded, updated and cast, and smaller ones cost more in calls (bench/tiles.py).
-TILE_NUMEL = 3 << 18
+TILE_NUMEL = 1 << 19
 COMPARE_NUMEL = 1 << 18
 WHOLE = -1
 

@@ -28,6 +28,8 @@ from lorafuse.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
 MARKER = ".quant_state.bitsandbytes__"
 COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 MAX_STATE_NBYTES = 10_000
+# The scratch of the indexes, and then of the decoded weight: they never live at once, and less has to stay in cache.
+NARROW = "bnb4.narrow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +160,7 @@ class FourBitSources:
             values = self._decode_transposed(packed, absmax, start, stop, arena)
         else:
             blocksize = self._state.blocksize
-            index = arena.get("bnb4.index", packed.numel(), torch.int32)
-            index.copy_(packed)
+            index = arena.get(NARROW, 2 * packed.numel(), torch.int16).view(torch.int32).copy_(packed)
             # Room for whole blocks: the last one may be short, and the pad nibble of an odd count is decoded and cut off.
             values = arena.get(DECODED_FP32, (last - first) * blocksize, torch.float32)
             pairs = values[: 2 * packed.numel()].view(torch.float64)
@@ -168,7 +169,8 @@ class FourBitSources:
             values = values[start - first * blocksize : stop - first * blocksize]
         if self._state.dtype == "F32":
             return values
-        return arena.get("bnb4.w", stop - start, getattr(torch, self.spec.torch_name)).copy_(values)
+        narrow = arena.get(NARROW, stop - start, torch.int16).view(getattr(torch, self.spec.torch_name))
+        return narrow.copy_(values)
 
     def _absmax(self, raw: tuple[torch.Tensor, ...], first: int, last: int, arena: Arena) -> torch.Tensor:
         """float32 [last - first], the scale of each block."""
