@@ -41,6 +41,17 @@ CASES = {
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
     ),
     "untouched": (True, {"target_modules": ["q_proj"]}),
+    "tokens": (True, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 90, 7]}),
+    "tokens of both, the same": (
+        True,
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 90], "lm_head": [3, 90]}},
+    ),
+    "tokens of both, different": (
+        False,
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 90, 7], "lm_head": [8]}},
+    ),
+    "tokens of the head only": (False, {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [8, 2]}}),
+    "tokens below LoRA of the head": (False, {"target_modules": ["lm_head"], "trainable_token_indices": [3, 90, 7]}),
 }
 
 
@@ -63,6 +74,27 @@ def test_the_head_of_a_quantized_base_comes_from_its_embedding(base, adapter, tm
     assert torch.equal(found[HEAD], stored[EMBED]) and not torch.equal(found[EMBED], stored[EMBED])
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["rows", "rows and the embedding"])
+@pytest.mark.parametrize(
+    ("indices", "target"),
+    [([3, 90, 7], "lm_head"), ({"embed_tokens": [3, 90, 7], "lm_head": [8, 3]}, "q_proj")],
+    ids=["list", "dict"],
+)
+def test_tokens_of_an_untied_pair(indices, target, whole, base, adapter, tmp_path):
+    save = {"save_embedding_layers": whole}
+    lora = adapter("fp32", target_modules=[target], trainable_token_indices=indices, save=save)
+    lorafuse.convert(base("fp32"), lora, tmp_path / "out")
+    check(tmp_path / "out", adapter.model, tied=False)
+
+
+def test_tokens_without_their_indices_are_refused(base, adapter, tmp_path):
+    lora = adapter("fp32", target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3], "lm_head": [8]})
+    settings = config(lora, "adapter_config.json") | {"trainable_token_indices": {"lm_head": [8], "other": [3]}}
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(AdapterError, match=r"trainable_token_indices is .*, expected a list of integers\.$"):
+        lorafuse.convert(base("fp32"), lora, tmp_path / "out")
+
+
 def with_stored_head(source, target):
     """The same checkpoint with an equal lm_head.weight in the file, as some trainers write it."""
     target.mkdir()
@@ -81,6 +113,16 @@ def test_a_stored_head_follows_the_same_rule(together, base, adapter, tmp_path):
     found, stored = read_tensors(tmp_path / "out"), read_tensors(ckpt)
     assert config(tmp_path / "out")["tie_word_embeddings"] is together
     assert torch.equal(found[HEAD], found[EMBED] if together else stored[HEAD])
+
+
+def test_tokens_are_replaced_in_a_stored_head_too(base, adapter, tmp_path):
+    ckpt = with_stored_head(base("fp32_tied"), tmp_path / "ckpt")
+    lora = adapter("fp32_tied", target_modules=["q_proj"], trainable_token_indices=[3, 90, 7])
+    lorafuse.convert(ckpt, lora, tmp_path / "out")
+    found = read_tensors(tmp_path / "out")
+    rows = read_adapter(lora)["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    assert config(tmp_path / "out")["tie_word_embeddings"]
+    assert torch.equal(found[EMBED][[3, 90, 7]], rows) and torch.equal(found[HEAD], found[EMBED])
 
 
 def resized(adapter, base, kind, **settings):

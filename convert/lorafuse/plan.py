@@ -149,15 +149,16 @@ def _settle_tied(names: Names, edits: dict[str, Edit], ignored: dict[str, str], 
     """Make the edits of a tied pair agree, or untie it. Returns whether it has to be untied.
 
     LoRA on one side of a tied pair changes only that side in training, so the pair comes apart; PEFT's merge adds the update to the
-    shared tensor, and so to both.
+    shared tensor, and so to both. Replaced rows are those of both, unless the head has its own.
     """
     pair = names.tied
     if pair is None or not (pair.embed in edits or pair.head in edits):
         return False
     names.refuse_shared()
-    embed, head = edits.get(pair.embed), edits.get(pair.head)
+    embed, head = edits.get(pair.embed), _with_tied_rows(edits.get(pair.embed), edits.get(pair.head))
     together = embed.same_as(head) if embed and head else ensure_tying
     if not together:
+        edits |= {pair.head: head} if head else {}
         return True
     shared = embed or head
     assert shared is not None
@@ -165,10 +166,20 @@ def _settle_tied(names: Names, edits: dict[str, Edit], ignored: dict[str, str], 
     if pair.head_stored:
         edits[pair.head] = head or shared
     elif head:
-        del edits[pair.head]
-        if embed:
-            ignored |= dict.fromkeys(head.keys, f"equal to the update of {pair.embed}, to which it is tied")
+        edits.pop(pair.head, None)
+        repeated = set(head.keys) - set(shared.keys)
+        ignored |= dict.fromkeys(sorted(repeated), f"equal to the update of {pair.embed}, to which it is tied")
     return False
+
+
+def _with_tied_rows(embed: Edit | None, head: Edit | None) -> Edit | None:
+    """The head's edit, with the rows that it takes over from the embedding: PEFT replaces them below any LoRA of the head."""
+    rows = [patch for patch in embed.patches if patch.follows_tie] if embed else []
+    if not rows or (head and any(patch.follows_tie for patch in head.patches)):
+        return head
+    assert embed is not None
+    head = head or Edit()
+    return Edit(head.replaced, [*rows, *head.patches], [*embed.keys, *head.keys])
 
 
 def _steps(weights: dict[str, Sources], names: Names, edits: dict[str, Edit], untied: bool, dtype: str) -> list[Step]:

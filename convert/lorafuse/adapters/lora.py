@@ -12,21 +12,22 @@ from typing import Any
 
 from lorafuse.adapters import experts
 from lorafuse.adapters.factor import Factor
-from lorafuse.adapters.keys import check_float, drop_copies, group, pattern_value, refuse_left_over, replacements
+from lorafuse.adapters.keys import Modules, check_float, drop_copies, group, pattern_value, refuse_left_over, replacements
 from lorafuse.adapters.lowrank import AddVector, LowRank
 from lorafuse.adapters.modules import Warn, once
 from lorafuse.adapters.patch import Choice, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.adapters.trainable_tokens import tokens_update
 from lorafuse.errors import AdapterError, shown
 from lorafuse.tensors import FLOATS
 
 # Older and other trainers leave the adapter's name in; `lora_…` of another kind is matched in order to be named in a refusal.
 _LEAVES = (
     r"lora_[AB](\.(?P<name>[^.]+))?\.(weight|bias)|lora_embedding_[AB]|lora_[a-z]\w*(\..*)?"
-    r"|token_adapter\..*|trainable_tokens_delta"
+    r"|trainable_tokens_delta(\.[^.]+)?"
 )
 
-SUPPORTED = "Linear, HF Conv1D, Embedding, Conv1d/2d/3d, experts (target_parameters); patterns, rsLoRA, trained biases"
+SUPPORTED = "Linear, HF Conv1D, Embedding, Conv1d/2d/3d, experts (target_parameters); patterns, rsLoRA, trained biases and tokens"
 MEMORY = "tiles"
 
 # Config fields that change what is computed and are not implemented: field → what PEFT does with it. Falsy values are harmless.
@@ -40,7 +41,6 @@ REFUSED_FIELDS = {
     "layer_replication": "layer_replication makes more layers than the checkpoint has",
     "megatron_config": "Megatron's linears are split over devices",
     "enable_lora": "MergedLinear of peft ≤ 0.2 stores a grouped convolution",
-    "trainable_token_indices": "trainable tokens replace rows of an embedding",
 }
 _HARMLESS_INITS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal", "mica")
 
@@ -51,18 +51,33 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update 
     warn = once(warn)
     modules = group(adapter, _LEAVES)
     ignored = drop_copies(modules)
-    result: list[Update | Choice] = []
+    result: list[Update | Choice] = _trained_tokens(adapter, modules, scale)
     result += experts.choices(
         adapter, modules, lambda name, rank: scale * _scaling(adapter, config, name, rank, warn), _linear_patch
     )
     for path, leaves in modules.items():
-        module = path.replace(".base_layer", "")  # some wrappers keep the module that they wrap under this name
+        module = _unwrapped(path)
         result += replacements(adapter, module, leaves)
         result += _low_rank(adapter, config, module, leaves, scale, warn)
         refuse_left_over(adapter, leaves)
     if config.get("bias") == "lora_only" and not any(".bias" in key for key in adapter.store.tensors):
         warn(f"{adapter.file}: bias is 'lora_only', but no trained bias is in the file; peft 0.7 to 0.20 did not save them.")
     return result, ignored
+
+
+def _unwrapped(path: str) -> str:
+    """A module's name without those under which wrappers keep the module that they wrap."""
+    return path.replace(".base_layer", "").replace(".token_adapter", "")
+
+
+def _trained_tokens(adapter: AdapterDir, modules: Modules, scale: float) -> list[Update | Choice]:
+    """Rows of embeddings (trainable_token_indices); takes their leaves. They come first: LoRA is trained on top of them."""
+    return [
+        tokens_update(adapter, _unwrapped(path), leaves.pop(leaf), "trainable_token_indices", scale)
+        for path, leaves in modules.items()
+        for leaf in [*leaves]
+        if leaf.startswith("trainable_tokens_delta")
+    ]
 
 
 def _checked_config(adapter: AdapterDir) -> dict[str, Any]:

@@ -75,6 +75,11 @@ class Patch(Protocol):
         return True
 
     @property
+    def follows_tie(self) -> bool:
+        """Whether a tied embedding has this update too when the adapter names only the other."""
+        return False
+
+    @property
     def row_multiple(self) -> int:
         """Tiles start at multiples of this many rows, for patches that mix neighbouring rows."""
         return 1

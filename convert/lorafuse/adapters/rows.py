@@ -36,6 +36,14 @@ class ReplaceRows(Patch):
         n_cols = max(self.rows.shape[1], 1)
         return 8 * n_cols * min(len(self.indices), max(TILE_NUMEL // n_cols, 1))
 
+    @property
+    def reads_base(self) -> bool:
+        return False
+
+    @property
+    def follows_tie(self) -> bool:
+        return True
+
     def prepare(self, base: Base, arena: Arena) -> None:
         """Nothing is held."""
 

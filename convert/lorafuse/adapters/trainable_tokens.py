@@ -25,15 +25,16 @@ def updates(adapter: AdapterDir, scale: float, warn: Callable[[str], None]) -> t
         result += replacements(adapter, module, leaves)
         key = leaves.pop(_LEAF, None)
         if key is not None:
-            result.append(_update(adapter, module, key, scale))
+            result.append(tokens_update(adapter, module, key, "token_indices", scale))
         refuse_left_over(adapter, leaves)
     return result, ignored
 
 
-def _update(adapter: AdapterDir, module: str, key: str, scale: float) -> Update:
-    indices = adapter.config.get("token_indices")
-    return Update(
-        f"{module}.weight",
-        (key,),
-        make=lambda target: replace_rows(adapter, key, "token_indices", indices, scale, target),
-    )
+def tokens_update(adapter: AdapterDir, module: str, key: str, field: str, scale: float) -> Update:
+    """The rows `key` of the module, at the indices in the config's `field`: one list, or one by the end of the module's name."""
+    indices = adapter.config.get(field)
+    if isinstance(indices, dict):
+        # An output embedding that is tied follows the other's indices and has no entry of its own.
+        own = [value for name, value in indices.items() if f".{module}".endswith(f".{name}")]
+        indices = own[0] if own else indices if len(indices) != 1 else next(iter(indices.values()))
+    return Update(f"{module}.weight", (key,), make=lambda target: replace_rows(adapter, key, field, indices, scale, target))
