@@ -2,10 +2,10 @@
 
     python bench/compute.py --work build/bench
 
-Both work on the same NF4 weights, read from the same file, each in a process of its own, in alternation. lorafuse's
-figure is `timing.compute_cpu_s` of the receipt: every worker's decoding, low-rank update and rounding to bfloat16,
-without reading, statistics, hashing and writing. The other is what bnb_dequantize.py prints. Once with the machine
-idle, and once beside as many endless loops as there are cores.
+Both work on the same NF4 weights, read from the same file, each in a process of its own, in turns, with one thread for
+each core. arithmetic.py and bnb_dequantize.py say what they count; neither counts reading. The figure within a merge is
+`timing.compute_cpu_s` of the receipt: the same arithmetic, while other threads hash and write and take the cache from
+it. Once with the machine idle, and once beside as many endless loops as there are cores.
 """
 
 import json
@@ -17,10 +17,14 @@ import measure
 from measure import each, median
 
 SHM = Path("/dev/shm")
-PAIRS = 3
+ROUNDS = 5
 
 
-def lorafuse_cpu_s(base: Path, adapter: Path, out_dir: Path) -> float:
+def arithmetic_cpu_s(base: Path, adapter: Path) -> float:
+    return float(measure.python(measure.BENCH / "arithmetic.py", base, adapter).stdout)
+
+
+def within_merge_cpu_s(base: Path, adapter: Path, out_dir: Path) -> float:
     measure.convert(base, adapter, measure.fresh(out_dir))
     receipt = json.loads((out_dir / "lorafuse_receipt.json").read_text())
     return float(receipt["timing"]["compute_cpu_s"])
@@ -41,14 +45,14 @@ def report(work: Path, layers: int) -> str:
     rows = []
     for state, n_loops in (("idle", 0), ("busy", os.cpu_count() or 1)):
         with measure.scratch(roomy(work, base)) as outputs, measure.busy(n_loops):
-            ours, theirs = measure.alternate(
-                lambda out_dir=outputs / "merged": lorafuse_cpu_s(base, adapter, out_dir),
-                lambda: bitsandbytes_cpu_s(base),
-                PAIRS,
-            )
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        rows.append((state, each(ours), each(theirs), f"**{median(ours) / median(theirs):.2f}**", each(ratios)))
-    header = ("machine", "lorafuse, CPU s", "bitsandbytes, CPU s", "ratio of medians", "ratio of each pair")
+            rounds = [
+                (arithmetic_cpu_s(base, adapter), bitsandbytes_cpu_s(base), within_merge_cpu_s(base, adapter, outputs / "merged"))
+                for _ in range(ROUNDS)
+            ]
+        ours, theirs, merging = (list(column) for column in zip(*rounds, strict=True))
+        ratio, within = (f"**{median(figures) / median(theirs):.2f}**" for figures in (ours, merging))
+        rows.append((state, each(ours), each(theirs), ratio, each(merging), within))
+    header = ("machine", "lorafuse, CPU s", "bitsandbytes, CPU s", "ratio of medians", "within a merge, CPU s", "ratio")
     return measure.table(header, rows)
 
 

@@ -208,8 +208,22 @@ def merge_tile(step: Step, start: int, stop: int, buffer: torch.Tensor, arena: A
     timing = Timing(read_s=time.perf_counter() - began)
 
     cpu_began = time.thread_time()
-    base = step.sources.decode(raw, start, stop, arena)
     finished = buffer[:nbytes].view(getattr(torch, step.spec.torch_name))
+    base, total, stored = compute_tile(step, raw, start, stop, finished, arena)
+    cpu_ended = time.thread_time()
+    timing.compute_cpu_s = cpu_ended - cpu_began
+
+    measures = measure_tile(base, total, stored, arena) if step.patches else _check_cast(base, stored)
+    timing.stats_cpu_s = time.thread_time() - cpu_ended
+    return Tile(buffer, nbytes, timing, measures)
+
+
+def compute_tile(
+    step: Step, raw: tuple[torch.Tensor, ...], start: int, stop: int, finished: torch.Tensor, arena: Arena
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decode, patch and round what was fetched of a tile into `finished`, 1-D on the host. Returns, on the arena's device, the
+    base, the sum in fp32 (the base itself without patches), and what is stored."""
+    base = step.sources.decode(raw, start, stop, arena)
     on_host = arena.device.type == "cpu"
     stored = finished if on_host else arena.get("merge.stored", stop - start, finished.dtype)
     total = base
@@ -221,12 +235,7 @@ def merge_tile(step: Step, start: int, stop: int, buffer: torch.Tensor, arena: A
     stored.copy_(total)  # the one rounding, to nearest even
     if not on_host:
         finished.copy_(stored)
-    cpu_ended = time.thread_time()
-    timing.compute_cpu_s = cpu_ended - cpu_began
-
-    measures = measure_tile(base, total, stored, arena) if step.patches else _check_cast(base, stored)
-    timing.stats_cpu_s = time.thread_time() - cpu_ended
-    return Tile(buffer, nbytes, timing, measures)
+    return base, total, stored
 
 
 def _check_cast(base: torch.Tensor, stored: torch.Tensor) -> Measures | None:

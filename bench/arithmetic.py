@@ -1,0 +1,59 @@
+"""compute.py's side of lorafuse: every NF4 weight of a checkpoint is decoded, updated and rounded, tile by tile.
+
+    python bench/arithmetic.py BASE ADAPTER
+
+Prints the CPU seconds of the arithmetic alone: the tiles of a merge, computed by the code of a merge, in as many threads
+as there are cores. They are read too, which is not counted, but not measured, hashed or written.
+"""
+
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from lorafuse.adapters import open_adapter
+from lorafuse.adapters.patch import Base
+from lorafuse.checkpoint import Checkpoint
+from lorafuse.codecs import Arena
+from lorafuse.merge import compute_tile
+from lorafuse.plan import make_plan
+from lorafuse.settings import Settings
+from lorafuse.steps import Step
+
+
+@torch.inference_mode()
+def compute_cpu_s(steps: list[Step]) -> float:
+    """One worker's share."""
+    torch.set_num_threads(1)
+    arena, loader = Arena(torch.device("cpu")), Arena(torch.device("cpu"))
+    buffer = torch.empty(max(step.tile_nbytes for step in steps), dtype=torch.uint8)
+    cpu_s = 0.0
+    for step in steps:
+        finished = buffer.view(getattr(torch, step.spec.torch_name))
+        for patch in step.patches:
+            patch.prepare(Base(step.sources, loader), loader)
+        for start, stop in step.tiles():
+            raw = step.sources.fetch(start, stop, arena)
+            began = time.thread_time()
+            compute_tile(step, raw, start, stop, finished[: stop - start], arena)
+            cpu_s += time.thread_time() - began
+        for patch in step.patches:
+            patch.release()
+    return cpu_s
+
+
+def main() -> None:
+    base, adapter = map(Path, sys.argv[1:])
+    n_threads = os.cpu_count() or 1
+    with closing(Checkpoint(base)) as ckpt, closing(open_adapter(adapter)) as lora:
+        merged = [step for step in make_plan(ckpt, lora, Settings()).steps if step.patches]
+        with ThreadPoolExecutor(n_threads) as pool:
+            print(sum(pool.map(compute_cpu_s, (merged[i::n_threads] for i in range(n_threads)))))
+
+
+if __name__ == "__main__":
+    main()
