@@ -178,16 +178,14 @@ def test_a_rank_that_the_config_contradicts_is_said_once(base, adapter, tmp_path
 
 
 REFUSED_FIELDS = {
-    "use_dora": True,
     "use_qalora": True,
-    "use_bdlora": {"target_modules_bd_a": ["q_proj"]},
+    "use_bdlora": {"nblocks": "2"},
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 1},
-    "kasa_config": {"x": 1},
     "layer_replication": [[0, 1], [0, 1]],
     "megatron_config": {"x": 1},
     "trainable_token_indices": [1],
-    "init_lora_weights": "pissa",
+    "init_lora_weights": "pissa_niter_4",
     "peft_type": "XLORA",
     "lora_alpha": "16",
     "alpha_pattern": {"(": 1},
@@ -232,13 +230,9 @@ MISFITS = {
         {"base_model.model.something": torch.zeros(4)},
         "base_model.model.something belongs to something, which the checkpoint does not have.",
     ),
-    "DoRA by its tensors": (
-        {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, f"{Q}.lora_magnitude_vector": torch.zeros(64)},
-        "model.layers.0.self_attn.q_proj has a lora_magnitude_vector: DoRA is not supported.",
-    ),
     "unknown leaf": (
-        {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, f"{Q}.lora_diag": torch.zeros(4)},
-        f"{Q}.lora_diag is of a kind that is not supported.",
+        {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, f"{Q}.lora_lambda": torch.zeros(4)},
+        f"{Q}.lora_lambda is of a kind that is not supported.",
     ),
     "a bias that the base lacks": (
         {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, f"{Q}.lora_B.bias": torch.zeros(63)},

@@ -1,7 +1,7 @@
 """docs/adapters.md says what is done with every PEFT type; it is made from the tables of the package.
 
-`python tests/test_support_table.py` writes it. Every module says what it merges in SUPPORTED; one without the constants MEMORY and
-REFUSED_FIELDS holds no whole weight and refuses no field by its mere presence.
+`python tests/test_support_table.py` writes it. Every module says what it merges in SUPPORTED; one without the constants MEMORY,
+REFUSED_FIELDS and REFUSED_INITS holds no whole weight, refuses no field by its mere presence, and knows no such initialization.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from lorafuse.adapters import ADAPTERS, REFUSED_TYPES
 from lorafuse.errors import AdapterError
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "adapters.md"
-DEFAULTS = {"MEMORY": "tiles", "REFUSED_FIELDS": {}}
+DEFAULTS = {"MEMORY": "tiles", "REFUSED_FIELDS": {}, "REFUSED_INITS": {}}
 INTRO = """# PEFT types
 
 Made from the adapter modules by `python tests/test_support_table.py`, and checked by the tests: every type of PEFT has a row.
@@ -43,6 +43,7 @@ def page():
     lines += ["", "Config fields that are refused when they are set:", "", "| `peft_type` | field | why |", "|---|---|---|"]
     for kind, module in sorted(ADAPTERS.items()):
         lines += [f"| {kind} | `{field}` | {why} |" for field, why in fact(module, "REFUSED_FIELDS").items()]
+        lines += [f"| {kind} | `init_lora_weights` = `{init}` | {why} |" for init, why in fact(module, "REFUSED_INITS").items()]
     lines += ["", "## Refused", "", "| `peft_type` | why it cannot be merged |", "|---|---|"]
     lines += [f"| {kind} | {why} |" for kind, why in sorted(REFUSED_TYPES.items())]
     return INTRO + "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from lorafuse.adapters.patch import Parameter, Part
 from lorafuse.adapters.placed import Placed
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.codecs import Sources, open_weights
+from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.sources import is_conv1d
 from lorafuse.errors import AdapterError, CheckpointError, listed, shown
 from lorafuse.naming import Names
@@ -64,7 +65,7 @@ def _edits(said: list[Update | Choice], names: Names, adapter: AdapterDir, warn:
                 _replace(update, part, sources.spec, edit, names, adapter)
             if update.make:
                 beside = _sources_beside(update, found, names, edits)
-                edit.patches.append(_patch(update, parameter, part, sources.spec, beside, names, adapter))
+                edit.patches.append(_patch(update, parameter, part, sources, beside, names, adapter))
     return edits
 
 
@@ -111,11 +112,11 @@ def _replace(update: Update, part: Part, spec: TensorSpec, edit: Edit, names: Na
 
 
 def _patch(
-    update: Update, parameter: Parameter, part: Part, spec: TensorSpec, beside: Sources | None, names: Names, adapter: AdapterDir
+    update: Update, parameter: Parameter, part: Part, sources: Sources, beside: Sources | None, names: Names, adapter: AdapterDir
 ) -> Patch:
     """The update's patch for this weight, moved to the rows that it has of the parameter."""
     assert update.make is not None
-    key = shown(update.keys[0])
+    key, spec, quantized = shown(update.keys[0]), sources.spec, not isinstance(sources, DenseSources)
     if spec.dtype not in FLOATS:
         raise AdapterError(f"{adapter.file}: {key} updates {shown(part.weight)}, which is {spec}.")
     conv1d = is_conv1d(names.config, part.weight) != part.transposed
@@ -124,8 +125,9 @@ def _patch(
     if part.expert is not None:
         raise AdapterError(f"{adapter.file}: {key} updates {shown(part.weight)} and others as one matrix; that is not supported.")
     if part.whole:
-        return update.make(Target(part.weight, spec, conv1d, beside=beside))
-    inner = update.make(Target(part.weight, TensorSpec(spec.dtype, parameter.shape), conv1d, beside=beside))
+        return update.make(Target(part.weight, spec, conv1d, beside=beside, quantized=quantized))
+    whole = TensorSpec(spec.dtype, parameter.shape)
+    inner = update.make(Target(part.weight, whole, conv1d, beside=beside, quantized=quantized))
     if inner.reads_base or inner.row_multiple > 1:
         raise AdapterError(
             f"{adapter.file}: {key} changes {shown(update.parameter)} as a whole, which the checkpoint stores in another form, in "

@@ -10,30 +10,31 @@ from collections.abc import Callable
 
 from lorafuse.adapters.factor import Factor
 from lorafuse.adapters.fit import check_shape, is_transposed, number, refuse_fields, take
-from lorafuse.adapters.keys import check_float, drop_copies, group, refuse_left_over, replacements
+from lorafuse.adapters.keys import check_float, drop_copies, group, refuse_left_over, replacements, unwrapped
 from lorafuse.adapters.lowrank import LowRank
 from lorafuse.adapters.patch import Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.adapters.trainable_tokens import take_tokens
 from lorafuse.errors import AdapterError, shown
 
-SUPPORTED = "Linear, Conv1D, Conv2d; also after rank reduction"
+SUPPORTED = "Linear, Conv1D, Conv2d; also after rank reduction; trained tokens"
 MEMORY = "tiles"
 REFUSED_FIELDS = {
     "alora_invocation_tokens": "aLoRA is active only after its invocation tokens, so no merged weight equals it",
     "layer_replication": "layer_replication makes more layers than the checkpoint has",
     "megatron_config": "Megatron's linears are split over devices",
     "target_parameters": "AdaLoRA has no form for parameters that are not a layer's",
-    "trainable_token_indices": "trainable tokens replace rows of an embedding",
 }
 
 
 def updates(adapter: AdapterDir, scale: float, warn: Callable[[str], None]) -> tuple[list[Update], dict[str, str]]:
     refuse_fields(adapter, REFUSED_FIELDS)
     scaling = scale * _scaling(adapter)
-    modules = group(adapter, r"lora_[ABE](\.(?P<name>[^.]+))?|lora_embedding_\w+|token_adapter\..*")
+    modules = group(adapter, r"lora_[ABE](\.(?P<name>[^.]+))?|lora_embedding_\w+|trainable_tokens_delta(\.[^.]+)?")
     ignored = drop_copies(modules)
-    result: list[Update] = []
-    for module, leaves in modules.items():
+    result = take_tokens(adapter, modules, scale)
+    for path, leaves in modules.items():
+        module = unwrapped(path)
         result += replacements(adapter, module, leaves)
         keys = take(adapter, module, leaves, ("lora_A", "lora_E", "lora_B"))
         if keys is not None and _rank(adapter, keys) == 0:

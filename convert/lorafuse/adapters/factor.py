@@ -85,6 +85,39 @@ class Factor:
         return arena.get("factor.float", values.numel(), torch.float32).view(values.shape).copy_(values)
 
 
+class BlockDiagonal:
+    """A matrix of `n_blocks` blocks along its diagonal, stored without the zeros: `blocks` holds them below each other."""
+
+    def __init__(self, blocks: Factor, n_blocks: int) -> None:
+        self._blocks, self._n_blocks = blocks, n_blocks
+        n_rows, self._width = blocks.shape
+        self._height = n_rows // n_blocks
+        self.shape = (n_rows, self._width * n_blocks)
+        self.nbytes = math.prod(self.shape) * 4
+
+    def whole(self, arena: Arena) -> torch.Tensor:
+        """float32 `shape`, on the arena's device, in memory of its own."""
+        return self.rows(0, self.shape[0], arena)
+
+    def rows(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
+        stored = self._blocks.rows(start, stop, arena)
+        values = torch.zeros(stop - start, self.shape[1], device=arena.device)
+        for block in range(start // self._height, -(-stop // self._height)):
+            first, last = max(block * self._height, start) - start, min((block + 1) * self._height, stop) - start
+            values[first:last, block * self._width : (block + 1) * self._width] = stored[first:last]
+        return values
+
+    def cols(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
+        values = torch.zeros(self.shape[0], stop - start, device=arena.device)
+        for block in range(start // self._width, -(-stop // self._width)):
+            left = block * self._width
+            first, last = max(left, start), min(left + self._width, stop)
+            stored = self._blocks.cols(first - left, last - left, arena)
+            rows = slice(block * self._height, (block + 1) * self._height)
+            values[rows, first - start : last - start] = stored[rows]
+        return values
+
+
 def load(store: Store, key: str, device: torch.device) -> torch.Tensor:
     """A whole adapter tensor in its own shape: floats as fp32, integers as int64."""
     spec = store.tensors[key].spec

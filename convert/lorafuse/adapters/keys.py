@@ -31,6 +31,11 @@ def plain_name(key: str) -> str:
     return _INNER.sub("", name)
 
 
+def unwrapped(module: str) -> str:
+    """A module's name without those under which PEFT's layers keep the module that they wrap."""
+    return module.replace(".base_layer", "").replace(".token_adapter", "")
+
+
 def unusual_prefixes(adapter: AdapterDir) -> str | None:
     """What to say about keys that PEFT itself would not load, since it expects its prefix and nothing else."""
     for key in adapter.store.tensors:

@@ -1,4 +1,5 @@
-"""PEFT's LoRA: `lora_A`/`lora_B` on Linear, HF Conv1D, Embedding and Conv1d/2d/3d, biases, and replaced parameters.
+"""PEFT's LoRA: `lora_A`/`lora_B` on Linear, HF Conv1D, Embedding, Conv1d/2d/3d and MultiheadAttention, its variants, trained
+biases and tokens, and replaced parameters.
 
 Tensors decide what is merged, the config only scales (scaling = alpha / r, or alpha / sqrt(r) with use_rslora; PEFT 0.21
 lora/layer.py, update_layer). Rank comes from the tensors and orientation from the shapes, since the saved `fan_in_fan_out` is that
@@ -8,16 +9,20 @@ of the last layer which PEFT touched. Parameters saved whole (modules_to_save, t
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from lorafuse.adapters import experts
+from lorafuse.adapters.dora import Dora
 from lorafuse.adapters.factor import Factor
-from lorafuse.adapters.keys import Modules, check_float, drop_copies, group, pattern_value, refuse_left_over, replacements
-from lorafuse.adapters.lowrank import AddVector, LowRank
+from lorafuse.adapters.keys import Modules, drop_copies, group, pattern_value, refuse_left_over, replacements, unwrapped
+from lorafuse.adapters.lowrank import AddVector
 from lorafuse.adapters.modules import Warn, once
+from lorafuse.adapters.pair import Pair
 from lorafuse.adapters.patch import Choice, Patch, Target, Update
+from lorafuse.adapters.residual import PARTS, take_out
 from lorafuse.adapters.store import CONFIG, AdapterDir
-from lorafuse.adapters.trainable_tokens import tokens_update
+from lorafuse.adapters.trainable_tokens import take_tokens
 from lorafuse.errors import AdapterError, shown
 from lorafuse.tensors import FLOATS
 
@@ -26,58 +31,63 @@ _LEAVES = (
     r"lora_[AB](\.(?P<name>[^.]+))?\.(weight|bias)|lora_embedding_[AB]|lora_[a-z]\w*(\..*)?"
     r"|trainable_tokens_delta(\.[^.]+)?"
 )
+_ONLY_IN_TRAINING = {
+    "lora_monteclora_sampler": "MonteCLoRA samples around the factors in training only",
+    "lora_velora_embed": "VeLoRA compresses activations in training only",
+}
 
-SUPPORTED = "Linear, HF Conv1D, Embedding, Conv1d/2d/3d, experts (target_parameters); patterns, rsLoRA, trained biases and tokens"
-MEMORY = "tiles"
+SUPPORTED = (
+    "Linear, HF Conv1D, Embedding, Conv1d/2d/3d, MultiheadAttention, experts (target_parameters); DoRA, rsLoRA, patterns, PiSSA, "
+    "OLoRA, KaSA, bdLoRA, trained biases and tokens"
+)
+MEMORY = "tiles; the whole weight and its decomposition for PiSSA, OLoRA and KaSA"
 
 # Config fields that change what is computed and are not implemented: field → what PEFT does with it. Falsy values are harmless.
 REFUSED_FIELDS = {
-    "use_dora": "DoRA rescales rows by a trained magnitude",
     "use_qalora": "QALoRA groups the inputs of lora_A",
-    "use_bdlora": "bdLoRA stores block-diagonal factors",
     "alora_invocation_tokens": "aLoRA is active only after its invocation tokens, so no merged weight equals it",
     "arrow_config": "Arrow routes between adapters, so no merged weight equals it",
-    "kasa_config": "KaSA truncates the base weight by an SVD",
     "layer_replication": "layer_replication makes more layers than the checkpoint has",
     "megatron_config": "Megatron's linears are split over devices",
     "enable_lora": "MergedLinear of peft ≤ 0.2 stores a grouped convolution",
 }
-_HARMLESS_INITS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal", "mica")
+# init_lora_weights that change the base weight → why the change cannot be repeated.
+REFUSED_INITS = {
+    "corda": "the covariance that it needs is not in the files",
+    "loftq": "it depends on how the base was quantized while it was fitted",
+    "lora_ga": "the gradients that it needs are not in the files",
+    "pissa_niter_N": "its randomized SVD differs from run to run",
+}
+_HARMLESS_INITS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal", "mica", "pissa", "olora")
 
 
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update | Choice], dict[str, str]]:
     """Everything the adapter does, and the tensors that it ignores with the reason of each."""
     config = _checked_config(adapter)
-    warn = once(warn)
     modules = group(adapter, _LEAVES)
-    ignored = drop_copies(modules)
-    result: list[Update | Choice] = _trained_tokens(adapter, modules, scale)
-    result += experts.choices(
-        adapter, modules, lambda name, rank: scale * _scaling(adapter, config, name, rank, warn), _linear_patch
-    )
+    ignored = drop_copies(modules) | _drop_training_only(modules)
+    lora = _Lora(adapter, config, scale, once(warn), _n_blocks(adapter))
+    # Rows of embeddings come first: LoRA is trained on top of them.
+    result: list[Update | Choice] = [*take_tokens(adapter, modules, scale)]
+    result += experts.choices(adapter, modules, lambda name, rank: scale * lora.scaling(name, rank), _plain_patch)
+    attentions = {path for path in modules if f"{path}.base_layer.out_proj" in modules}
     for path, leaves in modules.items():
-        module = _unwrapped(path)
+        module = unwrapped(path)
         result += replacements(adapter, module, leaves)
-        result += _low_rank(adapter, config, module, leaves, scale, warn)
+        result += lora.updates(module, leaves, attentions)
         refuse_left_over(adapter, leaves)
     if config.get("bias") == "lora_only" and not any(".bias" in key for key in adapter.store.tensors):
         warn(f"{adapter.file}: bias is 'lora_only', but no trained bias is in the file; peft 0.7 to 0.20 did not save them.")
     return result, ignored
 
 
-def _unwrapped(path: str) -> str:
-    """A module's name without those under which wrappers keep the module that they wrap."""
-    return path.replace(".base_layer", "").replace(".token_adapter", "")
-
-
-def _trained_tokens(adapter: AdapterDir, modules: Modules, scale: float) -> list[Update | Choice]:
-    """Rows of embeddings (trainable_token_indices); takes their leaves. They come first: LoRA is trained on top of them."""
-    return [
-        tokens_update(adapter, _unwrapped(path), leaves.pop(leaf), "trainable_token_indices", scale)
-        for path, leaves in modules.items()
+def _drop_training_only(modules: Modules) -> dict[str, str]:
+    return {
+        leaves.pop(leaf): _ONLY_IN_TRAINING[leaf.partition(".")[0]]
+        for leaves in modules.values()
         for leaf in [*leaves]
-        if leaf.startswith("trainable_tokens_delta")
-    ]
+        if leaf.partition(".")[0] in _ONLY_IN_TRAINING
+    }
 
 
 def _checked_config(adapter: AdapterDir) -> dict[str, Any]:
@@ -85,99 +95,152 @@ def _checked_config(adapter: AdapterDir) -> dict[str, Any]:
     for field, what in REFUSED_FIELDS.items():
         if config.get(field):
             raise AdapterError(f"{where}: {field} is set, which is not supported: {what}.")
-    init = config.get("init_lora_weights")
+    init = _init(config)
     if not any(init is harmless or init == harmless for harmless in _HARMLESS_INITS):
-        raise AdapterError(f"{where}: init_lora_weights is {shown(init)}, which changes the base weight; this is not supported.")
+        kind = "pissa_niter_N" if str(init).startswith("pissa_niter_") else str(init)
+        raise AdapterError(
+            f"{where}: init_lora_weights is {shown(init)}, which changes the base weight: "
+            f"{REFUSED_INITS.get(kind, 'it is not known how')}. PEFT can save such an adapter as plain LoRA "
+            "(path_initial_model_for_weight_conversion), or merge into the base that training saved, with init_lora_weights true."
+        )
+    if init in PARTS and config.get("target_parameters"):
+        raise AdapterError(f"{where}: init_lora_weights is {shown(init)} with target_parameters, which is not supported.")
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field) or {}, dict):
             raise AdapterError(f"{where}: {field} is {shown(config[field])}, expected an object.")
     return config
 
 
-def _low_rank(
-    adapter: AdapterDir, config: dict[str, Any], module: str, leaves: dict[str, str], scale: float, warn: Warn
-) -> list[Update]:
-    """The updates by factors; takes their leaves."""
-    if "lora_magnitude_vector" in {leaf.partition(".")[0] for leaf in leaves}:
-        raise AdapterError(f"{adapter.file}: {shown(module)} has a lora_magnitude_vector: DoRA is not supported.")
-    embedding = "lora_embedding_A" in leaves or "lora_embedding_B" in leaves
-    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-    present = [name for name in names if name in leaves]
-    if not present:
-        return []
-    if len(present) == 1:
-        other = names[1 - names.index(present[0])]
-        raise AdapterError(f"{adapter.file}: {shown(module)} has {present[0]} but no {other}.")
-    key_a, key_b = (leaves.pop(name) for name in names)
-    _check_factors(adapter, key_a, key_b)
-    rank = adapter.store.tensors[key_a].spec.shape[0]
-    scaling = scale * _scaling(adapter, config, module, rank, warn)
-    bias = leaves.pop("lora_B.bias", None)
-    make = _embedding_patch if embedding else _linear_patch
-    result = [Update(f"{module}.weight", (key_a, key_b), make=lambda target: make(adapter, key_a, key_b, scaling, target))]
-    if bias is not None:
-        # Scaled, as in the forward pass; PEFT's bitsandbytes layers add it unscaled when they merge.
-        key = bias
-        result.append(Update(f"{module}.bias", (key,), make=lambda target: _bias_patch(adapter, key, scaling, target)))
-    return result
+def _init(config: dict[str, Any]) -> Any:
+    """init_lora_weights; PEFT reads its words in any case."""
+    init = config.get("init_lora_weights")
+    return init.lower() if isinstance(init, str) else init
 
 
-def _check_factors(adapter: AdapterDir, key_a: str, key_b: str) -> None:
-    a, b = adapter.store.tensors[key_a].spec, adapter.store.tensors[key_b].spec
-    fits = len(a.shape) >= 2 and len(b.shape) == len(a.shape) and a.shape[0] == b.shape[1] and math.prod(b.shape[2:]) == 1
-    if not fits or a.numel == 0 or b.numel == 0:
-        raise AdapterError(
-            f"{adapter.file}: {shown(key_a)} is {a} and {shown(key_b)} is {b}; they are not the two factors of one update."
-        )
-    for key in (key_a, key_b):
-        check_float(adapter, key)
+def _n_blocks(adapter: AdapterDir) -> int:
+    """bdLoRA's number of blocks, 1 without it."""
+    field = adapter.config.get("use_bdlora")
+    n_blocks = field.get("nblocks", 1) if isinstance(field, dict) else 1
+    if (field and not isinstance(field, dict)) or type(n_blocks) is not int or n_blocks < 1:
+        raise AdapterError(f"{adapter.path / CONFIG}: use_bdlora is {shown(field)}, expected an object with nblocks.")
+    return n_blocks
 
 
-def _scaling(adapter: AdapterDir, config: dict[str, Any], module: str, rank: int, warn: Warn) -> float:
-    where = adapter.path / CONFIG
-    try:
-        alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-        expected = pattern_value(config.get("rank_pattern"), module, config.get("r", 8))
-    except re.error as e:
-        raise AdapterError(f"{where}: a pattern is not a regular expression: {shown(e)}.") from None
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise AdapterError(f"{where}: the alpha of {shown(module)} is {shown(alpha)}, expected a number.")
-    if expected != rank:
-        warn(f"{where}: says rank {shown(expected)} where the tensors have rank {rank}; the tensors are believed.")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+@dataclass(frozen=True)
+class _Lora:
+    """One adapter's factors and how they are scaled. `strength` multiplies the update."""
+
+    adapter: AdapterDir
+    config: dict[str, Any]
+    strength: float
+    warn: Warn
+    n_blocks: int
+
+    def updates(self, module: str, leaves: dict[str, str], attentions: set[str]) -> list[Update]:
+        """The updates by factors of a module; takes their leaves."""
+        pair, magnitude = self._pair(module, leaves), self._magnitude(module, leaves)
+        if pair is None:
+            if magnitude:
+                raise AdapterError(f"{self.adapter.file}: {shown(module)} has lora_magnitude_vector but no lora_A.weight.")
+            return []
+        if self.config.get("use_dora") and magnitude is None and module not in attentions:
+            raise AdapterError(
+                f"{self.adapter.file}: {shown(module)} has no lora_magnitude_vector, though use_dora is set in {CONFIG}."
+            )
+        owner, _, last = module.rpartition(".")
+        if module in attentions:  # torch's, which keeps the three projections as a parameter of its own
+            return self._weight_updates(pair, f"{module}.in_proj_weight", self.scaling(module, pair.rank), None)
+        if last == "out_proj" and owner in attentions:
+            # PEFT adds it twice, in the forward pass too (lora/layer.py, MultiheadAttention.merge and its out_proj.merge).
+            return self._weight_updates(pair, f"{module}.weight", 2 * self.scaling(owner, pair.rank), None)
+        scaling = self.scaling(module, pair.rank)
+        result = self._weight_updates(pair, f"{module}.weight", scaling, magnitude)
+        key = leaves.pop("lora_B.bias", None)
+        if key is not None:
+            # Scaled, as in the forward pass; PEFT's bitsandbytes layers add it unscaled when they merge.
+            result.append(Update(f"{module}.bias", (key,), make=lambda target: self._bias_patch(key, scaling, target)))
+        return result
+
+    def _pair(self, module: str, leaves: dict[str, str]) -> Pair | None:
+        embedding = "lora_embedding_A" in leaves or "lora_embedding_B" in leaves
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        present = [name for name in names if name in leaves]
+        if not present:
+            return None
+        if len(present) == 1:
+            other = names[1 - names.index(present[0])]
+            raise AdapterError(f"{self.adapter.file}: {shown(module)} has {present[0]} but no {other}.")
+        key_a, key_b = (leaves.pop(name) for name in names)
+        diagonal = next((leaf for leaf in leaves if leaf.partition(".")[0] == "lora_diag"), None)
+        pair = Pair(self.adapter, key_a, key_b, self.n_blocks, leaves.pop(diagonal) if diagonal else None, embedding)
+        pair.check()
+        return pair
+
+    def _magnitude(self, module: str, leaves: dict[str, str]) -> str | None:
+        """The key of DoRA's magnitudes; older files call it a weight."""
+        found = [leaf for leaf in leaves if leaf.partition(".")[0] == "lora_magnitude_vector"]
+        if len(found) > 1:
+            both = " and ".join(shown(leaves[leaf]) for leaf in found)
+            raise AdapterError(f"{self.adapter.file}: {both} are the same tensor; which is meant?")
+        return leaves.pop(found[0]) if found else None
+
+    def scaling(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r), of a module in training's names."""
+        where = self.adapter.path / CONFIG
+        try:
+            alpha = pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
+            expected = pattern_value(self.config.get("rank_pattern"), module, self.config.get("r", 8))
+        except re.error as e:
+            raise AdapterError(f"{where}: a pattern is not a regular expression: {shown(e)}.") from None
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise AdapterError(f"{where}: the alpha of {shown(module)} is {shown(alpha)}, expected a number.")
+        if expected != rank:
+            self.warn(f"{where}: says rank {shown(expected)} where the tensors have rank {rank}; the tensors are believed.")
+        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _weight_updates(self, pair: Pair, weight: str, scaling: float, magnitude: str | None) -> list[Update]:
+        """What is done to the weight, in order."""
+        part = "kasa" if pair.diagonal else _init(self.config)
+        result = []
+        if part in PARTS and not pair.embedding:  # PEFT initializes embeddings plainly
+            result.append(Update(weight, pair.keys, make=lambda target: self._residual_patch(pair, part, scaling, target)))
+        if magnitude is None:
+            plain = Update(weight, pair.keys, make=lambda target: pair.patch(self.strength * scaling, target))
+            return [*result, plain]
+        keys = (*pair.keys, magnitude)
+        return [*result, Update(weight, keys, make=lambda target: self._dora_patch(pair, magnitude, scaling, target))]
+
+    def _residual_patch(self, pair: Pair, part: str, scaling: float, target: Target) -> Patch:
+        why = None
+        if target.quantized:
+            why = "training took it out of a 16- or 32-bit weight; merge into that checkpoint"
+        elif len(target.spec.shape) != 2 or (part != "pissa" and target.is_conv1d):
+            why = "PEFT does so for linear layers only"
+        if why:
+            raise AdapterError(
+                f"{self.adapter.file}: {shown(pair.key_a)}: {part} took a part of {shown(target.name)} out of it before training, "
+                f"which cannot be repeated here: {why}."
+            )
+        return take_out(self.adapter.store, PARTS[part](scaling), pair.rank, self.strength, target)
+
+    def _dora_patch(self, pair: Pair, magnitude: str, scaling: float, target: Target) -> Patch:
+        update = pair.patch(scaling, target)
+        by_columns = pair.embedding or pair.is_transposed(target)
+        n_outputs = target.spec.n_cols if by_columns else target.spec.shape[0]
+        spec = self.adapter.store.tensors[magnitude].spec
+        if spec.numel != n_outputs or spec.dtype not in FLOATS:
+            raise AdapterError(
+                f"{self.adapter.file}: {shown(magnitude)} is {spec}, expected a number for each of {n_outputs} outputs of "
+                f"{shown(target.name)}."
+            )
+        return Dora(update, self.adapter.store, magnitude, target, by_columns=by_columns, strength=self.strength)
+
+    def _bias_patch(self, key: str, scaling: float, target: Target) -> Patch:
+        spec = self.adapter.store.tensors[key].spec
+        if spec.shape != target.spec.shape or spec.dtype not in FLOATS:
+            raise AdapterError(f"{self.adapter.file}: {shown(key)} is {spec}, but {shown(target.name)} is {target.spec}.")
+        return AddVector(Factor(self.adapter.store, key), self.strength * scaling)
 
 
-def _linear_patch(adapter: AdapterDir, key_a: str, key_b: str, scaling: float, target: Target) -> Patch:
-    a, b = adapter.store.tensors[key_a].spec, adapter.store.tensors[key_b].spec
-    out_in, matrix = (b.shape[0], a.n_cols), (target.spec.shape[0], target.spec.n_cols)
-    conv = len(a.shape) > 2
-    kernel_fits = not conv or target.spec.shape[1:] == a.shape[1:]
-    square = out_in[0] == out_in[1]
-    if out_in == matrix and kernel_fits and not (square and target.is_conv1d):
-        return LowRank(Factor(adapter.store, key_b), Factor(adapter.store, key_a), scaling)
-    if out_in[::-1] == matrix and not conv and len(target.spec.shape) == 2:
-        left, right = (Factor(adapter.store, key, transposed=True) for key in (key_a, key_b))
-        return LowRank(left, right, scaling)
-    grouped = " Convolutions with groups have no merged form." if conv else ""
-    raise AdapterError(
-        f"{adapter.file}: {shown(key_a)} {list(a.shape)} and {shown(key_b)} {list(b.shape)} do not fit {shown(target.name)} "
-        f"{list(target.spec.shape)}; is the adapter for another base?{grouped}"
-    )
-
-
-def _embedding_patch(adapter: AdapterDir, key_a: str, key_b: str, scaling: float, target: Target) -> Patch:
-    left, right = (Factor(adapter.store, key, transposed=True) for key in (key_a, key_b))
-    if (left.shape[0], right.shape[1]) != target.spec.shape:
-        raise AdapterError(
-            f"{adapter.file}: {shown(key_a)} and {shown(key_b)} update {left.shape[0]} × {right.shape[1]}, but "
-            f"{shown(target.name)} is {list(target.spec.shape)}; is the adapter for another base, or was the vocabulary resized "
-            "without saving the embedding?"
-        )
-    return LowRank(left, right, scaling)
-
-
-def _bias_patch(adapter: AdapterDir, key: str, scaling: float, target: Target) -> Patch:
-    spec = adapter.store.tensors[key].spec
-    if spec.shape != target.spec.shape or spec.dtype not in FLOATS:
-        raise AdapterError(f"{adapter.file}: {shown(key)} is {spec}, but {shown(target.name)} is {target.spec}.")
-    return AddVector(Factor(adapter.store, key), scaling)
+def _plain_patch(adapter: AdapterDir, key_a: str, key_b: str, scaling: float, target: Target) -> Patch:
+    return Pair(adapter, key_a, key_b).patch(scaling, target)

@@ -138,6 +138,7 @@ class Target:
     is_conv1d: bool
     part: Part | None = None
     beside: Sources | None = None  # the other parameter that the update asked for, before any patch
+    quantized: bool = False  # whether the base is
 
 
 @dataclass(frozen=True)

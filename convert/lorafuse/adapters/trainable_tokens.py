@@ -6,10 +6,11 @@ differences. When the head is tied to the embedding, PEFT saves the same rows fo
 
 from collections.abc import Callable
 
-from lorafuse.adapters.keys import drop_copies, group, refuse_left_over, replacements
+from lorafuse.adapters.keys import Modules, drop_copies, group, refuse_left_over, replacements, unwrapped
 from lorafuse.adapters.patch import Update
 from lorafuse.adapters.rows import replace_rows
-from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.errors import AdapterError
 
 SUPPORTED = "rows of embeddings, also tied ones"
 MEMORY = "tiles"
@@ -28,6 +29,20 @@ def updates(adapter: AdapterDir, scale: float, warn: Callable[[str], None]) -> t
             result.append(tokens_update(adapter, module, key, "token_indices", scale))
         refuse_left_over(adapter, leaves)
     return result, ignored
+
+
+def take_tokens(adapter: AdapterDir, modules: Modules, scale: float) -> list[Update]:
+    """Rows of embeddings trained beside another type (trainable_token_indices); takes their leaves. Raises AdapterError where
+    the config has them and the file has not."""
+    found = [
+        tokens_update(adapter, unwrapped(path), leaves.pop(leaf), "trainable_token_indices", scale)
+        for path, leaves in modules.items()
+        for leaf in [*leaves]
+        if leaf.startswith(_LEAF)
+    ]
+    if adapter.config.get("trainable_token_indices") and not found:
+        raise AdapterError(f"{adapter.path / CONFIG}: trainable_token_indices is set, but no {_LEAF} is in {adapter.file.name}.")
+    return found
 
 
 def tokens_update(adapter: AdapterDir, module: str, key: str, field: str, scale: float) -> Update:

@@ -1,0 +1,95 @@
+"""`lora_A` and `lora_B` of one update: checked, and fitted to the weight that they update."""
+
+import math
+from dataclasses import dataclass
+
+from lorafuse.adapters.factor import BlockDiagonal, Factor
+from lorafuse.adapters.keys import check_float
+from lorafuse.adapters.lowrank import LowRank
+from lorafuse.adapters.patch import Target
+from lorafuse.adapters.store import AdapterDir
+from lorafuse.errors import AdapterError, shown
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The keys of A, (r, in, …), and B, (out, r, …); or of an embedding's, (r, vocab) and (dim, r).
+
+    `n_blocks`: one of them may be block-diagonal and hold only its blocks, as bdLoRA stores it. `diagonal` names a vector
+    [r] between B and A, as KaSA has it.
+    """
+
+    adapter: AdapterDir
+    key_a: str
+    key_b: str
+    n_blocks: int = 1
+    diagonal: str | None = None
+    embedding: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key_a, self.key_b, *([self.diagonal] if self.diagonal else []))
+
+    @property
+    def rank(self) -> int:
+        return self._shape(self.key_a)[0]
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return self.adapter.store.tensors[key].spec.shape
+
+    def check(self) -> None:
+        """Raises AdapterError where the tensors are not the two factors of one update."""
+        a, b = (self.adapter.store.tensors[key].spec for key in (self.key_a, self.key_b))
+        same_rank = len(b.shape) > 1 and a.shape[:1] in ((b.shape[1],), (b.shape[1] * self.n_blocks,))
+        fits = len(a.shape) >= 2 and len(b.shape) == len(a.shape) and same_rank and math.prod(b.shape[2:]) == 1
+        if not fits or a.numel == 0 or b.numel == 0:
+            raise AdapterError(
+                f"{self.adapter.file}: {shown(self.key_a)} is {a} and {shown(self.key_b)} is {b}; they are not the two factors of "
+                "one update."
+            )
+        for key in self.keys:
+            check_float(self.adapter, key)
+        if self.diagonal and self._shape(self.diagonal) != (self.rank,):
+            spec = self.adapter.store.tensors[self.diagonal].spec
+            raise AdapterError(f"{self.adapter.file}: {shown(self.diagonal)} is {spec}, expected [{self.rank}].")
+
+    def is_transposed(self, target: Target) -> bool:
+        """Whether the weight is stored (in, out), as HF Conv1D does; decided by its shape and, when that is square, by the
+        architecture. Raises AdapterError where the update fits neither way."""
+        a, b = self._shape(self.key_a), self._shape(self.key_b)
+        matrix, conv = (target.spec.shape[0], target.spec.n_cols), len(a) > 2
+        n_in, square = math.prod(a[1:]), matrix[0] == matrix[1]
+        n_ins = {n_in, n_in * self.n_blocks}
+        kernel_fits = not conv or target.spec.shape[1:] == a[1:]
+        plain = b[1] == a[0] and not self.diagonal
+        if matrix[0] == b[0] and matrix[1] in n_ins and kernel_fits and not (square and target.is_conv1d):
+            return False
+        if matrix == (n_in, b[0]) and plain and not conv and len(target.spec.shape) == 2:
+            return True
+        grouped = " Convolutions with groups have no merged form." if conv else ""
+        raise AdapterError(
+            f"{self.adapter.file}: {shown(self.key_a)} {list(a)} and {shown(self.key_b)} {list(b)} do not fit "
+            f"{shown(target.name)} {list(target.spec.shape)}; is the adapter for another base?{grouped}"
+        )
+
+    def patch(self, scaling: float, target: Target) -> LowRank:
+        """W += scaling · B A in the weight's orientation. Raises AdapterError where it does not fit."""
+        if self.embedding:
+            return self._embedding_patch(scaling, target)
+        if self.is_transposed(target):
+            left, right = (Factor(self.adapter.store, key, transposed=True) for key in (self.key_a, self.key_b))
+            return LowRank(left, right, scaling)
+        a, b = Factor(self.adapter.store, self.key_a, row_scale=self.diagonal), Factor(self.adapter.store, self.key_b)
+        whole_a = a if a.shape[1] == target.spec.n_cols else BlockDiagonal(a, self.n_blocks)
+        whole_b = b if b.shape[1] == a.shape[0] else BlockDiagonal(b, self.n_blocks)
+        return LowRank(whole_b, whole_a, scaling)
+
+    def _embedding_patch(self, scaling: float, target: Target) -> LowRank:
+        left, right = (Factor(self.adapter.store, key, transposed=True) for key in (self.key_a, self.key_b))
+        if (left.shape[0], right.shape[1]) != target.spec.shape:
+            raise AdapterError(
+                f"{self.adapter.file}: {shown(self.key_a)} and {shown(self.key_b)} update {left.shape[0]} × {right.shape[1]}, but "
+                f"{shown(target.name)} is {list(target.spec.shape)}; is the adapter for another base, or was the vocabulary "
+                "resized without saving the embedding?"
+            )
+        return LowRank(left, right, scaling)

@@ -1,0 +1,71 @@
+"""Bases that training changed before its first step: PiSSA, OLoRA and KaSA take a part L of the weight out of it.
+
+    W := dtype(W − L), once, and then the update on top                  (PEFT 0.21 lora/layer.py and variants.py)
+    pissa   L = U_r S_r V_r of the largest r singular values             (pissa_init)
+    olora   L = scale · Q_r R_r of a QR decomposition                    (olora_init)
+    kasa    L = U_r S_r V_r of the smallest r                            (KasaLinearVariant._truncate_base_weight)
+
+L is the same for every sign and rotation that a library may choose. The decomposition is fp32 and holds the weight whole.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from lorafuse.adapters.patch import Base, Target
+from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.checkpoint import Store
+
+Part = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def largest(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(U_r S_r, V_r), [n_rows, rank] and [rank, n_cols], of the largest singular values."""
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    return u[:, :rank] * s[:rank], v[:rank]
+
+
+def smallest(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(U_r S_r, V_r), [n_rows, rank] and [rank, n_cols], of the smallest singular values."""
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    return u[:, -rank:] * s[-rank:], v[-rank:]
+
+
+def leading_qr(scale: float, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale · Q_r, R_r), [n_rows, rank] and [rank, n_cols]."""
+    q, r = torch.linalg.qr(weight)
+    return scale * q[:, :rank], r[:rank]
+
+
+def take_out(store: Store, part: Part, rank: int, strength: float, target: Target) -> RowWise:
+    """The patch W := dtype(W − L), where (left, right) = part(W, rank) and L = left @ right; with a `strength` x other than 1,
+    W − x · L. The update comes after it."""
+    dtype = getattr(torch, target.spec.torch_name)
+    n_rows, n_cols = target.spec.shape[0], target.spec.n_cols
+    least = min(n_rows, n_cols)
+
+    def begin(_: Tensors, base: Base) -> Tensors:
+        weight = torch.empty(base.shape, device=base.arena.device)
+        for start, rows in base.tiles():
+            weight[start : start + rows.shape[0]] = rows
+        left, right = part(weight, rank)
+        return {"left": left.contiguous(), "right": right.clone()}
+
+    def update(tile: torch.Tensor, first_row: int, tensors: Tensors) -> None:
+        tile.addmm_(tensors["left"][first_row : first_row + tile.shape[0]], tensors["right"], alpha=-strength)
+        if strength == 1.0:
+            tile.copy_(tile.to(dtype))
+
+    # The weight, LAPACK's copy, U and V, and its workspace (gesdd, 4 · least² and smaller parts).
+    nbytes = 4 * (4 * n_rows * n_cols + 6 * least * least)
+    scratch = 2 * min(max(1 << 19, n_cols), target.spec.numel)
+    return RowWise(store, {}, update, begin=begin, begin_nbytes=nbytes, scratch_nbytes=scratch, facts={"rank": rank})
+
+
+# init_lora_weights, or "kasa" → the part, given the scaling of the update.
+PARTS: dict[str, Callable[[float], Part]] = {
+    "pissa": lambda _: largest,
+    "olora": lambda scale: partial(leading_qr, scale),
+    "kasa": lambda _: smallest,
+}
