@@ -182,7 +182,6 @@ REFUSED_FIELDS = {
     "use_bdlora": {"nblocks": "2"},
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 1},
-    "layer_replication": [[0, 1], [0, 1]],
     "megatron_config": {"x": 1},
     "trainable_token_indices": [1],
     "init_lora_weights": "pissa_niter_4",

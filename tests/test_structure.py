@@ -25,6 +25,7 @@ ORDER = """
     codecs
     adapters
     measure naming
+    structure
     steps
     plan
     merge

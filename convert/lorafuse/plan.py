@@ -22,6 +22,7 @@ from lorafuse.errors import AdapterError, CheckpointError, listed, shown
 from lorafuse.naming import Names
 from lorafuse.settings import Settings
 from lorafuse.steps import STORED_TENSOR_NBYTES, Plan, PlannedShard, Step, fit_memory, natural_key, split_shards
+from lorafuse.structure import Structure, structure_of
 from lorafuse.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, TensorSpec
 
 
@@ -29,17 +30,19 @@ def make_plan(ckpt: Checkpoint, adapter: AdapterDir, settings: Settings) -> Plan
     """Decide everything. Raises CheckpointError, AdapterError, or UsageError when the memory limit is too small."""
     warnings: list[str] = []
     weights = open_weights(ckpt)
-    names = Names(weights, ckpt.config)
-    updates, ignored = module_of(adapter).updates(adapter, settings.adapter_scale, warnings.append)
-    edits = _edits(updates, names, adapter, warnings.append)
+    said, ignored = module_of(adapter).updates(adapter, settings.adapter_scale, warnings.append)
+    model = structure_of(weights, ckpt.config, adapter, said, warnings.append)
+    names = Names(model.weights, model.config)
+    edits = _edits(model.said, names, adapter, warnings.append)
     untied = _settle_tied(names, edits, ignored, bool(adapter.config.get("ensure_weight_tying")))
-    steps = _steps(weights, names, edits, untied, settings.dtype)
+    steps = _steps(model, names, edits, untied, settings.dtype)
     if not steps:
         raise CheckpointError(f"{shown(ckpt.path)}: holds no weight.")
     shards = split_shards(steps, settings.max_shard_nbytes)
-    memory = fit_memory(steps, adapter.nbytes + len(ckpt.tensors) * STORED_TENSOR_NBYTES, settings)
-    config_changes = _config_changes(names, steps, untied)
-    used = sorted({key for edit in edits.values() for key in edit.keys})
+    n_entries = len(ckpt.tensors) + max(len(steps) - len(weights), 0)
+    memory = fit_memory(steps, adapter.nbytes + n_entries * STORED_TENSOR_NBYTES, settings)
+    config_changes = model.changes | _config_changes(names, steps, untied)
+    used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
     return Plan(shards, _plan_id(ckpt, adapter, settings, shards), memory, config_changes, used, ignored, warnings)
 
 
@@ -184,16 +187,16 @@ def _with_tied_rows(embed: Edit | None, head: Edit | None) -> Edit | None:
     return Edit(head.replaced, [*rows, *head.patches], [*embed.keys, *head.keys])
 
 
-def _steps(weights: dict[str, Sources], names: Names, edits: dict[str, Edit], untied: bool, dtype: str) -> list[Step]:
-    bases = dict(weights)
+def _steps(model: Structure, names: Names, edits: dict[str, Edit], untied: bool, dtype: str) -> list[Step]:
+    bases = dict(model.weights)
     if untied and names.tied:
-        bases.setdefault(names.tied.head, weights[names.tied.embed])
+        bases.setdefault(names.tied.head, bases[names.tied.embed])
     steps = []
     for name in sorted(bases, key=natural_key):
         base, edit = bases[name], edits.get(name, Edit())
         sources = edit.replaced or base
         out = base.out_dtype if dtype == "auto" or base.out_dtype not in FLOATS else SAFETENSORS_NAMES[dtype]
-        action = _action(edit, base, out, stored=name in weights)
+        action = _action(edit, base, out, stored=name in model.weights and name not in model.added)
         steps.append(Step(name, TensorSpec(out, sources.spec.shape), sources, edit.patches, action))
     return steps
 

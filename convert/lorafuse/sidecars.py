@@ -45,7 +45,8 @@ PROCESSOR = (
     "video_preprocessor_config.json",
     "audio_preprocessor_config.json",
 )
-ALWAYS = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
+GENERATION = "generation_config.json"  # not for a model with another head
+ALWAYS = (GENERATION, "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 MAX_NBYTES = 1_000_000_000
 
 
@@ -53,7 +54,8 @@ def write_sidecars(plan: Plan, ckpt_dir: Path, ckpt_config: dict[str, Any], adap
     """Write them all into `staging` and sync them."""
     tokenizer_dir = adapter_dir if any((adapter_dir / name).exists() for name in VOCABULARIES) else ckpt_dir
     processor_dir = adapter_dir if any((adapter_dir / name).exists() for name in PROCESSOR) else ckpt_dir
-    for source, patterns in ((ckpt_dir, ALWAYS), (tokenizer_dir, TOKENIZER), (processor_dir, PROCESSOR)):
+    always = [pattern for pattern in ALWAYS if not ("architectures" in plan.config_changes and pattern == GENERATION)]
+    for source, patterns in ((ckpt_dir, always), (tokenizer_dir, TOKENIZER), (processor_dir, PROCESSOR)):
         for pattern in patterns:
             for path in sorted(source.glob(pattern)):
                 _copy(path, source, staging / path.relative_to(source))
@@ -68,11 +70,11 @@ def output_config(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, 
     text = result.get("text_config") if isinstance(result.get("text_config"), dict) else None
     if "dtype" in changes:
         _set_dtype(result, changes["dtype"])
-    for name in ("tie_word_embeddings", "vocab_size"):
-        if name in changes:
+    for name, value in changes.items():
+        if name != "dtype":
             holders = [part for part in (result, text) if part is not None and name in part]
             for part in holders or [result]:
-                part[name] = changes[name]
+                part[name] = value
     return result
 
 

@@ -47,7 +47,6 @@ REFUSED_FIELDS = {
     "use_qalora": "QALoRA groups the inputs of lora_A",
     "alora_invocation_tokens": "aLoRA is active only after its invocation tokens, so no merged weight equals it",
     "arrow_config": "Arrow routes between adapters, so no merged weight equals it",
-    "layer_replication": "layer_replication makes more layers than the checkpoint has",
     "megatron_config": "Megatron's linears are split over devices",
     "enable_lora": "MergedLinear of peft ≤ 0.2 stores a grouped convolution",
 }
