@@ -5,6 +5,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from peft.tuners.lora.config import KasaConfig
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import lorafuse
@@ -83,6 +84,30 @@ def test_lists_with_an_entry_for_each_layer_follow_it(tmp_path):
     ]
     assert config(tmp_path / "out")["no_rope_layers"] == [0, 0, 1]
     assert largest_difference(tmp_path / "out", AutoModelForCausalLM, peft) < 1e-4
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"bias": "all"}, {"kasa_config": KasaConfig()}], ids=str)
+def test_variants_of_lora_on_copies(settings, tmp_path):
+    ckpt = small("llama", AutoModelForCausalLM, tmp_path / "ckpt", num_key_value_heads=2, attention_bias=True)
+    pairs = [[0, 2], [1, 3]]
+    peft = train(
+        dense_model(ckpt, AutoModelForCausalLM), tmp_path / "lora", layer_replication=pairs, target_modules=["q_proj", "down_proj"],
+        **settings,
+    )  # fmt: skip
+    merge(ckpt, tmp_path / "lora", tmp_path / "out")
+    assert largest_difference(tmp_path / "out", AutoModelForCausalLM, peft) < 1e-5
+
+
+def test_a_base_that_changes_with_each_copy_is_refused(tmp_path):
+    ckpt = write_checkpoint(tmp_path / "ckpt")
+    merge(ckpt, write_adapter(tmp_path / "once", layer_replication=[[0, 2]], init_lora_weights="PiSSA"), tmp_path / "out")
+    lora = write_adapter(tmp_path / "lora", layer_replication=[[0, 2], [1, 2]], init_lora_weights="PiSSA")
+    with pytest.raises(AdapterError) as caught:
+        merge(ckpt, lora, tmp_path / "work/out")
+    assert str(caught.value) == (
+        f"{lora}/adapter_config.json: layer_replication repeats layers, and init_lora_weights is pissa, which then changes the "
+        "weight that the copies share once for each copy; that is not supported."
+    )
 
 
 def test_copies_are_sharded_in_the_order_of_execution(tmp_path):

@@ -44,6 +44,8 @@ NUMBERS = frozenset({"mlp_only_layers", "moe_layers", "full_attn_idxs"})
 # Where a layer computes with its own number, PEFT's copies keep the old one; no field of a config can say that.
 OWN_NUMBER_FIELDS = ("scale_attn_by_inverse_layer_idx", "num_kv_shared_layers")
 OWN_NUMBER_TYPES = frozenset({"beam", "diffllama", "minimax"})
+# These take a part out of the base weight; KaSA's part is gone after the first time, so that repeating it changes nothing.
+BASE_CHANGING_INITS = ("pissa", "olora")
 _WAY_OUT = "Save the config with a transformers that writes the list."
 _NOT_LAYERS = re.compile(r"architectures|.*_token_ids?|.*_tokens")
 
@@ -59,6 +61,12 @@ def replicate(
     where = f"{adapter.path / CONFIG}: {FIELD}"
     path, layers = _layers(weights, config, where)
     chosen = _chosen(pairs, len(layers), where)
+    init = str(adapter.config.get("init_lora_weights")).lower()
+    if init in BASE_CHANGING_INITS and len(set(chosen)) < len(chosen):
+        raise AdapterError(
+            f"{where} repeats layers, and init_lora_weights is {init}, which then changes the weight that the copies share once "
+            "for each copy; that is not supported."
+        )
     _refuse_kinds_by_number(config, layers, where)
     _refuse_moved_masks(config.get("layer_types"), len(layers), chosen, where)
     result = {name: sources for name, sources in weights.items() if not name.startswith(f"{path}.")}
