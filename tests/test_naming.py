@@ -367,3 +367,18 @@ def test_the_table_says_what_it_was_made_from():
     table = load_table()
     assert table["transformers"] == transformers.__version__ and table["v4"]["transformers"] == "4.57.1"
     assert len(table["rules"]) > 200 and len(table["classes"]) > 400
+
+
+@pytest.mark.parametrize(
+    ("model_class", "prefix"),
+    [
+        ("LlamaForCausalLM", "model"),
+        ("LlamaForQuestionAnswering", "transformer"),
+        ("GPT2LMHeadModel", "transformer"),
+        ("Else", "model"),
+    ],
+)
+def test_the_base_prefix_is_that_of_the_class(model_class, prefix):
+    """Some classes of one model type have another than the rest."""
+    kind = "gpt2" if model_class.startswith("GPT2") else "llama"
+    assert Renames({"model_type": kind, "architectures": [model_class]}).base_prefix == prefix

@@ -97,7 +97,7 @@ class Renames:
         table = load_table()
         architectures = config.get("architectures")
         self.model_class = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-        by_type = table["prefixes"].get(str(config.get("model_type")), "model")
+        by_type = table["prefixes"].get(self.model_class) or table["prefixes"].get(str(config.get("model_type")), "model")
         self.base_prefix = str(table["classes"].get(self.model_class, {}).get("prefix", by_type))
         self._rules = list(self._collect(self.model_class, "", config, frozenset()))
         self.trivial = not self._rules
