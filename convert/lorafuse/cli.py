@@ -1,5 +1,6 @@
 """The command line: options, progress, exit codes. The only file that prints or exits; everything else is `pipeline.convert`."""
 
+import gc
 import json
 import os
 import signal
@@ -70,7 +71,11 @@ def convert(
     show = Show(as_json=as_json, quiet=quiet)
     with _exit_codes():
         Settings(device=options["device"], adapter_scale=options["adapter_scale"])  # refuses them, as click does the others
+        gc.disable()  # what importing torch makes stays: looking for garbage in it is a fifth of the import
         from lorafuse.pipeline import convert as run  # imports torch: not before the options are known to be right
+
+        gc.freeze()
+        gc.enable()
 
         receipt = run(ckpt, adapter, out_dir, dry_run=dry_run, on_event=show, **options)
         show.close()
