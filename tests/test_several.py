@@ -144,6 +144,23 @@ def test_parts_of_joined_weights_add_as_what_is_placed_there(tmp_path):
     assert [Placed(patch, Part("w", 16)).additive for patch in (low_rank, rows)] == [True, False]
 
 
+def test_dora_is_summed_with_others(base, adapter, tmp_path):
+    """Each norm is of the base and its own update; the single merges are PEFT's by the tests of each type."""
+    settings = [({"use_dora": True, "r": 3}, 0.4), ({"use_dora": True, "r": 5}, -0.3), ({"r": 4}, 0.7)]
+    settings.append(({"init_lora_weights": "pissa", "r": 6}, 1.0))
+    paths = [(adapter("fp32", name=f"{i}", target_modules=LINEARS, **given), w) for i, (given, w) in enumerate(settings)]
+    stored = {name: value for name, (value, _) in decode(base("fp32")).items()}
+    wanted = {name: [value.clone(), False] for name, value in stored.items()}
+    for i, (path, weight) in enumerate(paths):
+        lorafuse.convert(base("fp32"), path, tmp_path / f"only{i}")
+        for name, value in read_tensors(tmp_path / f"only{i}").items():
+            wanted[name][0] += weight * (value.double() - stored[name])
+            wanted[name][1] |= not torch.equal(value.double(), stored[name])
+    (first, scale), *others = paths
+    lorafuse.convert(base("fp32"), first, tmp_path / "out", adapters=others, adapter_scale=scale)
+    assert_weights(tmp_path / "out", wanted, {name: [value] for name, value in stored.items()})
+
+
 @pytest.mark.parametrize("name", ["ia3", "loha"])
 def test_the_same_adapter_twice_adds_its_weights(name, base, tuned, tmp_path):  # noqa: F811
     make, settings, formula = TYPES[name]
