@@ -27,6 +27,7 @@ ORDER = """
     measure naming
     structure
     steps
+    several
     plan
     merge
     staging sidecars
@@ -39,7 +40,7 @@ RANK = {module: rank for rank, line in enumerate(ORDER.split("\n")) for module i
 # Beside the codecs and the adapter types themselves.
 CODEC_HELPERS = {"sources"}
 ADAPTER_HELPERS = {"dora", "experts", "factor", "keys", "lowrank", "lycoris", "modules", "pair", "patch", "placed", "residual"}
-ADAPTER_HELPERS |= {"fit", "rotation", "rows", "rowwise", "seeded", "shared", "store", "wavelets"}
+ADAPTER_HELPERS |= {"fit", "rotation", "rows", "rowwise", "seeded", "shared", "store", "summed", "wavelets"}
 
 
 def top(path: Path) -> str:

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import click
 
 from lorafuse._version import __version__
-from lorafuse.errors import LorafuseError, UsageError, shown
-from lorafuse.settings import DTYPE_CHOICES, Settings, parse_nbytes
+from lorafuse.errors import LorafuseError, UsageError, listed, shown
+from lorafuse.settings import DTYPE_CHOICES, Settings, parse_nbytes, parse_weighted
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -28,6 +28,14 @@ class Size(click.ParamType[str]):
         except UsageError as e:
             self.fail(str(e), param, ctx)
         return str(value)
+
+
+def weighted(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:
+    """(path, weight) of each --adapter."""
+    try:
+        return [parse_weighted(value) for value in values]
+    except UsageError as e:
+        raise click.BadParameter(str(e), ctx, param) from None
 
 
 class Terminated(BaseException):
@@ -52,7 +60,9 @@ def lorafuse() -> None:
               help="Where tiles are computed; auto is CUDA when torch sees it.")  # fmt: skip
 @click.option("--memory-limit", type=Size(), default="100MB", show_default=True,
               help="Bound on what the process holds beyond `import torch`.")  # fmt: skip
-@click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Multiplies the adapter's update.")
+@click.option("--adapter", "adapters", callback=weighted, multiple=True, metavar="PATH[:WEIGHT]",
+              help="A further adapter, whose update times WEIGHT (or 1) is added; may be repeated, in any order.")  # fmt: skip
+@click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Multiplies the update of ADAPTER.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout instead of text.")
@@ -86,7 +96,7 @@ def convert(
         if verbose and not quiet:
             click.echo(weights_text(receipt), err=True)
         if not quiet:
-            click.echo(summary_text(receipt, ckpt, adapter), err=True)
+            click.echo(summary_text(receipt, ckpt, [adapter, *(path for path, _ in options["adapters"])]), err=True)
         if not as_json:
             click.echo(os.fsencode(out_dir))  # a path is bytes, perhaps no UTF-8
 
@@ -148,18 +158,20 @@ def weights_text(receipt: dict[str, Any]) -> str:
                 for k in ("rank", "scale", "delta_rel", "kept", "noise", "changed")
                 if entry.get(k) is not None
             ]
+            if "updates" in entry:
+                figures.insert(0, f"updates {len(entry['updates'])}")
             lines.append(f"{entry['action']:8} {shown(name)}  {'  '.join(figures)}")
     return "\n".join(lines)
 
 
-def summary_text(receipt: dict[str, Any], ckpt: str, adapter: str) -> str:
+def summary_text(receipt: dict[str, Any], ckpt: str, adapters: list[str]) -> str:
     """One line: what was merged into what, how much of the update was kept, and what it cost."""
     merged = [entry for entry in receipt["tensors"].values() if entry["action"] == "merged"]
     kept = [entry["kept"] for entry in merged if entry.get("kept") is not None]
     share = f", {min(kept):.1%} of the update kept where it is least" if kept else ""
     nbytes = sum(output["size"] for output in receipt["outputs"])
     return (
-        f"Merged {shown(adapter)} into {shown(ckpt)}: {len(merged)} of {len(receipt['tensors'])} weights updated{share}; "
+        f"Merged {listed(adapters)} into {shown(ckpt)}: {len(merged)} of {len(receipt['tensors'])} weights updated{share}; "
         f"{nbytes / 1e6:,.1f} MB in {receipt['timing']['wall_s']:.1f} s, peak {receipt['peak_rss'] / 1e6:,.0f} MB."
     )
 

@@ -6,7 +6,7 @@ A plan is complete: the loop that carries it out decides nothing.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lorafuse._version import __version__
@@ -21,29 +21,51 @@ from lorafuse.codecs.sources import is_conv1d
 from lorafuse.errors import AdapterError, CheckpointError, listed, shown
 from lorafuse.naming import Names
 from lorafuse.settings import Settings
+from lorafuse.several import Found, Weighted, combine, common_model, in_order
 from lorafuse.steps import STORED_TENSOR_NBYTES, Plan, PlannedShard, Step, fit_memory, natural_key, split_shards
 from lorafuse.structure import Structure, structure_of
 from lorafuse.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, TensorSpec
 
 
-def make_plan(ckpt: Checkpoint, adapter: AdapterDir, settings: Settings) -> Plan:
-    """Decide everything. Raises CheckpointError, AdapterError, or UsageError when the memory limit is too small."""
+def make_plan(ckpt: Checkpoint, adapter: AdapterDir, settings: Settings, others: Sequence[Weighted] = ()) -> Plan:
+    """Decide everything. `others` are adapters whose updates are added to those of `adapter`. Raises CheckpointError, AdapterError,
+    or UsageError when the memory limit is too small."""
     warnings: list[str] = []
     weights = open_weights(ckpt)
-    said, ignored = module_of(adapter).updates(adapter, settings.adapter_scale, warnings.append)
-    model = structure_of(weights, ckpt.config, adapter, said, warnings.append)
+    adapters = in_order([Weighted(adapter, settings.adapter_scale), *others])
+    found = [_read(one, weights, ckpt.config, warnings.append) for one in adapters]
+    model = common_model(found)
     names = Names(model.weights, model.config)
-    edits = _edits(model.said, names, adapter, warnings.append)
-    untied = _settle_tied(names, edits, ignored, bool(adapter.config.get("ensure_weight_tying")))
+    for one in found:
+        one.edits = _own_edits(one, names, warnings.append)
+    edits, ignored = combine(found, model, names)
+    untied = _settle_tied(names, edits, ignored)
     steps = _steps(model, names, edits, untied, settings.dtype)
     if not steps:
         raise CheckpointError(f"{shown(ckpt.path)}: holds no weight.")
     shards = split_shards(steps, settings.max_shard_nbytes)
-    n_entries = len(ckpt.tensors) + max(len(steps) - len(weights), 0)
-    memory = fit_memory(steps, adapter.nbytes + n_entries * STORED_TENSOR_NBYTES, settings)
-    config_changes = model.changes | _config_changes(names, steps, untied)
+    n_entries = len(ckpt.tensors) + max(len(steps) - len(weights), 0) + sum(len(o.adapter.store.tensors) for o in others)
+    memory = fit_memory(steps, sum(one.adapter.nbytes for one in adapters) + n_entries * STORED_TENSOR_NBYTES, settings)
+    config_changes = model.changes | _config_changes(names, steps, untied, listed(one.adapter.file for one in adapters))
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
-    return Plan(shards, _plan_id(ckpt, adapter, settings, shards), memory, config_changes, used, ignored, warnings)
+    plan_id = _plan_id(ckpt, adapter, adapters, settings, shards)
+    return Plan(shards, plan_id, memory, config_changes, used, ignored, warnings)
+
+
+def _read(one: Weighted, weights: Mapping[str, Sources], config: dict[str, Any], warn: Callable[[str], None]) -> Found:
+    """What an adapter says, and of which model."""
+    said, ignored = module_of(one.adapter).updates(one.adapter, one.weight, warn)
+    return Found(one.adapter, one.weight, structure_of(weights, config, one.adapter, said, warn), ignored)
+
+
+def _own_edits(one: Found, names: Names, warn: Callable[[str], None]) -> dict[str, Edit]:
+    """What the adapter alone does to each weight."""
+    edits = _edits(one.model.said, names, one.adapter, warn)
+    _fill_tied(names, edits, one.adapter)
+    whole = [weight for weight, edit in edits.items() if edit.replaced] + list(one.model.added)
+    if whole and one.weight != 1:
+        warn(f"{one.adapter.file}: holds {listed(whole)} whole, which a weight of {one.weight:g} does not change.")
+    return edits
 
 
 def _edits(said: list[Update | Choice], names: Names, adapter: AdapterDir, warn: Callable[[str], None]) -> dict[str, Edit]:
@@ -63,7 +85,7 @@ def _edits(said: list[Update | Choice], names: Names, adapter: AdapterDir, warn:
         for part in parameter.parts:
             edit = edits.setdefault(part.weight, Edit())
             edit.keys += update.keys
-            sources = edit.replaced or names.weights.get(part.weight) or names.weights[names.embed or ""]
+            sources = edit.replaced or names.base_of(part.weight)
             if update.replaced:
                 _replace(update, part, sources.spec, edit, names, adapter)
             if update.make:
@@ -98,7 +120,7 @@ def _sources_beside(update: Update, found: Mapping[str, Parameter], names: Names
     if update.beside is None:
         return None
     weight = found[update.beside].parts[0].weight
-    return edits.get(weight, Edit()).replaced or names.weights.get(weight) or names.weights[names.embed or ""]
+    return edits.get(weight, Edit()).replaced or names.base_of(weight)
 
 
 def _replace(update: Update, part: Part, spec: TensorSpec, edit: Edit, names: Names, adapter: AdapterDir) -> None:
@@ -150,29 +172,34 @@ def _check_replacement(update: Update, weight: str, spec: TensorSpec, names: Nam
         )
 
 
-def _settle_tied(names: Names, edits: dict[str, Edit], ignored: dict[str, str], ensure_tying: bool) -> bool:
-    """Make the edits of a tied pair agree, or untie it. Returns whether it has to be untied.
+def _fill_tied(names: Names, edits: dict[str, Edit], adapter: AdapterDir) -> None:
+    """What an adapter that names one side of a tied pair does to the other. Replaced rows are those of both, unless the head has
+    its own."""
+    pair = names.tied
+    if pair is None or not (pair.embed in edits or pair.head in edits):
+        return
+    names.refuse_shared(adapter.file)
+    embed, head = edits.get(pair.embed), _with_tied_rows(edits.get(pair.embed), edits.get(pair.head))
+    if adapter.config.get("ensure_weight_tying"):
+        embed, head = embed or head, head or embed
+    edits |= {weight: edit for weight, edit in ((pair.embed, embed), (pair.head, head)) if edit}
+
+
+def _settle_tied(names: Names, edits: dict[str, Edit], ignored: dict[str, str]) -> bool:
+    """Whether a tied pair has to be untied, since its sides are not edited alike.
 
     LoRA on one side of a tied pair changes only that side in training, so the pair comes apart; PEFT's merge adds the update to the
-    shared tensor, and so to both. Replaced rows are those of both, unless the head has its own.
+    shared tensor, and so to both.
     """
     pair = names.tied
     if pair is None or not (pair.embed in edits or pair.head in edits):
         return False
-    names.refuse_shared()
-    embed, head = edits.get(pair.embed), _with_tied_rows(edits.get(pair.embed), edits.get(pair.head))
-    together = embed.same_as(head) if embed and head else ensure_tying
-    if not together:
-        edits |= {pair.head: head} if head else {}
+    embed, head = edits.get(pair.embed), edits.get(pair.head)
+    if not embed or not head or not embed.same_as(head):
         return True
-    shared = embed or head
-    assert shared is not None
-    edits[pair.embed] = shared
-    if pair.head_stored:
-        edits[pair.head] = head or shared
-    elif head:
-        edits.pop(pair.head, None)
-        repeated = set(head.keys) - set(shared.keys)
+    if not pair.head_stored:
+        del edits[pair.head]
+        repeated = set(head.keys) - set(embed.keys)
         ignored |= dict.fromkeys(sorted(repeated), f"equal to the update of {pair.embed}, to which it is tied")
     return False
 
@@ -212,7 +239,7 @@ def _action(edit: Edit, base: Sources, out_dtype: str, *, stored: bool) -> str:
     return "copied" if len(base.names) == 1 and base.spec.dtype == out_dtype else "decoded"
 
 
-def _config_changes(names: Names, steps: list[Step], untied: bool) -> dict[str, Any]:
+def _config_changes(names: Names, steps: list[Step], untied: bool, files: str) -> dict[str, Any]:
     """Fields of config.json that the result needs: dtype, and vocab_size and tie_word_embeddings where they change."""
     totals: Counter[str] = Counter()
     for step in steps:
@@ -226,18 +253,22 @@ def _config_changes(names: Names, steps: list[Step], untied: bool) -> dict[str, 
     if any(after[name] != before[name] for name in before):
         if len(set(after.values())) > 1:
             both = " and ".join(f"{name} has {n} rows" for name, n in after.items())
-            raise AdapterError(f"The adapter resizes the vocabulary on one side only: {both}.")
+            raise AdapterError(f"{files}: resizes the vocabulary on one side only: {both}.")
         changes["vocab_size"] = next(iter(after.values()))
     return changes
 
 
-def _plan_id(ckpt: Checkpoint, adapter: AdapterDir, settings: Settings, shards: list[PlannedShard]) -> str:
+def _plan_id(
+    ckpt: Checkpoint, adapter: AdapterDir, adapters: Sequence[Weighted], settings: Settings, shards: list[PlannedShard]
+) -> str:
     """sha256 of everything that the output depends on, inputs by their sizes and headers."""
-    identity = {
+    identity: dict[str, Any] = {
         "version": __version__,
         "settings": settings.decisive,
         "checkpoint": [[shard.path.name, shard.nbytes, shard.header_sha256] for shard in ckpt.shards],
         "adapter": [adapter.file.name, adapter.file.stat().st_size, adapter.config],
         "outputs": [[shard.file, [[s.name, s.spec.dtype, s.spec.shape, s.action] for s in shard.steps]] for shard in shards],
     }
+    if len(adapters) > 1:
+        identity["adapters"] = [one.identity for one in adapters]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -6,6 +6,7 @@ Schema 1, see docs/receipt.md. Everything except `timing`, `peak_rss` and `tool`
 import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 
 from lorafuse._version import __version__
-from lorafuse.adapters import AdapterDir
 from lorafuse.adapters.store import CONFIG
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.merge import Outcome
 from lorafuse.settings import Settings
+from lorafuse.several import Weighted
 from lorafuse.shardfile import open_regular
 from lorafuse.steps import Plan, Step
 
@@ -30,15 +31,18 @@ HASH_NBYTES = 1 << 20
 class InputHashes:
     """sha256 of every input file, taken in a thread beside the merge; leaving the context early stops it."""
 
-    def __init__(self, ckpt: Checkpoint, ckpt_name: str, adapter: AdapterDir, adapter_name: str) -> None:
-        paths = [("checkpoint", ckpt_name, ckpt.path, p) for p in (ckpt.path / "config.json", *(s.path for s in ckpt.shards))]
-        paths += [("adapter", adapter_name, adapter.path, p) for p in (adapter.path / CONFIG, adapter.file)]
-        self._files = [(role, f"{name.rstrip('/')}/{path.relative_to(root)}", path) for role, name, root, path in paths]
+    def __init__(self, ckpt: Checkpoint, ckpt_name: str, adapters: Sequence[Weighted]) -> None:
+        files = (ckpt.path / "config.json", *(shard.path for shard in ckpt.shards))
+        self._files = [(path, _entry("checkpoint", ckpt_name, ckpt.path, path)) for path in files]
+        for one in adapters:
+            adapter, facts = one.adapter, {"weight": one.weight} if len(adapters) > 1 else {}
+            for path in (adapter.path / CONFIG, adapter.file):
+                self._files.append((path, _entry("adapter", adapter.name, adapter.path, path) | facts))
         self._stop = Event()
         self._executor = ThreadPoolExecutor(1, "hash")
 
     def __enter__(self) -> "InputHashes":
-        self._future = self._executor.submit(lambda: [self._entry(*file) for file in self._files])
+        self._future = self._executor.submit(lambda: [entry | self._hashed(path) for path, entry in self._files])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,17 +50,22 @@ class InputHashes:
         self._executor.shutdown()
 
     def result(self) -> list[dict[str, Any]]:
-        """role, path (the input as it was named, then the file), size and sha256 of each file."""
+        """role, path (the input as it was named, then the file), size and sha256 of each file; with several adapters also the
+        weight of each."""
         return self._future.result()
 
-    def _entry(self, role: str, named: str, path: Path) -> dict[str, Any]:
+    def _hashed(self, path: Path) -> dict[str, Any]:
         digest, nbytes = hashlib.sha256(), 0
         buffer = bytearray(HASH_NBYTES)
         with open(open_regular(path), "rb", buffering=0) as f:
             while (n := f.readinto(buffer)) and not self._stop.is_set():
                 digest.update(memoryview(buffer)[:n])
                 nbytes += n
-        return {"role": role, "path": named, "size": nbytes, "sha256": digest.hexdigest()}
+        return {"size": nbytes, "sha256": digest.hexdigest()}
+
+
+def _entry(role: str, name: str, root: Path, path: Path) -> dict[str, Any]:
+    return {"role": role, "path": f"{name.rstrip('/')}/{path.relative_to(root)}"}
 
 
 def make_receipt(plan: Plan, outcome: Outcome, settings: Settings, inputs: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:

@@ -40,6 +40,30 @@ class Settings:
         return {"dtype": self.dtype, "max_shard_size": self.max_shard_nbytes, "adapter_scale": self.adapter_scale}
 
 
+# Not everything that float() takes: no underscores, and nan and inf are refused by name.
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
+
+
+def parse_weighted(text: str) -> tuple[str, float]:
+    """`PATH[:WEIGHT]` → (path, weight), 1 where none is given. Raises UsageError for a weight that is no finite number.
+
+    A directory of the whole name wins, and a colon before a slash or backslash belongs to the path.
+    """
+    path, colon, weight = text.rpartition(":")
+    if not colon or "/" in weight or "\\" in weight or os.path.isdir(text):
+        return text, 1.0
+    if not path or not _NUMBER.fullmatch(weight):
+        raise UsageError(f"{shown(text)}: {shown(weight)!r} is no weight; expected PATH or PATH:WEIGHT, such as my-adapter:0.5.")
+    return path, checked_weight(path, float(weight))
+
+
+def checked_weight(path: object, weight: float) -> float:
+    """The weight of an adapter as a float. Raises UsageError unless it is a finite number."""
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise UsageError(f"The weight of {shown(path)} is {shown(weight)}; expected a finite number.")
+    return float(weight)
+
+
 def parse_nbytes(text: str | int) -> int:
     """`5GB` → 5·10⁹. Decimal units, as everywhere in the Hugging Face libraries. Raises UsageError."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?B?)\s*", str(text).upper())

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,9 +152,17 @@ def split_shards(steps: list[Step], max_nbytes: int) -> list[PlannedShard]:
     return [PlannedShard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
+def _low_ranks(patches: Iterable[Patch]) -> Iterator[LowRank]:
+    """Those whose right factor can be read again."""
+    for patch in patches:
+        if isinstance(patch, LowRank):
+            yield patch
+        yield from _low_ranks(patch.members)
+
+
 def fit_memory(steps: list[Step], held_nbytes: int, settings: Settings) -> Memory:
     """As many workers as the limit allows. A right factor that does not fit beside one worker is read again for each tile."""
-    for attempt in ("resident", "read again"):
+    for attempt in ("resident", "some read again", "all read again"):
         worker = max(step.worker_nbytes for step in steps)
         tile = max(step.tile_nbytes for step in steps)
         resident = max(step.resident_nbytes for step in steps)
@@ -163,9 +171,9 @@ def fit_memory(steps: list[Step], held_nbytes: int, settings: Settings) -> Memor
             fixed = RUNTIME_NBYTES + held_nbytes + n_workers * worker + n_tiles * tile
             if fixed + resident <= settings.memory_nbytes:
                 return Memory(n_workers, n_tiles, tile, settings.memory_nbytes - fixed)
-        if attempt == "resident":
-            for patch in (patch for step in steps for patch in step.patches if isinstance(patch, LowRank)):
-                patch.right_resident = fixed + patch.nbytes <= settings.memory_nbytes
+        for step in steps:
+            for patch in _low_ranks(step.patches):
+                patch.right_resident = attempt == "resident" and fixed + step.resident_nbytes <= settings.memory_nbytes
     largest = max(steps, key=lambda step: step.worker_nbytes + step.resident_nbytes)
     raise UsageError(
         f"A memory limit of {settings.memory_nbytes / 1e6:.0f} MB is too small: {(fixed + resident) / 1e6:.0f} MB are needed "

@@ -101,9 +101,9 @@ REFUSED_TYPES: dict[str, str] = {
 __all__ = ["ADAPTERS", "REFUSED_TYPES", "AdapterDir", "Choice", "Edit", "Patch", "Target", "Update", "module_of", "open_adapter"]
 
 
-def open_adapter(path: Path) -> AdapterDir:
-    """An adapter directory whose type is known here. Raises AdapterError."""
-    adapter = AdapterDir(path)
+def open_adapter(path: Path, name: str | None = None) -> AdapterDir:
+    """An adapter directory whose type is known here, and what the user called it. Raises AdapterError."""
+    adapter = AdapterDir(path, name)
     try:
         module_of(adapter)
     except BaseException:

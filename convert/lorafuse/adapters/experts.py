@@ -218,6 +218,10 @@ class Expert(Patch):
         return False
 
     @property
+    def additive(self) -> bool:
+        return True
+
+    @property
     def nbytes(self) -> int:
         return self._stack.matrix(self._expert, self._rows).nbytes
 
@@ -254,6 +258,10 @@ class Experts(Patch):
     @property
     def reads_base(self) -> bool:
         return False
+
+    @property
+    def additive(self) -> bool:
+        return True
 
     @property
     def nbytes(self) -> int:

@@ -60,6 +60,10 @@ class LowRank(Patch):
         return False
 
     @property
+    def additive(self) -> bool:
+        return True
+
+    @property
     def nbytes(self) -> int:
         return (self.left.nbytes if self.left_resident else 0) + (self.right.nbytes if self.right_resident else 0)
 
@@ -107,6 +111,10 @@ class AddVector(Patch):
     @property
     def reads_base(self) -> bool:
         return False
+
+    @property
+    def additive(self) -> bool:
+        return True
 
     @property
     def nbytes(self) -> int:

@@ -70,9 +70,19 @@ class Patch(Protocol):
         return False
 
     @property
+    def members(self) -> tuple["Patch", ...]:
+        """The patches that it is made of, if any."""
+        return ()
+
+    @property
     def reads_base(self) -> bool:
         """Whether prepare reads the weight."""
         return True
+
+    @property
+    def additive(self) -> bool:
+        """Whether apply adds what does not depend on the values in the tile, so that it may follow another adapter's patches."""
+        return False
 
     @property
     def follows_tie(self) -> bool:
@@ -172,7 +182,7 @@ class Choice:
 
 @dataclass
 class Edit:
-    """Everything one adapter does to one weight: perhaps other sources, then patches in order."""
+    """Everything that one adapter, or all of them, do to one weight: perhaps other sources, then patches in order."""
 
     replaced: Sources | None = None
     patches: list[Patch] = field(default_factory=list)
@@ -182,14 +192,16 @@ class Edit:
         return (
             len(self.patches) == len(other.patches)
             and _same_sources(self.replaced, other.replaced)
-            and all(a.same_as(b) for a, b in zip(self.patches, other.patches, strict=True))
+            and all(a is b or a.same_as(b) for a, b in zip(self.patches, other.patches, strict=True))
         )
 
 
 def _same_sources(a: Sources | None, b: Sources | None) -> bool:
     """Whether two replacements are equal to the bit, compared in pieces."""
+    if a is b:
+        return True
     if a is None or b is None:
-        return a is b
+        return False
     if a.spec != b.spec:
         return False
     arenas = [Arena(torch.device("cpu")), Arena(torch.device("cpu"))]

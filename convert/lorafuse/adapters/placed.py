@@ -31,6 +31,14 @@ class Placed(Patch):
     def reads_base(self) -> bool:
         return False
 
+    @property
+    def additive(self) -> bool:
+        return self.inner.additive
+
+    @property
+    def members(self) -> tuple[Patch, ...]:
+        return (self.inner,)
+
     def prepare(self, base: Base, arena: Arena) -> None:
         self.inner.prepare(base, arena)
 

@@ -18,10 +18,11 @@ BIN = "adapter_model.bin"
 
 
 class AdapterDir:
-    """`config` (adapter_config.json as a dict), `store`, and `nbytes`: what the store keeps in memory as long as it is open."""
+    """`config` (adapter_config.json as a dict), `store`, and `nbytes`: what the store keeps in memory as long as it is open.
+    `name` is the adapter as the user named it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path, self.name = path, str(path) if name is None else name
         try:
             self.config = read_json_dict(path / CONFIG)
             self.store: Store

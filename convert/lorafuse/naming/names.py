@@ -51,17 +51,21 @@ class Names:
             shapes.setdefault(self.tied.head, shapes[self.tied.embed])
         return Resolver(shapes, self.config).resolve(wanted, file, warn)
 
+    def base_of(self, weight: str) -> Sources:
+        """What a weight is before any edit: an output embedding that is not stored is the input embedding that it is tied to."""
+        return self.weights.get(weight) or self.weights[self.embed or ""]
+
     def may_resize(self, weight: str) -> bool:
         """Whether a replacement may have another number of rows: the embeddings and the head's bias."""
         module = weight.rpartition(".")[0]
         return weight in (self.embed, self.head) or bool(self.head and module == self.head.rpartition(".")[0])
 
-    def refuse_shared(self) -> None:
+    def refuse_shared(self, file: object) -> None:
         """Raises AdapterError for models whose tied embedding has more than one other user."""
         if self.config.get("model_type") in _SHARED_BY_MORE_THAN_TWO:
             kind = shown(self.config["model_type"])
             raise AdapterError(
-                f"The adapter changes an embedding that {kind} shares between encoder, decoder and head; that is not supported."
+                f"{file}: changes an embedding that {kind} shares between encoder, decoder and head; that is not supported."
             )
 
     def _find_embed(self) -> str | None:
