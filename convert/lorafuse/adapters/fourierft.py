@@ -47,7 +47,8 @@ def _spectrum(adapter: AdapterDir, scaling: float, seed: int, module: str, leave
             partial(_add, n_rows=n_rows),
             begin=partial(_begin, seed=seed, scaling=scaling, shape=(n_rows, n_cols), turned=target.is_conv1d),
             begin_nbytes=300 * n,
-            scratch_nbytes=8 * tile_nbytes(target.spec) + 40 * max(_CHUNK_NUMEL, n_rows),
+            # The spectrum and its transform, complex; and of each coefficient in each row its place, angle and term.
+            scratch_nbytes=4 * tile_nbytes(target.spec) + 40 * max(_CHUNK_NUMEL, n_rows),
             facts={"n_frequency": n, "scale": scaling},
         )
 

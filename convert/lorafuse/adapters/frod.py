@@ -53,7 +53,7 @@ def _decomposed(adapter: AdapterDir, scale: float, shared: Leaves, module: str, 
             dict(zip(("lambda", "values", "V", "indices"), keys, strict=False)),
             partial(_replace, scale=scale, transposed=transposed, dtype=dtype),
             begin_from=partial(_begin, transposed=transposed, dtype=dtype),
-            begin_nbytes=nbytes + reading_nbytes(target.spec) + 6 * tile_nbytes(target.spec),
+            begin_nbytes=nbytes + reading_nbytes(target.spec) + 4 * tile_nbytes(target.spec),
             scratch_nbytes=7 * tile_nbytes(target.spec),
             facts={"scale": scale},
         )

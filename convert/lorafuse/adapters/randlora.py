@@ -9,7 +9,7 @@ read from the file for each tile if it does not fit in memory. The bases of save
 
 import torch
 
-from lorafuse.adapters.check import check_shapes, misfit, shape_of
+from lorafuse.adapters.check import Dims, check_shapes, misfit, shape_of
 from lorafuse.adapters.factor import READ_NUMEL, Factor, load
 from lorafuse.adapters.fields import number
 from lorafuse.adapters.lowrank import LowRank
@@ -47,7 +47,7 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
             )
         used = (*bases, *own)
         # B may have more n than a module needs.
-        dims = (("r", 1, "in of A"), ("out", "n of B", "r"), ("r", "n"), ("n", "in"))
+        dims: tuple[Dims, ...] = (("r", 1, "in of A"), ("out", "n of B", "r"), ("r", "n"), ("n", "in"))
         rank = check_shapes(adapter, *zip(used, dims, strict=True))["r"]
         keys = dict(zip(("A", "B", "lambda", "gamma"), used, strict=True))
         return [Update(f"{module}.weight", (*own, *bases), make=lambda target: _patch(adapter, keys, alpha / rank, target))]
@@ -101,7 +101,12 @@ class ScaledBasis:
         self.nbytes = 4 * self.shape[0] * self.shape[1]
 
     def whole(self, arena: Arena) -> torch.Tensor:
-        return self.cols(0, self.shape[1], arena)
+        kept = torch.empty(self.shape, device=arena.device)
+        step = max(READ_NUMEL // self.shape[0], 1)
+        for start in range(0, self.shape[1], step):
+            stop = min(start + step, self.shape[1])
+            kept[:, start:stop] = self.cols(start, stop, arena)
+        return kept
 
     def cols(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
         strength = load(self._store, self._lambda, arena.device)  # float32 [r, n]
