@@ -168,6 +168,21 @@ def test_lost_bytes_are_noticed(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_a_writer_that_cannot_write_its_header_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full from the start: the constructor closes what it opened."""
+
+    def no_space(fd: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "write", no_space)
+    with pytest.raises(OSError, match="No space left") as caught:
+        ShardWriter(tmp_path / "x.safetensors", [("a", TensorSpec("U8", (3,)))])
+    monkeypatch.undo()
+    assert caught.value.errno == errno.ENOSPC
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_short_writes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that the kernel cuts short is continued, not lost."""
     real_write = os.write

@@ -39,8 +39,8 @@ ORDER = """
 RANK = {module: rank for rank, line in enumerate(ORDER.split("\n")) for module in line.split()}
 # Beside the codecs and the adapter types themselves.
 CODEC_HELPERS = {"sources"}
-ADAPTER_HELPERS = {"dora", "experts", "factor", "keys", "lowrank", "lycoris", "modules", "pair", "patch", "placed", "residual"}
-ADAPTER_HELPERS |= {"fit", "rotation", "rows", "rowwise", "seeded", "shared", "store", "summed", "wavelets"}
+ADAPTER_HELPERS = {"check", "dora", "experts", "factor", "fields", "keys", "lowrank", "lycoris", "pair", "patch", "placed"}
+ADAPTER_HELPERS |= {"residual", "rotation", "rows", "rowwise", "seeded", "store", "summed", "walk", "wavelets"}
 
 
 def top(path: Path) -> str:

@@ -121,8 +121,9 @@ def test_the_merged_model_answers_as_the_unmerged_one(case, tuned, tmp_path, mon
         assert_same_answers(tmp_path / "out", model, tolerance=1e-3)
 
 
+# Without the projections, which are not in the file, the answers alone are compared with PEFT's.
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith("_unsaved")])
 def test_merged_weights_are_those_of_float64(case, scale, tuned, tmp_path, monkeypatch):
     """W + scale · (W' − W), in tiles of a few rows."""
     monkeypatch.setattr("lorafuse.steps.TILE_NUMEL", 640)
@@ -205,8 +206,6 @@ def hira(W, b, t, c, g):
 
 
 def vera(W, b, t, c, g):
-    if "A" not in g:
-        pytest.skip("the projections are not in the file; the answers are compared with PEFT's")
     A, B = g["A"][:, : W.shape[1]], g["B"][: W.shape[0]]
     return W + (t["lambda_b"][:, None] * B) @ (t["lambda_d"][: B.shape[1], None] * A[: B.shape[1]]), b
 
@@ -387,7 +386,7 @@ REFUSED = {
         {}, put(beft_bias=torch.zeros(1, 63)), f"{Q}.beft_bias [1, 63] does not fit {B} [64]; is the adapter for another base?"
     ),
     "delora missing": ({}, drop(f"{Q}.delora_w_norm"), "model.layers.0.self_attn.q_proj has delora_A but no delora_w_norm."),
-    "delora shape": ({}, put(delora_A=torch.zeros(2, 64)), f"{Q}.delora_B is F32 [64, 3], expected [out, 2]."),
+    "delora shape": ({}, put(delora_A=torch.zeros(2, 64)), f"{Q}.delora_B is F32 [64, 3], expected [out, 2] from {Q}.delora_A."),
     "delora size": (
         {}, put(delora_B=torch.zeros(63, 3)), f"{Q}.delora_B [63, 3] does not fit {W} [64, 64]; is the adapter for another base?"
     ),
@@ -402,7 +401,9 @@ REFUSED = {
     "glora size": (
         {}, put(glora_C__Xd=torch.zeros(63, 3)), f"{Q}.glora_C.Xd [63, 3] does not fit {B} [64]; is the adapter for another base?"
     ),
-    "gralora ranks": ({}, put(gralora_B=torch.zeros(2, 3, 32)), f"{Q}.gralora_B is F32 [2, 3, 32], expected [2, 4, out / 2]."),
+    "gralora ranks": (
+        {}, put(gralora_B=torch.zeros(2, 3, 32)), f"{Q}.gralora_B is F32 [2, 3, 32], expected [2, 4, out / k] from {Q}.gralora_A."
+    ),
     "gralora size": (
         {},
         put(gralora_B=torch.zeros(2, 4, 31)),
@@ -445,7 +446,7 @@ REFUSED = {
     "vblora vectors": (
         {},
         put(vblora_logits_A=torch.zeros(4, 4, 19)),
-        f"{Q}.vblora_logits_A is F32 [4, 4, 19], expected three dimensions, the last one 20.",
+        f"{Q}.vblora_logits_A is F32 [4, 4, 19], expected [r, in / v, 20] from base_model.vblora_vector_bank.",
     ),
     "vblora topk": ({"topk": 21}, None, "base_model.vblora_vector_bank has 20 vectors, fewer than topk, 21."),
     "vera unsaved": (

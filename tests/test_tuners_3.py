@@ -352,8 +352,8 @@ MISFITS = {
         f"base_model.model.{Q}.lora_embedding_A is of a kind that is not supported.",
     ),
     "deft, no R": ("deft", {"deft_R": None}, f"{Q} has deft_P but no deft_R."),
-    "deft, another R": ("deft", {"deft_R": torch.zeros(4, 64)}, f"{Q_R} is F32 [4, 64], expected [3, 64] from {Q_P}."),
-    "deft, no matrix": ("deft", {"deft_P": torch.zeros(64)}, f"{Q_P} is F32 [64], expected a matrix [outputs, rank]."),
+    "deft, another R": ("deft", {"deft_R": torch.zeros(4, 64)}, f"{Q_R} is F32 [4, 64], expected [3, in] from {Q_P}."),
+    "deft, no matrix": ("deft", {"deft_P": torch.zeros(64)}, f"{Q_P} is F32 [64], expected [out, r]."),
     "deft, another base": ("deft", {"deft_P": torch.zeros(72, 3)}, f"{Q_P} [72, 3] and {Q_R} [3, 64] do not fit {WEIGHT}"),
     "deft, para, another base": ("deft, para", {"deft_P": torch.zeros(72, 3)}, f"{Q_P} [72, 3] does not fit {WEIGHT}"),
     "frod, no values": ("frod", {"frod_lambda_s_values": None}, f"{Q} has frod_lambda_l but no frod_lambda_s_values."),
@@ -371,7 +371,7 @@ MISFITS = {
     "frod, outside": (
         "frod",
         {f"{FROD_SHARED}s_indices.self_attn_q_proj": torch.full((2, 40), 64)},
-        f"{FROD_SHARED}s_indices.self_attn_q_proj is I64 [2, 40], expected [2, n] positions in 64 × 64.",
+        f"{FROD_SHARED}s_indices.self_attn_q_proj has the position 64, outside of the 64 inputs of {FROD_L}.",
     ),
     "frod, another size": (
         "frod",
@@ -379,11 +379,11 @@ MISFITS = {
         f"{FROD_SHARED}s_size.self_attn_q_proj is not 64 × 64, which follows from {FROD_L}.",
     ),
     "osf, no S": ("osf", {"osf_svd_params.S_low": None}, f"{Q} has osf_svd_params.U_low but no osf_svd_params.S_low."),
-    "osf, no vector": ("osf", {"osf_svd_params.S_low": torch.zeros(32, 1)}, f"{Q_S} is F32 [32, 1], expected a vector."),
+    "osf, no vector": ("osf", {"osf_svd_params.S_low": torch.zeros(32, 1)}, f"{Q_S} is F32 [32, 1], expected [r]."),
     "osf, two ranks": (
         "osf",
         {"osf_svd_params.V_low": torch.zeros(31, 64)},
-        f"{Q_V} is F32 [31, 64], expected [32, 64] from {Q_S}.",
+        f"{Q_V} is F32 [31, 64], expected [32, in] from {Q_S}.",
     ),
     "osf, another base": (
         "osf",
@@ -419,7 +419,7 @@ MISFITS = {
     "tinylora, another rank": (
         "tinylora",
         {"tinylora_A": torch.ones(3, 64)},
-        f"{TINY_A} is F32 [3, 64], expected [2, 64] from {TINY_P}.",
+        f"{TINY_A} is F32 [3, 64], expected [2, in] from {TINY_P}.",
     ),
     "tinylora, another base": (
         "tinylora",
@@ -427,24 +427,25 @@ MISFITS = {
         f"{TINY_A} [2, 72] and {TINY_B} [64, 2] do not fit {WEIGHT}",
     ),
     "unilora, no vector": ("unilora", {THETA: None}, "has no unilora_theta_d."),
-    "unilora, a matrix": ("unilora", {THETA: torch.ones(16, 16)}, f"{THETA} is F32 [16, 16], expected [256] as a vector."),
+    "unilora, a matrix": ("unilora", {THETA: torch.ones(16, 16)}, f"{THETA} is F32 [16, 16], expected [theta_d]."),
     "unilora, a short vector": (
         "unilora",
         {
             THETA: torch.ones(9),
         },
-        f"base_model.model.model.layers.0.mlp.down_proj.unilora_indices_A is I64 [4, 96], expected positions in the 9 of {THETA}.",
+        "base_model.model.model.layers.0.mlp.down_proj.unilora_indices_A has the position 255, outside of the 9 elements of "
+        f"{THETA}.",
     ),
     "unilora, no scales": ("unilora", {"unilora_scales_B": None}, f"{Q} has unilora_indices_A but no unilora_scales_B."),
     "unilora, other scales": (
         "unilora",
         {"unilora_scales_B": torch.ones(64, 5)},
-        f"{UNI}scales_B is F32 [64, 5], expected [64, 4] from {UNI}indices_B.",
+        f"{UNI}scales_B is F32 [64, 5], expected [64, 4] from {UNI}indices_B and {UNI}indices_A.",
     ),
     "unilora, two ranks": (
         "unilora",
         {"unilora_indices_B": torch.ones(64, 5, dtype=torch.int64)},
-        f"{UNI}indices_A is I64 [4, 64] and {UNI}indices_B is I64 [64, 5]; they are not those of two factors.",
+        f"{UNI}indices_B is I64 [64, 5], expected [out, 4] from {UNI}indices_A.",
     ),
     "unilora, another base": (
         "unilora",
@@ -470,12 +471,12 @@ MISFITS = {
     "supertuning, floats": (
         "supertuning",
         {"supertuning_indices": torch.zeros(40)},
-        f"{INDICES} is F32 [40], expected a vector of I32 or I64.",
+        f"{INDICES} has the dtype F32; expected one of U8, I8, I16, I32, I64.",
     ),
     "supertuning, outside": (
         "supertuning",
         {"supertuning_indices": torch.arange(40) + 4060},
-        f"{INDICES} has positions from 4060 to 4099, but {Q}.weight has 4096 elements; {ANOTHER_BASE}",
+        f"{INDICES} has the position 4099, outside of the 4096 elements of {Q}.weight; {ANOTHER_BASE}",
     ),
     "supertuning, another base": (
         "supertuning, smallest, low rank",
@@ -502,7 +503,7 @@ FIELDS = {
         ["experts"],
         "target_parameters is set, which is not supported: AdaLoRA has no form for parameters that are not a layer's.",
     ),
-    "decomposition_method": ("deft", "svd", "decomposition_method is svd, expected relu or qr."),
+    "decomposition_method": ("deft", "svd", "decomposition_method is svd, which is not supported; known are relu, qr."),
     "alpha": ("deft", "nan", "alpha is nan, expected a number."),
 }
 

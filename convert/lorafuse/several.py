@@ -88,8 +88,8 @@ def _refuse_other_head(first: Found, one: Found) -> None:
     same = a.added.keys() == b.added.keys() and a.changes == b.changes
     if not same or not all(Edit(a.weights[name]).same_as(Edit(b.weights[name])) for name in a.added):
         raise AdapterError(
-            f"{first.adapter.file} and {one.adapter.file}: bring different heads, {listed(a.added)} and {listed(b.added)}, which have "
-            f"no sum; {WAY_OUT}."
+            f"{first.adapter.file} and {one.adapter.file}: bring different heads, {listed(a.added)} and {listed(b.added)}, which "
+            f"have no sum; {WAY_OUT}."
         )
 
 
@@ -103,8 +103,8 @@ def combine(found: Sequence[Found], model: Structure, names: Names) -> tuple[dic
         for weight, edit in one.edits.items():
             if weight in model.added and weight not in one.model.added:
                 raise AdapterError(
-                    f"{one.adapter.file}: {shown(edit.keys[0])} changes {shown(weight)}, which neither the checkpoint nor this adapter "
-                    "holds."
+                    f"{one.adapter.file}: {shown(edit.keys[0])} changes {shown(weight)}, which neither the checkpoint nor this "
+                    "adapter holds."
                 )
             parts.setdefault(weight, []).append((one.adapter, edit))
     edits = {weight: _sum(weight, several, names.base_of(weight).spec) for weight, several in parts.items()}

@@ -231,7 +231,11 @@ class ShardWriter:
         self.nbytes = 0
         self._flushed = 0
         self._expected = len(header) + sum(spec.nbytes for _, spec in tensors)
-        self.write(header)
+        try:
+            self.write(header)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes. The order of calls must be the order of the tensors."""

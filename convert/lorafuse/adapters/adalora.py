@@ -8,13 +8,15 @@ reduced to nothing has no update.
 
 from collections.abc import Callable
 
+from lorafuse.adapters.check import check_shape, is_transposed
 from lorafuse.adapters.factor import Factor
-from lorafuse.adapters.fit import check_shape, is_transposed, number, refuse_fields, take
+from lorafuse.adapters.fields import number, refuse_fields
 from lorafuse.adapters.keys import check_float, drop_copies, group, refuse_left_over, replacements, unwrapped
 from lorafuse.adapters.lowrank import LowRank
 from lorafuse.adapters.patch import Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.adapters.trainable_tokens import take_tokens
+from lorafuse.adapters.walk import take
 from lorafuse.errors import AdapterError, shown
 
 SUPPORTED = "Linear, Conv1D, Conv2d; also after rank reduction; trained tokens"
@@ -74,7 +76,7 @@ def _patch(adapter: AdapterDir, keys: tuple[str, ...], scaling: float, target: T
     key_a, key_e, key_b = keys
     store = adapter.store
     out_in = (store.tensors[key_b].spec.shape[0], store.tensors[key_a].spec.shape[1])
-    transposed = is_transposed(adapter, (key_a, key_b), out_in, target)
+    transposed = is_transposed(adapter, (key_a, key_b), out_in, target, kernels=True)
     left, right = (key_a, key_b) if transposed else (key_b, key_a)
     return LowRank(
         Factor(store, left, transposed=transposed), Factor(store, right, transposed=transposed, row_scale=key_e), scaling

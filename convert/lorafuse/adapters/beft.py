@@ -3,11 +3,12 @@
 A layer without a bias has no place for it in a checkpoint of this architecture, and is refused, as in PEFT.
 """
 
+from lorafuse.adapters.check import check_shapes, misfit
 from lorafuse.adapters.factor import Factor
 from lorafuse.adapters.lowrank import AddVector
 from lorafuse.adapters.patch import Patch, Target, Update
-from lorafuse.adapters.shared import NAMED, Found, Leaves, Warn, each_module, expect, misfit, read_modules, shape_of, take
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect
 
 SUPPORTED = "biases of layers that have one"
 
@@ -16,21 +17,20 @@ _LEAVES = rf"beft_bias{NAMED}"
 
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
     """One for the bias of each module."""
-    modules, ignored = read_modules(adapter, _LEAVES)
 
     def of_module(module: str, leaves: Leaves) -> list[Update]:
-        taken = take(adapter, module, leaves, ("beft_bias",))
-        if taken is None:
-            return []
-        key = taken["beft_bias"]
-        shape = shape_of(adapter, key)
-        expect(adapter, key, len(shape) == 2 and shape[0] == 1, "[1, out]")
-        return [Update(f"{module}.bias", (key,), make=lambda target: _patch(adapter, key, scale, target))]
+        key = leaves.pop("beft_bias", None)
+        return [] if key is None else [_update(adapter, module, key, scale)]
 
-    return each_module(adapter, modules, of_module), ignored
+    return collect(adapter, _LEAVES, of_module, warn)
 
 
-def _patch(adapter: AdapterDir, key: str, scale: float, target: Target) -> Patch:
-    if target.spec.shape != shape_of(adapter, key)[1:]:
-        raise misfit(adapter, key, target)
-    return AddVector(Factor(adapter.store, key, transposed=True), scale)
+def _update(adapter: AdapterDir, module: str, key: str, scale: float) -> Update:
+    n_out = check_shapes(adapter, (key, (1, "out")))["out"]
+
+    def make(target: Target) -> Patch:
+        if target.spec.shape != (n_out,):
+            raise misfit(adapter, target, key)
+        return AddVector(Factor(adapter.store, key, transposed=True), scale)
+
+    return Update(f"{module}.bias", (key,), make=make)

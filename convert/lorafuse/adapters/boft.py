@@ -6,57 +6,56 @@ and each P_i a permutation that spreads a block over 2ⁱ neighbours. W' = s · 
 the tensor, since PEFT without its CUDA extension ignores boft_n_butterfly_factor.
 """
 
+from functools import partial
+
 import torch
 
-from lorafuse.adapters.keys import check_float
-from lorafuse.adapters.modules import Warn, collect, misfit, n_cols_of, not_one_update, refuse_conv1d, take_all, tile_nbytes
-from lorafuse.adapters.patch import Base, Patch, Target, Update
+from lorafuse.adapters.check import check_shapes, misfit, n_cols_of, not_one_update, refuse_conv1d, shape_of
+from lorafuse.adapters.patch import Patch, Target, Update
 from lorafuse.adapters.rotation import cayley_minus_identity, excess, excess_nbytes, through
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.rowwise import RowWise, Tensors, tile_nbytes
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect, take
 
 SUPPORTED = "Linear, Conv2d; several butterfly factors"
 
-_LEAVES = r"boft_\w+(\.(?P<name>[^.]+))?"
+_LEAVES = rf"boft_\w+{NAMED}"
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
-    """Everything the adapter does, and the tensors that it ignores with the reason of each."""
-    return collect(adapter, _LEAVES, lambda module, leaves: _butterfly(adapter, module, leaves, scale), warn)
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for the weight of each module."""
+    return collect(adapter, _LEAVES, partial(_butterfly, adapter, scale), warn)
 
 
-def _butterfly(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: float) -> list[Update]:
-    keys = take_all(adapter, module, leaves, ("boft_R", "boft_s"))
+def _butterfly(adapter: AdapterDir, scale: float, module: str, leaves: Leaves) -> list[Update]:
+    keys = take(adapter, module, leaves, ("boft_R", "boft_s"))
     if keys is None:
         return []
-    for key in keys:
-        check_float(adapter, key)
-    spec, by = (adapter.store.tensors[key].spec for key in keys)
-    if len(spec.shape) != 4 or spec.shape[2] != spec.shape[3] or spec.numel == 0 or len(by.shape) != 2 or 1 not in by.shape:
-        raise not_one_update(adapter, keys)
-    n_factors, n_blocks, block, _ = spec.shape
+    s_dims = ("out", 1) if shape_of(adapter, keys[1])[1:] == (1,) else (1, "out")
+    n = check_shapes(adapter, (keys[0], ("m", "n", "b", "b")), (keys[1], s_dims))
+    n_factors, n_blocks, block = n["m"], n["n"], n["b"]
     if n_factors > 1 and (block % 2 or n_blocks % (1 << (n_factors - 1))):
-        raise not_one_update(adapter, keys)
+        raise not_one_update(adapter, *keys)
 
     def make(target: Target) -> Patch:
         refuse_conv1d(adapter, keys[0], target)
         n_cols = n_cols_of(target)
-        if n_cols != n_blocks * block or by.numel != target.spec.shape[0]:
-            raise misfit(adapter, keys, target)
+        if n_cols != n_blocks * block or n["out"] != target.spec.shape[0]:
+            raise misfit(adapter, target, *keys)
         return RowWise(
             adapter.store,
             {"r": keys[0], "s": keys[1]},
-            lambda tile, first_row, tensors: _turn(tile, first_row, tensors, scale),
+            partial(_turn, scale=scale),
             begin=_begin,
             begin_nbytes=excess_nbytes(n_factors * n_blocks, block) + n_factors * n_cols * 24,
-            scratch_nbytes=4 * tile_nbytes(target),
+            scratch_nbytes=4 * tile_nbytes(target.spec),
             facts={"scale": scale},
         )
 
     return [Update(f"{module}.weight", keys, make=make)]
 
 
-def _begin(tensors: Tensors, base: Base) -> Tensors:
+def _begin(tensors: Tensors) -> Tensors:
     r = tensors["r"]  # [m, n, b, b]
     n_factors, n_blocks, block, _ = r.shape
     turned = excess(r.flatten(0, 1), block, lambda part: cayley_minus_identity((part - part.mT) / 2).mT)

@@ -4,50 +4,50 @@ c3a_kernel is (out / b, in / b, b), and entry [p, q] of block (i, j) is kernel[i
 transforms; here the entries are looked up, which is exact. The block size is that of the tensor.
 """
 
+from functools import partial
+
 import torch
 
-from lorafuse.adapters.keys import check_float
-from lorafuse.adapters.modules import Warn, collect, misfit, not_one_update, refuse_conv1d, tile_nbytes
+from lorafuse.adapters.check import check_shapes, misfit, refuse_conv1d
 from lorafuse.adapters.patch import Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise
+from lorafuse.adapters.rowwise import RowWise, Tensors, tile_nbytes
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect
 
 SUPPORTED = "Linear"
 
-_LEAVES = r"c3a_\w+(\.(?P<name>[^.]+))?"
+_LEAVES = rf"c3a_\w+{NAMED}"
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
-    """Everything the adapter does, and the tensors that it ignores with the reason of each."""
-    return collect(adapter, _LEAVES, lambda module, leaves: _circulant(adapter, module, leaves, scale), warn)
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for the weight of each module."""
+    return collect(adapter, _LEAVES, partial(_circulant, adapter, scale), warn)
 
 
-def _circulant(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: float) -> list[Update]:
+def _circulant(adapter: AdapterDir, scale: float, module: str, leaves: Leaves) -> list[Update]:
     key = leaves.pop("c3a_kernel", None)
     if key is None:
         return []
-    check_float(adapter, key)
-    spec = adapter.store.tensors[key].spec
-    if len(spec.shape) != 3 or spec.numel == 0:
-        raise not_one_update(adapter, (key,))
-    n_out, n_in, block = spec.shape
+    n = check_shapes(adapter, (key, ("out / b", "in / b", "b")))
+    n_out, n_in = n["out / b"] * n["b"], n["in / b"] * n["b"]
 
     def make(target: Target) -> Patch:
         refuse_conv1d(adapter, key, target)
-        if target.spec.shape != (n_out * block, n_in * block):
-            raise misfit(adapter, (key,), target)
+        if target.spec.shape != (n_out, n_in):
+            raise misfit(adapter, target, key)
         return RowWise(
             adapter.store,
             {"kernel": key},
-            lambda tile, first_row, tensors: _add(tile, first_row, tensors["kernel"], scale / (n_in * block)),
-            scratch_nbytes=4 * tile_nbytes(target),
+            partial(_add, scaling=scale / n_in),
+            scratch_nbytes=4 * tile_nbytes(target.spec),
             facts={"scale": scale},
         )
 
     return [Update(f"{module}.weight", (key,), make=make)]
 
 
-def _add(tile: torch.Tensor, first_row: int, kernel: torch.Tensor, scaling: float) -> None:
+def _add(tile: torch.Tensor, first_row: int, tensors: Tensors, scaling: float) -> None:
+    kernel = tensors["kernel"]
     n_rows, (_, n_in, block) = tile.shape[0], kernel.shape
     rows = torch.arange(first_row, first_row + n_rows, device=tile.device)
     shift = (torch.arange(block, device=tile.device) - rows[:, None]) % block  # [n_rows, b]

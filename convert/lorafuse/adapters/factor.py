@@ -1,12 +1,13 @@
 """Adapter tensors as fp32 matrices, read whole or in parts."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 
 from lorafuse.checkpoint import Store
 from lorafuse.codecs.sources import Arena, host_view
-from lorafuse.tensors import DTYPES
+from lorafuse.tensors import DTYPES, TensorSpec
 
 READ_NUMEL = 1 << 18
 
@@ -118,16 +119,40 @@ class BlockDiagonal:
         return values
 
 
+def pieces(store: Store, key: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first element, elements) of a tensor or of its elements [start, stop), 1-D as they are stored, READ_NUMEL at a time; each
+    is valid until the next."""
+    spec = store.tensors[key].spec
+    stop = spec.numel if stop is None else stop
+    itemsize = DTYPES[spec.dtype][0]
+    buffer = torch.empty(min(READ_NUMEL, stop - start) * itemsize, dtype=torch.uint8)
+    for first in range(start, stop, READ_NUMEL):
+        part = buffer[: (min(first + READ_NUMEL, stop) - first) * itemsize]
+        store.read_into(key, first * itemsize, host_view(part))
+        yield first, part.view(getattr(torch, spec.torch_name))
+
+
+def _loaded_dtype(spec: TensorSpec) -> torch.dtype:
+    return torch.float32 if getattr(torch, spec.torch_name).is_floating_point else torch.int64
+
+
 def load(store: Store, key: str, device: torch.device) -> torch.Tensor:
     """A whole adapter tensor in its own shape: floats as fp32, integers as int64."""
     spec = store.tensors[key].spec
-    stored = getattr(torch, spec.torch_name)
-    itemsize = DTYPES[spec.dtype][0]
-    values = torch.empty(spec.numel, dtype=torch.float32 if stored.is_floating_point else torch.int64, device=device)
-    piece = torch.empty(min(READ_NUMEL, spec.numel) * itemsize, dtype=torch.uint8)
-    for start in range(0, spec.numel, READ_NUMEL):
-        stop = min(start + READ_NUMEL, spec.numel)
-        part = piece[: (stop - start) * itemsize]
-        store.read_into(key, start * itemsize, host_view(part))
-        values[start:stop] = part.view(stored)
+    values = torch.empty(spec.numel, dtype=_loaded_dtype(spec), device=device)
+    for start, piece in pieces(store, key):
+        values[start : start + len(piece)] = piece
     return values.view(spec.shape)
+
+
+def loaded_nbytes(spec: TensorSpec) -> int:
+    """Bytes of what `load` returns."""
+    return spec.numel * _loaded_dtype(spec).itemsize
+
+
+def same_tensor(a: Store, key_a: str, b: Store, key_b: str) -> bool:
+    """Whether two tensors are equal to the bit, compared in pieces."""
+    if a.tensors[key_a].spec != b.tensors[key_b].spec:
+        return False
+    pairs = zip(pieces(a, key_a), pieces(b, key_b), strict=True)
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for (_, x), (_, y) in pairs)

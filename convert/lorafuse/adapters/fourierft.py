@@ -5,27 +5,17 @@ e^{2πi p u_k / M} at column v_k, so rows are made one by one and no matrix is h
 """
 
 import math
+from functools import partial
 
 import torch
 
-from lorafuse.adapters.patch import TILE_NUMEL, Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.check import check_shapes, misfit
+from lorafuse.adapters.fields import integer, number
+from lorafuse.adapters.patch import Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors, tile_nbytes
 from lorafuse.adapters.seeded import first_of_randperm
-from lorafuse.adapters.shared import (
-    NAMED,
-    Found,
-    Leaves,
-    Warn,
-    each_module,
-    expect,
-    misfit,
-    number,
-    read_modules,
-    shape_of,
-    take,
-    whole_number,
-)
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect
 
 SUPPORTED = "Linear, HF Conv1D"
 
@@ -36,46 +26,52 @@ _CHUNK_NUMEL = 1 << 18  # coefficients times rows at once
 
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
     """One for the weight of each module."""
-    modules, ignored = read_modules(adapter, _LEAVES)
-    seed = whole_number(adapter, "random_loc_seed", 777, minimum=0)
+    seed = integer(adapter, "random_loc_seed", 777, least=0)
     scaling = scale * number(adapter, "scaling", 150.0)
-
-    def of_module(module: str, leaves: Leaves) -> list[Update]:
-        keys = take(adapter, module, leaves, (_NAME,))
-        if keys is None:
-            return []
-        expect(adapter, keys[_NAME], len(shape_of(adapter, keys[_NAME])) == 1, "[n_frequency]")
-        used = tuple(keys.values())
-        return [Update(f"{module}.weight", used, make=lambda target: _patch(adapter, keys, seed, scaling, target))]
-
-    return each_module(adapter, modules, of_module), ignored
+    return collect(adapter, _LEAVES, partial(_spectrum, adapter, scaling, seed), warn)
 
 
-def _patch(adapter: AdapterDir, keys: dict[str, str], seed: int, scaling: float, target: Target) -> Patch:
-    (n,) = shape_of(adapter, keys[_NAME])
-    if len(target.spec.shape) != 2 or n > target.spec.numel:
-        raise misfit(adapter, keys[_NAME], target)
-    n_rows, n_cols = target.spec.shape
+def _spectrum(adapter: AdapterDir, scaling: float, seed: int, module: str, leaves: Leaves) -> list[Update]:
+    key = leaves.pop(_NAME, None)
+    if key is None:
+        return []
+    n = check_shapes(adapter, (key, ("n_frequency",)))["n_frequency"]
 
-    def begin(t: Tensors, base: Base) -> Tensors:
-        n_in = n_rows if target.is_conv1d else n_cols
-        places = first_of_randperm(target.spec.numel, n, seed).to(base.arena.device)
-        u, v = places // n_in, places % n_in
-        u, v = (v, u) if target.is_conv1d else (u, v)
-        return {"c": t[_NAME] * (scaling / n_rows), "u": u, "v": v}
+    def make(target: Target) -> Patch:
+        if len(target.spec.shape) != 2 or n > target.spec.numel:
+            raise misfit(adapter, target, key)
+        n_rows, n_cols = target.spec.shape
+        return RowWise(
+            adapter.store,
+            {"c": key},
+            partial(_add, n_rows=n_rows),
+            begin=partial(_begin, seed=seed, scaling=scaling, shape=(n_rows, n_cols), turned=target.is_conv1d),
+            begin_nbytes=300 * n,
+            # The spectrum and its transform, complex; and of each coefficient in each row its place, angle and term.
+            scratch_nbytes=4 * tile_nbytes(target.spec) + 40 * max(_CHUNK_NUMEL, n_rows),
+            facts={"n_frequency": n, "scale": scaling},
+        )
 
-    def update(tile: torch.Tensor, first_row: int, t: Tensors) -> None:
-        rows = torch.arange(first_row, first_row + tile.shape[0], device=tile.device)
-        spectrum = torch.zeros(tile.shape, dtype=torch.complex64, device=tile.device)
-        step = max(_CHUNK_NUMEL // tile.shape[0], 1)
-        for start in range(0, n, step):
-            c, u, v = (t[name][start : start + step] for name in "cuv")
-            angle = (rows[:, None] * u % n_rows).double() * (2 * math.pi / n_rows)
-            terms = torch.complex(c * angle.cos().float(), c * angle.sin().float())
-            # Not index_add_, whose order of summation on CUDA differs from run to run.
-            spectrum.index_put_((rows[:, None] - first_row, v), terms, accumulate=True)
-        tile.add_(torch.fft.ifft(spectrum, dim=1).real)
+    return [Update(f"{module}.weight", (key,), make=make)]
 
-    scratch_nbytes = 32 * max(TILE_NUMEL, n_cols) + 40 * _CHUNK_NUMEL
-    facts = {"n_frequency": n, "scale": scaling}
-    return RowWise(adapter.store, keys, update, begin=begin, begin_nbytes=300 * n, scratch_nbytes=scratch_nbytes, facts=facts)
+
+def _begin(t: Tensors, seed: int, scaling: float, shape: tuple[int, int], turned: bool) -> Tensors:
+    n_rows, n_cols = shape
+    n_in = n_rows if turned else n_cols
+    places = first_of_randperm(n_rows * n_cols, len(t["c"]), seed).to(t["c"].device)
+    u, v = places // n_in, places % n_in
+    u, v = (v, u) if turned else (u, v)
+    return {"c": t["c"] * (scaling / n_rows), "u": u, "v": v}
+
+
+def _add(tile: torch.Tensor, first_row: int, t: Tensors, n_rows: int) -> None:
+    rows = torch.arange(first_row, first_row + tile.shape[0], device=tile.device)
+    spectrum = torch.zeros(tile.shape, dtype=torch.complex64, device=tile.device)
+    step = max(_CHUNK_NUMEL // tile.shape[0], 1)
+    for start in range(0, len(t["c"]), step):
+        c, u, v = (t[name][start : start + step] for name in "cuv")
+        angle = (rows[:, None] * u % n_rows).double() * (2 * math.pi / n_rows)
+        terms = torch.complex(c * angle.cos().float(), c * angle.sin().float())
+        # Not index_add_, whose order of summation on CUDA differs from run to run.
+        spectrum.index_put_((rows[:, None] - first_row, v), terms, accumulate=True)
+    tile.add_(torch.fft.ifft(spectrum, dim=1).real)

@@ -6,44 +6,62 @@ in the file with `save_projection`; otherwise PEFT makes them from the weights o
 sum over all rows, so the weight is read once before its tiles are made; of a Conv1D, whose rows are inputs, U is held.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from lorafuse.adapters.check import check_positions, check_shapes, is_transposed, shape_of
 from lorafuse.adapters.factor import load
-from lorafuse.adapters.fit import check_shape, is_transposed, take
-from lorafuse.adapters.keys import drop_copies, group, refuse_left_over, replacements
 from lorafuse.adapters.patch import Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.rowwise import RowWise, Tensors, reading_nbytes, tile_nbytes
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import Found, Leaves, Warn, each_module, read_modules, take, take_shared
 from lorafuse.errors import AdapterError, shown
 
 SUPPORTED = "Linear, Conv1D; saved projections only"
 MEMORY = "some matrices of inputs × inputs, for a Conv1D also U; the base is read twice"
 
-_NAMES = ("frod_lambda_l", "frod_lambda_s_values")
+_LEAVES = r"frod_lambda_(l|s_values)|frod_(V|s_indices|s_size)\.[^.]+"
 _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 _LEAST_NORM = 1e-12  # PEFT's
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Callable[[str], None]) -> tuple[list[Update], dict[str, str]]:
-    modules = group(adapter, r"frod_lambda_(l|s_values)|frod_(V|s_indices|s_size)\.[^.]+")
-    ignored = drop_copies(modules)
-    shared = modules.pop("base_model", {})
-    result: list[Update] = []
-    used: set[str] = set()
-    for module, leaves in modules.items():
-        result += replacements(adapter, module, leaves)
-        keys = take(adapter, module, leaves, _NAMES)
-        if keys is not None:
-            keys += _shared(adapter, module, shared)
-            used |= set(keys)
-            result.append(_update(adapter, module, keys, scale))
-        refuse_left_over(adapter, leaves)
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for the weight of each module."""
+    modules, ignored = read_modules(adapter, _LEAVES)
+    shared = take_shared(modules, *_SHARED)
+    result = each_module(adapter, modules, partial(_decomposed, adapter, scale, shared), warn)
+    used = {key for update in result for key in update.keys}
     return result, ignored | dict.fromkeys(sorted(set(shared.values()) - used), "no module uses it")
 
 
-def _shared(adapter: AdapterDir, module: str, shared: dict[str, str]) -> tuple[str, ...]:
+def _decomposed(adapter: AdapterDir, scale: float, shared: Leaves, module: str, leaves: Leaves) -> list[Update]:
+    own = take(adapter, module, leaves, ("frod_lambda_l", "frod_lambda_s_values"))
+    if own is None:
+        return []
+    keys = own + _shared(adapter, module, shared)
+    n_in = _check(adapter, *keys)
+
+    def make(target: Target) -> Patch:
+        n_out = target.spec.numel // n_in
+        transposed = is_transposed(adapter, (keys[2],), (n_out, n_in), target)
+        dtype = getattr(torch, target.spec.torch_name)
+        # V, S, the inverse and what LAPACK makes of them, in float64; of a Conv1D U in float64, as it is divided, cast, and kept.
+        nbytes = 56 * n_in * n_in + (28 * n_in * n_out if transposed else 0)
+        return RowWise(
+            adapter.store,
+            dict(zip(("lambda", "values", "V", "indices"), keys, strict=False)),
+            partial(_replace, scale=scale, transposed=transposed, dtype=dtype),
+            begin_from=partial(_begin, transposed=transposed, dtype=dtype),
+            begin_nbytes=nbytes + reading_nbytes(target.spec) + 4 * tile_nbytes(target.spec),
+            scratch_nbytes=7 * tile_nbytes(target.spec),
+            facts={"scale": scale},
+        )
+
+    return [Update(f"{module}.weight", keys, make=make)]
+
+
+def _shared(adapter: AdapterDir, module: str, shared: Leaves) -> tuple[str, ...]:
     names = [f"{name}.{_category(module)}" for name in _SHARED]
     for name in names:
         if name not in shared:
@@ -64,48 +82,33 @@ def _category(module: str) -> str:
     return f"{parts[-2]}_{parts[-1]}"
 
 
-def _update(adapter: AdapterDir, module: str, keys: tuple[str, ...], scale: float) -> Update:
-    lambdas, values, v, indices, size = keys
-    spec = adapter.store.tensors[indices].spec
-    n_in = adapter.store.tensors[lambdas].spec.numel
-    check_shape(adapter, lambdas, (n_in,), "as a vector")
-    check_shape(adapter, v, (n_in, n_in), f"from {shown(lambdas)}")
-    found = load(adapter.store, indices, torch.device("cpu"))
-    outside = found.is_floating_point() or (found.numel() > 0 and (int(found.min()) < 0 or int(found.max()) >= n_in))
-    if outside or len(spec.shape) != 2 or spec.shape[0] != 2:
-        raise AdapterError(f"{adapter.file}: {shown(indices)} is {spec}, expected [2, n] positions in {n_in} × {n_in}.")
-    check_shape(adapter, values, (spec.shape[1],), f"from {shown(indices)}")
-    if load(adapter.store, size, torch.device("cpu")).tolist() != [n_in, n_in]:
+def _check(adapter: AdapterDir, lambdas: str, values: str, v: str, indices: str, size: str) -> int:
+    """The number of inputs."""
+    n = "n" if adapter.store.tensors[values].spec.numel else 0
+    expected = ((lambdas, ("in",)), (v, ("in", "in")), (values, (n,)), (indices, (2, n)))
+    n_in = check_shapes(adapter, *expected, integers=(indices,))["in"]
+    check_positions(adapter, indices, n_in, f"inputs of {shown(lambdas)}")
+    if shape_of(adapter, size) != (2,) or load(adapter.store, size, torch.device("cpu")).tolist() != [n_in, n_in]:
         raise AdapterError(f"{adapter.file}: {shown(size)} is not {n_in} × {n_in}, which follows from {shown(lambdas)}.")
-    return Update(f"{module}.weight", keys, make=lambda target: _patch(adapter, keys, n_in, scale, target))
+    return n_in
 
 
-def _patch(adapter: AdapterDir, keys: tuple[str, ...], n_in: int, scale: float, target: Target) -> Patch:
-    n_out = target.spec.numel // n_in
-    transposed = is_transposed(adapter, (keys[2],), (n_out, n_in), target)
-    dtype = getattr(torch, target.spec.torch_name)
+def _begin(tensors: Tensors, base: Base, transposed: bool, dtype: torch.dtype) -> Tensors:
+    v = tensors["V"].double()
+    s = torch.diag(tensors["lambda"].double())
+    s.index_put_(tuple(tensors["indices"]), tensors["values"].double(), accumulate=True)
+    core = (s @ v.T).float()  # [n_in, n_in], W' = U core
+    if transposed:
+        return {"left": core.T, "right": _u_transposed(_inverse(v), base, dtype)}
+    return {"to_u": _to_u(_inverse(v), base), "core": core}
 
-    def begin(tensors: Tensors, base: Base) -> Tensors:
-        v = tensors["V"].double()
-        s = torch.diag(tensors["lambda"].double())
-        s.index_put_(tuple(tensors["indices"]), tensors["values"].double(), accumulate=True)
-        core = (s @ v.T).float()  # [n_in, n_in], W' = U core
-        if transposed:
-            return {"left": core.T, "right": _u_transposed(_inverse(v), base, dtype)}
-        return {"to_u": _to_u(_inverse(v), base), "core": core}
 
-    def update(tile: torch.Tensor, first_row: int, tensors: Tensors) -> None:
-        if transposed:
-            new = tensors["left"][first_row : first_row + tile.shape[0]] @ tensors["right"]
-        else:
-            new = _cast(tile.double() @ tensors["to_u"], dtype) @ tensors["core"]
-        tile.add_(new.sub_(tile), alpha=scale)
-
-    # V, S, the inverse and what LAPACK makes of them, in float64; of a Conv1D U in float64, as it is divided, cast, and kept.
-    nbytes = 56 * n_in * n_in + (28 * n_in * n_out if transposed else 0)
-    named = dict(zip(("lambda", "values", "V", "indices"), keys, strict=False))
-    scratch = 32 * max(1 << 18, target.spec.n_cols)
-    return RowWise(adapter.store, named, update, begin=begin, begin_nbytes=nbytes, scratch_nbytes=scratch, facts={"scale": scale})
+def _replace(tile: torch.Tensor, first_row: int, tensors: Tensors, scale: float, transposed: bool, dtype: torch.dtype) -> None:
+    if transposed:
+        new = tensors["left"][first_row : first_row + tile.shape[0]] @ tensors["right"]
+    else:
+        new = _cast(tile.double() @ tensors["to_u"], dtype) @ tensors["core"]
+    tile.add_(new.sub_(tile), alpha=scale)
 
 
 def _inverse(v: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,13 @@ from functools import partial
 
 import torch
 
+from lorafuse.adapters.check import check_shapes, misfit, shape_of
 from lorafuse.adapters.keys import check_float
-from lorafuse.adapters.patch import TILE_NUMEL, Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
-from lorafuse.adapters.shared import Found, Leaves, Warn, each_module, expect, misfit, read_modules, shape_of, take
+from lorafuse.adapters.patch import Base, Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors, reading_nbytes, tile_nbytes
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import Found, Leaves, Warn, each_module, read_modules, take
+from lorafuse.codecs.sources import Arena, Sources
 
 SUPPORTED = "Linear: weight and bias"
 
@@ -38,7 +40,7 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
             result.append(Update(f"{module}.bias", tuple(bias.values()), make=make, beside=name))
         return result
 
-    return each_module(adapter, modules, of_module), ignored
+    return each_module(adapter, modules, of_module, warn), ignored
 
 
 def _take_paths(adapter: AdapterDir, module: str, leaves: Leaves, letters: str) -> dict[str, str]:
@@ -50,23 +52,23 @@ def _take_paths(adapter: AdapterDir, module: str, leaves: Leaves, letters: str) 
             check_float(adapter, single)
             keys[f"{letter}.X"] = single
             continue
-        for leaf, key in (take(adapter, module, leaves, (f"glora_{letter}.Xd", f"glora_{letter}.Xu")) or {}).items():
-            keys[leaf.removeprefix("glora_")] = key
+        pair = take(adapter, module, leaves, (f"glora_{letter}.Xd", f"glora_{letter}.Xu"))
+        if pair is not None:
+            check_shapes(adapter, (pair[0], ("out", "r")), (pair[1], ("r", "in")))
+            keys |= {f"{letter}.Xd": pair[0], f"{letter}.Xu": pair[1]}
     return keys
 
 
 def _check_path(adapter: AdapterDir, keys: dict[str, str], letter: str, n_rows: int, n_cols: int, target: Target) -> None:
     """A path is [n_rows, n_cols] as a product; as a vector it has one number a row."""
     if f"{letter}.Xd" in keys:
-        down, up = (shape_of(adapter, keys[f"{letter}.{leaf}"]) for leaf in ("Xd", "Xu"))
-        expect(adapter, keys[f"{letter}.Xu"], len(down) == len(up) == 2 and up[0] == down[1], "[r, in] beside Xd [out, r]")
-        if (down[0], up[1]) != (n_rows, n_cols):
-            raise misfit(adapter, keys[f"{letter}.Xd"], target)
+        down, up = keys[f"{letter}.Xd"], keys[f"{letter}.Xu"]
+        if (shape_of(adapter, down)[0], shape_of(adapter, up)[1]) != (n_rows, n_cols):
+            raise misfit(adapter, target, down)
     elif f"{letter}.X" in keys:
         key = keys[f"{letter}.X"]
-        expect(adapter, key, True, "one number, or a vector")
         if shape_of(adapter, key) not in ((1,), (n_rows,), (n_rows, 1)):
-            raise misfit(adapter, key, target)
+            raise misfit(adapter, target, key)
 
 
 def _rows(t: Tensors, letter: str, start: int, stop: int) -> torch.Tensor | None:
@@ -79,19 +81,12 @@ def _rows(t: Tensors, letter: str, start: int, stop: int) -> torch.Tensor | None
 
 def _weight_patch(adapter: AdapterDir, keys: dict[str, str], scale: float, target: Target) -> Patch:
     if len(target.spec.shape) != 2:
-        raise misfit(adapter, next(iter(keys.values())), target)
+        raise misfit(adapter, target, next(iter(keys.values())))
     for letter in "AB":
         _check_path(adapter, keys, letter, *target.spec.shape, target)
-
-    def update(tile: torch.Tensor, first_row: int, t: Tensors) -> None:
-        factor, summand = (_rows(t, letter, first_row, first_row + tile.shape[0]) for letter in "AB")
-        if factor is not None:
-            tile.addcmul_(tile, factor, value=scale)
-        if summand is not None:
-            tile.add_(summand, alpha=scale)
-
     facts = {"scale": scale} | ({"rank": shape_of(adapter, keys["A.Xd"])[1]} if "A.Xd" in keys else {})
-    return RowWise(adapter.store, keys, update, scratch_nbytes=8 * max(TILE_NUMEL, target.spec.n_cols), facts=facts)
+    update = partial(_add, factor="A", summand="B", scale=scale)
+    return RowWise(adapter.store, keys, update, scratch_nbytes=2 * tile_nbytes(target.spec), facts=facts)
 
 
 def _bias_patch(adapter: AdapterDir, keys: dict[str, str], scale: float, target: Target) -> Patch:
@@ -99,30 +94,42 @@ def _bias_patch(adapter: AdapterDir, keys: dict[str, str], scale: float, target:
     assert weight is not None, "the update asked for the weight"
     n_out = weight.spec.shape[0]
     if target.spec.shape != (n_out,) or len(weight.spec.shape) != 2:
-        raise misfit(adapter, next(iter(keys.values())), target)
+        raise misfit(adapter, target, next(iter(keys.values())))
     _check_path(adapter, keys, "C", weight.spec.n_cols, 1, target)
     for letter in "DE":
         _check_path(adapter, keys, letter, n_out, 1, target)
+    return RowWise(
+        adapter.store,
+        keys,
+        partial(_add_to_bias, scale=scale),
+        begin=partial(_begin_bias, weight=weight),
+        begin_nbytes=reading_nbytes(weight.spec) + weight.nbytes + 4 * (n_out + weight.spec.n_cols),
+        scratch_nbytes=2 * tile_nbytes(target.spec),
+        facts={"scale": scale},
+    )
 
-    def begin(t: Tensors, base: Base) -> Tensors:
-        column = _rows(t, "C", 0, weight.spec.n_cols)
-        if column is None:
-            return t
-        product = torch.empty(n_out, 1, device=column.device)
-        for start, rows in Base(weight, base.arena).tiles():
-            torch.mm(rows, column.expand(weight.spec.n_cols, 1), out=product[start : start + rows.shape[0]])
-        return t | {"W @ C": product}
 
-    def update(tile: torch.Tensor, first_row: int, t: Tensors) -> None:
-        start, stop = first_row, first_row + tile.shape[0]
-        factor, summand = (_rows(t, letter, start, stop) for letter in "DE")
-        if factor is not None:
-            tile.addcmul_(tile, factor, value=scale)
-        if summand is not None:
-            tile.add_(summand, alpha=scale)
-        if "W @ C" in t:
-            tile.add_(t["W @ C"][start:stop], alpha=scale)
+def _add(tile: torch.Tensor, first_row: int, t: Tensors, factor: str, summand: str, scale: float) -> None:
+    """W += scale · (W ∘ factor + summand), of W before either."""
+    by, more = (_rows(t, letter, first_row, first_row + tile.shape[0]) for letter in (factor, summand))
+    if by is not None:
+        tile.addcmul_(tile, by, value=scale)
+    if more is not None:
+        tile.add_(more, alpha=scale)
 
-    # The weight's tiles: packed, decoded in two dtypes, and what the codec holds.
-    reading_nbytes = 12 * max(TILE_NUMEL, weight.spec.n_cols) + weight.nbytes + 4 * n_out
-    return RowWise(adapter.store, keys, update, begin=begin, begin_nbytes=reading_nbytes, facts={"scale": scale})
+
+def _add_to_bias(tile: torch.Tensor, first_row: int, t: Tensors, scale: float) -> None:
+    _add(tile, first_row, t, "D", "E", scale)
+    if "W @ C" in t:
+        tile.add_(t["W @ C"][first_row : first_row + tile.shape[0]], alpha=scale)
+
+
+def _begin_bias(t: Tensors, weight: Sources) -> Tensors:
+    n_out, n_in = weight.spec.shape
+    column = _rows(t, "C", 0, n_in)
+    if column is None:
+        return t
+    product = torch.empty(n_out, 1, device=column.device)
+    for start, rows in Base(weight, Arena(column.device)).tiles():
+        torch.mm(rows, column.expand(n_in, 1), out=product[start : start + rows.shape[0]])
+    return t | {"W @ C": product}

@@ -5,52 +5,50 @@ The product is I − U T Uᵀ with an upper triangular T (the compact WY form of
 products of rank r, and no in × in matrix is made. With apply_GS the columns are made orthonormal first, and T is 2 I.
 """
 
+from functools import partial
+
 import torch
 
-from lorafuse.adapters.keys import check_float
-from lorafuse.adapters.modules import Warn, collect, misfit, n_cols_of, not_one_update, refuse_conv1d, tile_nbytes
-from lorafuse.adapters.patch import Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.check import check_shapes, misfit, n_cols_of, refuse_conv1d
+from lorafuse.adapters.patch import Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors, tile_nbytes
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect
 
 SUPPORTED = "Linear, Conv2d; Gram-Schmidt"
 
-_LEAVES = r"hra_\w+(\.(?P<name>[^.]+))?"
+_LEAVES = rf"hra_\w+{NAMED}"
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
-    """Everything the adapter does, and the tensors that it ignores with the reason of each."""
-    return collect(adapter, _LEAVES, lambda module, leaves: _reflections(adapter, module, leaves, scale), warn)
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for the weight of each module."""
+    return collect(adapter, _LEAVES, partial(_reflections, adapter, scale, bool(adapter.config.get("apply_GS"))), warn)
 
 
-def _reflections(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: float) -> list[Update]:
+def _reflections(adapter: AdapterDir, scale: float, orthonormal: bool, module: str, leaves: Leaves) -> list[Update]:
     key = leaves.pop("hra_u", None)
     if key is None:
         return []
-    check_float(adapter, key)
-    spec = adapter.store.tensors[key].spec
-    if len(spec.shape) != 2 or spec.numel == 0:
-        raise not_one_update(adapter, (key,))
-    orthonormal = bool(adapter.config.get("apply_GS"))
+    n = check_shapes(adapter, (key, ("in", "r")))
 
     def make(target: Target) -> Patch:
         refuse_conv1d(adapter, key, target)
-        if spec.shape[0] != n_cols_of(target):
-            raise misfit(adapter, (key,), target)
+        if n["in"] != n_cols_of(target):
+            raise misfit(adapter, target, key)
         return RowWise(
             adapter.store,
             {"u": key},
-            lambda tile, first_row, tensors: _reflect(tile, tensors, scale),
-            begin=lambda tensors, base: _begin(tensors, base, orthonormal),
-            begin_nbytes=32 * spec.numel,
-            scratch_nbytes=tile_nbytes(target),
-            facts={"rank": spec.shape[1], "scale": scale},
+            partial(_reflect, scale=scale),
+            begin=partial(_begin, orthonormal=orthonormal),
+            begin_nbytes=32 * n["in"] * n["r"] + 24 * n["r"] ** 2,
+            scratch_nbytes=-(-n["r"] // n["in"]) * tile_nbytes(target.spec),
+            facts={"rank": n["r"], "scale": scale},
         )
 
     return [Update(f"{module}.weight", (key,), make=make)]
 
 
-def _begin(tensors: Tensors, base: Base, orthonormal: bool) -> Tensors:
+def _begin(tensors: Tensors, orthonormal: bool) -> Tensors:
     u = tensors["u"].double()  # [in, r]
     rank = u.shape[1]
     if orthonormal:
@@ -69,5 +67,5 @@ def _begin(tensors: Tensors, base: Base, orthonormal: bool) -> Tensors:
     return {"left": u.float(), "right": (t @ u.T).float()}
 
 
-def _reflect(tile: torch.Tensor, tensors: Tensors, scale: float) -> None:
+def _reflect(tile: torch.Tensor, first_row: int, tensors: Tensors, scale: float) -> None:
     tile.addmm_(tile @ tensors["left"], tensors["right"], alpha=-scale)

@@ -7,44 +7,42 @@ side. Its shape says which, (out, 1) or (1, in), except in convolutions, where `
 
 import math
 import re
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from lorafuse.adapters.check import misfit, shape_of, unexpected
 from lorafuse.adapters.keys import check_float
-from lorafuse.adapters.modules import Warn, collect, misfit, tile_nbytes
-from lorafuse.adapters.patch import Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.patch import Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors, UpdateRows, tile_nbytes
 from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect
 from lorafuse.errors import AdapterError, shown
 
 SUPPORTED = "Linear, HF Conv1D, Conv2d, Conv3d; feedforward, biases"
 
-_LEAVES = r"ia3_\w+(\.(?P<name>[^.]+))?"
+_LEAVES = rf"ia3_\w+{NAMED}"
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
-    """Everything the adapter does, and the tensors that it ignores with the reason of each."""
-    return collect(adapter, _LEAVES, lambda module, leaves: _rescale(adapter, module, leaves, scale), warn)
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for the weight of each module, and one for its bias if the checkpoint has it and the outputs are scaled."""
+    return collect(adapter, _LEAVES, partial(_rescale, adapter, scale), warn)
 
 
-def _rescale(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: float) -> list[Update]:
+def _rescale(adapter: AdapterDir, scale: float, module: str, leaves: Leaves) -> list[Update]:
     key = leaves.pop("ia3_l", None)
     if key is None:
         return []
     check_float(adapter, key)
-    shape = adapter.store.tensors[key].spec.shape
+    shape = shape_of(adapter, key)
     numel = math.prod(shape)
     if len(shape) not in (2, 4, 5) or numel == 0 or numel != max(shape):
-        raise AdapterError(
-            f"{adapter.file}: {shown(key)} is {adapter.store.tensors[key].spec}, expected a vector as PEFT stores it."
-        )
+        raise unexpected(adapter, key, "a vector as PEFT stores it")
     on_inputs = _on_inputs(adapter, module, shape)
     make = _inputs_patch if on_inputs else _outputs_patch
-    result = [Update(f"{module}.weight", (key,), make=lambda target: make(adapter, key, numel, scale, target))]
+    result = [Update(f"{module}.weight", (key,), make=partial(make, adapter, key, numel, scale))]
     if not on_inputs:
-        bias = Update(f"{module}.bias", (key,), make=lambda target: _rows_patch(adapter, key, numel, scale, target), optional=True)
-        result.append(bias)
+        result.append(Update(f"{module}.bias", (key,), make=partial(_rows_patch, adapter, key, numel, scale), optional=True))
     return result
 
 
@@ -69,8 +67,8 @@ def _outputs_patch(adapter: AdapterDir, key: str, numel: int, scale: float, targ
     if numel == shape[0] and not (plain and target.is_conv1d and shape[0] == shape[1]):
         return _rows_patch(adapter, key, numel, scale, target)
     if plain and numel == shape[1]:
-        return _columns_patch(adapter, key, scale, target, n_groups=1)
-    raise misfit(adapter, (key,), target)
+        return _columns_patch(adapter, key, numel, scale, target, n_groups=1)
+    raise misfit(adapter, target, key)
 
 
 def _inputs_patch(adapter: AdapterDir, key: str, numel: int, scale: float, target: Target) -> Patch:
@@ -80,46 +78,46 @@ def _inputs_patch(adapter: AdapterDir, key: str, numel: int, scale: float, targe
     # A convolution with groups has only the inputs of its group in each row.
     n_groups = numel // shape[1] if len(shape) > 1 and shape[1] else 0
     if n_groups == 0 or n_groups * shape[1] != numel or shape[0] % n_groups or (len(shape) == 2 and n_groups > 1):
-        raise misfit(adapter, (key,), target)
-    return _columns_patch(adapter, key, scale, target, n_groups)
+        raise misfit(adapter, target, key)
+    return _columns_patch(adapter, key, numel, scale, target, n_groups)
 
 
 def _rows_patch(adapter: AdapterDir, key: str, numel: int, scale: float, target: Target) -> Patch:
     if numel != target.spec.shape[0]:
-        raise misfit(adapter, (key,), target)
-
-    def update(tile: torch.Tensor, first_row: int, tensors: Tensors) -> None:
-        tile.mul_(tensors["by"][first_row : first_row + tile.shape[0], None])
-
-    return _patch(adapter, key, update, scale, 0)
+        raise misfit(adapter, target, key)
+    return _patch(adapter, key, numel, _scale_rows, scale, 0)
 
 
-def _columns_patch(adapter: AdapterDir, key: str, scale: float, target: Target, n_groups: int) -> Patch:
-    rows_per_group = target.spec.shape[0] // n_groups
-
-    def update(tile: torch.Tensor, first_row: int, tensors: Tensors) -> None:
-        rows = torch.arange(first_row, first_row + tile.shape[0], device=tile.device)
-        by = tensors["by"].view(n_groups, -1)  # [n_groups, inputs of a group]
-        by = by[rows.div(rows_per_group, rounding_mode="floor")] if n_groups > 1 else by
-        tile.view(len(rows), by.shape[1], -1).mul_(by[:, :, None])
-
-    return _patch(adapter, key, update, scale, tile_nbytes(target) if n_groups > 1 else 0)
+def _columns_patch(adapter: AdapterDir, key: str, numel: int, scale: float, target: Target, n_groups: int) -> Patch:
+    update = partial(_scale_columns, n_groups=n_groups, rows_per_group=target.spec.shape[0] // n_groups)
+    # The factors of each row, and the numbers of rows and of their groups.
+    scratch_nbytes = (tile_nbytes(target.spec) if n_groups > 1 else 0) + 24 * target.spec.shape[0]
+    return _patch(adapter, key, numel, update, scale, scratch_nbytes)
 
 
-def _patch(
-    adapter: AdapterDir, key: str, update: Callable[[torch.Tensor, int, Tensors], None], scale: float, scratch_nbytes: int
-) -> Patch:
-    def begin(tensors: Tensors, base: Base) -> Tensors:
-        factor = tensors["l"].flatten()
-        return {"by": factor if scale == 1 else (1 + scale * (factor.double() - 1)).float()}
-
-    numel = math.prod(adapter.store.tensors[key].spec.shape)
+def _patch(adapter: AdapterDir, key: str, numel: int, update: UpdateRows, scale: float, scratch_nbytes: int) -> Patch:
     return RowWise(
         adapter.store,
         {"l": key},
         update,
-        begin=begin,
+        begin=partial(_begin, scale=scale),
         begin_nbytes=20 * numel,
         scratch_nbytes=scratch_nbytes,
         facts={"scale": scale},
     )
+
+
+def _begin(tensors: Tensors, scale: float) -> Tensors:
+    factor = tensors["l"].flatten()
+    return {"by": factor if scale == 1 else (1 + scale * (factor.double() - 1)).float()}
+
+
+def _scale_rows(tile: torch.Tensor, first_row: int, tensors: Tensors) -> None:
+    tile.mul_(tensors["by"][first_row : first_row + tile.shape[0], None])
+
+
+def _scale_columns(tile: torch.Tensor, first_row: int, tensors: Tensors, n_groups: int, rows_per_group: int) -> None:
+    rows = torch.arange(first_row, first_row + tile.shape[0], device=tile.device)
+    by = tensors["by"].view(n_groups, -1)  # [n_groups, inputs of a group]
+    by = by[rows.div(rows_per_group, rounding_mode="floor")] if n_groups > 1 else by
+    tile.view(len(rows), by.shape[1], -1).mul_(by[:, :, None])

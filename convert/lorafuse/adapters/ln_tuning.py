@@ -4,45 +4,44 @@ The new parameter is the stored one (PEFT 0.21 ln_tuning/layer.py, merge, swaps 
 the adapter's name in its keys (`self_attn.ln_tuning_layers.default.q_proj.weight`), a single layer without.
 """
 
-from collections.abc import Callable
+from functools import partial
 
+from lorafuse.adapters.check import misfit, shape_of
 from lorafuse.adapters.factor import Factor
-from lorafuse.adapters.fit import misfit
-from lorafuse.adapters.keys import check_float, drop_copies, group, refuse_left_over, replacements
+from lorafuse.adapters.keys import check_float
 from lorafuse.adapters.patch import Patch, Target, Update
 from lorafuse.adapters.rows import ReplaceRows
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect
 from lorafuse.codecs.dense import DenseSources
 
 SUPPORTED = "layers of any kind, their parameters replaced"
 MEMORY = "tiles"
 
 _MARKER = "ln_tuning_layers"
-_LEAVES = rf"{_MARKER}(\.(?P<name>[^.]+))?(\.[^.]+)*?\.[^.]+"
+_LEAVES = rf"{_MARKER}{NAMED}(\.[^.]+)*?\.[^.]+"
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Callable[[str], None]) -> tuple[list[Update], dict[str, str]]:
-    modules = group(adapter, _LEAVES)
-    ignored = drop_copies(modules)
-    result: list[Update] = []
-    for module, leaves in modules.items():
-        result += replacements(adapter, module, leaves)
-        for leaf in [leaf for leaf in leaves if leaf.startswith(f"{_MARKER}.")]:
-            result.append(_update(adapter, module + leaf.removeprefix(_MARKER), leaves.pop(leaf), scale))
-        refuse_left_over(adapter, leaves)
-    return result, ignored
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for each parameter of each layer."""
+    return collect(adapter, _LEAVES, partial(_layer, adapter, scale), warn)
+
+
+def _layer(adapter: AdapterDir, scale: float, module: str, leaves: Leaves) -> list[Update]:
+    trained = [leaf for leaf in leaves if leaf.startswith(f"{_MARKER}.")]
+    return [_update(adapter, module + leaf.removeprefix(_MARKER), leaves.pop(leaf), scale) for leaf in trained]
 
 
 def _update(adapter: AdapterDir, parameter: str, key: str, scale: float) -> Update:
     check_float(adapter, key)
     if scale == 1.0:
         return Update(parameter, (key,), replaced=DenseSources(adapter.store, key))
-    return Update(parameter, (key,), make=lambda target: _blend(adapter, key, scale, target))
+    return Update(parameter, (key,), make=partial(_blend, adapter, key, scale))
 
 
 def _blend(adapter: AdapterDir, key: str, scale: float, target: Target) -> Patch:
     """W + scale · (W' − W)."""
-    spec = adapter.store.tensors[key].spec
-    if spec.shape != target.spec.shape:
-        raise misfit(adapter, (key,), target)
-    return ReplaceRows(Factor(adapter.store, key), range(spec.shape[0]), scale)
+    shape = shape_of(adapter, key)
+    if shape != target.spec.shape:
+        raise misfit(adapter, target, key)
+    return ReplaceRows(Factor(adapter.store, key), range(shape[0]), scale)

@@ -5,56 +5,58 @@ With use_effective_conv2d each of the two matrices has a core (hada_t1, hada_t2)
 rank, is decided by the tensors. Dropouts concern training only.
 """
 
+from functools import partial
+
 import torch
 
+from lorafuse.adapters.check import misfit, n_cols_of, not_one_update, refuse_conv1d
 from lorafuse.adapters.lycoris import Factors, multiply_out, scaling_of
-from lorafuse.adapters.modules import Warn, collect, misfit, n_cols_of, not_one_update, once, refuse_conv1d, take_all, tile_nbytes
-from lorafuse.adapters.patch import Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.patch import Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors, tile_nbytes
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect, once, take
 
 SUPPORTED = "Linear, Conv1d, Conv2d; effective convolutions"
 
-_LEAVES = r"hada_\w+(\.(?P<name>[^.]+))?"
+_LEAVES = rf"hada_\w+{NAMED}"
 _PLAIN = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
-    """Everything the adapter does, and the tensors that it ignores with the reason of each."""
-    warn = once(warn)
-    return collect(adapter, _LEAVES, lambda module, leaves: _hadamard(adapter, module, leaves, scale, warn), warn)
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for the weight of each module."""
+    return collect(adapter, _LEAVES, partial(_hadamard, adapter, scale, once(warn)), warn)
 
 
-def _hadamard(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: float, warn: Warn) -> list[Update]:
+def _hadamard(adapter: AdapterDir, scale: float, warn: Warn, module: str, leaves: Leaves) -> list[Update]:
     names = _PLAIN + _CORES if any(core in leaves for core in _CORES) else _PLAIN
-    keys = take_all(adapter, module, leaves, names)
+    keys = take(adapter, module, leaves, names)
     if keys is None:
         return []
     named = dict(zip(names, keys, strict=True))
     one, two = (Factors(adapter, named[f"hada_w{i}_a"], named[f"hada_w{i}_b"], named.get(f"hada_t{i}")) for i in (1, 2))
     if (one.n_rows, one.rank, one.n_cols, one.kernel) != (two.n_rows, two.rank, two.n_cols, two.kernel):
-        raise not_one_update(adapter, keys)
+        raise not_one_update(adapter, *keys)
     scaling = scale * scaling_of(adapter, module, one.rank, warn)
 
     def make(target: Target) -> Patch:
         refuse_conv1d(adapter, keys[0], target)
         if (one.n_rows, one.n_cols) != (target.spec.shape[0], n_cols_of(target)) or not one.is_kernel(target.spec.shape):
-            raise misfit(adapter, one.keys, target)
+            raise misfit(adapter, target, *one.keys)
         return RowWise(
             adapter.store,
             named,
-            lambda tile, first_row, tensors: _add(tile, first_row, tensors, scaling),
+            partial(_add, scaling=scaling),
             begin=_begin,
             begin_nbytes=one.begin_nbytes + two.begin_nbytes,
-            scratch_nbytes=2 * tile_nbytes(target),
+            scratch_nbytes=2 * tile_nbytes(target.spec),
             facts={"rank": one.rank, "scale": scaling},
         )
 
     return [Update(f"{module}.weight", keys, make=make)]
 
 
-def _begin(tensors: Tensors, base: Base) -> Tensors:
+def _begin(tensors: Tensors) -> Tensors:
     left1, right1 = multiply_out(tensors, "hada_w1_a", "hada_w1_b", "hada_t1")
     left2, right2 = multiply_out(tensors, "hada_w2_a", "hada_w2_b", "hada_t2")
     return {"left1": left1, "right1": right1, "left2": left2, "right2": right2}

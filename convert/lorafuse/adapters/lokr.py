@@ -6,62 +6,51 @@ which. When both are whole, r is in no shape and comes from the config. Dropouts
 """
 
 import math
+from functools import partial
 
 import torch
 
+from lorafuse.adapters.check import misfit, n_cols_of, not_one_update, refuse_conv1d, shape_of
 from lorafuse.adapters.keys import check_float
 from lorafuse.adapters.lycoris import Factors, multiply_out, scaling_of
-from lorafuse.adapters.modules import (
-    Warn,
-    collect,
-    misfit,
-    n_cols_of,
-    not_one_update,
-    once,
-    refuse_conv1d,
-    shapes,
-    take_all,
-    tile_nbytes,
-)
-from lorafuse.adapters.patch import Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.patch import Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors, tile_nbytes
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect, once, take
 from lorafuse.errors import AdapterError, shown
 
 SUPPORTED = "Linear, Conv1d, Conv2d; whole and factored w1, w2"
 
-_LEAVES = r"lokr_\w+(\.(?P<name>[^.]+))?"
+_LEAVES = rf"lokr_\w+{NAMED}"
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
-    """Everything the adapter does, and the tensors that it ignores with the reason of each."""
-    warn = once(warn)
-    return collect(adapter, _LEAVES, lambda module, leaves: _kronecker(adapter, module, leaves, scale, warn), warn)
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for the weight of each module."""
+    return collect(adapter, _LEAVES, partial(_kronecker, adapter, scale, once(warn)), warn)
 
 
-def _kronecker(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: float, warn: Warn) -> list[Update]:
+def _kronecker(adapter: AdapterDir, scale: float, warn: Warn, module: str, leaves: Leaves) -> list[Update]:
     if not any(leaf.startswith("lokr_") for leaf in leaves):
         return []
     one, two = _Side(adapter, module, leaves, "lokr_w1", None), _Side(adapter, module, leaves, "lokr_w2", "lokr_t2")
+    keys = one.keys + two.keys
     if len(one.shape) != 2 or (one.rank and two.rank and one.rank != two.rank):
-        raise not_one_update(adapter, one.keys + two.keys)
+        raise not_one_update(adapter, *keys)
     rank = two.rank or one.rank
     scaling = scale * scaling_of(adapter, module, rank, warn)
-    keys = one.keys + two.keys
 
     def make(target: Target) -> Patch:
         refuse_conv1d(adapter, keys[0], target)
         n_rows, n_cols = one.shape[0] * two.shape[0], one.shape[1] * math.prod(two.shape[1:])
         if (n_rows, n_cols) != (target.spec.shape[0], n_cols_of(target)) or not two.is_kernel(target.spec.shape):
-            raise misfit(adapter, keys, target)
-        update = _add_swapped if two.swapped else _add
+            raise misfit(adapter, target, *keys)
         return RowWise(
             adapter.store,
             one.named | two.named,
-            lambda tile, first_row, tensors: update(tile, first_row, tensors, scaling),
-            begin=lambda tensors, base: _begin(tensors, base, two.shape),
+            partial(_add_swapped if two.swapped else _add, scaling=scaling),
+            begin=partial(_begin, shape2=two.shape),
             begin_nbytes=math.prod(one.shape) * 12 + two.begin_nbytes,
-            scratch_nbytes=2 * tile_nbytes(target),
+            scratch_nbytes=2 * tile_nbytes(target.spec),
             facts={"scale": scaling} | ({"rank": rank} if rank else {}),
         )
 
@@ -71,18 +60,18 @@ def _kronecker(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: 
 class _Side:
     """One factor of the Kronecker product: its keys by leaf, logical shape and rank (None when it is stored whole)."""
 
-    def __init__(self, adapter: AdapterDir, module: str, leaves: dict[str, str], name: str, core: str | None) -> None:
+    def __init__(self, adapter: AdapterDir, module: str, leaves: Leaves, name: str, core: str | None) -> None:
         whole = leaves.pop(name, None)
         self.rank: int | None = None
         self.begin_nbytes = 0
         self._factors: Factors | None = None
         if whole is not None:
             check_float(adapter, whole)
-            self.named, self.shape = {name: whole}, shapes(adapter, whole)[0]
+            self.named, self.shape = {name: whole}, shape_of(adapter, whole)
             if len(self.shape) < 2 or math.prod(self.shape) == 0:
-                raise not_one_update(adapter, (whole,))
+                raise not_one_update(adapter, whole)
         else:
-            pair = take_all(adapter, module, leaves, (f"{name}_a", f"{name}_b"))
+            pair = take(adapter, module, leaves, (f"{name}_a", f"{name}_b"))
             if pair is None:
                 raise AdapterError(f"{adapter.file}: {shown(module)} has no {name} and no {name}_a.")
             t = leaves.pop(core, None) if core else None
@@ -104,7 +93,7 @@ class _Side:
         return len(self.shape) == 2 or self.shape[2:] == shape[2:]
 
 
-def _begin(tensors: Tensors, base: Base, shape2: tuple[int, ...]) -> Tensors:
+def _begin(tensors: Tensors, shape2: tuple[int, ...]) -> Tensors:
     ready = {}
     ready["w1"] = tensors["lokr_w1"] if "lokr_w1" in tensors else _product(tensors["lokr_w1_a"], tensors["lokr_w1_b"])
     if "lokr_w2" in tensors:

@@ -17,12 +17,12 @@ from lorafuse.adapters.dora import Dora
 from lorafuse.adapters.factor import Factor
 from lorafuse.adapters.keys import Modules, drop_copies, group, pattern_value, refuse_left_over, replacements, unwrapped
 from lorafuse.adapters.lowrank import AddVector
-from lorafuse.adapters.modules import Warn, once
 from lorafuse.adapters.pair import Pair
 from lorafuse.adapters.patch import Choice, Patch, Target, Update
 from lorafuse.adapters.residual import PARTS, take_out
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.adapters.trainable_tokens import take_tokens
+from lorafuse.adapters.walk import Warn, once
 from lorafuse.errors import AdapterError, shown
 from lorafuse.tensors import FLOATS
 

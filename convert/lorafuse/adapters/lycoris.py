@@ -5,26 +5,28 @@ import re
 
 import torch
 
+from lorafuse.adapters.check import not_one_update, shape_of
+from lorafuse.adapters.fields import checked, pattern
 from lorafuse.adapters.keys import check_float, pattern_value
-from lorafuse.adapters.modules import Warn, not_one_update, number, pattern, shapes
 from lorafuse.adapters.rowwise import Tensors
 from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.adapters.walk import Warn
 from lorafuse.errors import AdapterError, shown
 
 
 def scaling_of(adapter: AdapterDir, module: str, rank: int | None, warn: Warn) -> float:
     """alpha / r, each by its pattern (PEFT 0.21 lycoris_utils.py). The tensors' rank is believed where they have one."""
     try:
-        alpha = pattern_value(dict(pattern(adapter, "alpha_pattern")), module, adapter.config.get("alpha", 8))
-        expected = pattern_value(dict(pattern(adapter, "rank_pattern")), module, adapter.config.get("r", 8))
+        alpha = pattern_value(pattern(adapter, "alpha_pattern"), module, adapter.config.get("alpha", 8))
+        expected = pattern_value(pattern(adapter, "rank_pattern"), module, adapter.config.get("r", 8))
     except re.error as e:
         raise AdapterError(f"{adapter.path / CONFIG}: a pattern is not a regular expression: {shown(e)}.") from None
-    number(adapter, f"the alpha of {shown(module)}", alpha)
+    alpha = checked(adapter, f"the alpha of {shown(module)}", alpha)
     if rank is None:
-        return float(alpha) / number(adapter, f"the rank of {shown(module)}", expected, least=1, integer=True)
+        return alpha / checked(adapter, f"the rank of {shown(module)}", expected, least=1, kinds=(int,))
     if expected != rank:
         warn(f"{adapter.path / CONFIG}: says rank {shown(expected)} where the tensors have rank {rank}; the tensors are believed.")
-    return float(alpha) / rank
+    return alpha / rank
 
 
 class Factors:
@@ -33,17 +35,17 @@ class Factors:
     lokr/layer.py, make_weight_cp)."""
 
     def __init__(self, adapter: AdapterDir, key_a: str, key_b: str, key_t: str | None) -> None:
-        keys = (key_a, key_b, *([key_t] if key_t else []))
-        for key in keys:
+        self.keys = (key_a, key_b, *([key_t] if key_t else []))
+        for key in self.keys:
             check_float(adapter, key)
-        (a, b), t = shapes(adapter, key_a, key_b), shapes(adapter, key_t)[0] if key_t else None
+        a, b, *core = (shape_of(adapter, key) for key in self.keys)
+        t = core[0] if core else None
         fits = len(a) == len(b) == 2 and (a[1] == b[0] if t is None else len(t) == 4 and (a[0], b[0]) == t[:2])
         if not fits or 0 in (*a, *b, *(t or ())):
-            raise not_one_update(adapter, keys)
+            raise not_one_update(adapter, *self.keys)
         self.kernel = t[2:] if t else None
         self.n_rows, self.rank = (a[1], t[0]) if t else a
         self.n_cols = b[1] * math.prod(self.kernel or ())
-        self.keys = keys
         # What `multiply_out` makes, and its float64 temporaries.
         self.begin_nbytes = 0 if t is None else self.rank * self.n_cols * 12 + 8 * (math.prod(t) + math.prod(b))
 

@@ -6,56 +6,54 @@ stores only the first mini_r columns of a block that repeats; "bat" has a block 
 those rows becomes P + P M + M.
 """
 
+import math
+from functools import partial
+
 import torch
 
-from lorafuse.adapters.keys import check_float
-from lorafuse.adapters.modules import Warn, collect, misfit, refuse_conv1d, tile_nbytes
-from lorafuse.adapters.patch import Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.check import check_shapes, misfit, refuse_conv1d, shape_of
+from lorafuse.adapters.patch import Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors, tile_nbytes
 from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect
 from lorafuse.errors import AdapterError, shown
 
 SUPPORTED = "Linear; bat and mini"
 
-_LEAVES = r"miss_\w+(\.(?P<name>[^.]+))?"
+_LEAVES = rf"miss_\w+{NAMED}"
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
-    """Everything the adapter does, and the tensors that it ignores with the reason of each."""
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for the weight of each module."""
     variant = adapter.config.get("init_weights", True)
     if variant not in (True, False, "bat", "mini"):
         raise AdapterError(
             f"{adapter.path / CONFIG}: init_weights is {shown(variant)}, expected true, false, 'bat' or 'mini', which say how "
             "miss_block is applied."
         )
-    return collect(adapter, _LEAVES, lambda module, leaves: _shards(adapter, module, leaves, scale, variant), warn)
+    return collect(adapter, _LEAVES, partial(_shards, adapter, scale, variant), warn)
 
 
-def _shards(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: float, variant: bool | str) -> list[Update]:
+def _shards(adapter: AdapterDir, scale: float, variant: bool | str, module: str, leaves: Leaves) -> list[Update]:
     key = leaves.pop("miss_block", None)
     if key is None:
         return []
-    check_float(adapter, key)
-    spec = adapter.store.tensors[key].spec
     bat = variant == "bat"
-    if len(spec.shape) != (3 if bat else 2) or spec.numel == 0 or (bat and spec.shape[1] != spec.shape[2]):
-        raise AdapterError(
-            f"{adapter.file}: {shown(key)} is {spec}, which is not a block of MiSS with init_weights {shown(variant)}."
-        )
-    rank = spec.shape[1] if bat else spec.shape[0]
+    dims = ("n", "r", "r") if bat else ("r", "mini_r" if variant == "mini" else "out")
+    rank = check_shapes(adapter, (key, dims), hint=f", since init_weights is {shown(variant)}")["r"]
+    block = shape_of(adapter, key)
 
     def make(target: Target) -> Patch:
         refuse_conv1d(adapter, key, target)
-        if len(target.spec.shape) != 2 or not _fits(spec.shape, variant, *target.spec.shape):
-            raise misfit(adapter, (key,), target)
-        update = _add_bat if bat else _add
+        if len(target.spec.shape) != 2 or not _fits(block, variant, *target.spec.shape):
+            raise misfit(adapter, target, key)
         return RowWise(
             adapter.store,
             {"block": key},
-            lambda tile, first_row, tensors: update(tile, first_row, tensors["block"], scale),
+            partial(_add_bat if bat else _add, scale=scale),
             begin=None if bat else _begin,
-            begin_nbytes=0 if bat else 4 * spec.numel,
-            scratch_nbytes=tile_nbytes(target),
+            begin_nbytes=0 if bat else 4 * math.prod(block),
+            scratch_nbytes=tile_nbytes(target.spec),
             facts={"rank": rank, "scale": scale},
         )
 
@@ -69,11 +67,12 @@ def _fits(block: tuple[int, ...], variant: bool | str, n_rows: int, n_cols: int)
     return repeats and block[0] <= n_cols
 
 
-def _begin(tensors: Tensors, base: Base) -> Tensors:
+def _begin(tensors: Tensors) -> Tensors:
     return {"block": tensors["block"].T.contiguous()}  # [out or mini_r, r]
 
 
-def _add(tile: torch.Tensor, first_row: int, block: torch.Tensor, scale: float) -> None:
+def _add(tile: torch.Tensor, first_row: int, tensors: Tensors, scale: float) -> None:
+    block = tensors["block"]
     n_rows, n_cols = tile.shape
     rows = torch.arange(first_row, first_row + n_rows, device=tile.device) % block.shape[0]
     shard, rank = block[rows], block.shape[1]  # [n_rows, r]
@@ -82,7 +81,8 @@ def _add(tile: torch.Tensor, first_row: int, block: torch.Tensor, scale: float) 
     tile[:, whole:].add_(shard[:, : n_cols - whole], alpha=scale)
 
 
-def _add_bat(tile: torch.Tensor, first_row: int, blocks: torch.Tensor, scale: float) -> None:
+def _add_bat(tile: torch.Tensor, first_row: int, tensors: Tensors, scale: float) -> None:
+    blocks = tensors["block"]
     rank, stop_row = blocks.shape[1], first_row + tile.shape[0]
     for i in range(first_row // rank, (stop_row + rank - 1) // rank):
         start, stop = max(i * rank, first_row), min((i + 1) * rank, stop_row)

@@ -10,16 +10,18 @@ patches, turns and adds them up, and no kernel does that.
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from lorafuse.adapters.keys import check_float
-from lorafuse.adapters.modules import Warn, collect, misfit, n_cols_of, not_one_update, number, refuse_conv1d, tile_nbytes
-from lorafuse.adapters.patch import Base, Patch, Target, Update
+from lorafuse.adapters.check import check_shapes, misfit, n_cols_of, not_one_update, refuse_conv1d
+from lorafuse.adapters.fields import integer, number
+from lorafuse.adapters.patch import Patch, Target, Update
 from lorafuse.adapters.rotation import cayley_minus_identity, excess, excess_nbytes, through
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.rowwise import RowWise, Tensors, tile_nbytes
 from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.adapters.walk import Found, Leaves, Warn, collect
 from lorafuse.errors import AdapterError, shown
 
 SUPPORTED = "Linear, Embedding, 1 × 1 Conv2d; larger kernels have no merged form"
@@ -37,24 +39,23 @@ class _Settings:
     shared: bool
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
-    """Everything the adapter does, and the tensors that it ignores with the reason of each."""
-    settings = _settings(adapter, warn)
-    return collect(adapter, _LEAVES, lambda module, leaves: _rotation(adapter, module, leaves, scale, settings), warn)
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for the weight of each module."""
+    return collect(adapter, _LEAVES, partial(_rotation, adapter, scale, _settings(adapter, warn)), warn)
 
 
 def _settings(adapter: AdapterDir, warn: Warn) -> _Settings:
     config = adapter.config
     terms, doubled_end = None, False
     if config.get("use_cayley_neumann", True):
-        terms = int(number(adapter, "num_cayley_neumann_terms", config.get("num_cayley_neumann_terms", 5), least=1, integer=True))
+        terms = integer(adapter, "num_cayley_neumann_terms", 5)
         doubled_end = _before_018(config.get("peft_version"))
     if doubled_end:
         warn(
             f"{adapter.path / CONFIG}: was written by peft before 0.18, whose Cayley-Neumann series had another last term; it is "
             "merged as it was trained, which later releases of peft do not do."
         )
-    eps = number(adapter, "eps", config.get("eps", 6e-5), least=0) if config.get("coft") else None
+    eps = number(adapter, "eps", 6e-5, least=0) if config.get("coft") else None
     return _Settings(terms, doubled_end, eps, bool(config.get("block_share")))
 
 
@@ -64,7 +65,7 @@ def _before_018(version: Any) -> bool:
     return found is not None and (int(found[1]), int(found[2])) < (0, 18)
 
 
-def _rotation(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: float, settings: _Settings) -> list[Update]:
+def _rotation(adapter: AdapterDir, scale: float, settings: _Settings, module: str, leaves: Leaves) -> list[Update]:
     if "oft_r" in leaves:
         raise AdapterError(f"{adapter.file}: {shown(leaves['oft_r'])} is of peft before 0.16, whose OFT is not supported.")
     result = []
@@ -76,19 +77,18 @@ def _rotation(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: f
 
 
 def _update(adapter: AdapterDir, module: str, key: str, scale: float, settings: _Settings, *, embedding: bool) -> Update:
-    check_float(adapter, key)
-    shape = adapter.store.tensors[key].spec.shape
-    block = (1 + math.isqrt(1 + 8 * shape[1])) // 2 if len(shape) == 2 else 0
-    if block < 2 or block * (block - 1) // 2 != shape[1] or shape[0] == 0:
-        raise not_one_update(adapter, (key,))
-    n_blocks = shape[0]
+    n = check_shapes(adapter, (key, ("n", "b (b − 1) / 2")))
+    n_blocks, triangle = n.values()
+    block = (1 + math.isqrt(1 + 8 * triangle)) // 2
+    if block * (block - 1) // 2 != triangle:
+        raise not_one_update(adapter, key)
 
     def make(target: Target) -> Patch:
         refuse_conv1d(adapter, key, target)
         n_cols = n_cols_of(target)
         shared = settings.shared and n_blocks == 1 and n_cols % block == 0
         if not (shared or n_blocks * block == n_cols) or n_cols == 0:
-            raise misfit(adapter, (key,), target)
+            raise misfit(adapter, target, key)
         if math.prod(target.spec.shape[2:]) > 1:
             raise AdapterError(
                 f"{adapter.file}: {shown(key)} turns patches of {shown(target.name)} {list(target.spec.shape)}; they overlap, so "
@@ -97,17 +97,17 @@ def _update(adapter: AdapterDir, module: str, key: str, scale: float, settings: 
         return RowWise(
             adapter.store,
             {"q": key},
-            lambda tile, first_row, tensors: _turn(tile, tensors["excess"], scale),
-            begin=lambda tensors, base: _begin(tensors, base, block, settings, embedding),
+            partial(_turn, scale=scale),
+            begin=partial(_begin, block=block, settings=settings, embedding=embedding),
             begin_nbytes=excess_nbytes(n_blocks, block),
-            scratch_nbytes=2 * tile_nbytes(target),
+            scratch_nbytes=2 * tile_nbytes(target.spec),
             facts={"scale": scale},
         )
 
     return Update(f"{module}.weight", (key,), make=make)
 
 
-def _begin(tensors: Tensors, base: Base, block: int, settings: _Settings, embedding: bool) -> Tensors:
+def _begin(tensors: Tensors, block: int, settings: _Settings, embedding: bool) -> Tensors:
     upper = torch.triu_indices(block, block, 1)
     radius = None if settings.eps is None else settings.eps / math.sqrt(len(tensors["q"]))
 
@@ -139,6 +139,6 @@ def _series(skew: torch.Tensor, terms: int, doubled_end: bool) -> torch.Tensor:
     return result
 
 
-def _turn(tile: torch.Tensor, blocks: torch.Tensor, scale: float) -> None:
-    turned = through(tile, blocks)
+def _turn(tile: torch.Tensor, first_row: int, tensors: Tensors, scale: float) -> None:
+    turned = through(tile, tensors["excess"])
     tile.view(turned.shape).add_(turned, alpha=scale)

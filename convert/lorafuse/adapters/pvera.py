@@ -3,19 +3,18 @@
 (arXiv:2512.07703; PEFT 0.21 pvera/layer.py, get_delta_weight.) Linear and HF Conv1D. `vera.py` does the work.
 """
 
-from lorafuse.adapters.shared import Found, Warn
-from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.adapters.fields import refuse_fields
+from lorafuse.adapters.store import AdapterDir
 from lorafuse.adapters.vera import vector_updates
-from lorafuse.errors import AdapterError
+from lorafuse.adapters.walk import Found, Warn
 
 SUPPORTED = "as VERA, with the mean; not sample_at_inference"
+REFUSED_FIELDS = {
+    "sample_at_inference": "each forward pass samples anew, so no merged weight equals it. Set it to false to merge the mean",
+}
 
 
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
     """One for the weight of each module."""
-    if adapter.config.get("sample_at_inference"):
-        raise AdapterError(
-            f"{adapter.path / CONFIG}: sample_at_inference is set, which is not supported: each forward pass samples anew, so no "
-            "merged weight equals it. Set it to false to merge the mean."
-        )
+    refuse_fields(adapter, REFUSED_FIELDS)
     return vector_updates(adapter, scale, warn, "pvera", n_halves=2)

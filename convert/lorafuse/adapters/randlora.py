@@ -9,83 +9,61 @@ read from the file for each tile if it does not fit in memory. The bases of save
 
 import torch
 
+from lorafuse.adapters.check import Dims, check_shapes, misfit, shape_of
 from lorafuse.adapters.factor import READ_NUMEL, Factor, load
+from lorafuse.adapters.fields import number
 from lorafuse.adapters.lowrank import LowRank
 from lorafuse.adapters.patch import Patch, Target, Update
-from lorafuse.adapters.shared import (
-    NAMED,
-    SHARED,
-    Found,
-    Leaves,
-    Warn,
-    each_module,
-    expect,
-    misfit,
-    number,
-    read_modules,
-    shape_of,
-    take,
-)
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import NAMED, SHARED, Found, Leaves, Warn, each_module, read_modules, take
 from lorafuse.codecs.sources import Arena
 from lorafuse.errors import AdapterError
 
 SUPPORTED = "Linear, HF Conv1D; with saved projections"
 
 _LEAVES = rf"randlora_(lambda|gamma|[AB]){NAMED}"
+_BASES = ("randlora_A", "randlora_B")
 
 
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
     """One for the weight of each module."""
     modules, ignored = read_modules(adapter, _LEAVES)
     alpha = scale * number(adapter, "randlora_alpha", 640)
-    shared = _take_bases(adapter, SHARED, modules.get(SHARED, {}))
+    shared = take(adapter, SHARED, modules.get(SHARED, {}), _BASES)
 
     def of_module(module: str, leaves: Leaves) -> list[Update]:
-        taken = take(adapter, module, leaves, ("randlora_lambda", "randlora_gamma"))
-        if taken is None:
+        own = take(adapter, module, leaves, ("randlora_lambda", "randlora_gamma"))
+        if own is None:
             return []
-        own = _take_bases(adapter, module, leaves)
-        if shared and own:
-            ignored.update(dict.fromkeys(own.values(), "a copy of the bases that all modules share"))
-        bases = shared or own
+        # PEFT saves the shared bases once as such and once more for every module.
+        copies = take(adapter, module, leaves, _BASES)
+        if shared and copies:
+            ignored.update(dict.fromkeys(copies, "a copy of the bases that all modules share"))
+        bases = shared or copies
         if bases is None:
             raise AdapterError(
                 f"{adapter.file}: holds no base_model.randlora_A, and what PEFT would draw in its place depends on the machine; "
                 "save the adapter with save_projection=True."
             )
-        keys = bases | dict(zip(("lambda", "gamma"), taken.values(), strict=True))
-        rank = shape_of(adapter, keys["A"])[0]
-        strength, gamma = (shape_of(adapter, keys[name]) for name in ("lambda", "gamma"))
-        expect(adapter, keys["lambda"], len(strength) == 2 and strength[0] == rank, f"[{rank}, n]")
-        expect(adapter, keys["gamma"], len(gamma) == 2 and gamma[0] == strength[1], f"[{strength[1]}, in]")
-        used = (*taken.values(), *bases.values())
-        return [Update(f"{module}.weight", used, make=lambda target: _patch(adapter, keys, alpha / rank, target))]
+        used = (*bases, *own)
+        # B may have more n than a module needs.
+        dims: tuple[Dims, ...] = (("r", 1, "in of A"), ("out", "n of B", "r"), ("r", "n"), ("n", "in"))
+        rank = check_shapes(adapter, *zip(used, dims, strict=True))["r"]
+        keys = dict(zip(("A", "B", "lambda", "gamma"), used, strict=True))
+        return [Update(f"{module}.weight", (*own, *bases), make=lambda target: _patch(adapter, keys, alpha / rank, target))]
 
-    return each_module(adapter, modules, of_module), ignored
-
-
-def _take_bases(adapter: AdapterDir, module: str, leaves: Leaves) -> dict[str, str] | None:
-    """PEFT saves the shared bases once as such and once more for every module."""
-    taken = take(adapter, module, leaves, ("randlora_A", "randlora_B"))
-    if taken is None:
-        return None
-    keys = dict(zip("AB", taken.values(), strict=True))
-    a, b = shape_of(adapter, keys["A"]), shape_of(adapter, keys["B"])
-    expect(adapter, keys["A"], len(a) == 3 and a[1] == 1, "[r, 1, in]")
-    expect(adapter, keys["B"], len(b) == 3 and b[2] == a[0], f"[out, n, {a[0]}]")
-    return keys
+    return each_module(adapter, modules, of_module, warn), ignored
 
 
 def _patch(adapter: AdapterDir, keys: dict[str, str], scale: float, target: Target) -> Patch:
     n, short = shape_of(adapter, keys["gamma"])
     shape = target.spec.shape
     if len(shape) != 2 or min(shape) != short:
-        raise misfit(adapter, keys["gamma"], target)
+        raise misfit(adapter, target, keys["gamma"])
     if shape_of(adapter, keys["A"])[2] < short:
-        raise misfit(adapter, keys["A"], target)
+        raise misfit(adapter, target, keys["A"])
     if shape_of(adapter, keys["B"])[0] < max(shape) or shape_of(adapter, keys["B"])[1] < n:
-        raise misfit(adapter, keys["B"], target)
+        raise misfit(adapter, target, keys["B"])
     n_out, n_in = shape[:: -1 if target.is_conv1d else 1]
     long, scaled = Basis(adapter, keys["B"], max(shape), n), ScaledBasis(adapter, keys)
     if (n_out >= n_in) != target.is_conv1d:
@@ -123,7 +101,12 @@ class ScaledBasis:
         self.nbytes = 4 * self.shape[0] * self.shape[1]
 
     def whole(self, arena: Arena) -> torch.Tensor:
-        return self.cols(0, self.shape[1], arena)
+        kept = torch.empty(self.shape, device=arena.device)
+        step = max(READ_NUMEL // self.shape[0], 1)
+        for start in range(0, self.shape[1], step):
+            stop = min(start + step, self.shape[1])
+            kept[:, start:stop] = self.cols(start, stop, arena)
+        return kept
 
     def cols(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
         strength = load(self._store, self._lambda, arena.device)  # float32 [r, n]

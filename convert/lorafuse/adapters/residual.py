@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from lorafuse.adapters.patch import Base, Target
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.rowwise import RowWise, Tensors, product_added, read_whole, reading_nbytes, tile_nbytes
 from lorafuse.checkpoint import Store
 
 Part = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -41,26 +41,29 @@ def leading_qr(scale: float, weight: torch.Tensor, rank: int) -> tuple[torch.Ten
 def take_out(store: Store, part: Part, rank: int, strength: float, target: Target) -> RowWise:
     """The patch W := dtype(W − L), where (left, right) = part(W, rank) and L = left @ right; with a `strength` x other than 1,
     W − x · L. The update comes after it."""
-    dtype = getattr(torch, target.spec.torch_name)
     n_rows, n_cols = target.spec.shape[0], target.spec.n_cols
     least = min(n_rows, n_cols)
+    return RowWise(
+        store,
+        {},
+        partial(_take_out, strength=strength, dtype=getattr(torch, target.spec.torch_name)),
+        begin_from=partial(_begin, part=part, rank=rank),
+        # The weight, LAPACK's copy, U and V, and its workspace (gesdd, 4 · least² and smaller parts).
+        begin_nbytes=4 * (4 * n_rows * n_cols + 6 * least * least) + reading_nbytes(target.spec),
+        scratch_nbytes=tile_nbytes(target.spec) // 2,
+        facts={"rank": rank},
+    )
 
-    def begin(_: Tensors, base: Base) -> Tensors:
-        weight = torch.empty(base.shape, device=base.arena.device)
-        for start, rows in base.tiles():
-            weight[start : start + rows.shape[0]] = rows
-        left, right = part(weight, rank)
-        return {"left": left.contiguous(), "right": right.clone()}
 
-    def update(tile: torch.Tensor, first_row: int, tensors: Tensors) -> None:
-        tile.addmm_(tensors["left"][first_row : first_row + tile.shape[0]], tensors["right"], alpha=-strength)
-        if strength == 1.0:
-            tile.copy_(tile.to(dtype))
+def _begin(_: Tensors, base: Base, part: Part, rank: int) -> Tensors:
+    left, right = part(read_whole(base), rank)
+    return {"left": left.contiguous(), "right": right.clone()}
 
-    # The weight, LAPACK's copy, U and V, and its workspace (gesdd, 4 · least² and smaller parts).
-    nbytes = 4 * (4 * n_rows * n_cols + 6 * least * least)
-    scratch = 2 * min(max(1 << 19, n_cols), target.spec.numel)
-    return RowWise(store, {}, update, begin=begin, begin_nbytes=nbytes, scratch_nbytes=scratch, facts={"rank": rank})
+
+def _take_out(tile: torch.Tensor, first_row: int, tensors: Tensors, strength: float, dtype: torch.dtype) -> None:
+    product_added(tile, first_row, tensors, -strength)
+    if strength == 1.0:
+        tile.copy_(tile.to(dtype))
 
 
 # init_lora_weights, or "kasa" → the part, given the scaling of the update.

@@ -5,30 +5,20 @@ x₁' = c₁x₁ − s₁x₂, x₂' = c₂x₂ + s₂x₁ with c = α cos θ an
 _prepare_cols). road_1 has one θ and α a pair, road_2 one an output, road_4 one for c and one for s of each output. Linear only.
 """
 
+from functools import partial
+
 import torch
 
-from lorafuse.adapters.patch import TILE_NUMEL, Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
-from lorafuse.adapters.shared import (
-    NAMED,
-    Found,
-    Leaves,
-    Warn,
-    each_module,
-    expect,
-    misfit,
-    one_of,
-    read_modules,
-    shape_of,
-    take,
-    whole_number,
-)
+from lorafuse.adapters.check import check_shapes, misfit
+from lorafuse.adapters.fields import integer, one_of
+from lorafuse.adapters.patch import Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors, tile_nbytes
 from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect, take
 from lorafuse.errors import AdapterError
 
 SUPPORTED = "Linear: weight and bias; road_1, road_2, road_4"
 
-_NAMES = ("road_theta", "road_alpha")
 _LEAVES = rf"road_(theta|alpha){NAMED}"
 _VARIANTS = ("road_1", "road_2", "road_4")  # the number is that of the angles of a pair
 
@@ -36,64 +26,52 @@ _VARIANTS = ("road_1", "road_2", "road_4")  # the number is that of the angles o
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
     """One for the weight of each module, and one for its bias if the checkpoint has it."""
     variant = one_of(adapter, "variant", "road_1", _VARIANTS)
-    group_size = whole_number(adapter, "group_size", 64, minimum=2)
+    group_size = integer(adapter, "group_size", 64, least=2)
     if group_size % 2:
         raise AdapterError(f"{adapter.path / CONFIG}: group_size is {group_size}, expected an even number.")
-    modules, ignored = read_modules(adapter, _LEAVES)
-
-    def of_module(module: str, leaves: Leaves) -> list[Update]:
-        keys = take(adapter, module, leaves, _NAMES)
-        if keys is None:
-            return []
-        shape = shape_of(adapter, keys["road_theta"])
-        expect(adapter, keys["road_theta"], len(shape) == 1, "a vector")
-        expect(adapter, keys["road_alpha"], shape_of(adapter, keys["road_alpha"]) == shape, str(list(shape)))
-
-        def make(target: Target) -> Patch:
-            return _patch(adapter, keys, variant, group_size, scale, target)
-
-        used = tuple(keys.values())
-        return [Update(f"{module}.weight", used, make=make), Update(f"{module}.bias", used, make=make, optional=True)]
-
-    return each_module(adapter, modules, of_module), ignored
+    return collect(adapter, _LEAVES, partial(_rotated, adapter, scale, variant, group_size), warn)
 
 
-def _patch(adapter: AdapterDir, keys: dict[str, str], variant: str, group_size: int, scale: float, target: Target) -> Patch:
-    n_out = target.spec.shape[0]
-    n_angles = n_out // 2 * int(variant[-1])
-    if len(target.spec.shape) > 2 or n_out % group_size or shape_of(adapter, keys["road_theta"]) != (n_angles,):
-        raise misfit(adapter, keys["road_theta"], target)
+def _rotated(adapter: AdapterDir, scale: float, variant: str, group_size: int, module: str, leaves: Leaves) -> list[Update]:
+    keys = take(adapter, module, leaves, ("road_theta", "road_alpha"))
+    if keys is None:
+        return []
+    n_angles = check_shapes(adapter, (keys[0], ("angles",)), (keys[1], ("angles",)))["angles"]
 
-    def begin(t: Tensors, base: Base) -> Tensors:
-        first, second = _columns(t["road_theta"], t["road_alpha"], variant, group_size)
-        return {"first": first, "second": second}
+    def make(target: Target) -> Patch:
+        shape = target.spec.shape
+        if len(shape) > 2 or shape[0] % group_size or n_angles != shape[0] // 2 * int(variant[-1]):
+            raise misfit(adapter, target, keys[0])
+        return RowWise(
+            adapter.store,
+            {"theta": keys[0], "alpha": keys[1]},
+            partial(_rotate, group_size=group_size, scale=scale),
+            begin=partial(_begin, variant=variant, group_size=group_size),
+            begin_nbytes=4 * 6 * shape[0],
+            scratch_nbytes=tile_nbytes(target.spec, group_size),
+            row_multiple=group_size,
+            facts={"scale": scale},
+        )
 
-    def update(tile: torch.Tensor, first_row: int, t: Tensors) -> None:
-        rows = slice(first_row, first_row + tile.shape[0])
-        halves = tile.view(-1, 2, group_size // 2, tile.shape[1])
-        first, second = (t[name][rows].view(-1, 2, group_size // 2, 1) for name in ("first", "second"))
-        rotated = halves * first
-        rotated[:, 0].addcmul_(halves[:, 1], second[:, 0], value=-1)
-        rotated[:, 1].addcmul_(halves[:, 0], second[:, 1])
-        halves.add_(rotated.sub_(halves), alpha=scale) if scale != 1 else halves.copy_(rotated)
-
-    return RowWise(
-        adapter.store,
-        keys,
-        update,
-        begin=begin,
-        begin_nbytes=4 * 4 * n_out,
-        scratch_nbytes=4 * max(TILE_NUMEL, group_size * target.spec.n_cols),
-        row_multiple=group_size,
-        facts={"scale": scale},
-    )
+    return [Update(f"{module}.weight", keys, make=make), Update(f"{module}.bias", keys, make=make, optional=True)]
 
 
-def _columns(theta: torch.Tensor, alpha: torch.Tensor, variant: str, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _begin(t: Tensors, variant: str, group_size: int) -> Tensors:
     """What each output is multiplied by, and what its partner is, float32 [out] each."""
+    theta, alpha = t["theta"], t["alpha"]
     if variant == "road_4":
         theta, alpha = theta.view(-1, 2, group_size), alpha.view(-1, 2, group_size)
-        return (alpha[:, 0] * theta[:, 0].cos()).flatten(), (alpha[:, 1] * theta[:, 1].sin()).flatten()
+        return {"first": (alpha[:, 0] * theta[:, 0].cos()).flatten(), "second": (alpha[:, 1] * theta[:, 1].sin()).flatten()}
     if variant == "road_1":
         theta, alpha = (x.view(-1, 1, group_size // 2).expand(-1, 2, -1).flatten() for x in (theta, alpha))
-    return alpha * theta.cos(), alpha * theta.sin()
+    return {"first": alpha * theta.cos(), "second": alpha * theta.sin()}
+
+
+def _rotate(tile: torch.Tensor, first_row: int, t: Tensors, group_size: int, scale: float) -> None:
+    rows = slice(first_row, first_row + tile.shape[0])
+    halves = tile.view(-1, 2, group_size // 2, tile.shape[1])
+    first, second = (t[name][rows].view(-1, 2, group_size // 2, 1) for name in ("first", "second"))
+    rotated = halves * first
+    rotated[:, 0].addcmul_(halves[:, 1], second[:, 0], value=-1)
+    rotated[:, 1].addcmul_(halves[:, 0], second[:, 1])
+    halves.add_(rotated.sub_(halves), alpha=scale) if scale != 1 else halves.copy_(rotated)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from lorafuse.adapters.check import misfit
 from lorafuse.adapters.factor import Factor
-from lorafuse.adapters.fit import misfit
 from lorafuse.adapters.keys import check_float
 from lorafuse.adapters.patch import TILE_NUMEL, Base, Patch, Target
 from lorafuse.adapters.store import CONFIG, AdapterDir
@@ -91,7 +91,7 @@ def replace_rows(adapter: AdapterDir, key: str, field: str, indices: object, sca
     if len(spec.shape) != 2 or spec.shape[0] != len(indices):
         raise AdapterError(f"{adapter.file}: {shown(key)} is {spec}, expected one row for each of the {len(indices)} in {field}.")
     if spec.shape[1:] != target.spec.shape[1:]:
-        raise misfit(adapter, (key,), target)
+        raise misfit(adapter, target, key)
     n_rows = target.spec.shape[0]
     for i in indices:
         if not 0 <= i < n_rows:

@@ -4,74 +4,60 @@ get_delta_weight).
 shira_indices [2, n] are rows and columns, int32, or float32 when saved on Windows; values of an element that occurs twice add up.
 """
 
-import torch
+from functools import partial
 
+from lorafuse.adapters.check import check_positions, misfit, not_one_update, refuse_conv1d
 from lorafuse.adapters.keys import check_float
-from lorafuse.adapters.modules import Warn, collect, not_one_update, refuse_conv1d, take_all
-from lorafuse.adapters.patch import Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.patch import Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors, sparse_added
 from lorafuse.adapters.store import AdapterDir
-from lorafuse.errors import AdapterError, shown
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect, take
+from lorafuse.errors import shown
 
 SUPPORTED = "Linear; files that hold their indices"
 
-_LEAVES = r"shira_\w+(\.(?P<name>[^.]+))?"
+_LEAVES = rf"shira_\w+{NAMED}"
 _INDEX_DTYPES = ("I32", "I64", "F32")
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
-    """Everything the adapter does, and the tensors that it ignores with the reason of each."""
-    return collect(adapter, _LEAVES, lambda module, leaves: _sparse(adapter, module, leaves, scale), warn)
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for the weight of each module."""
+    return collect(adapter, _LEAVES, partial(_sparse, adapter, scale), warn)
 
 
-def _sparse(adapter: AdapterDir, module: str, leaves: dict[str, str], scale: float) -> list[Update]:
-    keys = take_all(adapter, module, leaves, ("shira_weight", "shira_indices"))
+def _sparse(adapter: AdapterDir, scale: float, module: str, leaves: Leaves) -> list[Update]:
+    keys = take(adapter, module, leaves, ("shira_weight", "shira_indices"))
     if keys is None:
         return []
     check_float(adapter, keys[0])
     values, indices = (adapter.store.tensors[key].spec for key in keys)
     if len(values.shape) != 1 or indices.shape != (2, *values.shape) or indices.dtype not in _INDEX_DTYPES:
-        raise not_one_update(adapter, keys)
+        raise not_one_update(adapter, *keys)
+    n = values.numel
 
     def make(target: Target) -> Patch:
         refuse_conv1d(adapter, keys[0], target)
         if len(target.spec.shape) != 2:
-            raise AdapterError(
-                f"{adapter.file}: {shown(keys[0])} updates {shown(target.name)} {list(target.spec.shape)}, which is not the weight "
-                "of a Linear."
-            )
-
-        def begin(tensors: Tensors, base: Base) -> Tensors:
-            return _begin(adapter, keys[1], target, tensors)
-
+            raise misfit(adapter, target, keys[0])
+        n_rows, n_cols = target.spec.shape
+        check_positions(adapter, keys[1], n_rows, f"rows of {shown(target.name)}", stop=n, in_base=True)
+        check_positions(adapter, keys[1], n_cols, f"columns of {shown(target.name)}", start=n, in_base=True)
         return RowWise(
             adapter.store,
             {"values": keys[0], "indices": keys[1]},
-            lambda tile, first_row, tensors: _add(tile, first_row, tensors, scale),
-            begin=begin,
-            # Indices are loaded as int64 from 4 bytes each; positions, their order and sorted copies.
-            begin_nbytes=44 * values.numel,
+            partial(sparse_added, scale=scale),
+            begin=partial(_begin, n_cols=n_cols),
+            # The indices as int64, if they were not; positions, their order and sorted copies.
+            begin_nbytes=16 * n + 40 * n,
+            scratch_nbytes=8 * n,
             facts={"scale": scale},
         )
 
     return [Update(f"{module}.weight", keys, make=make)]
 
 
-def _begin(adapter: AdapterDir, key: str, target: Target, tensors: Tensors) -> Tensors:
+def _begin(tensors: Tensors, n_cols: int) -> Tensors:
     """The values by their position in the flattened weight, in its order."""
     rows, columns = tensors["indices"].long()
-    n_rows, n_cols = target.spec.shape
-    for what, found, limit in (("row", rows, n_rows), ("column", columns, n_cols)):
-        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < limit:
-            wrong = int(found.min()) if int(found.min()) < 0 else int(found.max())
-            raise AdapterError(f"{adapter.file}: {shown(key)} names {what} {wrong} of {shown(target.name)}, which has {limit}.")
     positions, order = (rows * n_cols + columns).sort(stable=True)
     return {"positions": positions, "values": tensors["values"][order]}
-
-
-def _add(tile: torch.Tensor, first_row: int, tensors: Tensors, scale: float) -> None:
-    n_rows, n_cols = tile.shape
-    first = first_row * n_cols
-    bounds = torch.tensor([first, first + n_rows * n_cols], device=tile.device)
-    start, stop = torch.searchsorted(tensors["positions"], bounds).tolist()
-    tile.view(-1).index_add_(0, tensors["positions"][start:stop] - first, tensors["values"][start:stop], alpha=scale)

@@ -5,81 +5,100 @@
 is not in the file; but P was drawn from a generator seeded with `projection_seed` plus that number, and so tells it.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from lorafuse.adapters.factor import load
-from lorafuse.adapters.fit import check_shape, is_transposed, number, take
-from lorafuse.adapters.keys import check_float, drop_copies, group, refuse_left_over, replacements
-from lorafuse.adapters.patch import Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.check import check_shapes, is_transposed, shape_of
+from lorafuse.adapters.factor import pieces
+from lorafuse.adapters.fields import integer, number
+from lorafuse.adapters.keys import Modules
+from lorafuse.adapters.patch import Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors, oriented, product_added
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import Found, Leaves, Warn, each_module, read_modules, take, take_shared
 from lorafuse.errors import AdapterError, shown
 
 SUPPORTED = "Linear, Conv1D, Embedding; saved projections only"
 MEMORY = "tiles"
 
-_VECTORS = "base_model.tinylora_v"  # the module that group() finds in base_model.tinylora_v.<number>
+_LEAVES = r"tinylora_[ABP]|tinylora_v\.\d+"
 _NAMES = ("tinylora_A", "tinylora_B", "tinylora_P")
 # P is compared in the lowest precision that it may have been saved in.
 _SAME = 2.0**-7
 _COMPARED = 256  # elements
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Callable[[str], None]) -> tuple[list[Update], dict[str, str]]:
-    modules = group(adapter, r"tinylora_[ABP]|\d+")
-    ignored = drop_copies(modules)
-    vectors = modules.pop(_VECTORS, {})
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for the weight of each module."""
+    modules, ignored = read_modules(adapter, _LEAVES)
+    vectors = take_shared(modules, "tinylora_v")
     if not vectors:
         raise AdapterError(f"{adapter.file}: has no tinylora_v.")
-    taken = {module: _take(adapter, module, leaves) for module, leaves in modules.items()}
-    vector_of = _vectors_of(adapter, {m: keys[2] for m, keys in taken.items() if keys}, vectors)
-    result: list[Update] = []
-    for module, leaves in modules.items():
-        result += replacements(adapter, module, leaves)
-        keys = taken[module]
-        if keys is not None:
-            result.append(_update(adapter, module, (*keys, vector_of[module]), scale))
-        refuse_left_over(adapter, leaves)
+    vector_of = _vectors_of(adapter, modules, vectors)
+    result = each_module(adapter, modules, partial(_tiny, adapter, scale, vector_of), warn)
     unused = set(vectors.values()) - set(vector_of.values())
     return result, ignored | dict.fromkeys(sorted(unused), "no module uses it")
 
 
-def _take(adapter: AdapterDir, module: str, leaves: dict[str, str]) -> tuple[str, ...] | None:
-    if "tinylora_A" in leaves and "tinylora_P" not in leaves:
-        raise AdapterError(
-            f"{adapter.file}: {shown(module)} has tinylora_A but no tinylora_P (save_projection was off), so it is not known which "
-            "vector belongs to it."
+def _tiny(adapter: AdapterDir, scale: float, vector_of: dict[str, str], module: str, leaves: Leaves) -> list[Update]:
+    own = take(adapter, module, leaves, _NAMES)
+    if own is None:
+        return []
+    keys = (*own, vector_of[module])
+    key_a, key_b, key_p, key_v = keys
+    expected = ((key_p, ("u", "rank", "rank")), (key_a, ("rank", "in")), (key_b, ("out", "rank")), (key_v, ("u",)))
+    n = check_shapes(adapter, *expected)
+
+    def make(target: Target) -> Patch:
+        transposed = is_transposed(adapter, own[:2], (n["out"], n["in"]), target)
+        return RowWise(
+            adapter.store,
+            dict(zip("ABPv", keys, strict=True)),
+            partial(product_added, scale=scale),
+            begin=partial(_begin, transposed=transposed),
+            begin_nbytes=8 * n["u"] * n["rank"] ** 2 + 20 * n["rank"] * n["in"],
+            facts={"rank": n["rank"], "scale": scale},
         )
-    return take(adapter, module, leaves, _NAMES)
+
+    return [Update(f"{module}.weight", keys, make=make)]
 
 
-def _vectors_of(adapter: AdapterDir, projections: dict[str, str], vectors: dict[str, str]) -> dict[str, str]:
-    """Module → key of its vector, given the key of its P (PEFT 0.21 tinylora/model.py, _create_and_replace)."""
+def _begin(tensors: Tensors, transposed: bool) -> Tensors:
+    r = torch.einsum("i,ijk->jk", tensors["v"].double(), tensors["P"].double())
+    return oriented(tensors["B"], (r @ tensors["A"].double()).float(), transposed)
+
+
+def _vectors_of(adapter: AdapterDir, modules: Modules, vectors: Leaves) -> dict[str, str]:
+    """Module → key of its vector, by its P (PEFT 0.21 tinylora/model.py, _create_and_replace)."""
+    for module, leaves in modules.items():
+        if "tinylora_A" in leaves and "tinylora_P" not in leaves:
+            raise AdapterError(
+                f"{adapter.file}: {shown(module)} has tinylora_A but no tinylora_P (save_projection was off), so it is not known "
+                "which vector belongs to it."
+            )
+    projections = {module: leaves["tinylora_P"] for module, leaves in modules.items() if "tinylora_P" in leaves}
     n = len(projections)
     n_groups = max(1, round(n * (1.0 - number(adapter, "weight_tying", 0.0))))
     group_size = max(1, n // n_groups)
     found: dict[str, str] = {}
     drawn: dict[tuple[int, ...], torch.Tensor] = {}
     for module, key in projections.items():
-        shape = adapter.store.tensors[key].spec.shape
-        if len(shape) != 3 or shape[1] != shape[2]:
-            raise AdapterError(f"{adapter.file}: {shown(key)} is {adapter.store.tensors[key].spec}, expected [u, rank, rank].")
-        check_float(adapter, key)
+        check_shapes(adapter, (key, ("u", "rank", "rank")))
+        shape = shape_of(adapter, key)
         groups = {0}
         if n_groups > 1:
             if shape not in drawn:
-                drawn[shape] = _draw(int(number(adapter, "projection_seed", 42)), n, shape)
+                drawn[shape] = _draw(integer(adapter, "projection_seed", 42, least=0), n, shape)
             groups = {min(i // group_size, n_groups - 1) for i in _numbers(adapter, key, drawn[shape])}
         if len(groups) != 1:
             raise AdapterError(
                 f"{adapter.file}: {shown(key)} is not what projection_seed gives, so it is not known which vector belongs to "
                 f"{shown(module)}."
             )
-        vector = str(groups.pop())
+        vector = f"tinylora_v.{groups.pop()}"
         if vector not in vectors:
-            raise AdapterError(f"{adapter.file}: has no tinylora_v.{vector}, the vector of {shown(module)}.")
+            raise AdapterError(f"{adapter.file}: has no {vector}, the vector of {shown(module)}.")
         found[module] = vectors[vector]
     return found
 
@@ -93,32 +112,5 @@ def _draw(seed: int, n: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _numbers(adapter: AdapterDir, key: str, drawn: torch.Tensor) -> list[int]:
     """The numbers whose P that is."""
-    projection = load(adapter.store, key, torch.device("cpu")).flatten()[:_COMPARED]
-    return torch.isclose(drawn, projection, rtol=_SAME, atol=1e-6).all(dim=1).nonzero().flatten().tolist()
-
-
-def _update(adapter: AdapterDir, module: str, keys: tuple[str, ...], scale: float) -> Update:
-    key_a, key_b, key_p, key_v = keys
-    u, rank, _ = adapter.store.tensors[key_p].spec.shape
-    a, b = (adapter.store.tensors[key].spec for key in (key_a, key_b))
-    check_shape(adapter, key_a, (rank, a.n_cols), f"from {shown(key_p)}")
-    check_shape(adapter, key_b, (*b.shape[:1], rank), f"from {shown(key_p)}")
-    check_shape(adapter, key_v, (u,), f"from {shown(key_p)}")
-    return Update(f"{module}.weight", keys, make=lambda target: _patch(adapter, keys, scale, target))
-
-
-def _patch(adapter: AdapterDir, keys: tuple[str, ...], scale: float, target: Target) -> Patch:
-    a, b, p = (adapter.store.tensors[key].spec for key in keys[:3])
-    transposed = is_transposed(adapter, keys[:2], (b.shape[0], a.shape[1]), target)
-
-    def begin(tensors: Tensors, base: Base) -> Tensors:
-        r = torch.einsum("i,ijk->jk", tensors["v"].double(), tensors["P"].double())
-        right = (r @ tensors["A"].double()).float()
-        return {"left": right.T, "right": tensors["B"].T} if transposed else {"left": tensors["B"], "right": right}
-
-    def update(tile: torch.Tensor, first_row: int, tensors: Tensors) -> None:
-        tile.addmm_(tensors["left"][first_row : first_row + tile.shape[0]], tensors["right"], alpha=scale)
-
-    named = dict(zip(("A", "B", "P", "v"), keys, strict=True))
-    nbytes = 8 * p.numel + 20 * a.numel
-    return RowWise(adapter.store, named, update, begin=begin, begin_nbytes=nbytes, facts={"rank": p.shape[1], "scale": scale})
+    _, projection = next(pieces(adapter.store, key, 0, drawn.shape[1]))
+    return torch.isclose(drawn, projection.float(), rtol=_SAME, atol=1e-6).all(dim=1).nonzero().flatten().tolist()

@@ -5,74 +5,59 @@ _get_lora_matrices). Indices and scales are in the file with `save_indices` only
 the order in which the model's modules were made, which neither the adapter nor the checkpoint tells.
 """
 
-from collections.abc import Callable
+from functools import partial
 
-import torch
-
-from lorafuse.adapters.factor import load
-from lorafuse.adapters.fit import check_shape, is_transposed, take
-from lorafuse.adapters.keys import drop_copies, group, refuse_left_over, replacements
-from lorafuse.adapters.patch import Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.check import check_positions, check_shapes, is_transposed
+from lorafuse.adapters.patch import Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors, oriented, product_added
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import Found, Leaves, Warn, each_module, read_modules, take, take_shared
 from lorafuse.errors import AdapterError, shown
 
 SUPPORTED = "Linear, Conv1D; saved indices only"
 MEMORY = "tiles"
 
-_NAMES = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
+_LEAVES = r"unilora_theta_d|unilora_(indices|scales)_[AB]"
+_NAMES = ("indices_A", "indices_B", "scales_A", "scales_B")
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Callable[[str], None]) -> tuple[list[Update], dict[str, str]]:
-    modules = group(adapter, r"unilora_theta_d|unilora_(indices|scales)_[AB]")
-    ignored = drop_copies(modules)
-    theta = modules.get("base_model", {}).pop("unilora_theta_d", None)
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
+    """One for the weight of each module."""
+    modules, ignored = read_modules(adapter, _LEAVES)
+    theta = take_shared(modules, "unilora_theta_d").get("unilora_theta_d")
     if theta is None:
         raise AdapterError(f"{adapter.file}: has no unilora_theta_d.")
-    if not any(name in leaves for leaves in modules.values() for name in _NAMES):
+    if not any(f"unilora_{name}" in leaves for leaves in modules.values() for name in _NAMES):
         raise AdapterError(
             f"{adapter.file}: has no unilora_indices_A (save_indices was off), so it is not known which elements of "
             "unilora_theta_d belong to which module."
         )
-    check_shape(adapter, theta, (adapter.store.tensors[theta].spec.numel,), "as a vector")
-    result: list[Update] = []
-    for module, leaves in modules.items():
-        result += replacements(adapter, module, leaves)
-        keys = take(adapter, module, leaves, _NAMES)
-        if keys is not None:
-            result.append(_update(adapter, module, (*keys, theta), scale))
-        refuse_left_over(adapter, leaves)
-    return result, ignored
+    return each_module(adapter, modules, partial(_low_rank, adapter, scale, theta), warn), ignored
 
 
-def _update(adapter: AdapterDir, module: str, keys: tuple[str, ...], scale: float) -> Update:
-    indices_a, indices_b, scales_a, scales_b, theta = keys
-    a, b = (adapter.store.tensors[key].spec for key in (indices_a, indices_b))
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.numel * b.numel == 0:
-        raise AdapterError(
-            f"{adapter.file}: {shown(indices_a)} is {a} and {shown(indices_b)} is {b}; they are not those of two factors."
+def _low_rank(adapter: AdapterDir, scale: float, theta: str, module: str, leaves: Leaves) -> list[Update]:
+    own = take(adapter, module, leaves, tuple(f"unilora_{name}" for name in _NAMES))
+    if own is None:
+        return []
+    keys, a, b = (*own, theta), ("r", "in"), ("out", "r")
+    n = check_shapes(adapter, *zip(keys, (a, b, a, b, ("theta_d",)), strict=True), integers=own[:2])
+    for key in own[:2]:
+        check_positions(adapter, key, n["theta_d"], f"elements of {shown(theta)}")
+
+    def make(target: Target) -> Patch:
+        transposed = is_transposed(adapter, own[:2], (n["out"], n["in"]), target)
+        return RowWise(
+            adapter.store,
+            dict(zip((*_NAMES, "theta"), keys, strict=True)),
+            partial(product_added, scale=scale),
+            begin=partial(_begin, transposed=transposed),
+            begin_nbytes=12 * n["r"] * (n["in"] + n["out"]),
+            facts={"rank": n["r"], "scale": scale},
         )
-    n = adapter.store.tensors[theta].spec.numel
-    for indices, scales in ((indices_a, scales_a), (indices_b, scales_b)):
-        spec = adapter.store.tensors[indices].spec
-        check_shape(adapter, scales, spec.shape, f"from {shown(indices)}")
-        found = load(adapter.store, indices, torch.device("cpu"))
-        if found.is_floating_point() or int(found.min()) < 0 or int(found.max()) >= n:
-            raise AdapterError(f"{adapter.file}: {shown(indices)} is {spec}, expected positions in the {n} of {shown(theta)}.")
-    return Update(f"{module}.weight", keys, make=lambda target: _patch(adapter, keys, scale, target))
+
+    return [Update(f"{module}.weight", keys, make=make)]
 
 
-def _patch(adapter: AdapterDir, keys: tuple[str, ...], scale: float, target: Target) -> Patch:
-    a, b = (adapter.store.tensors[key].spec for key in keys[:2])
-    transposed = is_transposed(adapter, keys[:2], (b.shape[0], a.n_cols), target)
-
-    def begin(tensors: Tensors, base: Base) -> Tensors:
-        a, b = (tensors["theta"][tensors[f"indices_{x}"]] * tensors[f"scales_{x}"] for x in "AB")
-        return {"left": a.T, "right": b.T} if transposed else {"left": b, "right": a}
-
-    def update(tile: torch.Tensor, first_row: int, tensors: Tensors) -> None:
-        tile.addmm_(tensors["left"][first_row : first_row + tile.shape[0]], tensors["right"], alpha=scale)
-
-    named = dict(zip(("indices_A", "indices_B", "scales_A", "scales_B", "theta"), keys, strict=True))
-    nbytes = 12 * (a.numel + b.numel)
-    return RowWise(adapter.store, named, update, begin=begin, begin_nbytes=nbytes, facts={"rank": a.shape[0], "scale": scale})
+def _begin(tensors: Tensors, transposed: bool) -> Tensors:
+    a, b = (tensors["theta"][tensors[f"indices_{x}"]] * tensors[f"scales_{x}"] for x in "AB")
+    return oriented(b, a, transposed)

@@ -6,29 +6,18 @@ drawn again from `projection_prng_key` as PEFT draws them (vera/model.py, _init_
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from lorafuse.adapters.check import check_shapes, is_transposed, misfit, unexpected
 from lorafuse.adapters.factor import READ_NUMEL
+from lorafuse.adapters.fields import integer
 from lorafuse.adapters.keys import Modules
-from lorafuse.adapters.patch import Base, Patch, Target, Update
+from lorafuse.adapters.patch import Patch, Target, Update
 from lorafuse.adapters.rowwise import RowWise, Tensors, oriented, product_added
-from lorafuse.adapters.shared import (
-    NAMED,
-    SHARED,
-    Found,
-    Leaves,
-    Warn,
-    each_module,
-    expect,
-    is_transposed,
-    misfit,
-    read_modules,
-    shape_of,
-    take,
-    whole_number,
-)
 from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.adapters.walk import NAMED, SHARED, Found, Leaves, Warn, each_module, read_modules, take
 from lorafuse.codecs.sources import host_view
 from lorafuse.errors import AdapterError, shown
 from lorafuse.tensors import DTYPES
@@ -47,17 +36,14 @@ def vector_updates(adapter: AdapterDir, scale: float, warn: Warn, prefix: str, *
     shared = _shared(adapter, modules, prefix, n_halves, warn)
 
     def of_module(module: str, leaves: Leaves) -> list[Update]:
-        taken = take(adapter, module, leaves, (f"{prefix}_lambda_b", f"{prefix}_lambda_d"))
-        if taken is None:
+        own = take(adapter, module, leaves, (f"{prefix}_lambda_b", f"{prefix}_lambda_d"))
+        if own is None:
             return []
-        keys = dict(zip("bd", taken.values(), strict=True))
-        rank = shared.rank * n_halves
-        expect(adapter, keys["b"], len(shape_of(adapter, keys["b"])) == 1, "[out]")
-        expect(adapter, keys["d"], shape_of(adapter, keys["d"]) == (rank,), f"[{rank}]")
-        used = (*keys.values(), *shared.keys)
-        return [Update(f"{module}.weight", used, make=lambda target: _patch(adapter, keys, shared, scale, target))]
+        n_out = check_shapes(adapter, (own[0], ("out",)), (own[1], (shared.rank * n_halves,)))["out"]
+        make = partial(_patch, adapter, own, n_out, shared, scale)
+        return [Update(f"{module}.weight", (*own, *shared.keys), make=make)]
 
-    return each_module(adapter, modules, of_module), ignored
+    return each_module(adapter, modules, of_module, warn), ignored
 
 
 @dataclass
@@ -77,9 +63,9 @@ class Projections:
         if not self.keys:
             self.n_in, self.n_out = max(self.n_in, n_in), max(self.n_out, n_out)
         elif n_in > self.n_in:
-            raise misfit(self.adapter, self.keys[0], target)
+            raise misfit(self.adapter, target, self.keys[0])
         elif n_out > self.n_out:
-            raise misfit(self.adapter, self.keys[1], target)
+            raise misfit(self.adapter, target, self.keys[1])
 
     def load(self, n_in: int, n_out: int) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 A [rank, n_in] and B [n_out, rank]."""
@@ -114,7 +100,7 @@ def _drawn(n_rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
 def _shared(adapter: AdapterDir, modules: Modules, prefix: str, n_halves: int, warn: Warn) -> Projections:
     where = adapter.path / CONFIG
     keys = take(adapter, SHARED, modules.get(SHARED, {}), (f"{prefix}_A", f"{prefix}_B"))
-    seed = whole_number(adapter, "projection_prng_key", 0, minimum=0)
+    seed = integer(adapter, "projection_prng_key", 0, least=0)
     if keys is None:
         if adapter.config.get("save_projection", True):
             raise AdapterError(f"{adapter.file}: holds no base_model.{prefix}_A, though {shown(where)} says save_projection.")
@@ -122,31 +108,32 @@ def _shared(adapter: AdapterDir, modules: Modules, prefix: str, n_halves: int, w
             f"{adapter.file}: {prefix}_A and {prefix}_B were not saved; they are drawn again from projection_prng_key, as PEFT "
             "does, which is exact where the random numbers of torch are those of the training."
         )
-        return Projections(adapter, whole_number(adapter, "r", 256), n_halves, (), seed)
-    key_a, key_b = keys.values()
-    a, b = shape_of(adapter, key_a), shape_of(adapter, key_b)
-    expect(adapter, key_a, len(a) == 2 and a[0] % n_halves == 0, f"[{'2 r' if n_halves > 1 else 'r'}, in]")
-    rank = a[0] // n_halves
-    expect(adapter, key_b, len(b) == 2 and b[1] == rank, f"[out, {rank}]")
-    return Projections(adapter, rank, n_halves, (key_a, key_b), seed, a[1], b[0])
+        return Projections(adapter, integer(adapter, "r", 256), n_halves, (), seed)
+    r = "r" if n_halves == 1 else "2 r"
+    n = check_shapes(adapter, (keys[0], (r, "in")))
+    if n[r] % n_halves:
+        raise unexpected(adapter, keys[0], f"[{r}, in]")
+    rank = n[r] // n_halves
+    n_out = check_shapes(adapter, (keys[1], ("out", rank)))["out"]
+    return Projections(adapter, rank, n_halves, keys, seed, n["in"], n_out)
 
 
-def _patch(adapter: AdapterDir, keys: dict[str, str], shared: Projections, scale: float, target: Target) -> Patch:
-    (n_out,) = shape_of(adapter, keys["b"])
-    transposed = is_transposed(adapter, keys["b"], target, n_out)
-    n_in = target.spec.shape[0 if transposed else 1]
+def _patch(adapter: AdapterDir, keys: tuple[str, ...], n_out: int, shared: Projections, scale: float, target: Target) -> Patch:
+    n_in = target.spec.numel // n_out
+    transposed = is_transposed(adapter, keys[:1], (n_out, n_in), target)
     shared.cover(n_in, n_out, target)
     rank = shared.rank
 
-    def begin(t: Tensors, base: Base) -> Tensors:
-        A, B = (x.to(base.arena.device) for x in shared.load(n_in, n_out))
-        return oriented(B.mul_(t["b"][:, None]), A.mul_(t["d"][:rank, None]), transposed=transposed)
-
     return RowWise(
         adapter.store,
-        keys,
-        product_added(scale),
-        begin=begin,
+        dict(zip("bd", keys, strict=True)),
+        partial(product_added, scale=scale),
+        begin=partial(_begin, shared=shared, n_in=n_in, n_out=n_out, transposed=transposed),
         begin_nbytes=4 * rank * (n_in + n_out) + 12 * READ_NUMEL,
         facts={"rank": rank, "scale": scale},
     )
+
+
+def _begin(t: Tensors, shared: Projections, n_in: int, n_out: int, transposed: bool) -> Tensors:
+    A, B = (x.to(t["b"].device) for x in shared.load(n_in, n_out))
+    return oriented(B.mul_(t["b"][:, None]), A.mul_(t["d"][: shared.rank, None]), transposed)

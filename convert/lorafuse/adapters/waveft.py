@@ -8,27 +8,17 @@ high-pass over rows, and the one in the lower half over columns. Without use_idw
 length of the spectrum.
 """
 
+from functools import partial
+
 import torch
 
-from lorafuse.adapters.patch import TILE_NUMEL, Base, Patch, Target, Update
-from lorafuse.adapters.rowwise import RowWise, Tensors
+from lorafuse.adapters.check import check_shapes, misfit
+from lorafuse.adapters.fields import integer, number, one_of
+from lorafuse.adapters.patch import Patch, Target, Update
+from lorafuse.adapters.rowwise import RowWise, Tensors, tile_nbytes
 from lorafuse.adapters.seeded import first_of_randperm
-from lorafuse.adapters.shared import (
-    NAMED,
-    Found,
-    Leaves,
-    Warn,
-    each_module,
-    expect,
-    misfit,
-    number,
-    one_of,
-    read_modules,
-    shape_of,
-    take,
-    whole_number,
-)
 from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.walk import NAMED, Found, Leaves, Warn, collect
 from lorafuse.adapters.wavelets import FAMILIES, reconstruction_filters
 
 SUPPORTED = "Linear, HF Conv1D; db1–db10 and sym2–sym10"
@@ -40,54 +30,58 @@ _CHUNK_NUMEL = 1 << 17  # elements that coefficients add to at once
 
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Found:
     """One for the weight of each module."""
-    modules, ignored = read_modules(adapter, _LEAVES)
-    seed = whole_number(adapter, "random_loc_seed", 777, minimum=0)
+    seed = integer(adapter, "random_loc_seed", 777, least=0)
     scaling = scale * number(adapter, "scaling", 25.0)
     family = one_of(adapter, "wavelet_family", "db1", FAMILIES) if adapter.config.get("use_idwt", True) else None
-
-    def of_module(module: str, leaves: Leaves) -> list[Update]:
-        keys = take(adapter, module, leaves, (_NAME,))
-        if keys is None:
-            return []
-        expect(adapter, keys[_NAME], len(shape_of(adapter, keys[_NAME])) == 1, "[n_frequency]")
-        used = tuple(keys.values())
-        return [Update(f"{module}.weight", used, make=lambda target: _patch(adapter, keys, seed, scaling, family, target))]
-
-    return each_module(adapter, modules, of_module), ignored
+    return collect(adapter, _LEAVES, partial(_spectrum, adapter, scaling, seed, family), warn)
 
 
-def _patch(adapter: AdapterDir, keys: dict[str, str], seed: int, scaling: float, family: str | None, target: Target) -> Patch:
-    (n,) = shape_of(adapter, keys[_NAME])
-    if len(target.spec.shape) != 2 or n > target.spec.numel:
-        raise misfit(adapter, keys[_NAME], target)
-    n_out, n_in = target.spec.shape[:: -1 if target.is_conv1d else 1]
-
-    def begin(t: Tensors, base: Base) -> Tensors:
-        places = first_of_randperm(target.spec.numel, n, seed)
-        axes = _bands(places // n_in, places % n_in, n_out, n_in, family)
-        (rows, row_filters), (cols, col_filters) = axes[:: -1 if target.is_conv1d else 1]
-        made = {"rows": rows, "row_filters": row_filters, "cols": cols, "col_filters": col_filters}
-        return {name: x.to(base.arena.device) for name, x in made.items()} | {"c": t[_NAME] * scaling}
-
-    def update(tile: torch.Tensor, first_row: int, t: Tensors) -> None:
-        length = t["row_filters"].shape[1]
-        reach = torch.arange(length, device=tile.device)
-        near = ((t["rows"] < first_row + tile.shape[0]) & (t["rows"] + length > first_row)).nonzero()[:, 0]
-        delta = torch.zeros_like(tile)
-        for chosen in torch.split(near, max(_CHUNK_NUMEL // length**2, 1)):
-            values = (t["c"][chosen, None] * t["row_filters"][chosen])[:, :, None] * t["col_filters"][chosen][:, None, :]
-            rows = (t["rows"][chosen, None] - first_row + reach)[:, :, None].expand_as(values)
-            cols = (t["cols"][chosen, None] + reach)[:, None, :].expand_as(values)
-            inside = (rows >= 0) & (rows < tile.shape[0]) & (cols >= 0) & (cols < tile.shape[1])
-            # Not index_add_, whose order of summation on CUDA differs from run to run.
-            delta.index_put_((rows[inside], cols[inside]), values[inside], accumulate=True)
-        tile.add_(delta)
-
+def _spectrum(adapter: AdapterDir, scaling: float, seed: int, family: str | None, module: str, leaves: Leaves) -> list[Update]:
+    key = leaves.pop(_NAME, None)
+    if key is None:
+        return []
+    n = check_shapes(adapter, (key, ("n_frequency",)))["n_frequency"]
     length = reconstruction_filters(family).shape[1] if family else 1
-    scratch_nbytes = 4 * max(TILE_NUMEL, target.spec.n_cols) + 64 * _CHUNK_NUMEL + 16 * n
-    facts = {"n_frequency": n, "scale": scaling}
-    begin_nbytes = (300 + 8 * length) * n
-    return RowWise(adapter.store, keys, update, begin=begin, begin_nbytes=begin_nbytes, scratch_nbytes=scratch_nbytes, facts=facts)
+
+    def make(target: Target) -> Patch:
+        if len(target.spec.shape) != 2 or n > target.spec.numel:
+            raise misfit(adapter, target, key)
+        n_rows, n_cols = target.spec.shape
+        return RowWise(
+            adapter.store,
+            {"c": key},
+            _add,
+            begin=partial(_begin, seed=seed, scaling=scaling, family=family, shape=(n_rows, n_cols), turned=target.is_conv1d),
+            begin_nbytes=(300 + 8 * length) * n,
+            scratch_nbytes=tile_nbytes(target.spec) + 64 * max(_CHUNK_NUMEL, length**2) + 16 * n,
+            facts={"n_frequency": n, "scale": scaling},
+        )
+
+    return [Update(f"{module}.weight", (key,), make=make)]
+
+
+def _begin(t: Tensors, seed: int, scaling: float, family: str | None, shape: tuple[int, int], turned: bool) -> Tensors:
+    n_out, n_in = shape[:: -1 if turned else 1]
+    places = first_of_randperm(n_out * n_in, len(t["c"]), seed)
+    axes = _bands(places // n_in, places % n_in, n_out, n_in, family)
+    (rows, row_filters), (cols, col_filters) = axes[:: -1 if turned else 1]
+    made = {"rows": rows, "row_filters": row_filters, "cols": cols, "col_filters": col_filters}
+    return {name: x.to(t["c"].device) for name, x in made.items()} | {"c": t["c"] * scaling}
+
+
+def _add(tile: torch.Tensor, first_row: int, t: Tensors) -> None:
+    length = t["row_filters"].shape[1]
+    reach = torch.arange(length, device=tile.device)
+    near = ((t["rows"] < first_row + tile.shape[0]) & (t["rows"] + length > first_row)).nonzero()[:, 0]
+    delta = torch.zeros_like(tile)
+    for chosen in torch.split(near, max(_CHUNK_NUMEL // length**2, 1)):
+        values = (t["c"][chosen, None] * t["row_filters"][chosen])[:, :, None] * t["col_filters"][chosen][:, None, :]
+        rows = (t["rows"][chosen, None] - first_row + reach)[:, :, None].expand_as(values)
+        cols = (t["cols"][chosen, None] + reach)[:, None, :].expand_as(values)
+        inside = (rows >= 0) & (rows < tile.shape[0]) & (cols >= 0) & (cols < tile.shape[1])
+        # Not index_add_, whose order of summation on CUDA differs from run to run.
+        delta.index_put_((rows[inside], cols[inside]), values[inside], accumulate=True)
+    tile.add_(delta)
 
 
 Axis = tuple[torch.Tensor, torch.Tensor]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorafuse.adapters import AdapterDir, Choice, Update
-from lorafuse.adapters.modules import Warn
+from lorafuse.adapters.walk import Warn
 from lorafuse.codecs import Sources
 from lorafuse.structure.heads import new_head
 from lorafuse.structure.layers import replicate

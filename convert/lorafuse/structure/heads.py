@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafuse.adapters import AdapterDir, Choice, Update
-from lorafuse.adapters.modules import Warn
 from lorafuse.adapters.store import CONFIG
+from lorafuse.adapters.walk import Warn
 from lorafuse.checkpoint import read_json_dict
 from lorafuse.codecs import Sources
 from lorafuse.errors import AdapterError, listed, shown

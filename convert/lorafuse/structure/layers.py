@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafuse.adapters import AdapterDir
-from lorafuse.adapters.modules import Warn
 from lorafuse.adapters.store import CONFIG
+from lorafuse.adapters.walk import Warn
 from lorafuse.codecs import Sources
 from lorafuse.errors import AdapterError, listed, shown
 from lorafuse.structure.models import load_table
