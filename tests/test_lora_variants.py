@@ -14,6 +14,7 @@ from torch import nn
 import lorafuse
 from lorafuse.adapters.factor import BlockDiagonal, Factor
 from lorafuse.adapters.patch import Base
+from lorafuse.cli import plan_text
 from lorafuse.codecs import Arena
 from lorafuse.errors import AdapterError
 from oracle import decode, read_adapter, read_tensors
@@ -193,6 +194,15 @@ def test_bases_that_training_changed(case, kind, base, adapter, tmp_path):
     assert (expected - found).abs().max() < (2e-3 if kind == "bf16" else 1e-4)
     lorafuse.convert(base(kind), lora, tmp_path / "plain", dtype="float32", adapter_scale=0.0)
     assert (expected - merged(tmp_path / "plain")).abs().max() > 0.02
+
+
+def test_the_plan_says_which_weights_are_held_whole(base, adapter, tmp_path):
+    lora = adapter("fp32", init_lora_weights="pissa", target_modules=["q_proj", "embed_tokens"])
+    plan = lorafuse.convert(base("fp32"), lora, tmp_path / "out", dry_run=True)
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
+    assert plan["held_whole"] == names
+    last = plan_text(plan).splitlines()[-2]
+    assert last == f"held whole in memory, one after the other, for a decomposition: {names[0]}, {names[1]}"
 
 
 def test_the_residual_is_rounded_to_the_dtype_of_the_base(base, adapter, tmp_path):

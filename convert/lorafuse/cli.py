@@ -144,6 +144,8 @@ def plan_text(plan: dict[str, Any]) -> str:
     lines += [f"  {s['file']}  {s['nbytes'] / 1e6:,.1f} MB  {s['n_weights']} weights" for s in plan["shards"]]
     lines.append(f"adapter tensors: {plan['adapter_tensors']['used']} used, {len(plan['adapter_tensors']['ignored'])} ignored")
     lines += [f"  ignored {shown(key)}: {shown(reason)}" for key, reason in plan["adapter_tensors"]["ignored"].items()]
+    if plan["held_whole"]:
+        lines.append(f"held whole in memory, one after the other, for a decomposition: {listed(plan['held_whole'])}")
     lines += [f"config.json: {name} = {json.dumps(value)}" for name, value in plan["config_changes"].items()]
     return "\n".join(lines)
 

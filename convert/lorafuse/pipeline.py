@@ -115,4 +115,5 @@ def plan_event(plan: Plan) -> dict[str, Any]:
         "shards": [{"file": shard.file, "nbytes": shard.nbytes, "n_weights": len(shard.steps)} for shard in plan.shards],
         "adapter_tensors": {"used": len(plan.used), "ignored": plan.ignored},
         "config_changes": plan.config_changes,
+        "held_whole": [step.name for step in plan.steps if any(patch.holds_weight for patch in step.patches)],
     }

@@ -11,7 +11,8 @@ import torch
 
 from lorafuse.adapters.factor import load
 from lorafuse.adapters.lowrank import LowRank
-from lorafuse.adapters.patch import TILE_NUMEL, Base, Patch, Target
+from lorafuse.adapters.patch import Base, Patch, Target
+from lorafuse.adapters.rowwise import reading_nbytes, tile_nbytes
 from lorafuse.checkpoint import Store
 from lorafuse.codecs.sources import Arena
 
@@ -25,7 +26,7 @@ class Dora(Patch):
     def __init__(self, update: LowRank, store: Store, key: str, target: Target, *, by_columns: bool, strength: float) -> None:
         self.update, self.by_columns, self.strength = update, by_columns, strength
         self._store, self._key = store, key
-        self._n_cols, self._base_nbytes = target.spec.n_cols, target.spec.numel if target.is_conv1d else 0
+        self._spec, self._base_nbytes = target.spec, target.spec.numel if target.is_conv1d else 0
         self._magnitude: torch.Tensor | None = None  # with by_columns, divided by the norm of the whole column
 
     @property
@@ -38,19 +39,19 @@ class Dora(Patch):
 
     @property
     def nbytes(self) -> int:
-        """With by_columns, the sums, and the rows that prepare reads, which a base of its own scratch decodes."""
-        reading = 12 * max(TILE_NUMEL, self._n_cols) + self._base_nbytes + self.update.scratch_nbytes if self.by_columns else 0
+        """With by_columns, the sums, and what reading the weight takes."""
+        reading = reading_nbytes(self._spec) + self._base_nbytes + self.update.scratch_nbytes if self.by_columns else 0
         return self.update.nbytes + 16 * self._store.tensors[self._key].spec.numel + reading
 
     @property
     def scratch_nbytes(self) -> int:
-        return self.update.scratch_nbytes + (0 if self.strength == 1.0 else 4 * max(TILE_NUMEL, self._n_cols))
+        return self.update.scratch_nbytes + (0 if self.strength == 1.0 else tile_nbytes(self._spec))
 
     def prepare(self, base: Base, arena: Arena) -> None:
         self.update.prepare(base, arena)
         self._magnitude = load(self._store, self._key, arena.device).view(-1)
         if self.by_columns:
-            squares = torch.zeros(self._n_cols, dtype=torch.float64, device=arena.device)
+            squares = torch.zeros(self._spec.n_cols, dtype=torch.float64, device=arena.device)
             for first_row, rows in base.tiles():
                 self.update.apply(rows, first_row, arena)
                 squares += torch.linalg.vector_norm(rows, dim=0).double().square()

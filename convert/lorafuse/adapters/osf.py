@@ -56,6 +56,7 @@ def _patch(adapter: AdapterDir, keys: tuple[str, ...], scale: float, rank: int, 
         begin_from=partial(_begin, dtype=getattr(torch, target.spec.torch_name)),
         # The weight, LAPACK's copy, U and V, and its workspace (gesdd, 4 · least² + the small factors); later four products.
         begin_nbytes=4 * (5 * n_rows * n_cols + 6 * least * least) + reading_nbytes(target.spec),
+        holds_weight=True,
         facts={"rank": rank, "scale": scale},
     )
 

@@ -80,6 +80,11 @@ class Patch(Protocol):
         return True
 
     @property
+    def holds_weight(self) -> bool:
+        """Whether it holds the whole weight from prepare to release, for a decomposition; the plan says so."""
+        return any(patch.holds_weight for patch in self.members)
+
+    @property
     def additive(self) -> bool:
         """Whether apply adds what does not depend on the values in the tile, so that it may follow another adapter's patches."""
         return False

@@ -51,6 +51,7 @@ def take_out(store: Store, part: Part, rank: int, strength: float, target: Targe
         # The weight, LAPACK's copy, U and V, and its workspace (gesdd, 4 · least² and smaller parts).
         begin_nbytes=4 * (4 * n_rows * n_cols + 6 * least * least) + reading_nbytes(target.spec),
         scratch_nbytes=tile_nbytes(target.spec) // 2,
+        holds_weight=True,
         facts={"rank": rank},
     )
 

@@ -38,13 +38,14 @@ class RowWise(Patch):
         begin_nbytes: int = 0,
         scratch_nbytes: int = 0,
         row_multiple: int = 1,
+        holds_weight: bool = False,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self._store, self._keys = store, dict(keys)
         self._update, self._begin, self._begin_from = update, begin, begin_from
         self._formula = tuple(_bound(function) for function in (update, begin, begin_from))
         self._begin_nbytes, self._scratch_nbytes, self._row_multiple = begin_nbytes, scratch_nbytes, row_multiple
-        self._facts = dict(facts or {})
+        self._holds_weight, self._facts = holds_weight, dict(facts or {})
         self._tensors: Tensors = {}
 
     @property
@@ -66,6 +67,10 @@ class RowWise(Patch):
     @property
     def row_multiple(self) -> int:
         return self._row_multiple
+
+    @property
+    def holds_weight(self) -> bool:
+        return self._holds_weight
 
     def prepare(self, base: Base, arena: Arena) -> None:
         tensors = {name: load(self._store, key, arena.device) for name, key in self._keys.items()}
