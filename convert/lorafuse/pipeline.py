@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from lorafuse.adapters import open_adapter
+from lorafuse.adapters import adapter_folder, open_adapter
 from lorafuse.checkpoint import Checkpoint
-from lorafuse.errors import AdapterError, CheckpointError, UsageError
-from lorafuse.hub import ADAPTER_FILES, CHECKPOINT_FILES, local_dir
+from lorafuse.errors import AdapterError, CheckpointError, UsageError, shown
+from lorafuse.hub import CHECKPOINT_FILES, adapter_files, local_dir
 from lorafuse.merge import merge
 from lorafuse.plan import make_plan
 from lorafuse.receipt import RECEIPT, InputHashes, make_receipt
@@ -33,27 +33,31 @@ def convert(
     device: str = "auto",
     memory_limit: str | int = "100MB",
     adapter_scale: float = 1.0,
+    adapter_name: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> dict[str, Any]:
-    """Merge a PEFT adapter into a checkpoint and write the result to `out_dir`.
+    """Merge a PEFT or MLX-LM adapter into a checkpoint and write the result to `out_dir`.
 
-    `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`. Returns the receipt (also written to
-    `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets one dict for each thing that happens: `event` is
-    "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong, or
-    an OSError; then `out_dir` is as it was.
+    `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`. Returns
+    the receipt (also written to `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets one dict for each thing that
+    happens: `event` is "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError, whose class says what kind of
+    thing went wrong, or an OSError; then `out_dir` is as it was.
     """
     began = time.perf_counter()
     limits = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
-    settings = Settings(dtype=dtype, device=device, adapter_scale=adapter_scale, **limits)
+    settings = Settings(dtype=dtype, device=device, adapter_scale=adapter_scale, adapter_name=adapter_name, **limits)
     target = pick_device(device)
     ckpt_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
-    adapter_dir = local_dir(fspath(adapter), ADAPTER_FILES, AdapterError)
+    adapter_root, adapter_dir = local_adapter(fspath(adapter), adapter_name, on_event)
     out = Path(out_dir)
-    check_out_dir(out, [ckpt_dir, adapter_dir], overwrite=overwrite)
+    check_out_dir(out, [ckpt_dir, adapter_root], overwrite=overwrite)
 
-    with closing(Checkpoint(ckpt_dir)) as base, closing(open_adapter(adapter_dir)) as lora:
+    with (
+        closing(Checkpoint(ckpt_dir)) as base,
+        closing(open_adapter(adapter_dir, adapter_root, base.config.get("model_type"))) as lora,
+    ):
         plan = make_plan(base, lora, settings)
         for message in plan.warnings:
             on_event({"event": "warning", "message": message})
@@ -62,13 +66,25 @@ def convert(
             return plan_event(plan)
         with InputHashes(base, fspath(ckpt), lora, fspath(adapter)) as inputs, Staging(out, plan.plan_id) as staging:
             outcome = merge(plan, staging.path, target, on_event)
-            write_sidecars(plan, ckpt_dir, base.config, adapter_dir, staging.path)
+            write_sidecars(plan, ckpt_dir, base.config, (adapter_dir, adapter_root), staging.path)
             verify_staging(plan, outcome, staging.path)
             receipt = make_receipt(plan, outcome, settings, inputs.result(), time.perf_counter() - began)
             write_json(staging.path / RECEIPT, receipt)
             staging.commit()
     on_event({"event": "done", "out_dir": fspath(out_dir), **receipt["timing"], "peak_rss": receipt["peak_rss"]})
     return receipt
+
+
+def local_adapter(adapter: str, name: str | None, on_event: Callable[[dict[str, Any]], None]) -> tuple[Path, Path]:
+    """The directory of an adapter, and in it the adapter that is meant: `adapter_folder`. Raises AdapterError."""
+    root = local_dir(adapter, adapter_files(name), AdapterError)
+    folder = adapter_folder(root, name)
+    if name is None and folder != root:
+        on_event({"event": "warning", "message": f"{shown(adapter)}: the adapter in it, {shown(folder.name)}, is taken."})
+        # Of a hub id, only its config is here yet.
+        folder = local_dir(adapter, adapter_files(folder.name), AdapterError) / folder.name
+        root = folder.parent
+    return root, folder
 
 
 def pick_device(name: str) -> torch.device:

@@ -15,7 +15,6 @@ import torch
 
 from lorafuse._version import __version__
 from lorafuse.adapters import AdapterDir
-from lorafuse.adapters.store import CONFIG
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.merge import Outcome
 from lorafuse.settings import Settings
@@ -32,7 +31,7 @@ class InputHashes:
 
     def __init__(self, ckpt: Checkpoint, ckpt_name: str, adapter: AdapterDir, adapter_name: str) -> None:
         paths = [("checkpoint", ckpt_name, ckpt.path, p) for p in (ckpt.path / "config.json", *(s.path for s in ckpt.shards))]
-        paths += [("adapter", adapter_name, adapter.path, p) for p in (adapter.path / CONFIG, adapter.file)]
+        paths += [("adapter", adapter_name, adapter.root, p) for p in adapter.files]
         self._files = [(role, f"{name.rstrip('/')}/{path.relative_to(root)}", path) for role, name, root, path in paths]
         self._stop = Event()
         self._executor = ThreadPoolExecutor(1, "hash")
