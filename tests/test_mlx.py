@@ -96,6 +96,28 @@ def test_the_adapter_scale_multiplies_that_of_the_config(base, tmp_path):
     assert complaints(tmp_path / "out", truth(base("fp32"), tensors, 1.25)) == []
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4_dq", "fp32_tied", "gpt2", "gpt2_nf4"])
+@pytest.mark.parametrize(("scale", "fields"), [(1.0, {"fine_tune_type": "dora"}), (0.5, {"use_dora": True})])
+def test_dora(kind, scale, fields, base, tmp_path):
+    """W' = (m / ‖V‖) · V with the norm of each output's or token's weights, V the weight with its update; else W + x · (W' − W)."""
+    gpt2 = kind.startswith("gpt2")
+    modules = {"transformer.h.1.attn.c_proj": (64, 64), "transformer.h.0.mlp.c_fc": (64, 256)} if gpt2 else LINEARS
+    modules = modules | ({} if gpt2 else {"model.embed_tokens": (96, 64)})
+    tensors, as_is = factors(modules), [*modules] if gpt2 else ["model.embed_tokens"]
+    before, wanted = decode(base(kind)), truth(base(kind), tensors, 2.5, as_is=as_is)
+    for module in modules:
+        w, dim = wanted[f"{module}.weight"], 0 if gpt2 else 1
+        norm = torch.linalg.vector_norm(w.value, dim=dim, keepdim=True)
+        m = norm.float() * (1 + torch.rand(norm.shape, generator=torch.Generator().manual_seed(8)))
+        tensors[f"{module}.m"] = m.flatten()
+        value = m.double() / norm * w.value
+        w.value = value * scale + (1 - scale) * before[f"{module}.weight"][0]
+        w.slack = 2.0**-19 * (value.abs() + 1)
+    lora = write(tmp_path / "lora", tensors, **fields)
+    lorafuse.convert(base(kind), lora, tmp_path / "out", adapter_scale=scale)
+    assert complaints(tmp_path / "out", wanted) == []
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gpt2_nf4"])
 def test_conv1d_is_a_linear_in_mlx(kind, base, tmp_path):
     """attn.c_proj is square: only the architecture says which way round it is."""
@@ -205,13 +227,13 @@ SHIFTED = (
             {"lora_parameters": {"rank": 8, "alpha": 16, "scale": 10.0}, "fine_tune_type": None, "num_layers": None},
             ALPHA,
         ),
+        ({}, {"fine_tune_type": "dora"}, f"FILE: {Q} has lora_a but no m."),
         (
-            {},
-            {"fine_tune_type": "dora"},
-            "CONFIG: fine_tune_type is dora, which is not supported: DoRA rescales rows by a trained magnitude.",
+            {f"{Q}.m": torch.ones(20)},
+            {"use_dora": True},
+            f"FILE: {Q}.m [20] does not fit {Q}.weight [16, 16]; is the adapter for another base?",
         ),
-        ({}, {"use_dora": True}, "CONFIG: use_dora is set, which is not supported: DoRA rescales rows by a trained magnitude."),
-        ({}, {"fine_tune_type": "ia3"}, "CONFIG: fine_tune_type is ia3, expected one of lora, full."),
+        ({}, {"fine_tune_type": "ia3"}, "CONFIG: fine_tune_type is ia3, expected one of lora, dora, full."),
         ({f"{Q}.m": torch.ones(16)}, {}, f"FILE: {Q}.m is of a kind that is not supported."),
         ({f"{Q}.lora_a_scales": torch.ones(16, 2)}, {}, f"FILE: {Q}.lora_a_scales is of a kind that is not supported."),
         (

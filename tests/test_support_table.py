@@ -25,7 +25,7 @@ Made from the adapter modules by `python tests/test_support_table.py`, and check
 An adapter is merged as PEFT's unmerged model computes, in fp32 and with one rounding, or it is refused before anything is written
 (exit code 4), with the reason below.
 
-MLX stands for the adapters of MLX-LM, whose configs have a `fine_tune_type` instead of a `peft_type`; its DoRA is not merged.
+MLX stands for the adapters of MLX-LM, whose configs have a `fine_tune_type` instead of a `peft_type`.
 
 ## Merged
 

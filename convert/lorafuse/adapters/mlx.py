@@ -1,4 +1,4 @@
-"""MLX-LM's adapters: `lora_a`/`lora_b` of linears and embeddings, and parameters trained whole.
+"""MLX-LM's adapters: `lora_a`/`lora_b` of linears and embeddings, with DoRA's `m`, and parameters trained whole.
 
 Linear (out, in): W += scale · (lora_a @ lora_b)ᵀ, embedding (vocab, dim): W += scale · lora_a @ lora_b, with
 lora_a [in or vocab, r], lora_b [r, out or dim]; the scale is the config's, without the rank
@@ -7,6 +7,7 @@ lora_a [in or vocab, r], lora_b [r, out or dim]; the scale is the config's, with
 
 import torch
 
+from lorafuse.adapters.dora import Dora
 from lorafuse.adapters.factor import Factor, load
 from lorafuse.adapters.keys import check_float, group, refuse_left_over
 from lorafuse.adapters.lowrank import LowRank
@@ -18,10 +19,10 @@ from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.codecs.sources import Arena, Sources
 from lorafuse.errors import AdapterError, shown
 
-SUPPORTED = "MLX-LM's LoRA on Linear and Embedding; layers trained whole (`fine_tune_type` full)"
+SUPPORTED = "MLX-LM's LoRA and DoRA on Linear and Embedding; layers trained whole (`fine_tune_type` full)"
 MEMORY = "tiles"
 
-_TYPES = ("lora", "full")
+_TYPES = ("lora", "dora", "full")
 _EMBEDDINGS = ("wte", "wpe")
 # How far the mean of a trained vector may be from the base's: less than the 1 that MLX-LM adds to the norms of some models.
 _MAX_SHIFT = 0.5
@@ -45,25 +46,24 @@ def ties_embeddings(adapter: AdapterDir) -> bool:
 
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
     """Everything the adapter does; nothing of it is ignored."""
-    _check_type(adapter)
+    names = ("lora_a", "lora_b", "m") if _is_dora(adapter) else ("lora_a", "lora_b")
     result: list[Update] = []
     for module, leaves in group(adapter, r"lora_[a-z]\w*|m").items():
         if "" in leaves:
             result.append(_whole(adapter, module, leaves.pop(""), scale))
-        keys = take_all(adapter, module, leaves, ("lora_a", "lora_b"))
+        keys = take_all(adapter, module, leaves, names)
         if keys is not None:
-            result.append(_low_rank(adapter, module, keys, scale * _scale(adapter)))
+            result.append(_low_rank(adapter, module, keys, scale))
         refuse_left_over(adapter, leaves)
     return result, {}
 
 
-def _check_type(adapter: AdapterDir) -> None:
+def _is_dora(adapter: AdapterDir) -> bool:
+    """Whether the factors come with magnitudes. Raises AdapterError for an unknown kind of training."""
     where, kind = adapter.path / CONFIG, adapter.config.get("fine_tune_type", "lora")
-    if kind == "dora" or adapter.config.get("use_dora"):
-        field = "use_dora is set" if adapter.config.get("use_dora") else "fine_tune_type is dora"
-        raise AdapterError(f"{where}: {field}, which is not supported: DoRA rescales rows by a trained magnitude.")
     if kind not in _TYPES:
         raise AdapterError(f"{where}: fine_tune_type is {shown(kind)}, expected one of {', '.join(_TYPES)}.")
+    return kind == "dora" or bool(adapter.config.get("use_dora"))
 
 
 def _scale(adapter: AdapterDir) -> float:
@@ -83,8 +83,8 @@ def _scale(adapter: AdapterDir) -> float:
 
 
 def _low_rank(adapter: AdapterDir, module: str, keys: tuple[str, ...], scale: float) -> Update:
-    key_a, key_b = keys
-    a, b = (adapter.store.tensors[key].spec for key in keys)
+    key_a, key_b, *magnitude = keys
+    a, b = (adapter.store.tensors[key].spec for key in (key_a, key_b))
     if len(a.shape) == len(b.shape) == 3:
         raise AdapterError(f"{adapter.file}: {shown(key_a)} is {a}: LoRA on MLX's stacked experts is not supported.")
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or not a.numel or not b.numel:
@@ -93,10 +93,13 @@ def _low_rank(adapter: AdapterDir, module: str, keys: tuple[str, ...], scale: fl
         )
     for key in keys:
         check_float(adapter, key)
-    return Update(f"{module}.weight", keys, make=lambda target: _product(adapter, module, key_a, key_b, scale, target))
+    factor = _scale(adapter)
+    if magnitude:
+        return Update(f"{module}.weight", keys, make=lambda target: _dora(adapter, module, keys, factor, scale, target))
+    return Update(f"{module}.weight", keys, make=lambda target: _product(adapter, module, key_a, key_b, scale * factor, target))
 
 
-def _product(adapter: AdapterDir, module: str, key_a: str, key_b: str, scale: float, target: Target) -> Patch:
+def _product(adapter: AdapterDir, module: str, key_a: str, key_b: str, scale: float, target: Target) -> LowRank:
     n_in, n_out = adapter.store.tensors[key_a].spec.shape[0], adapter.store.tensors[key_b].spec.shape[1]
     leaf = module.rpartition(".")[2]
     embedding = n_in == n_out and ("embed" in leaf or leaf in _EMBEDDINGS)  # shapes decide unless the matrix is square
@@ -104,6 +107,15 @@ def _product(adapter: AdapterDir, module: str, key_a: str, key_b: str, scale: fl
         return LowRank(Factor(adapter.store, key_a), Factor(adapter.store, key_b), scale)
     left, right = (Factor(adapter.store, key, transposed=True) for key in (key_b, key_a))
     return LowRank(left, right, scale)
+
+
+def _dora(adapter: AdapterDir, module: str, keys: tuple[str, ...], factor: float, strength: float, target: Target) -> Patch:
+    """Each output's or token's weights, scaled to the length in `m` (mlx-lm, tuner/dora.py, fuse): rows, unlike PEFT for tokens."""
+    key_a, key_b, key_m = keys
+    update = _product(adapter, module, key_a, key_b, factor, target)
+    if adapter.store.tensors[key_m].spec.shape != (target.spec.shape[1 if target.is_conv1d else 0],):
+        raise misfit(adapter, (key_m,), target)
+    return Dora(update, adapter.store, key_m, target, by_columns=target.is_conv1d, strength=strength)
 
 
 def _whole(adapter: AdapterDir, parameter: str, key: str, scale: float) -> Update:
