@@ -322,7 +322,7 @@ def test_tensor_in_two_shards(sharded: Path) -> None:
 def test_stale_single_file(sharded: Path) -> None:
     """A model.safetensors beside an index that does not name it is refused: other programs would read that one."""
     shutil.copy(sharded / FIRST, sharded / SINGLE)
-    assert refused(sharded) == f"CKPT: holds both {INDEX} and a {SINGLE} that it does not name; remove the stale one."
+    assert refused(sharded) == f"CKPT: holds both {INDEX} and {SINGLE}, which it does not name; remove the stale one."
 
 
 def test_damaged_shard(sharded: Path) -> None:

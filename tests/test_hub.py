@@ -1,6 +1,7 @@
 """Inputs by name: a local directory, else a snapshot from the hub; the hub itself is replaced by a function."""
 
 import fnmatch
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
+import build
+import lorafuse
 from lorafuse.errors import AdapterError, CheckpointError, LorafuseError, StorageError
-from lorafuse.hub import ADAPTER_FILES, CHECKPOINT_FILES, local_dir
+from lorafuse.hub import CHECKPOINT_FILES, adapter_files, local_dir
 
 SNAPSHOT = "/cache/models--org--name/snapshots/0"
 
@@ -81,7 +84,7 @@ def test_file_of_that_name(calls: list[Any], tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_text("")
     with pytest.raises(AdapterError) as caught:
-        local_dir("org/name", ADAPTER_FILES, AdapterError)
+        local_dir("org/name", adapter_files(), AdapterError)
     assert str(caught.value) == "org/name: is not a directory."
     assert calls == []
 
@@ -152,10 +155,22 @@ def test_checkpoint_files_unwanted(calls: list[Any], file: str) -> None:
     assert not wanted(calls[0][1], file)
 
 
-@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.safetensors.index.json",
+        "adapter_model-00001-of-00002.safetensors",
+        "adapter_model.bin",
+        "adapters.safetensors",
+        "checkpoint-10/adapter_config.json",
+        "tokenizer.json",
+    ],
+)
 def test_adapter_files_wanted(calls: list[Any], file: str) -> None:
-    """Of an adapter, its config, its weights and its tokenizer are fetched."""
-    local_dir("org/name", ADAPTER_FILES, AdapterError)
+    """Of an adapter, its config, its weights and its tokenizer are fetched, and what tells the names of others."""
+    local_dir("org/name", adapter_files(), AdapterError)
     assert wanted(calls[0][1], file)
 
 
@@ -163,7 +178,10 @@ def test_adapter_files_wanted(calls: list[Any], file: str) -> None:
     "file",
     [
         "checkpoint-10/adapter_model.safetensors",
+        "checkpoint-10/adapter_model-00001-of-00002.safetensors",
+        "checkpoint-10/tokenizer.json",
         "checkpoint-10/optimizer.pt",
+        "0000100_adapters.safetensors",
         "optimizer.pt",
         "model.safetensors",
         "training_args.bin",
@@ -171,7 +189,7 @@ def test_adapter_files_wanted(calls: list[Any], file: str) -> None:
 )
 def test_adapter_files_unwanted(calls: list[Any], file: str) -> None:
     """Of an adapter, training state and intermediate checkpoints are not fetched."""
-    local_dir("org/name", ADAPTER_FILES, AdapterError)
+    local_dir("org/name", adapter_files(), AdapterError)
     assert not wanted(calls[0][1], file)
 
 
@@ -197,7 +215,7 @@ def test_missing_revision(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> 
     """A revision that is not there is named."""
     failing(monkeypatch, hub_error(hub_errors.RevisionNotFoundError))
     with pytest.raises(AdapterError) as caught:
-        local_dir("org/name@v9", ADAPTER_FILES, AdapterError)
+        local_dir("org/name@v9", adapter_files(), AdapterError)
     assert str(caught.value) == "org/name: has no revision v9."
 
 
@@ -241,3 +259,72 @@ def test_download_fails(calls: list[Any], monkeypatch: pytest.MonkeyPatch, error
     with pytest.raises(StorageError) as caught:
         local_dir("org/name", CHECKPOINT_FILES, CheckpointError)
     assert str(caught.value) == "org/name: downloading failed: 500 Server\\x1b[31m Error"
+
+
+@pytest.mark.parametrize(
+    ("name", "fetched", "left"),
+    [
+        (
+            "b",
+            ["b/adapter_config.json", "b/adapter_model.safetensors", "b/tokenizer.json", "tokenizer.json"],
+            ["a/adapter_model.bin"],
+        ),
+        ("b", ["adapter_config.json", "a/adapter_config.json"], ["adapter_model.safetensors", "bb/adapter_model.safetensors"]),
+        ("x[ab]", ["x[ab]/adapter_model.safetensors"], ["xa/adapter_model.safetensors"]),
+        ("default", ["adapter_model.safetensors", "default/adapter_model.safetensors"], ["b/adapter_model.safetensors"]),
+    ],
+)
+def test_named_adapter_files(calls: list[Any], name: str, fetched: list[str], left: list[str]) -> None:
+    """Of an adapter with a name, its own sub-folder is fetched, and of the others the configs."""
+    local_dir("org/name", adapter_files(name), AdapterError)
+    assert [file for file in [*fetched, *left] if wanted(calls[0][1], file)] == fetched
+
+
+@pytest.fixture
+def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A hub with one repository, a directory to fill; files arrive in a cache of links, as the hub's do."""
+    repository, cache = tmp_path / "repository", tmp_path / "hub" / "models--org--name"
+
+    def snapshot_download(repo_id: str, **options: Any) -> str:
+        for path in [p for p in repository.rglob("*") if p.is_file()]:
+            file = path.relative_to(repository)
+            link, blob = cache / "snapshots" / "0" / file, cache / "blobs" / str(file).replace("/", "-")
+            if wanted(options, str(file)) and not link.exists():
+                for parent in (link.parent, blob.parent):
+                    parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, blob)
+                link.symlink_to(blob)
+        return str(cache / "snapshots" / "0")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    return repository
+
+
+@pytest.mark.parametrize("name", [None, "b"])
+def test_adapter_in_a_sub_folder_of_a_repository(repository: Path, tmp_path: Path, name: str | None) -> None:
+    """Only the adapter that is meant is fetched, with the tokenizer beside it; without a name, the only one there is."""
+    ckpt, lora = build.write_checkpoint(tmp_path / "ckpt"), build.write_adapter(repository / "b")
+    (lora / "tokenizer.json").write_text("b's")
+    if name:
+        build.write_adapter(repository / "a")
+    events: list[dict[str, Any]] = []
+    receipt = lorafuse.convert(ckpt, "org/name@main", tmp_path / "out", adapter_name=name, on_event=events.append)
+    lorafuse.convert(ckpt, lora, tmp_path / "local")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "local/model.safetensors").read_bytes()
+    assert (tmp_path / "out/tokenizer.json").read_text() == "b's"
+    read = [file["path"] for file in receipt["inputs"] if file["role"] == "adapter"]
+    assert read == ["org/name@main/b/adapter_config.json", "org/name@main/b/adapter_model.safetensors"]
+    warnings = [event["message"] for event in events if event["event"] == "warning"]
+    assert warnings == ([] if name else ["org/name@main: the adapter in it, b, is taken."])
+    assert not [path for path in (tmp_path / "hub").rglob("a/*") if path.name != "adapter_config.json"]
+
+
+def test_several_adapters_in_a_repository(repository: Path, tmp_path: Path) -> None:
+    """They are named, with their configs alone fetched."""
+    ckpt = build.write_checkpoint(tmp_path / "ckpt")
+    for name in ("a", "b"):
+        build.write_adapter(repository / name)
+    with pytest.raises(AdapterError, match=r"holds several adapters: a, b; choose one by its name \(--adapter-name\)\."):
+        lorafuse.convert(ckpt, "org/name", tmp_path / "out")
+    assert not list((tmp_path / "hub").rglob("*.safetensors"))

@@ -25,6 +25,8 @@ Made from the adapter modules by `python tests/test_support_table.py`, and check
 An adapter is merged as PEFT's unmerged model computes, in fp32 and with one rounding, or it is refused before anything is written
 (exit code 4), with the reason below.
 
+MLX stands for the adapters of MLX-LM, whose configs have a `fine_tune_type` instead of a `peft_type`.
+
 ## Merged
 
 *Memory*: what is held of one weight at a time beside its tiles and the module's own adapter tensors; *tiles* means nothing.

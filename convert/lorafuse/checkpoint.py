@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorafuse.errors import CheckpointError, StorageError, listed, shown
-from lorafuse.shardfile import Buffer, FormatError, Shard, open_regular
+from lorafuse.shardfile import LFS_HINT, LFS_MAGIC, Buffer, FormatError, Shard, open_regular
 from lorafuse.tensors import TensorInfo
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX = f"{SINGLE}.index.json"
 MAX_JSON_NBYTES = 64_000_000
 # Of the fields that are read somewhere.
 CONFIG_TYPES = {"model_type": str, "architectures": list, "text_config": dict, "quantization_config": dict}
@@ -41,14 +41,21 @@ def read_all(store: Store, name: str) -> bytearray:
 
 
 class ShardedStore:
-    """Several safetensors files as one Store. A name in two files is refused."""
+    """`single`, or the safetensors files that its index (`single` + ".index.json") names, as one Store.
 
-    def __init__(self, paths: list[Path]) -> None:
+    Index and files must agree: a name in two files, in the wrong file or in only one of index and files is refused, and so is a
+    `single` that its index does not name. Raises FormatError, ValueError for an index that is no JSON object, OSError.
+    """
+
+    def __init__(self, path: Path, single: str) -> None:
+        weight_map = _weight_map(path, single)
         self.shards: list[Shard] = []
         self.tensors: dict[str, TensorInfo] = {}
         try:
-            for number, path in enumerate(paths):
-                self._add(path, number)
+            for number, name in enumerate(sorted(set(weight_map.values())) or [single]):
+                self._add(path / name, number)
+            if weight_map:
+                _compare(path, single, weight_map, self)
         except BaseException:
             self.close()
             raise
@@ -84,9 +91,8 @@ class Checkpoint(ShardedStore):
         try:
             self.config = read_json_dict(path / "config.json")
             _check_types(self.config, path)
-            weight_map = _weight_map(path)
-            names = sorted(set(weight_map.values())) if weight_map else [SINGLE]
-            super().__init__([path / name for name in names])
+            _refuse_other_formats(path)
+            super().__init__(path, SINGLE)
         except (FileNotFoundError, NotADirectoryError) as e:
             raise CheckpointError(f"{e.filename}: not found; {shown(path)} is no complete checkpoint.") from None
         except (FormatError, ValueError) as e:
@@ -94,8 +100,6 @@ class Checkpoint(ShardedStore):
         except OSError as e:
             raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
         try:
-            if weight_map:
-                _compare(path, weight_map, self)
             _refuse_unknown_quantization(self.config, path)
         except BaseException:
             self.close()
@@ -106,6 +110,8 @@ def read_json_dict(path: Path) -> dict[str, Any]:
     """A JSON file that must hold an object. Raises ValueError with a message that names the file."""
     with os.fdopen(open_regular(path), "rb") as f:
         data = f.read(MAX_JSON_NBYTES + 1)
+    if data.startswith(LFS_MAGIC):
+        raise ValueError(f"{path}: {LFS_HINT}")
     if len(data) > MAX_JSON_NBYTES:
         raise ValueError(f"{path}: is larger than {MAX_JSON_NBYTES} bytes.")
     try:
@@ -124,23 +130,26 @@ def _check_types(config: dict[str, Any], path: Path) -> None:
             raise ValueError(f"{path / 'config.json'}: {name} is {shown(value)}; expected {kind.__name__}.")
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name → file name from the index; empty for a checkpoint of one file."""
-    index = path / INDEX
+def _refuse_other_formats(path: Path) -> None:
+    if not (path / SINGLE).exists() and not (path / INDEX).exists():
+        found = [p.name for p in sorted(path.glob("*.bin"))]
+        hint = f" It has {listed(found)}: convert these to safetensors first." if found else ""
+        raise CheckpointError(f"{shown(path)}: holds neither {SINGLE} nor {INDEX}.{hint}")
+
+
+def _weight_map(path: Path, single: str) -> dict[str, str]:
+    """Tensor name → file name from the index; empty where there is none."""
+    index = path / f"{single}.index.json"
     if not index.exists():
-        if not (path / SINGLE).exists():
-            found = [p.name for p in sorted(path.glob("*.bin"))]
-            hint = f" It has {listed(found)}: convert these to safetensors first." if found else ""
-            raise CheckpointError(f"{shown(path)}: holds neither {SINGLE} nor {INDEX}.{hint}")
         return {}
     weight_map = read_json_dict(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map.")
+        raise FormatError(f"{index}: has no weight_map.")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors") or not _stays_inside(file):
-            raise CheckpointError(f"{index}: maps {shown(name)} to {shown(file)}, which is no safetensors file of this directory.")
-    if SINGLE not in weight_map.values() and (path / SINGLE).exists():
-        raise CheckpointError(f"{shown(path)}: holds both {INDEX} and a {SINGLE} that it does not name; remove the stale one.")
+            raise FormatError(f"{index}: maps {shown(name)} to {shown(file)}, which is no safetensors file of this directory.")
+    if single not in weight_map.values() and (path / single).exists():
+        raise FormatError(f"{shown(path)}: holds both {index.name} and {single}, which it does not name; remove the stale one.")
     return weight_map
 
 
@@ -149,15 +158,16 @@ def _stays_inside(name: str) -> bool:
     return plain and not name.startswith("/") and all(part != ".." and len(part.encode()) < 256 for part in name.split("/"))
 
 
-def _compare(path: Path, weight_map: dict[str, str], store: ShardedStore) -> None:
+def _compare(path: Path, single: str, weight_map: dict[str, str], store: ShardedStore) -> None:
+    index = f"{single}.index.json"
     for name, file in weight_map.items():
         info = store.tensors.get(name)
         if info is None or store.shards[info.file].path != path / file:
-            raise CheckpointError(f"{path / file}: lacks {shown(name)}, which {INDEX} expects there.")
+            raise FormatError(f"{path / file}: lacks {shown(name)}, which {index} expects there.")
     extra = min(store.tensors.keys() - weight_map.keys(), default=None)
     if extra is not None:
         holder = store.shards[store.tensors[extra].file].path
-        raise CheckpointError(f"{holder}: holds {shown(extra)}, which {INDEX} does not list.")
+        raise FormatError(f"{holder}: holds {shown(extra)}, which {index} does not list.")
 
 
 def _refuse_unknown_quantization(config: dict[str, Any], path: Path) -> None:

@@ -63,6 +63,7 @@ def lorafuse() -> None:
 @click.option("--adapter", "adapters", callback=weighted, multiple=True, metavar="PATH[:WEIGHT]",
               help="A further adapter, whose update times WEIGHT (or 1) is added; may be repeated, in any order.")  # fmt: skip
 @click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Multiplies the update of ADAPTER.")
+@click.option("--adapter-name", metavar="NAME", help="Which adapter of a directory that holds several, in sub-folders.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout instead of text.")
@@ -74,13 +75,14 @@ def convert(
 ) -> None:
     """Merge ADAPTER into CKPT and write the result to OUT_DIR.
 
-    CKPT is a safetensors checkpoint (bitsandbytes NF4, FP4, int8, or full precision), ADAPTER a PEFT LoRA adapter; each a
-    directory or a hub id org/name[@revision]. OUT_DIR gets full-precision shards that transformers, vLLM and others load,
-    and lorafuse_receipt.json.
+    CKPT is a safetensors checkpoint (bitsandbytes NF4, FP4, int8, or full precision), ADAPTER a PEFT or MLX-LM adapter;
+    each a directory or a hub id org/name[@revision]. OUT_DIR gets full-precision shards that transformers, vLLM and others
+    load, and lorafuse_receipt.json.
     """
     show = Show(as_json=as_json, quiet=quiet)
     with _exit_codes():
-        Settings(device=options["device"], adapter_scale=options["adapter_scale"])  # refuses them, as click does the others
+        checked = ("device", "adapter_scale", "adapter_name")
+        Settings(**{name: options[name] for name in checked})  # refuses them, as click does the others
         gc.disable()  # what importing torch makes stays: looking for garbage in it is a fifth of the import
         from lorafuse.pipeline import convert as run  # imports torch: not before the options are known to be right
 

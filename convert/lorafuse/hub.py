@@ -1,16 +1,26 @@
 """CKPT and ADAPTER by hub id `org/name[@revision]`: the files that are needed, in the hub's own cache."""
 
+import glob
 import re
 from pathlib import Path
 
+from lorafuse.adapters.store import BIN, CONFIG, DEFAULT_NAME, INDEX, MLX, SAFETENSORS
 from lorafuse.errors import LorafuseError, StorageError, shown
 from lorafuse.sidecars import ALWAYS, PROCESSOR, TOKENIZER
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?")
 CHECKPOINT_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", *ALWAYS, *TOKENIZER, *PROCESSOR)
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", *TOKENIZER, *PROCESSOR)
+ADAPTER_FILES = (CONFIG, SAFETENSORS, "adapter_model-*.safetensors", INDEX, BIN, MLX)
 # A pattern's * matches a slash too, and some repositories hold the same weights a second time under these names.
-UNWANTED = ("*/*.safetensors", "*/*.py", "consolidated*.safetensors")
+UNWANTED: dict[tuple[str, ...], tuple[str, ...]] = {CHECKPOINT_FILES: ("*/*.safetensors", "*/*.py", "consolidated*.safetensors")}
+
+
+def adapter_files(name: str | None = None) -> tuple[str, ...]:
+    """Patterns of an adapter's files, of the sub-folder when it has a name, and of the configs that tell which others there are."""
+    beside = (*TOKENIZER, *PROCESSOR)
+    named = tuple(f"{glob.escape(name)}/{file}" for file in (*ADAPTER_FILES, *beside)) if name else ()
+    at_root = ADAPTER_FILES if name in (None, DEFAULT_NAME) else (CONFIG,)
+    return (*at_root, *named, *beside, f"*/{CONFIG}")
 
 
 def local_dir(name: str, patterns: tuple[str, ...], kind: type[LorafuseError]) -> Path:
@@ -36,8 +46,9 @@ def _download(repo: str, revision: str | None, patterns: tuple[str, ...], kind: 
         RevisionNotFoundError,
     )
 
+    unwanted = list(UNWANTED.get(patterns, ()))
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(UNWANTED)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted))
     except HFValidationError:
         raise kind(f"{shown(repo)}: no such directory.") from None
     except GatedRepoError:

@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from lorafuse.adapters import open_adapter
+from lorafuse.adapters import adapter_folder, open_adapter
 from lorafuse.checkpoint import Checkpoint
-from lorafuse.errors import AdapterError, CheckpointError, UsageError
-from lorafuse.hub import ADAPTER_FILES, CHECKPOINT_FILES, local_dir
+from lorafuse.errors import AdapterError, CheckpointError, UsageError, shown
+from lorafuse.hub import CHECKPOINT_FILES, adapter_files, local_dir
 from lorafuse.merge import merge
 from lorafuse.plan import make_plan
 from lorafuse.receipt import RECEIPT, InputHashes, make_receipt
@@ -37,38 +37,39 @@ def convert(
     device: str = "auto",
     memory_limit: str | int = "100MB",
     adapter_scale: float = 1.0,
+    adapter_name: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> dict[str, Any]:
-    """Merge a PEFT adapter into a checkpoint and write the result to `out_dir`.
+    """Merge a PEFT or MLX-LM adapter into a checkpoint and write the result to `out_dir`.
 
-    `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`. `adapters` are further ones, or pairs (adapter, weight),
-    whose updates are added; their order does not matter, nor which one is `adapter`, except that its tokenizer is taken.
-    `adapter_scale` is the weight of `adapter`. Returns the receipt (also written to `lorafuse_receipt.json`), or with `dry_run`
-    the plan. `on_event` gets one dict for each thing that happens: `event` is "warning", "plan", "progress", "shard" or "done".
-    Raises a LorafuseError, whose class says what kind of thing went wrong, or an OSError; then `out_dir` is as it was.
+    `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
+    `adapters` are further ones, or pairs (adapter, weight), whose updates are added; neither their order matters nor which one is
+    `adapter`, except that its tokenizer is taken. `adapter_scale` is the weight of `adapter`. Returns the receipt (also written to
+    `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets a dict for each "event": "warning", "plan", "progress",
+    "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong, or an OSError; then `out_dir` is as
+    it was.
     """
     began = time.perf_counter()
     limits = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
-    settings = Settings(dtype=dtype, device=device, adapter_scale=adapter_scale, **limits)
-    named = [(fspath(adapter), settings.adapter_scale), *(named_weight(one) for one in adapters)]
+    settings = Settings(dtype=dtype, device=device, adapter_scale=adapter_scale, adapter_name=adapter_name, **limits)
     target = pick_device(device)
     ckpt_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
-    adapter_dirs = [local_dir(name, ADAPTER_FILES, AdapterError) for name, _ in named]
-    out = Path(out_dir)
-    check_out_dir(out, [ckpt_dir, *adapter_dirs], overwrite=overwrite)
+    first = local_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
+    found = [first, *(local_adapter(*named_weight(one), None, on_event) for one in adapters)]
+    check_out_dir(Path(out_dir), [ckpt_dir, *(one.root for one in found)], overwrite=overwrite)
 
-    with closing(Checkpoint(ckpt_dir)) as base, opened(named, adapter_dirs) as (lora, *others):
+    with closing(Checkpoint(ckpt_dir)) as base, opened(found, base.config.get("model_type")) as (lora, *others):
         plan = make_plan(base, lora.adapter, settings, others)
         for message in plan.warnings:
             on_event({"event": "warning", "message": message})
         on_event(plan_event(plan))
         if dry_run:
             return plan_event(plan)
-        with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, Staging(out, plan.plan_id) as staging:
+        with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, Staging(Path(out_dir), plan.plan_id) as staging:
             outcome = merge(plan, staging.path, target, on_event)
-            write_sidecars(plan, ckpt_dir, base.config, adapter_dirs[0], staging.path)
+            write_sidecars(plan, ckpt_dir, base.config, [first.path, first.root], staging.path)
             verify_staging(plan, outcome, staging.path)
             receipt = make_receipt(plan, outcome, settings, inputs.result(), time.perf_counter() - began)
             write_json(staging.path / RECEIPT, receipt)
@@ -83,12 +84,34 @@ def named_weight(adapter: Name | tuple[Name, float]) -> tuple[str, float]:
     return fspath(name), checked_weight(name, weight)
 
 
+class LocalAdapter(NamedTuple):
+    """An adapter as the user named it, what its update is multiplied by, and where it lies: in the directory that was named, or in
+    a sub-folder of that."""
+
+    name: str
+    weight: float
+    root: Path
+    path: Path
+
+
+def local_adapter(name: str, weight: float, folder_name: str | None, on_event: Callable[[dict[str, Any]], None]) -> LocalAdapter:
+    """Where the adapter lies, of which `folder_name` chooses one: `adapter_folder`. Raises AdapterError."""
+    root = local_dir(name, adapter_files(folder_name), AdapterError)
+    path = adapter_folder(root, folder_name)
+    if folder_name is None and path != root:
+        on_event({"event": "warning", "message": f"{shown(name)}: the adapter in it, {shown(path.name)}, is taken."})
+        # Of a hub id, only its config is here yet.
+        path = local_dir(name, adapter_files(path.name), AdapterError) / path.name
+        root = path.parent
+    return LocalAdapter(name, weight, root, path)
+
+
 @contextmanager
-def opened(named: list[tuple[str, float]], dirs: list[Path]) -> Iterator[list[Weighted]]:
-    """The adapters of those names and weights, which lie in those directories. Raises AdapterError."""
+def opened(found: Sequence[LocalAdapter], model_type: object) -> Iterator[list[Weighted]]:
+    """The adapters, for a base of that type. Raises AdapterError."""
     with ExitStack() as stack:
-        pairs = zip(named, dirs, strict=True)
-        yield [Weighted(stack.enter_context(closing(open_adapter(path, name))), weight) for (name, weight), path in pairs]
+        adapters = [stack.enter_context(closing(open_adapter(one.path, one.name, one.root, model_type))) for one in found]
+        yield [Weighted(adapter, one.weight) for adapter, one in zip(adapters, found, strict=True)]
 
 
 def pick_device(name: str) -> torch.device:

@@ -266,7 +266,7 @@ def _plan_id(
         "version": __version__,
         "settings": settings.decisive,
         "checkpoint": [[shard.path.name, shard.nbytes, shard.header_sha256] for shard in ckpt.shards],
-        "adapter": [adapter.file.name, adapter.file.stat().st_size, adapter.config],
+        "adapter": [[[file.name, file.stat().st_size] for file in adapter.files], adapter.config],
         "outputs": [[shard.file, [[s.name, s.spec.dtype, s.spec.shape, s.action] for s in shard.steps]] for shard in shards],
     }
     if len(adapters) > 1:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from lorafuse._version import __version__
-from lorafuse.adapters.store import CONFIG
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.merge import Outcome
 from lorafuse.settings import Settings
@@ -36,8 +35,7 @@ class InputHashes:
         self._files = [(path, _entry("checkpoint", ckpt_name, ckpt.path, path)) for path in files]
         for one in adapters:
             adapter, facts = one.adapter, {"weight": one.weight} if len(adapters) > 1 else {}
-            for path in (adapter.path / CONFIG, adapter.file):
-                self._files.append((path, _entry("adapter", adapter.name, adapter.path, path) | facts))
+            self._files += [(path, _entry("adapter", adapter.name, adapter.root, path) | facts) for path in adapter.files]
         self._stop = Event()
         self._executor = ThreadPoolExecutor(1, "hash")
 

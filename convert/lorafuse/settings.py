@@ -13,13 +13,15 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Options of a conversion. `dtype`, `max_shard_nbytes` and `adapter_scale` decide the bytes written, the rest does not."""
+    """Options of a conversion. `dtype`, `max_shard_nbytes` and `adapter_scale` decide the bytes written; `adapter_name` decides
+    which files are read; the rest neither."""
 
     dtype: str = "auto"
     max_shard_nbytes: int = 5 * 10**9
     memory_nbytes: int = 100 * 10**6
     device: str = "auto"
     adapter_scale: float = 1.0
+    adapter_name: str | None = None
     n_threads: int = 0  # 0: as many as this process may use
 
     def __post_init__(self) -> None:
@@ -29,6 +31,9 @@ class Settings:
             raise UsageError(f"device is {shown(self.device)}; expected auto, cpu, cuda or cuda:N.")
         if not math.isfinite(self.adapter_scale):
             raise UsageError(f"adapter_scale is {self.adapter_scale}; expected a finite number.")
+        name = self.adapter_name
+        if name is not None and (name in ("", ".", "..") or set(name) & set("/\\\0")):
+            raise UsageError(f"adapter_name is {shown(name)!r}; expected the name of an adapter, not a path.")
 
     @property
     def n_workers(self) -> int:

@@ -38,9 +38,11 @@ class Weighted:
 
     @cached_property
     def identity(self) -> str:
-        """sha256 of what the updates depend on: tensors, config and weight, but no name. Reads the whole file."""
-        with os.fdopen(open_regular(self.adapter.file), "rb") as f:
-            digest = hashlib.file_digest(f, "sha256")
+        """sha256 of what the updates depend on: tensors, config and weight, but no name. Reads the whole files."""
+        digest = hashlib.sha256()
+        for path in self.adapter.files[1:]:  # the first is the config
+            with os.fdopen(open_regular(path), "rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
         digest.update(json.dumps([self.adapter.config, float(self.weight)], sort_keys=True).encode())
         return digest.hexdigest()
 

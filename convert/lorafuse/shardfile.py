@@ -22,6 +22,7 @@ from lorafuse.tensors import DTYPES, TensorInfo, TensorSpec
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the reference implementation
 LFS_MAGIC = b"version https://git-lfs"
+LFS_HINT = "is a git-LFS pointer, not the file itself; fetch it with `git lfs pull`."
 Buffer = bytearray | memoryview
 
 
@@ -87,7 +88,7 @@ def open_regular(path: Path) -> int:
 def _read_header(fd: int, nbytes: int, path: Path) -> tuple[bytes, int]:
     head = os.pread(fd, len(LFS_MAGIC), 0)
     if head == LFS_MAGIC:
-        raise FormatError(f"{path}: is a git-LFS pointer, not the file itself; fetch it with `git lfs pull`.")
+        raise FormatError(f"{path}: {LFS_HINT}")
     if nbytes < 8:
         raise FormatError(f"{path}: {nbytes} bytes are too few for a safetensors file.")
     (n,) = struct.unpack("<Q", head[:8])

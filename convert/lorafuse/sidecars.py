@@ -7,7 +7,7 @@ vocabulary, else the checkpoint's; a mixture of both is a tokenizer that never e
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,10 @@ ALWAYS = (GENERATION, "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 MAX_NBYTES = 1_000_000_000
 
 
-def write_sidecars(plan: Plan, ckpt_dir: Path, ckpt_config: dict[str, Any], adapter_dir: Path, staging: Path) -> None:
-    """Write them all into `staging` and sync them."""
-    tokenizer_dir = adapter_dir if any((adapter_dir / name).exists() for name in VOCABULARIES) else ckpt_dir
-    processor_dir = adapter_dir if any((adapter_dir / name).exists() for name in PROCESSOR) else ckpt_dir
+def write_sidecars(plan: Plan, ckpt_dir: Path, ckpt_config: dict[str, Any], adapter_dirs: Sequence[Path], staging: Path) -> None:
+    """Write them all into `staging` and sync them. `adapter_dirs` are where the adapter's may be, the first first."""
+    tokenizer_dir = _first_with(VOCABULARIES, adapter_dirs) or ckpt_dir
+    processor_dir = _first_with(PROCESSOR, adapter_dirs) or ckpt_dir
     always = [pattern for pattern in ALWAYS if not ("architectures" in plan.config_changes and pattern == GENERATION)]
     for source, patterns in ((ckpt_dir, always), (tokenizer_dir, TOKENIZER), (processor_dir, PROCESSOR)):
         for pattern in patterns:
@@ -62,6 +62,10 @@ def write_sidecars(plan: Plan, ckpt_dir: Path, ckpt_config: dict[str, Any], adap
     write_json(staging / "config.json", output_config(ckpt_config, plan.config_changes))
     if len(plan.shards) > 1:
         write_json(staging / INDEX, index_of(plan))
+
+
+def _first_with(names: Sequence[str], folders: Sequence[Path]) -> Path | None:
+    return next((folder for folder in folders if any((folder / name).exists() for name in names)), None)
 
 
 def output_config(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -125,10 +129,11 @@ def _copy(source: Path, root: Path, target: Path) -> None:
 
 
 def _refuse_escape(source: Path, root: Path) -> None:
-    """A link may point inside its directory, or, as in a hub cache, into the `blobs` beside `snapshots`; a stranger's
-    `tokenizer.json` that is a link to a private file must not be copied into a directory that will be published."""
+    """A link may point inside its directory, or, as in a hub cache (from a sub-folder too), into the `blobs` beside `snapshots`;
+    a stranger's `tokenizer.json` that is a link to a private file must not be copied into a directory that will be published."""
     real, real_root = Path(os.path.realpath(source)), Path(os.path.realpath(root))
-    if real_root not in real.parents and real_root.parent.parent / "blobs" != real.parent:
+    blobs = [folder / "blobs" for folder in real_root.parents[1:3]]
+    if real_root not in real.parents and real.parent not in blobs:
         raise CheckpointError(f"{shown(source)}: is a link to {shown(real)}, outside its directory; replace it by the file.")
 
 

@@ -1,4 +1,4 @@
-"""Adapters: one file per PEFT type, and `open_adapter`, which reads any of them.
+"""Adapters: one file per PEFT type, one for MLX-LM, and `open_adapter`, which reads any of them.
 
 An adapter module has one function, `updates(adapter, scale, warn)`, which returns a list of Update (or Choice) and the ignored
 tensors with reasons. A type is added by one file and one word in ADAPTERS.
@@ -26,6 +26,7 @@ from lorafuse.adapters import (
     lokr,
     lora,
     miss,
+    mlx,
     oft,
     osf,
     pvera,
@@ -41,7 +42,7 @@ from lorafuse.adapters import (
     waveft,
 )
 from lorafuse.adapters.patch import Choice, Edit, Patch, Target, Update
-from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.adapters.store import CONFIG, AdapterDir, adapter_folder, is_mlx
 from lorafuse.errors import AdapterError, listed, shown
 
 ADAPTERS: dict[str, ModuleType] = {
@@ -63,6 +64,7 @@ ADAPTERS: dict[str, ModuleType] = {
     "LOKR": lokr,
     "LORA": lora,
     "MISS": miss,
+    "MLX": mlx,
     "OFT": oft,
     "OSF": osf,
     "PVERA": pvera,
@@ -98,14 +100,29 @@ REFUSED_TYPES: dict[str, str] = {
     "XLORA": "a classifier mixes LoRA adapters for each input, so no merged weight equals it",
 }
 
-__all__ = ["ADAPTERS", "REFUSED_TYPES", "AdapterDir", "Choice", "Edit", "Patch", "Target", "Update", "module_of", "open_adapter"]
+__all__ = [
+    "ADAPTERS",
+    "REFUSED_TYPES",
+    "AdapterDir",
+    "Choice",
+    "Edit",
+    "Patch",
+    "Target",
+    "Update",
+    "adapter_folder",
+    "module_of",
+    "open_adapter",
+]
 
 
-def open_adapter(path: Path, name: str | None = None) -> AdapterDir:
-    """An adapter directory whose type is known here, and what the user called it. Raises AdapterError."""
-    adapter = AdapterDir(path, name)
+def open_adapter(path: Path, name: str | None = None, root: Path | None = None, model_type: object = None) -> AdapterDir:
+    """An adapter directory of a type that is known here, what the user called it, perhaps a sub-folder of `root`, for a base of
+    that type. Raises AdapterError."""
+    adapter = AdapterDir(path, name, root)
     try:
-        module_of(adapter)
+        if module_of(adapter) is mlx:
+            mlx.refuse_rescaled(adapter, model_type)
+            adapter.config["ensure_weight_tying"] = mlx.ties_embeddings(adapter)
     except BaseException:
         adapter.close()
         raise
@@ -113,9 +130,9 @@ def open_adapter(path: Path, name: str | None = None) -> AdapterDir:
 
 
 def module_of(adapter: AdapterDir) -> ModuleType:
-    kind = adapter.config.get("peft_type")
+    kind = "MLX" if is_mlx(adapter.config) else adapter.config.get("peft_type")
     if kind is None:
-        raise AdapterError(f"{adapter.path / CONFIG}: has no peft_type; it was not written by PEFT.")
+        raise AdapterError(f"{adapter.path / CONFIG}: has no peft_type; it was written neither by PEFT nor by MLX-LM.")
     module = ADAPTERS.get(kind) if isinstance(kind, str) else None
     if isinstance(kind, str) and kind in REFUSED_TYPES:
         raise AdapterError(f"{adapter.path / CONFIG}: peft_type {kind} cannot be merged: {REFUSED_TYPES[kind]}.")

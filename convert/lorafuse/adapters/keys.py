@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from lorafuse.adapters.patch import Update
-from lorafuse.adapters.store import AdapterDir
+from lorafuse.adapters.store import AdapterDir, is_mlx
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.errors import AdapterError, listed, shown
 from lorafuse.tensors import FLOATS
@@ -38,6 +38,8 @@ def unwrapped(module: str) -> str:
 
 def unusual_prefixes(adapter: AdapterDir) -> str | None:
     """What to say about keys that PEFT itself would not load, since it expects its prefix and nothing else."""
+    if is_mlx(adapter.config):
+        return None
     for key in adapter.store.tensors:
         name = plain_name(key)
         if key != PREFIX + name:

@@ -1,4 +1,4 @@
-"""An adapter directory: its config and its tensors, from `adapter_model.safetensors` or, with weights_only, from `.bin`."""
+"""An adapter directory: which one is meant, its config, and its tensors, from safetensors or, with weights_only, from `.bin`."""
 
 import pickle
 import zipfile
@@ -8,28 +8,64 @@ from typing import Any
 import torch
 
 from lorafuse.checkpoint import ShardedStore, Store, read_json_dict
-from lorafuse.errors import AdapterError, StorageError, shown
-from lorafuse.shardfile import LFS_MAGIC, Buffer, FormatError, open_regular
+from lorafuse.errors import AdapterError, StorageError, listed, shown
+from lorafuse.shardfile import LFS_HINT, LFS_MAGIC, Buffer, FormatError, open_regular
 from lorafuse.tensors import SAFETENSORS_NAMES, TensorInfo, TensorSpec
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
+INDEX = f"{SAFETENSORS}.index.json"
 BIN = "adapter_model.bin"
+MLX = "adapters.safetensors"
+DEFAULT_NAME = "default"  # of the adapter that PEFT saves into the directory itself
+
+
+def is_mlx(config: dict[str, Any]) -> bool:
+    """Whether a config was written by MLX-LM, which knows no `peft_type`."""
+    return "peft_type" not in config and not {"fine_tune_type", "lora_parameters"}.isdisjoint(config)
+
+
+def adapter_folder(root: Path, name: str | None) -> Path:
+    """The directory of the adapter that is meant: `root`, or a sub-folder, where PEFT saves every adapter not called "default".
+
+    Without a name it is `root` if that holds an adapter, whatever its sub-folders (a trainer's checkpoints) hold, else the only
+    sub-folder with one. Raises AdapterError when there are several, or none of that name.
+    """
+    at_root = any((root / file).exists() for file in (CONFIG, SAFETENSORS, INDEX, BIN, MLX))
+    names = sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+    if name is None:
+        if len(names) > 1 and not at_root:
+            raise AdapterError(f"{shown(root)}: holds several adapters: {listed(names)}; choose one by its name (--adapter-name).")
+        return root if at_root or not names else root / names[0]
+    if name == DEFAULT_NAME and at_root:
+        return root
+    if name not in names:
+        found = [DEFAULT_NAME, *names] if at_root else names
+        has = f"it has {listed(found)}" if found else "it has none"
+        raise AdapterError(f"{shown(root)}: has no adapter named {shown(name)}; {has}.")
+    return root / name
 
 
 class AdapterDir:
-    """`config` (adapter_config.json as a dict), `store`, and `nbytes`: what the store keeps in memory as long as it is open.
-    `name` is the adapter as the user named it."""
+    """An adapter in the directory `path`, which is `root`, what the user named as `name`, or a sub-folder of it.
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        self.path, self.name = path, str(path) if name is None else name
+    `config` is adapter_config.json as a dict, `file` what messages about tensors name, `files` all that is read, `nbytes` what
+    the store keeps in memory as long as it is open.
+    """
+
+    def __init__(self, path: Path, name: str | None = None, root: Path | None = None) -> None:
+        self.path, self.root, self.name = path, root or path, str(path) if name is None else name
         try:
             self.config = read_json_dict(path / CONFIG)
             self.store: Store
-            self.file = path / SAFETENSORS
             self.nbytes = 0
+            single = MLX if is_mlx(self.config) else SAFETENSORS
+            index = path / f"{single}.index.json"
+            self.file = index if index.exists() else path / single
             if self.file.exists():
-                self.store = ShardedStore([self.file])
+                self.store = ShardedStore(path, single)
+            elif single == MLX:
+                raise AdapterError(f"{path / CONFIG}: is an MLX-LM config, but {_missing_mlx(path)}")
             elif (path / BIN).exists():
                 self.file = path / BIN
                 self.store = BinStore(self.file)
@@ -43,9 +79,20 @@ class AdapterDir:
         except OSError as e:
             raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
 
+    @property
+    def files(self) -> list[Path]:
+        shards = [shard.path for shard in self.store.shards] if isinstance(self.store, ShardedStore) else []
+        return list(dict.fromkeys([self.path / CONFIG, self.file, *shards]))
+
     def close(self) -> None:
         if isinstance(self.store, ShardedStore):
             self.store.close()
+
+
+def _missing_mlx(path: Path) -> str:
+    if (path / "adapters.npz").exists():
+        return f"the adapter is in adapters.npz, which is not supported; save its arrays as {MLX}."
+    return f"{MLX} is not beside it."
 
 
 class BinStore:
@@ -82,7 +129,7 @@ def _refuse_bad_archive(path: Path) -> None:
     with open(open_regular(path), "rb") as f:
         head = f.read(len(LFS_MAGIC))
     if head == LFS_MAGIC:
-        raise AdapterError(f"{path}: is a git-LFS pointer, not the file itself; fetch it with `git lfs pull`.")
+        raise AdapterError(f"{path}: {LFS_HINT}")
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
