@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from contextlib import suppress
 
 import huggingface_hub
 import peft
@@ -186,6 +187,8 @@ def test_experts_are_summed(tmp_path, monkeypatch):
         train(tmp_path / "moe", tmp_path / f"{i}", target_parameters=targets, target_modules=["o_proj"], r=2 + i)
         lorafuse.convert(tmp_path / "moe", tmp_path / f"{i}", tmp_path / f"only{i}")
     lorafuse.convert(tmp_path / "moe", tmp_path / "0", tmp_path / "out", adapters=[(tmp_path / "1", -0.5)])
+    plan = plan_of(tmp_path / "moe", tmp_path / "0", tmp_path / "1")
+    assert all(patch.additive for step in plan.steps for patch in step.patches), "no tile is copied"
     stored, zero, one, both = (read_tensors(tmp_path / name) for name in ("moe", "only0", "only1", "out"))
     changed = [name for name in stored if not torch.equal(stored[name], one[name])]
     assert any("experts" in name for name in changed)
@@ -338,6 +341,69 @@ def test_a_vocabulary_that_two_adapters_resize_in_part_is_refused(ckpt, tmp_path
     assert "resizes the vocabulary on one side only" in text and str(one) in text
 
 
+# ---- the model: replicated layers, new heads
+
+
+def on_layers(path, layers, seed, **fields):
+    """LoRA on q_proj of those layers."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for i in layers:
+        key = f"base_model.model.model.layers.{i}.self_attn.q_proj"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(4, 16, generator=generator) * 0.1
+        tensors[f"{key}.lora_B.weight"] = torch.randn(16, 4, generator=generator) * 0.1
+    return write_adapter(path, tensors, **fields)
+
+
+def test_copies_of_layers_are_summed_if_all_adapters_make_them(ckpt, tmp_path):
+    pairs = [[0, 2], [0, 1], [1, 2]]
+    one, two = (on_layers(tmp_path / f"{i}", range(4), i, layer_replication=pairs) for i in range(2))
+    for path, out in ((one, "one"), (two, "two")):
+        lorafuse.convert(ckpt, path, tmp_path / out, dtype="float32")
+    lorafuse.convert(ckpt, one, tmp_path / "out", adapters=[(two, -0.5)], dtype="float32")
+    assert config(tmp_path / "out")["num_hidden_layers"] == 4
+    stored, first, second, found = (read_tensors(path) for path in (ckpt, *(tmp_path / name for name in ("one", "two", "out"))))
+    for new, old in enumerate([0, 1, 0, 1]):
+        name, w = f"model.layers.{new}.self_attn.q_proj.weight", stored[f"model.layers.{old}.self_attn.q_proj.weight"].double()
+        value = first[name].double() - 0.5 * (second[name].double() - w)
+        assert (found[name].double() - value).abs().max() < 1e-5 < (value - first[name].double()).abs().max()
+
+
+def test_adapters_that_count_layers_differently_are_refused(ckpt, tmp_path):
+    one, two = on_layers(tmp_path / "one", range(4), 0, layer_replication=[[0, 2], [0, 2]]), on_layers(tmp_path / "two", [0], 1)
+    texts = [
+        f"{a}/adapter_config.json and {b}/adapter_config.json: layer_replication is {x} and {y}; the adapters are for different "
+        "models."
+        for (a, x), (b, y) in itertools.permutations([(one, "[[0, 2], [0, 2]]"), (two, None)])
+    ]
+    assert refused(ckpt, one, two, tmp_path) in texts
+
+
+def test_a_head_that_one_adapter_brings_is_added(ckpt, tmp_path):
+    """The other was trained on the checkpoint's own class; what both do to the layers is summed."""
+    score = {"base_model.model.score.weight": torch.randn(3, 16)}
+    factors = read_adapter(on_layers(tmp_path / "factors", [0], 0))
+    one = write_adapter(tmp_path / "one", factors | score, task_type="SEQ_CLS")
+    same = write_adapter(tmp_path / "same", score, task_type="SEQ_CLS")
+    two = on_layers(tmp_path / "two", [0, 1], 1)
+    receipt = lorafuse.convert(ckpt, two, tmp_path / "out", adapters=[(one, 0.5), same])
+    assert config(tmp_path / "out")["architectures"] == ["LlamaForSequenceClassification"]
+    assert receipt["tensors"]["score.weight"]["action"] == "added" and len(receipt["tensors"][Q]["updates"]) == 2
+    assert torch.equal(read_tensors(tmp_path / "out")["score.weight"], score["base_model.model.score.weight"])
+    assert receipt["adapter_tensors"]["used"] == sorted(f"{path}: {key}" for path in (one, same, two) for key in read_adapter(path))
+    other = write_adapter(tmp_path / "other", {key: t + 1 for key, t in score.items()}, task_type="SEQ_CLS")
+    assert refused(ckpt, one, other, tmp_path).endswith(
+        ": bring different heads, score.weight and score.weight, which have no sum; leave one of the two adapters out."
+    )
+    key = "base_model.model.score"
+    headless = {f"{key}.lora_A.weight": torch.ones(4, 16), f"{key}.lora_B.weight": torch.ones(3, 4)}
+    three = write_adapter(tmp_path / "three", headless)
+    assert refused(ckpt, one, three, tmp_path) == (
+        f"{three}/adapter_model.safetensors: {key}.lora_A.weight changes score.weight, which neither the checkpoint nor this "
+        "adapter holds."
+    )
+
+
 # ---- tied embeddings
 
 
@@ -385,6 +451,16 @@ def test_a_tied_pair_is_tied_as_long_as_all_adapters_keep_it(targets, tying, tie
     assert {*receipt["adapter_tensors"]["used"], *receipt["adapter_tensors"]["ignored"]} == named
 
 
+def test_a_pair_that_an_adapter_ties_is_tied_when_one_side_is_in_the_file(base, adapter, tmp_path):
+    one, two = (
+        adapter("fp32_tied", name=f"{r}", target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True, r=r) for r in (4, 5)
+    )
+    for path, side in ((one, "lm_head"), (two, "embed_tokens")):
+        save_file({key: t for key, t in read_adapter(path).items() if side not in key}, path / "adapter_model.safetensors")
+    lorafuse.convert(base("fp32_tied"), one, tmp_path / "out", adapters=[(two, -0.5)])
+    assert config(tmp_path / "out")["tie_word_embeddings"] and HEAD not in read_tensors(tmp_path / "out")
+
+
 # ---- memory
 
 
@@ -424,6 +500,12 @@ def test_factors_that_do_not_fit_together_are_read_in_parts(tmp_path):
     small = plan_of(ckpt, tmp_path / "one", tmp_path / "two")
     (step,) = small.steps
     assert sorted(patch.right_resident for patch in step.patches[0].members) == [False, True]
+    fits = []
+    for megabytes in range(30, 140):
+        with suppress(UsageError):
+            plan_of(ckpt, tmp_path / "one", tmp_path / "two", memory_nbytes=megabytes * 10**6, n_threads=1)
+            fits.append(megabytes)
+    assert fits == list(range(fits[0], 140)), "a larger limit fits whatever a smaller one does"
     for limit in ("100MB", "1GB"):
         lorafuse.convert(ckpt, tmp_path / "one", tmp_path / limit, adapters=[tmp_path / "two"], memory_limit=limit)
     assert model_bytes(tmp_path / "100MB") == model_bytes(tmp_path / "1GB")
