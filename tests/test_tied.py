@@ -1,12 +1,14 @@
 """Tied embeddings: LoRA on one side changes only that side in training, so the pair comes apart unless both sides agree."""
 
 import json
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import lorafuse
+from lorafuse.adapters.dora import Dora
 from lorafuse.errors import AdapterError
 from oracle import config, read_adapter, read_tensors
 
@@ -113,6 +115,22 @@ def test_a_stored_head_follows_the_same_rule(together, base, adapter, tmp_path):
     found, stored = read_tensors(tmp_path / "out"), read_tensors(ckpt)
     assert config(tmp_path / "out")["tie_word_embeddings"] is together
     assert torch.equal(found[HEAD], found[EMBED] if together else stored[HEAD])
+
+
+def test_a_patch_of_both_stored_sides_is_prepared_for_each(monkeypatch, base, adapter, tmp_path):
+    """One side is in the file, the other has the same patch by ensure_weight_tying; the two are neighbours in the plan."""
+    ckpt = with_stored_head(base("fp32_tied"), tmp_path / "ckpt")
+    settings = {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True, "ensure_weight_tying": True}
+    lora = adapter("fp32_tied", save={"save_embedding_layers": False}, **settings)
+    tensors = {key: tensor for key, tensor in read_adapter(lora).items() if "lm_head" not in key}
+    save_file(tensors, lora / "adapter_model.safetensors")
+    apply = Dora.apply
+    monkeypatch.setattr(
+        Dora, "apply", lambda *args: (time.sleep(0.05), apply(*args))
+    )  # the first is not done when the second begins
+    lorafuse.convert(ckpt, lora, tmp_path / "out")
+    found = read_tensors(tmp_path / "out")
+    assert torch.equal(found[HEAD], found[EMBED]) and not torch.equal(found[EMBED], read_tensors(ckpt)[EMBED])
 
 
 def test_tokens_are_replaced_in_a_stored_head_too(base, adapter, tmp_path):

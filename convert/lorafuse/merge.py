@@ -161,7 +161,9 @@ class Workshop:
         """Finished tiles in the plan's order."""
         for step in self._plan.steps:
             # What is held at once stays within the budget; a step alone always fits, the plan saw to that.
-            while self._pending and self._held_nbytes + step.resident_nbytes > self._plan.memory.resident_nbytes:
+            while self._pending and (
+                self._held_nbytes + step.resident_nbytes > self._plan.memory.resident_nbytes or self._shares_patch(step)
+            ):
                 yield self._take()
             self._held_nbytes += step.resident_nbytes
             for patch in step.patches:
@@ -174,6 +176,10 @@ class Workshop:
                 self._pending.append((step, stop == step.spec.numel, future))
         while self._pending:
             yield self._take()
+
+    def _shares_patch(self, step: Step) -> bool:
+        """Whether a step in the making has a patch of this one, as tied weights that are both stored do: it is prepared for one."""
+        return any(mine is other for mine in step.patches for pending, _, _ in self._pending for other in pending.patches)
 
     def _take(self) -> Tile:
         step, last, future = self._pending.popleft()

@@ -34,6 +34,10 @@ class Dora(Patch):
         return self.update.facts | {"dora": True} | ({} if self.strength == 1.0 else {"strength": self.strength})
 
     @property
+    def members(self) -> tuple[Patch, ...]:
+        return (self.update,)
+
+    @property
     def reads_base(self) -> bool:
         return self.by_columns
 
