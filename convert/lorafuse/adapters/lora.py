@@ -40,7 +40,7 @@ SUPPORTED = (
     "Linear, HF Conv1D, Embedding, Conv1d/2d/3d, MultiheadAttention, experts (target_parameters); DoRA, rsLoRA, patterns, PiSSA, "
     "OLoRA, KaSA, bdLoRA, trained biases and tokens"
 )
-MEMORY = "tiles; the whole weight and its decomposition for PiSSA, OLoRA and KaSA"
+MEMORY = "tiles; the whole weight and its decomposition for PiSSA, OLoRA and KaSA; DoRA reads embeddings and Conv1D twice"
 
 # Config fields that change what is computed and are not implemented: field → what PEFT does with it. Falsy values are harmless.
 REFUSED_FIELDS = {
