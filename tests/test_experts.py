@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 import transformers as t
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import save_file
 
 import lorafuse
+import unmerged
 from conftest import _spread
 from lorafuse.errors import AdapterError
 from oracle import read_adapter, read_tensors
@@ -72,14 +73,7 @@ def load(path):
 
 
 def train(path, out, **settings):
-    torch.manual_seed(1)
-    peft = get_peft_model(load(path), LoraConfig(**{"r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | settings))
-    with torch.no_grad():
-        for p in peft.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn_like(p) * 0.1)
-    peft.save_pretrained(out)
-    return peft.eval()
+    return unmerged.train(load(path), out, **{"r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | settings)
 
 
 def logits(model):
@@ -273,6 +267,12 @@ REFUSED = {
         DOWN,
         f"{PRE}.lora_A.weight and {PRE}.lora_B.weight (20 × 7) do not fit {FUSED}.down_proj [3, 20, 8]; "
         "is the adapter for another base?",
+    ),
+    "factors of a convolution": (
+        {key: tensor[..., None].contiguous() for key, tensor in LORA.items()},
+        DOWN,
+        f"{PRE}.lora_A.weight is F32 {[*A.shape, 1]} and {PRE}.lora_B.weight is F32 {[*B.shape, 1]}; they are not the two factors "
+        "of one update.",
     ),
     "another number of experts": (
         {f"{PRE}.lora_A.weight": A[:5].contiguous(), f"{PRE}.lora_B.weight": B[:, :5].contiguous()},

@@ -1,12 +1,10 @@
 """LoRA's variants: the merged model answers as the unmerged PEFT model does, on dense bases and on decoded quantized ones."""
 
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,14 +16,10 @@ from lorafuse.cli import plan_text
 from lorafuse.codecs import Arena
 from lorafuse.errors import AdapterError
 from oracle import decode, read_adapter, read_tensors
+from unmerged import train
 
 CPU = torch.device("cpu")
 IDS = torch.arange(1, 20)[None]
-
-
-def rewrite(path, **fields):
-    config = json.loads((path / "adapter_config.json").read_text()) | fields
-    (path / "adapter_config.json").write_text(json.dumps(config))
 
 
 def answers(model):
@@ -139,22 +133,12 @@ def save_model(model, path):
     return path
 
 
-def train(peft, path):
-    with torch.no_grad():
-        for p in peft.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn_like(p) * 0.1)
-    peft.save_pretrained(path)
-    return path
-
-
 def test_dora_of_convolutions(tmp_path):
     torch.manual_seed(0)
     model = Convolutions()
     ckpt = save_model(model, tmp_path / "ckpt")
-    peft = get_peft_model(model, LoraConfig(r=3, use_dora=True, target_modules=["one", "two", "three"]))
-    lora = train(peft, tmp_path / "adapter")
-    lorafuse.convert(ckpt, lora, tmp_path / "out")
+    peft = train(model, tmp_path / "adapter", r=3, use_dora=True, target_modules=["one", "two", "three"])
+    lorafuse.convert(ckpt, tmp_path / "adapter", tmp_path / "out")
     expected, found = peft.merge_and_unload().state_dict(), read_tensors(tmp_path / "out")
     for name, tensor in expected.items():
         assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-6), name
@@ -165,13 +149,12 @@ def test_torch_multihead_attention(tmp_path):
     torch.manual_seed(0)
     model, x = Attention(), torch.randn(2, 5, 16)
     ckpt = save_model(model, tmp_path / "ckpt")
-    peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, target_modules=["attention", "proj"]))
-    lora = train(peft, tmp_path / "adapter")
-    lorafuse.convert(ckpt, lora, tmp_path / "out")
+    peft = train(model, tmp_path / "adapter", r=3, lora_alpha=5, target_modules=["attention", "proj"])
+    lorafuse.convert(ckpt, tmp_path / "adapter", tmp_path / "out")
     fresh = Attention()
     fresh.load_state_dict(read_tensors(tmp_path / "out"))
     with torch.no_grad():
-        assert (fresh(x) - peft.eval()(x)).abs().max() < 1e-5
+        assert (fresh(x) - peft(x)).abs().max() < 1e-5
 
 
 RESIDUALS = {
@@ -311,4 +294,28 @@ def test_a_magnitude_of_another_length_is_refused(base, adapter, tmp_path):
     tensors = {k: t[:-1] if "magnitude" in k else t for k, t in read_adapter(lora).items()}
     save_file(tensors, lora / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"is F32 \[63\], expected a number for each of 64 outputs of model\.layers\.0"):
+        lorafuse.convert(base("fp32"), lora, tmp_path / "out")
+
+
+def test_a_magnitude_of_an_attention_is_refused(tmp_path):
+    """PEFT has no DoRA there, so what it means is not known."""
+    model = Attention()
+    ckpt = save_model(model, tmp_path / "ckpt")
+    train(model, tmp_path / "adapter", r=3, target_modules=["attention"])
+    extra = "base_model.model.attention.lora_magnitude_vector"
+    save_file(read_adapter(tmp_path / "adapter") | {extra: torch.ones(48)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=rf"{extra} is of a kind that is not supported\.$"):
+        lorafuse.convert(ckpt, tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("leaf", "settings"),
+    [("lora_magnitude_vector", {"use_dora": True}), ("trainable_tokens_delta", {"trainable_token_indices": [3, 5]})],
+)
+def test_a_tensor_that_is_there_twice_is_refused(leaf, settings, base, adapter, tmp_path):
+    lora = adapter("fp32", target_modules=["q_proj"], **settings)
+    tensors = read_adapter(lora)
+    key = next(key for key in tensors if key.endswith(leaf))
+    save_file(tensors | {f"{key}.default": tensors[key] + 1}, lora / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=rf"{key}(\.default)? and {key}(\.default)? are the same tensor; which is meant\?$"):
         lorafuse.convert(base("fp32"), lora, tmp_path / "out")

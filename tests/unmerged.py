@@ -2,6 +2,7 @@
 
 import torch
 
+from conftest import _spread
 from oracle import config, decode
 
 SMALL = {
@@ -17,15 +18,8 @@ def small(kind, auto, path, **settings):
 
     torch.manual_seed(0)
     model = auto.from_config(AutoConfig.for_model(kind, **SMALL | settings))
-    spread(model).save_pretrained(path)
+    _spread(model).save_pretrained(path)
     return path
-
-
-def spread(model):
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.05 + (1.0 if p.dim() == 1 else 0.0))
-    return model
 
 
 def dense_model(ckpt, auto, **settings):

@@ -83,7 +83,7 @@ def convert(
     with _exit_codes():
         checked = ("device", "adapter_scale", "adapter_name")
         Settings(**{name: options[name] for name in checked})  # refuses them, as click does the others
-        gc.disable()  # what importing torch makes stays: looking for garbage in it is a fifth of the import
+        gc.disable()  # what importing torch makes stays: looking for garbage in it only takes time
         from lorafuse.pipeline import convert as run  # imports torch: not before the options are known to be right
 
         gc.freeze()

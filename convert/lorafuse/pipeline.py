@@ -60,7 +60,7 @@ def convert(
     found = [first, *(local_adapter(*named_weight(one), None, on_event) for one in adapters)]
     check_out_dir(Path(out_dir), [ckpt_dir, *(one.root for one in found)], overwrite=overwrite)
 
-    with closing(Checkpoint(ckpt_dir)) as base, opened(found, base.config.get("model_type")) as (lora, *others):
+    with closing(Checkpoint(ckpt_dir)) as base, opened(found) as (lora, *others):
         plan = make_plan(base, lora.adapter, settings, others)
         for message in plan.warnings:
             on_event({"event": "warning", "message": message})
@@ -107,10 +107,10 @@ def local_adapter(name: str, weight: float, folder_name: str | None, on_event: C
 
 
 @contextmanager
-def opened(found: Sequence[LocalAdapter], model_type: object) -> Iterator[list[Weighted]]:
-    """The adapters, for a base of that type. Raises AdapterError."""
+def opened(found: Sequence[LocalAdapter]) -> Iterator[list[Weighted]]:
+    """The adapters. Raises AdapterError."""
     with ExitStack() as stack:
-        adapters = [stack.enter_context(closing(open_adapter(one.path, one.name, one.root, model_type))) for one in found]
+        adapters = [stack.enter_context(closing(open_adapter(one.path, one.name, one.root))) for one in found]
         yield [Weighted(adapter, one.weight) for adapter, one in zip(adapters, found, strict=True)]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lorafuse._version import __version__
-from lorafuse.adapters import AdapterDir, Choice, Edit, Patch, Target, Update, module_of
+from lorafuse.adapters import AdapterDir, Choice, Edit, Patch, Target, Update, updates_of
 from lorafuse.adapters.keys import unusual_prefixes
 from lorafuse.adapters.patch import Parameter, Part
 from lorafuse.adapters.placed import Placed
@@ -54,7 +54,7 @@ def make_plan(ckpt: Checkpoint, adapter: AdapterDir, settings: Settings, others:
 
 def _read(one: Weighted, weights: Mapping[str, Sources], config: dict[str, Any], warn: Callable[[str], None]) -> Found:
     """What an adapter says, and of which model."""
-    said, ignored = module_of(one.adapter).updates(one.adapter, one.weight, warn)
+    said, ignored = updates_of(one.adapter, one.weight, config.get("model_type"), warn)
     return Found(one.adapter, one.weight, structure_of(weights, config, one.adapter, said, warn), ignored)
 
 
@@ -180,7 +180,7 @@ def _fill_tied(names: Names, edits: dict[str, Edit], adapter: AdapterDir) -> Non
         return
     names.refuse_shared(adapter.file)
     embed, head = edits.get(pair.embed), _with_tied_rows(edits.get(pair.embed), edits.get(pair.head))
-    if adapter.config.get("ensure_weight_tying"):
+    if adapter.ties_embeddings:
         embed, head = embed or head, head or embed
     edits |= {weight: edit for weight, edit in ((pair.embed, embed), (pair.head, head)) if edit}
 

@@ -4,6 +4,7 @@ An adapter module has one function, `updates(adapter, scale, warn)`, which retur
 tensors with reasons. A type is added by one file and one word in ADAPTERS.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -110,23 +111,32 @@ __all__ = [
     "Target",
     "Update",
     "adapter_folder",
-    "module_of",
     "open_adapter",
+    "updates_of",
 ]
 
 
-def open_adapter(path: Path, name: str | None = None, root: Path | None = None, model_type: object = None) -> AdapterDir:
-    """An adapter directory of a type that is known here, what the user called it, perhaps a sub-folder of `root`, for a base of
-    that type. Raises AdapterError."""
+def open_adapter(path: Path, name: str | None = None, root: Path | None = None) -> AdapterDir:
+    """An adapter directory of a type that is known here, what the user called it, perhaps a sub-folder of `root`. Raises
+    AdapterError."""
     adapter = AdapterDir(path, name, root)
     try:
-        if module_of(adapter) is mlx:
-            mlx.refuse_rescaled(adapter, model_type)
-            adapter.config["ensure_weight_tying"] = mlx.ties_embeddings(adapter)
+        module_of(adapter)
     except BaseException:
         adapter.close()
         raise
     return adapter
+
+
+def updates_of(
+    adapter: AdapterDir, scale: float, model_type: object, warn: Callable[[str], None]
+) -> tuple[list[Update | Choice], dict[str, str]]:
+    """What the adapter says of a base of that type, and the tensors that it ignores, with reasons. Raises AdapterError."""
+    module = module_of(adapter)
+    if module is mlx:
+        mlx.refuse_rescaled(adapter, model_type)
+    found: tuple[list[Update | Choice], dict[str, str]] = module.updates(adapter, scale, warn)
+    return found
 
 
 def module_of(adapter: AdapterDir) -> ModuleType:

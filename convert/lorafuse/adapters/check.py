@@ -84,11 +84,12 @@ def not_one_update(adapter: AdapterDir, *keys: str) -> AdapterError:
     return AdapterError(f"{adapter.file}: {named}; {wrong}.")
 
 
-def misfit(adapter: AdapterDir, target: Target, *keys: str) -> AdapterError:
+def misfit(adapter: AdapterDir, target: Target, *keys: str, hint: str = "") -> AdapterError:
     """The refusal of tensors whose shapes are not those of the weight."""
     named = " and ".join(f"{shown(key)} {list(shape_of(adapter, key))}" for key in keys)
     verb = "does" if len(keys) == 1 else "do"
-    return AdapterError(f"{adapter.file}: {named} {verb} not fit {shown(target.name)} {list(target.spec.shape)}{_ANOTHER_BASE}")
+    where = f"{shown(target.name)} {list(target.spec.shape)}"
+    return AdapterError(f"{adapter.file}: {named} {verb} not fit {where}{_ANOTHER_BASE}{hint}")
 
 
 def refuse_conv1d(adapter: AdapterDir, key: str, target: Target) -> None:

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
+from lorafuse.adapters.check import shape_of
 from lorafuse.adapters.factor import Factor
-from lorafuse.adapters.keys import Modules, check_float
+from lorafuse.adapters.keys import Modules
 from lorafuse.adapters.lowrank import LowRank
+from lorafuse.adapters.pair import Pair
 from lorafuse.adapters.patch import Base, Choice, Parameter, Patch, Target, Update
 from lorafuse.adapters.store import CONFIG, AdapterDir
+from lorafuse.adapters.walk import take
 from lorafuse.codecs.sources import Arena
 from lorafuse.errors import AdapterError, listed, shown
 
@@ -27,7 +30,6 @@ from lorafuse.errors import AdapterError, listed, shown
 _REGISTERED = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 Scaling = Callable[[str, int], float]  # (parameter, rank) → scale
-Plain = Callable[[AdapterDir, str, str, float, Target], Patch]
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Wrapper:
     n_ranks: int  # of all experts
 
 
-def choices(adapter: AdapterDir, modules: Modules, scaling: Scaling, plain: Plain) -> list[Choice]:
-    """LoRA on parameters; takes its leaves. `plain` makes the patch of a parameter that is one matrix."""
+def choices(adapter: AdapterDir, modules: Modules, scaling: Scaling) -> list[Choice]:
+    """LoRA on parameters; takes its leaves."""
     targets = adapter.config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise AdapterError(f"{adapter.path / CONFIG}: target_parameters is {shown(targets)}, expected a list of names.")
@@ -60,7 +62,7 @@ def choices(adapter: AdapterDir, modules: Modules, scaling: Scaling, plain: Plai
             parameters = tuple(f"{module}.{name}" for name in names)
             keys = tuple(key for wrapper in wrappers for key in (wrapper.key_a, wrapper.key_b))
             if wrappers:
-                result.append(Choice(parameters, keys, partial(_settle, adapter, wrappers, scaling, plain)))
+                result.append(Choice(parameters, keys, partial(_settle, adapter, wrappers, scaling)))
     return result
 
 
@@ -74,28 +76,18 @@ def _take(adapter: AdapterDir, modules: Modules, module: str) -> list[Wrapper]:
     found = []
     while module in modules:
         leaves = modules[module]
-        keys = [leaves.pop(leaf, None) for leaf in ("lora_A.weight", "lora_B.weight")]
-        key_a, key_b = keys
-        if key_a is None and key_b is None:
+        keys = take(adapter, module, leaves, ("lora_A.weight", "lora_B.weight"))
+        if keys is None:
             break
-        if key_a is None or key_b is None:
-            has, lacks = ("lora_A", "lora_B") if key_a else ("lora_B", "lora_A")
-            raise AdapterError(f"{adapter.file}: {shown(module)} has {has}.weight but no {lacks}.weight.")
-        a, b = (adapter.store.tensors[key].spec for key in (key_a, key_b))
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.numel == 0 or b.numel == 0:
-            raise AdapterError(
-                f"{adapter.file}: {shown(key_a)} is {a} and {shown(key_b)} is {b}; they are not the two factors of one update."
-            )
-        check_float(adapter, key_a)
-        check_float(adapter, key_b)
-        found.append(Wrapper(key_a, key_b, (b.shape[0], a.shape[1]), a.shape[0]))
+        key_a, key_b = keys
+        pair = Pair(adapter, key_a, key_b)
+        pair.check(convolutions=False)
+        found.append(Wrapper(key_a, key_b, (shape_of(adapter, key_b)[0], shape_of(adapter, key_a)[1]), pair.rank))
         module = f"{module}.base_layer"
     return found
 
 
-def _settle(
-    adapter: AdapterDir, wrappers: list[Wrapper], scaling: Scaling, plain: Plain, found: Mapping[str, Parameter]
-) -> list[Update]:
+def _settle(adapter: AdapterDir, wrappers: list[Wrapper], scaling: Scaling, found: Mapping[str, Parameter]) -> list[Update]:
     """Which wrapper belongs to which parameter, and in which orientation."""
     names = list(found)
     ways = [
@@ -110,7 +102,7 @@ def _settle(
         raise AdapterError(f"{adapter.file}: {factors} {how} {shapes}; is the adapter for another base?")
     pairs = list(zip(wrappers, ways[0], strict=True))
     known = {_in_memory(w, found[n]) for w, n in pairs if len(found[n].shape) == 3 and not _is_square(w)}
-    return [_update(adapter, wrapper, name, found[name], known, scaling, plain) for wrapper, name in pairs]
+    return [_update(adapter, wrapper, name, found[name], known, scaling) for wrapper, name in pairs]
 
 
 def _fits(wrapper: Wrapper, parameter: Parameter) -> bool:
@@ -135,12 +127,11 @@ def _update(
     parameter: Parameter,
     known: set[bool],
     scaling: Scaling,
-    plain: Plain,
 ) -> Update:
     keys = (wrapper.key_a, wrapper.key_b)
     if len(parameter.shape) == 2:
         scale = scaling(name, wrapper.n_ranks)
-        return Update(name, keys, make=lambda target: plain(adapter, *keys, scale, target))
+        return Update(name, keys, make=lambda target: Pair(adapter, *keys).patch(scale, target))
     n_experts = parameter.shape[0]
     rank = wrapper.n_ranks // n_experts
     transposed = wrapper.out_in != parameter.shape[1:]

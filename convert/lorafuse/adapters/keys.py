@@ -90,6 +90,16 @@ def drop_copies(modules: Modules) -> dict[str, str]:
     return ignored
 
 
+def take_one(adapter: AdapterDir, leaves: dict[str, str], name: str) -> str | None:
+    """The key of the leaf `name`, perhaps with more after a dot (the adapter's name, "weight"), taken; None where there is none.
+    Raises AdapterError where there are several."""
+    found = [leaf for leaf in leaves if leaf.partition(".")[0] == name]
+    if len(found) > 1:
+        both = " and ".join(shown(leaves[leaf]) for leaf in found[:2])
+        raise AdapterError(f"{adapter.file}: {both} are the same tensor; which is meant?")
+    return leaves.pop(found[0]) if found else None
+
+
 def replacements(adapter: AdapterDir, module: str, leaves: dict[str, str]) -> list[Update]:
     """Parameters saved whole, which replace those of the checkpoint; takes their leaves."""
     found: dict[str, str] = {}

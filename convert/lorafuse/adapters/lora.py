@@ -13,16 +13,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafuse.adapters import experts
+from lorafuse.adapters.check import unexpected
 from lorafuse.adapters.dora import Dora
 from lorafuse.adapters.factor import Factor
-from lorafuse.adapters.keys import Modules, drop_copies, group, pattern_value, refuse_left_over, replacements, unwrapped
+from lorafuse.adapters.fields import pattern, refuse_fields
+from lorafuse.adapters.keys import (
+    Modules,
+    check_float,
+    drop_copies,
+    group,
+    pattern_value,
+    refuse_left_over,
+    replacements,
+    take_one,
+    unwrapped,
+)
 from lorafuse.adapters.lowrank import AddVector
 from lorafuse.adapters.pair import Pair
 from lorafuse.adapters.patch import Choice, Patch, Target, Update
 from lorafuse.adapters.residual import PARTS, take_out
 from lorafuse.adapters.store import CONFIG, AdapterDir
 from lorafuse.adapters.trainable_tokens import take_tokens
-from lorafuse.adapters.walk import Warn, once
+from lorafuse.adapters.walk import Warn, once, take
 from lorafuse.errors import AdapterError, shown
 from lorafuse.tensors import FLOATS
 
@@ -68,8 +80,8 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update 
     lora = _Lora(adapter, config, scale, once(warn), _n_blocks(adapter))
     # Rows of embeddings come first: LoRA is trained on top of them.
     result: list[Update | Choice] = [*take_tokens(adapter, modules, scale)]
-    result += experts.choices(adapter, modules, lambda name, rank: scale * lora.scaling(name, rank), _plain_patch)
-    attentions = {path for path in modules if f"{path}.base_layer.out_proj" in modules}
+    result += experts.choices(adapter, modules, lambda name, rank: scale * lora.scaling(name, rank))
+    attentions = {unwrapped(path) for path in modules if f"{path}.base_layer.out_proj" in modules}
     for path, leaves in modules.items():
         module = unwrapped(path)
         result += replacements(adapter, module, leaves)
@@ -91,9 +103,7 @@ def _drop_training_only(modules: Modules) -> dict[str, str]:
 
 def _checked_config(adapter: AdapterDir) -> dict[str, Any]:
     config, where = adapter.config, adapter.path / CONFIG
-    for field, what in REFUSED_FIELDS.items():
-        if config.get(field):
-            raise AdapterError(f"{where}: {field} is set, which is not supported: {what}.")
+    refuse_fields(adapter, REFUSED_FIELDS)
     init = _init(config)
     if not any(init is harmless or init == harmless for harmless in _HARMLESS_INITS):
         kind = "pissa_niter_N" if str(init).startswith("pissa_niter_") else str(init)
@@ -104,9 +114,8 @@ def _checked_config(adapter: AdapterDir) -> dict[str, Any]:
         )
     if init in PARTS and config.get("target_parameters"):
         raise AdapterError(f"{where}: init_lora_weights is {shown(init)} with target_parameters, which is not supported.")
-    for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(field) or {}, dict):
-            raise AdapterError(f"{where}: {field} is {shown(config[field])}, expected an object.")
+    pattern(adapter, "rank_pattern")
+    pattern(adapter, "alpha_pattern")
     return config
 
 
@@ -137,21 +146,22 @@ class _Lora:
 
     def updates(self, module: str, leaves: dict[str, str], attentions: set[str]) -> list[Update]:
         """The updates by factors of a module; takes their leaves."""
-        pair, magnitude = self._pair(module, leaves), self._magnitude(module, leaves)
+        pair = self._pair(module, leaves)
+        owner, _, last = module.rpartition(".")
+        if pair and module in attentions:  # torch's, which keeps the three projections as a parameter of its own
+            return self._weight_updates(pair, f"{module}.in_proj_weight", self.scaling(module, pair.rank), None)
+        if pair and last == "out_proj" and owner in attentions:
+            # PEFT adds it twice, in the forward pass too (lora/layer.py, MultiheadAttention.merge and its out_proj.merge).
+            return self._weight_updates(pair, f"{module}.weight", 2 * self.scaling(owner, pair.rank), None)
+        magnitude = take_one(self.adapter, leaves, "lora_magnitude_vector")  # older files call it a weight
         if pair is None:
             if magnitude:
                 raise AdapterError(f"{self.adapter.file}: {shown(module)} has lora_magnitude_vector but no lora_A.weight.")
             return []
-        if self.config.get("use_dora") and magnitude is None and module not in attentions:
+        if self.config.get("use_dora") and magnitude is None:
             raise AdapterError(
                 f"{self.adapter.file}: {shown(module)} has no lora_magnitude_vector, though use_dora is set in {CONFIG}."
             )
-        owner, _, last = module.rpartition(".")
-        if module in attentions:  # torch's, which keeps the three projections as a parameter of its own
-            return self._weight_updates(pair, f"{module}.in_proj_weight", self.scaling(module, pair.rank), None)
-        if last == "out_proj" and owner in attentions:
-            # PEFT adds it twice, in the forward pass too (lora/layer.py, MultiheadAttention.merge and its out_proj.merge).
-            return self._weight_updates(pair, f"{module}.weight", 2 * self.scaling(owner, pair.rank), None)
         scaling = self.scaling(module, pair.rank)
         result = self._weight_updates(pair, f"{module}.weight", scaling, magnitude)
         key = leaves.pop("lora_B.bias", None)
@@ -163,25 +173,13 @@ class _Lora:
     def _pair(self, module: str, leaves: dict[str, str]) -> Pair | None:
         embedding = "lora_embedding_A" in leaves or "lora_embedding_B" in leaves
         names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-        present = [name for name in names if name in leaves]
-        if not present:
+        keys = take(self.adapter, module, leaves, names)
+        if keys is None:
             return None
-        if len(present) == 1:
-            other = names[1 - names.index(present[0])]
-            raise AdapterError(f"{self.adapter.file}: {shown(module)} has {present[0]} but no {other}.")
-        key_a, key_b = (leaves.pop(name) for name in names)
-        diagonal = next((leaf for leaf in leaves if leaf.partition(".")[0] == "lora_diag"), None)
-        pair = Pair(self.adapter, key_a, key_b, self.n_blocks, leaves.pop(diagonal) if diagonal else None, embedding)
+        key_a, key_b = keys
+        pair = Pair(self.adapter, key_a, key_b, self.n_blocks, take_one(self.adapter, leaves, "lora_diag"), embedding)
         pair.check()
         return pair
-
-    def _magnitude(self, module: str, leaves: dict[str, str]) -> str | None:
-        """The key of DoRA's magnitudes; older files call it a weight."""
-        found = [leaf for leaf in leaves if leaf.partition(".")[0] == "lora_magnitude_vector"]
-        if len(found) > 1:
-            both = " and ".join(shown(leaves[leaf]) for leaf in found)
-            raise AdapterError(f"{self.adapter.file}: {both} are the same tensor; which is meant?")
-        return leaves.pop(found[0]) if found else None
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r), of a module in training's names."""
@@ -226,12 +224,9 @@ class _Lora:
         update = pair.patch(scaling, target)
         by_columns = pair.embedding or pair.is_transposed(target)
         n_outputs = target.spec.n_cols if by_columns else target.spec.shape[0]
-        spec = self.adapter.store.tensors[magnitude].spec
-        if spec.numel != n_outputs or spec.dtype not in FLOATS:
-            raise AdapterError(
-                f"{self.adapter.file}: {shown(magnitude)} is {spec}, expected a number for each of {n_outputs} outputs of "
-                f"{shown(target.name)}."
-            )
+        check_float(self.adapter, magnitude)
+        if self.adapter.store.tensors[magnitude].spec.numel != n_outputs:
+            raise unexpected(self.adapter, magnitude, f"a number for each of {n_outputs} outputs of {shown(target.name)}")
         return Dora(update, self.adapter.store, magnitude, target, by_columns=by_columns, strength=self.strength)
 
     def _bias_patch(self, key: str, scaling: float, target: Target) -> Patch:
@@ -239,7 +234,3 @@ class _Lora:
         if spec.shape != target.spec.shape or spec.dtype not in FLOATS:
             raise AdapterError(f"{self.adapter.file}: {shown(key)} is {spec}, but {shown(target.name)} is {target.spec}.")
         return AddVector(Factor(self.adapter.store, key), self.strength * scaling)
-
-
-def _plain_patch(adapter: AdapterDir, key_a: str, key_b: str, scaling: float, target: Target) -> Patch:
-    return Pair(adapter, key_a, key_b).patch(scaling, target)

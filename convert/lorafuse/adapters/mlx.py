@@ -40,11 +40,6 @@ def refuse_rescaled(adapter: AdapterDir, model_type: object) -> None:
         )
 
 
-def ties_embeddings(adapter: AdapterDir) -> bool:
-    """Whether an update of a tied embedding is one of the head too: in MLX the two are one module, unless the head has its own."""
-    return not any("lm_head." in key for key in adapter.store.tensors)
-
-
 def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
     """Everything the adapter does; nothing of it is ignored."""
     names = ("lora_a", "lora_b", "m") if _is_dora(adapter) else ("lora_a", "lora_b")

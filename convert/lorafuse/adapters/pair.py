@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from lorafuse.adapters.check import check_shape, misfit, shape_of
 from lorafuse.adapters.factor import BlockDiagonal, Factor
 from lorafuse.adapters.keys import check_float
 from lorafuse.adapters.lowrank import LowRank
@@ -32,31 +33,28 @@ class Pair:
 
     @property
     def rank(self) -> int:
-        return self._shape(self.key_a)[0]
+        return shape_of(self.adapter, self.key_a)[0]
 
-    def _shape(self, key: str) -> tuple[int, ...]:
-        return self.adapter.store.tensors[key].spec.shape
-
-    def check(self) -> None:
-        """Raises AdapterError where the tensors are not the two factors of one update."""
+    def check(self, *, convolutions: bool = True) -> None:
+        """Raises AdapterError where the tensors are not the two factors of one update, of a matrix or also of a convolution."""
         a, b = (self.adapter.store.tensors[key].spec for key in (self.key_a, self.key_b))
         same_rank = len(b.shape) > 1 and a.shape[:1] in ((b.shape[1],), (b.shape[1] * self.n_blocks,))
-        fits = len(a.shape) >= 2 and len(b.shape) == len(a.shape) and same_rank and math.prod(b.shape[2:]) == 1
+        right_dims = len(a.shape) == len(b.shape) >= 2 and (convolutions or len(a.shape) == 2)
+        fits = right_dims and same_rank and math.prod(b.shape[2:]) == 1
         if not fits or a.numel == 0 or b.numel == 0:
             raise AdapterError(
                 f"{self.adapter.file}: {shown(self.key_a)} is {a} and {shown(self.key_b)} is {b}; they are not the two factors of "
                 "one update."
             )
-        for key in self.keys:
+        for key in (self.key_a, self.key_b):
             check_float(self.adapter, key)
-        if self.diagonal and self._shape(self.diagonal) != (self.rank,):
-            spec = self.adapter.store.tensors[self.diagonal].spec
-            raise AdapterError(f"{self.adapter.file}: {shown(self.diagonal)} is {spec}, expected [{self.rank}].")
+        if self.diagonal:
+            check_shape(self.adapter, self.diagonal, (self.rank,), f"from {shown(self.key_a)}")
 
     def is_transposed(self, target: Target) -> bool:
         """Whether the weight is stored (in, out), as HF Conv1D does; decided by its shape and, when that is square, by the
         architecture. Raises AdapterError where the update fits neither way."""
-        a, b = self._shape(self.key_a), self._shape(self.key_b)
+        a, b = (shape_of(self.adapter, key) for key in (self.key_a, self.key_b))
         matrix, conv = (target.spec.shape[0], target.spec.n_cols), len(a) > 2
         n_in, square = math.prod(a[1:]), matrix[0] == matrix[1]
         n_ins = {n_in, n_in * self.n_blocks}
@@ -67,10 +65,7 @@ class Pair:
         if matrix == (n_in, b[0]) and plain and not conv and len(target.spec.shape) == 2:
             return True
         grouped = " Convolutions with groups have no merged form." if conv else ""
-        raise AdapterError(
-            f"{self.adapter.file}: {shown(self.key_a)} {list(a)} and {shown(self.key_b)} {list(b)} do not fit "
-            f"{shown(target.name)} {list(target.spec.shape)}; is the adapter for another base?{grouped}"
-        )
+        raise misfit(self.adapter, target, self.key_a, self.key_b, hint=grouped)
 
     def patch(self, scaling: float, target: Target) -> LowRank:
         """W += scaling · B A in the weight's orientation. Raises AdapterError where it does not fit."""

@@ -80,6 +80,14 @@ class AdapterDir:
             raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
 
     @property
+    def ties_embeddings(self) -> bool:
+        """Whether an update of one of two tied embeddings is one of the other too: by the config, and in MLX, where the two are one
+        module unless the head has an update of its own."""
+        if is_mlx(self.config):
+            return not any("lm_head." in key for key in self.store.tensors)
+        return bool(self.config.get("ensure_weight_tying"))
+
+    @property
     def files(self) -> list[Path]:
         shards = [shard.path for shard in self.store.shards] if isinstance(self.store, ShardedStore) else []
         return list(dict.fromkeys([self.path / CONFIG, self.file, *shards]))

@@ -6,7 +6,7 @@ differences. When the head is tied to the embedding, PEFT saves the same rows fo
 
 from collections.abc import Callable
 
-from lorafuse.adapters.keys import Modules, drop_copies, group, refuse_left_over, replacements, unwrapped
+from lorafuse.adapters.keys import Modules, drop_copies, group, refuse_left_over, replacements, take_one, unwrapped
 from lorafuse.adapters.patch import Update
 from lorafuse.adapters.rows import replace_rows
 from lorafuse.adapters.store import CONFIG, AdapterDir
@@ -35,10 +35,9 @@ def take_tokens(adapter: AdapterDir, modules: Modules, scale: float) -> list[Upd
     """Rows of embeddings trained beside another type (trainable_token_indices); takes their leaves. Raises AdapterError where
     the config has them and the file has not."""
     found = [
-        tokens_update(adapter, unwrapped(path), leaves.pop(leaf), "trainable_token_indices", scale)
+        tokens_update(adapter, unwrapped(path), key, "trainable_token_indices", scale)
         for path, leaves in modules.items()
-        for leaf in [*leaves]
-        if leaf.startswith(_LEAF)
+        if (key := take_one(adapter, leaves, _LEAF)) is not None
     ]
     if adapter.config.get("trainable_token_indices") and not found:
         raise AdapterError(f"{adapter.path / CONFIG}: trainable_token_indices is set, but no {_LEAF} is in {adapter.file.name}.")
