@@ -21,7 +21,7 @@ from build import CONFIG, adapter_tensors, checkpoint_tensors, files_of, write_a
 from lorafuse import __version__, cli
 from lorafuse.shardfile import ShardWriter
 
-PACKAGE_ROOT = Path(cli.__file__).parents[1]
+PACKAGE_ROOT = Path(cli.__file__).parents[2]
 RESULT = ["config.json", "lorafuse_receipt.json", "model.safetensors"]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import lorafuse
 from lorafuse.adapters.factor import BlockDiagonal, Factor
 from lorafuse.adapters.patch import Base
-from lorafuse.cli import plan_text
+from lorafuse.cli.show import plan_text
 from lorafuse.codecs import Arena
 from lorafuse.errors import AdapterError
 from oracle import decode, read_adapter, read_tensors

@@ -150,7 +150,7 @@ def test_one_rounding() -> None:
     assert rounds <= {"receipt.py", "adapters/tinylora.py"}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.name != "cli.py"], ids=relative)
+@pytest.mark.parametrize("path", [p for p in FILES if top(p) != "cli"], ids=relative)
 def test_only_cli_prints_or_exits(path: Path) -> None:
     """Nothing but the command line prints, exits, or knows click and tqdm: a program that calls convert() decides for itself."""
     names = used_names(path)

@@ -1,0 +1,28 @@
+"""The command line: the only package that prints or exits. Everything else is `pipeline.convert`."""
+
+from collections.abc import Callable
+
+import click
+
+from lorafuse._version import __version__
+from lorafuse.cli.cmd_convert import convert
+from lorafuse.cli.options import CONTEXT
+
+__all__ = ["convert", "lorafuse", "main", "main_convert"]
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="lorafuse")
+def lorafuse() -> None:
+    """Merge LoRA and QLoRA adapters into checkpoints without loading the model."""
+
+
+lorafuse.add_command(convert)
+
+
+def _entry(command: click.Command, name: str) -> Callable[[], None]:
+    return lambda: command.main(prog_name=name)
+
+
+main = _entry(lorafuse, "lorafuse")
+main_convert = _entry(convert, "lorafuse-convert")

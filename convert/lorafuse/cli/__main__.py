@@ -1,0 +1,5 @@
+"""`python -m lorafuse.cli`."""
+
+from lorafuse.cli import main
+
+main()

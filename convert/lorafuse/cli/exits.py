@@ -1,0 +1,37 @@
+"""Exceptions as exit codes and one line on stderr."""
+
+import signal
+import sys
+from typing import NoReturn
+
+import click
+
+from lorafuse.errors import LorafuseError, shown
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that staging is cleaned up."""
+
+
+class exit_codes:  # noqa: N801 (reads as a statement)
+    """Turns exceptions into the contract's exit codes and one line on stderr. Anything unforeseen keeps its traceback."""
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGTERM, _terminate)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, LorafuseError):
+            _fail(str(error), error.exit_code)
+        if isinstance(error, KeyboardInterrupt | Terminated):
+            _fail("interrupted; OUT_DIR is as it was.", 130 if isinstance(error, KeyboardInterrupt) else 143)
+        if isinstance(error, OSError) and error.errno is not None:
+            _fail(f"{shown(error.filename or 'the output')}: {error.strerror}.", 5)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)
