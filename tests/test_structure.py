@@ -27,8 +27,10 @@ ORDER = """
     measure naming
     structure
     steps
+    turns
     several
     plan
+    outputs
     merge
     staging sidecars
     receipt verify hub

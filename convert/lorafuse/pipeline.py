@@ -14,6 +14,7 @@ from lorafuse.checkpoint import Checkpoint
 from lorafuse.errors import AdapterError, CheckpointError, UsageError, shown
 from lorafuse.hub import CHECKPOINT_FILES, adapter_files, local_dir
 from lorafuse.merge import merge
+from lorafuse.outputs import Output
 from lorafuse.plan import make_plan
 from lorafuse.receipt import RECEIPT, InputHashes, make_receipt
 from lorafuse.settings import Settings, checked_weight, parse_nbytes
@@ -68,13 +69,26 @@ def convert(
         if dry_run:
             return plan_event(plan)
         with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, Staging(Path(out_dir), plan.plan_id) as staging:
-            outcome = merge(plan, staging.path, target, on_event)
-            write_sidecars(plan, ckpt_dir, base.config, [first.path, first.root], staging.path)
-            verify_staging(plan, outcome, staging.path)
-            receipt = make_receipt(plan, outcome, settings, inputs.result(), time.perf_counter() - began)
-            write_json(staging.path / RECEIPT, receipt)
+            output = Output(plan, staging.path, on_event)
+            merge([output], plan.memory, target)
+            if output.error:
+                raise output.error
+            receipt = complete(output, base, first, settings, inputs, began)
             staging.commit()
     on_event({"event": "done", "out_dir": fspath(out_dir), **receipt["timing"], "peak_rss": receipt["peak_rss"]})
+    return receipt
+
+
+def complete(
+    output: Output, base: Checkpoint, first: "LocalAdapter", settings: Settings, inputs: InputHashes, began: float
+) -> dict[str, Any]:
+    """Add to a staging directory that has all its shards what else belongs into it, and check it. `first` is the adapter whose
+    tokenizer is taken, `began` when the run did. Returns the receipt. Raises ResultError."""
+    plan, staging = output.plan, output.staging
+    write_sidecars(plan, base.path, base.config, [first.path, first.root], staging)
+    verify_staging(plan, output.outcome, staging)
+    receipt = make_receipt(plan, output.outcome, settings, inputs.result(), time.perf_counter() - began)
+    write_json(staging / RECEIPT, receipt)
     return receipt
 
 

@@ -16,7 +16,7 @@ import torch
 
 from lorafuse._version import __version__
 from lorafuse.checkpoint import Checkpoint
-from lorafuse.merge import Outcome
+from lorafuse.outputs import Outcome
 from lorafuse.settings import Settings
 from lorafuse.several import Weighted
 from lorafuse.shardfile import open_regular

@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from lorafuse.errors import ResultError, shown
-from lorafuse.merge import Outcome
+from lorafuse.outputs import Outcome
 from lorafuse.steps import Plan
 
 
