@@ -21,6 +21,7 @@ ORDER = """
     errors
     settings tensors
     shardfile
+    hashing
     checkpoint
     codecs
     adapters
@@ -33,9 +34,11 @@ ORDER = """
     outputs
     merge
     staging sidecars
-    receipt verify hub
+    receipt hub
+    directory
+    recompute
     pipeline
-    batch report
+    audit batch report
     cli
 """
 RANK = {module: rank for rank, line in enumerate(ORDER.split("\n")) for module in line.split()}

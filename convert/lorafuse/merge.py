@@ -23,7 +23,7 @@ from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.sources import DECODED_FP32, host_view
 from lorafuse.errors import LorafuseError, ResultError, shown
 from lorafuse.measure import Measures, measure_tile
-from lorafuse.outputs import Output, Timing
+from lorafuse.outputs import Destination, Timing
 from lorafuse.steps import Memory, Step
 from lorafuse.turns import Result, Turn, turns
 
@@ -47,8 +47,8 @@ class Tile:
     pieces: list[Piece]
 
 
-def merge(outputs: Sequence[Output], memory: Memory, device: torch.device) -> None:
-    """Write every shard of the outputs' plans. Errors of reading and writing pass through; what is wrong with one output alone ends
+def merge(outputs: Sequence[Destination], memory: Memory, device: torch.device) -> None:
+    """Make what the outputs need. Errors of reading and writing pass through; what is wrong with one output alone ends
     up in its `error`, and when nothing else is left, ends the loop."""
     planned = turns([output.steps() for output in outputs])
     try:
@@ -67,7 +67,7 @@ def merge(outputs: Sequence[Output], memory: Memory, device: torch.device) -> No
             output.close()
 
 
-def _deliver(output: Output, step: Step, piece: Piece, buffer: torch.Tensor) -> None:
+def _deliver(output: Destination, step: Step, piece: Piece, buffer: torch.Tensor) -> None:
     """A finished piece to one output: account for it and write it, or give the output up."""
     error = piece.error or _complaint(step, piece.measures)
     if error:
@@ -130,7 +130,7 @@ class Workshop:
         for buffer in buffers:
             self._buffers.put(buffer)
 
-    def tiles(self, outputs: Sequence[Output]) -> Iterator[Tile]:
+    def tiles(self, outputs: Sequence[Destination]) -> Iterator[Tile]:
         """Finished tiles, weight by weight; none for outputs that were given up meanwhile."""
         for whole in self._planned:
             turn = whole.only({number for number, output in enumerate(outputs) if output.error is None})
@@ -151,7 +151,7 @@ class Workshop:
         while self._pending:
             yield self._take()
 
-    def _prepared(self, turn: Turn, outputs: Sequence[Output]) -> Turn:
+    def _prepared(self, turn: Turn, outputs: Sequence[Destination]) -> Turn:
         """The turn with its patches prepared, less the outputs whose patches cannot be."""
         failed: set[int] = set()
         for result in turn.results:

@@ -1,10 +1,10 @@
 """Where finished tiles go: the shards of one plan in its staging directory."""
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lorafuse.errors import LorafuseError
 from lorafuse.measure import Measures
@@ -46,9 +46,31 @@ class Outcome:
     timing: Timing = field(default_factory=Timing)
 
 
+class Destination(Protocol):
+    """What the loop makes tiles for."""
+
+    outcome: Outcome
+    error: LorafuseError | None  # of this destination alone; nothing more is made for it then
+
+    def steps(self) -> Iterable[Step]:
+        """Those that are to be made."""
+
+    def write(self, name: str, data: memoryview) -> None:
+        """The next bytes of a weight. Weights come in their natural order."""
+
+    def finish(self) -> None:
+        """All steps are made."""
+
+    def fail(self, error: LorafuseError) -> None:
+        """Give this destination up."""
+
+    def close(self) -> None:
+        """Nothing more comes, at the end or after an error."""
+
+
 class Output:
-    """One plan in the making. A shard's file is open from its first weight to its last, so that at most two are: shards of what
-    changes and of what does not follow each other side by side.
+    """A destination on disk: one plan in the making. A shard's file is open from its first weight to its last, so that at most two
+    are: shards of what changes and of what does not follow each other side by side.
 
     `skip` are files that are there already or come from elsewhere. `on_shard` is called when a file is complete. An error that is
     this output's alone ends up in `error`; no more is written then, and the others go on.

@@ -11,6 +11,7 @@ import torch
 
 from lorafuse.adapters import adapter_folder, open_adapter
 from lorafuse.checkpoint import Checkpoint
+from lorafuse.directory import verify_staging
 from lorafuse.errors import AdapterError, CheckpointError, UsageError, shown
 from lorafuse.hub import CHECKPOINT_FILES, adapter_files, local_dir
 from lorafuse.merge import merge
@@ -22,7 +23,6 @@ from lorafuse.several import Weighted
 from lorafuse.sidecars import write_json, write_sidecars
 from lorafuse.staging import Staging, check_out_dir
 from lorafuse.steps import Plan
-from lorafuse.verify import verify_staging
 
 Name = str | PathLike[str]
 
@@ -87,7 +87,7 @@ def complete(
     plan, staging = output.plan, output.staging
     write_sidecars(plan, base.path, base.config, [first.path, first.root], staging)
     verify_staging(plan, output.outcome, staging)
-    receipt = make_receipt(plan, output.outcome, settings, inputs.result(), time.perf_counter() - began)
+    receipt = make_receipt(plan, output.outcome, staging, settings, inputs.result(), time.perf_counter() - began)
     write_json(staging / RECEIPT, receipt)
     return receipt
 

@@ -4,6 +4,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from lorafuse.errors import UsageError, shown
 
@@ -43,6 +44,19 @@ class Settings:
     def decisive(self) -> dict[str, str | int | float]:
         """The settings that the output depends on."""
         return {"dtype": self.dtype, "max_shard_size": self.max_shard_nbytes, "adapter_scale": self.adapter_scale}
+
+    @classmethod
+    def of_receipt(cls, decisive: dict[str, Any], **others: Any) -> "Settings":
+        """The settings that a receipt's `settings` came from, as far as the output depends on them. Raises UsageError."""
+        try:
+            return cls(
+                dtype=decisive["dtype"],
+                max_shard_nbytes=decisive["max_shard_size"],
+                adapter_scale=float(decisive["adapter_scale"]),
+                **others,
+            )
+        except (KeyError, TypeError, ValueError) as e:
+            raise UsageError(f"The receipt's settings are broken: {shown(e)}.") from None
 
 
 # Not everything that float() takes: no underscores, and nan and inf are refused by name.
