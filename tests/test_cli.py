@@ -110,8 +110,8 @@ def test_merge(run: Cli, ckpt: Path, adapter: Path, out: Path) -> None:
     assert run.out == f"{out}\n"
     assert sorted(files_of(out)) == RESULT
     pattern = (
-        rf"Merged {adapter} into {ckpt}: 4 of 21 weights updated, [0-9.]+% of the update kept where it is least; "
-        r"0\.0 MB in [0-9.]+ s, peak [0-9,]+ MB\."
+        rf"Merged {adapter} into {ckpt} \(stored in full precision\): 4 of 21 weights updated, "
+        r"[0-9.]+% of the update kept where it is least; 0\.0 MB in [0-9.]+ s, peak [0-9,]+ MB\."
     )
     assert re.fullmatch(rf"model\.safetensors: 0\.0 MB \(1 of 1\)\n{pattern}\n", run.err)
 

@@ -34,10 +34,11 @@ ORDER = """
     outputs
     merge
     staging sidecars
-    receipt hub
+    receipt
+    hub summary
     directory
     recompute
-    pipeline
+    pipeline inspection
     audit batch report
     cli
 """

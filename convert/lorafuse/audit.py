@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafuse.checkpoint import Checkpoint
-from lorafuse.directory import read_receipt, verify_directory
+from lorafuse.directory import verify_directory
 from lorafuse.errors import CheckpointError, ResultError, UsageError, listed, shown
 from lorafuse.hub import CHECKPOINT_FILES, local_dir
 from lorafuse.pipeline import LocalAdapter, Name, local_adapter, opened, pick_device
@@ -18,6 +18,7 @@ from lorafuse.receipt import RECEIPT, InputHashes
 from lorafuse.recompute import check_merge
 from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.several import Weighted
+from lorafuse.summary import read_receipt
 
 
 def verify(

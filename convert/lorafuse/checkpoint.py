@@ -100,7 +100,7 @@ class Checkpoint(ShardedStore):
         except OSError as e:
             raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
         try:
-            _refuse_unknown_quantization(self.config, path)
+            refuse_unknown_quantization(self.config, path)
         except BaseException:
             self.close()
             raise
@@ -171,7 +171,8 @@ def _compare(path: Path, single: str, weight_map: dict[str, str], store: Sharded
         raise FormatError(f"{holder}: holds {shown(extra)}, which {index} does not list.")
 
 
-def _refuse_unknown_quantization(config: dict[str, Any], path: Path) -> None:
+def refuse_unknown_quantization(config: dict[str, Any], path: Path) -> None:
+    """Raises CheckpointError for a config of the directory `path` that names another quantization than bitsandbytes."""
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         quantization = part.get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None

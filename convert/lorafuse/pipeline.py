@@ -23,6 +23,7 @@ from lorafuse.several import Weighted
 from lorafuse.sidecars import write_json, write_sidecars
 from lorafuse.staging import Staging, check_out_dir
 from lorafuse.steps import Plan
+from lorafuse.summary import kept_in_sum
 
 Name = str | PathLike[str]
 
@@ -75,7 +76,7 @@ def convert(
                 raise output.error
             receipt = complete(output, base, first, settings, inputs, began)
             staging.commit()
-    on_event({"event": "done", "out_dir": fspath(out_dir), **receipt["timing"], "peak_rss": receipt["peak_rss"]})
+    on_event(done_event(fspath(out_dir), receipt))
     return receipt
 
 
@@ -136,6 +137,12 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here.")
     return device
+
+
+def done_event(out_dir: str, receipt: dict[str, Any]) -> dict[str, Any]:
+    """What the receipt says in sum, and what it cost, as one JSON-able dict."""
+    said = {"base_semantics": receipt["base_semantics"], "update": kept_in_sum(receipt["tensors"])}
+    return {"event": "done", "out_dir": out_dir, **said, **receipt["timing"], "peak_rss": receipt["peak_rss"]}
 
 
 def plan_event(plan: Plan) -> dict[str, Any]:

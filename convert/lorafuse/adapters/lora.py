@@ -198,14 +198,16 @@ class _Lora:
     def _weight_updates(self, pair: Pair, weight: str, scaling: float, magnitude: str | None) -> list[Update]:
         """What is done to the weight, in order."""
         part = "kasa" if pair.diagonal else _init(self.config)
+        facts = {"rank": pair.rank, "scale": scaling}
         result = []
         if part in PARTS and not pair.embedding:  # PEFT initializes embeddings plainly
             result.append(Update(weight, pair.keys, make=lambda target: self._residual_patch(pair, part, scaling, target)))
         if magnitude is None:
-            plain = Update(weight, pair.keys, make=lambda target: pair.patch(self.strength * scaling, target))
+            plain = Update(weight, pair.keys, make=lambda target: pair.patch(self.strength * scaling, target), facts=facts)
             return [*result, plain]
         keys = (*pair.keys, magnitude)
-        return [*result, Update(weight, keys, make=lambda target: self._dora_patch(pair, magnitude, scaling, target))]
+        dora = Update(weight, keys, make=lambda target: self._dora_patch(pair, magnitude, scaling, target), facts=facts)
+        return [*result, dora]
 
     def _residual_patch(self, pair: Pair, part: str, scaling: float, target: Target) -> Patch:
         why = None
