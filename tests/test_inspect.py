@@ -354,6 +354,9 @@ def test_broken_receipt(merged):
         tensors=whole["tensors"] | {"a\x1b": {"action": "merged", "dtype": "float32", "shape": [1], "kept": "1"}},
     )
     assert inspect(path)[2] == f"Error: {receipt}: " + message.replace("outputs", "a\\x1b") + "\n"
+    for figure in (float("nan"), float("inf"), 1e200, 10**400):
+        edit_json(receipt, tensors={"w": {"action": "merged", "dtype": "float32", "shape": [1], "delta_norm": figure, "kept": 1}})
+        assert inspect(path)[2] == f"Error: {receipt}: " + message.replace("outputs", "w") + "\n"
     receipt.write_text("{")
     assert inspect(path)[0] == 8
     receipt.unlink()

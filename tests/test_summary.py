@@ -23,7 +23,7 @@ def entry(kept, noise=0.1, dtype="bfloat16", action="merged", delta_norm=1.0):
     return {"action": action, "dtype": dtype, "shape": [1], "kept": kept, "noise": noise, "delta_norm": delta_norm}
 
 
-FIGURE = st.none() | st.floats(-10, 10)
+FIGURE = st.none() | st.floats(-10, 10) | st.integers(0, 1)  # the last ones for ties
 
 
 @given(st.dictionaries(st.text(max_size=5), st.tuples(FIGURE, FIGURE), max_size=20))
