@@ -18,7 +18,7 @@ from lorafuse.merge import merge
 from lorafuse.outputs import Output
 from lorafuse.plan import make_plan
 from lorafuse.receipt import RECEIPT, InputHashes, make_receipt
-from lorafuse.settings import Settings, checked_weight, parse_nbytes
+from lorafuse.settings import Settings, base_quant_of, checked_weight, parse_nbytes
 from lorafuse.several import Weighted
 from lorafuse.sidecars import write_json, write_sidecars
 from lorafuse.staging import Staging, check_out_dir
@@ -39,6 +39,11 @@ def convert(
     memory_limit: str | int = "100MB",
     adapter_scale: float = 1.0,
     adapter_name: str | None = None,
+    base_quant: str = "none",
+    double_quant: bool = True,
+    quant_blocksize: int = 64,
+    quant_skip: Sequence[str] = (),
+    quant_experts: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
@@ -47,14 +52,18 @@ def convert(
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
     `adapters` are further ones, or pairs (adapter, weight), whose updates are added; neither their order matters nor which one is
-    `adapter`, except that its tokenizer is taken. `adapter_scale` is the weight of `adapter`. Returns the receipt (also written to
-    `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets a dict for each "event": "warning", "plan", "progress",
-    "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong, or an OSError; then `out_dir` is as
-    it was.
+    `adapter`, except that its tokenizer is taken. `adapter_scale` is the weight of `adapter`. With a `base_quant` other than
+    "none", training quantized this full-precision checkpoint, and the four options after it say how (settings.BaseQuant). Returns
+    the receipt (also written to `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets a dict for each "event":
+    "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong, or an
+    OSError; then `out_dir` is as it was.
     """
     began = time.perf_counter()
     limits = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
-    settings = Settings(dtype=dtype, device=device, adapter_scale=adapter_scale, adapter_name=adapter_name, **limits)
+    quant = base_quant_of(base_quant, double_quant=double_quant, blocksize=quant_blocksize, skip=quant_skip, experts=quant_experts)
+    settings = Settings(
+        base_quant=quant, dtype=dtype, device=device, adapter_scale=adapter_scale, adapter_name=adapter_name, **limits
+    )
     target = pick_device(device)
     ckpt_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
     first = local_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
