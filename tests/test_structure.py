@@ -26,7 +26,7 @@ ORDER = """
     codecs
     adapters
     measure naming
-    structure
+    structure trained_base
     steps
     turns
     several
@@ -43,7 +43,7 @@ ORDER = """
 """
 RANK = {module: rank for rank, line in enumerate(ORDER.split("\n")) for module in line.split()}
 # Beside the codecs and the adapter types themselves.
-CODEC_HELPERS = {"sources"}
+CODEC_HELPERS = {"bnb_gpu", "dequantize", "quantize", "simulated", "sources"}
 ADAPTER_HELPERS = {"check", "dora", "experts", "factor", "fields", "keys", "lowrank", "lycoris", "pair", "patch", "placed"}
 ADAPTER_HELPERS |= {"residual", "rotation", "rows", "rowwise", "seeded", "store", "summed", "walk", "wavelets"}
 
@@ -201,6 +201,7 @@ def test_plain_style(path: Path) -> None:
         "Readable",
         "NamedTuple",
         "Patch",
+        "Sources",
         "Exception",
         "BaseException",
         "LorafuseError",

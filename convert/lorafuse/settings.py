@@ -48,6 +48,11 @@ class BaseQuant:
         four_bit = {"double_quant": self.double_quant, "blocksize": self.blocksize} if self.kind != "int8" else {}
         return {"kind": self.kind, **four_bit, "skip": None if self.skip is None else list(self.skip), "experts": self.experts}
 
+    def __str__(self) -> str:
+        if self.kind == "int8":
+            return "int8"
+        return f"{self.kind} in blocks of {self.blocksize}, {'double' if self.double_quant else 'single'} quantization"
+
 
 def base_quant_of(kind: str, *, double_quant: bool, blocksize: int, skip: Sequence[str], experts: bool) -> BaseQuant | None:
     """What the options of a conversion ask for; None for "none". Raises UsageError for details without a kind."""
