@@ -272,7 +272,7 @@ class Int8(Sources):
             half = self._half(values[at : at + self._chunk_numel])
             scb = raw[1][None] if self._transposed else half.abs().amax(dim=1, keepdim=True).float()
             tile = out[at : at + half.numel()].view(half.shape).copy_(half)
-            tile.mul_((127.0 / scb).masked_fill_(scb == 0, 0)).round_()
+            tile.mul_((127.0 / scb).masked_fill_(scb == 0, 0)).round_().add_(0)  # integers have no -0
             decode_int8(tile, scb)
         return out
 
