@@ -31,7 +31,7 @@ def as_trained(
             )
     chosen = quantized_on_load(weights, ckpt, quant, warn)
     if not chosen:
-        raise CheckpointError(f"{shown(ckpt.path)}: holds no weight that --base-quant {quant.kind} would quantize.")
+        raise CheckpointError(f"{shown(ckpt.path)}: transformers 5 quantizes no weight of it on loading; leave --base-quant out.")
     return dict(weights) | {
         name: simulated(weights[name], quant, load_dtype(ckpt, weights[name]), transposed=is_conv1d(ckpt.config, name))
         for name in chosen

@@ -55,6 +55,11 @@ def quantized_on_load(weights: Mapping[str, Sources], ckpt: Checkpoint, quant: B
     chosen = [name for name in weights if chooser.quantizes(name)]
     if quant.experts and not chooser.n_experts:
         warn(f"{shown(ckpt.path)}: holds no matrix of a single expert, which --quant-experts would quantize.")
+    elif quant.experts:
+        warn(
+            f"{shown(ckpt.path)}: its routers are left in full precision, although transformers 4, which quantized experts, "
+            "quantized those that were linear layers too."
+        )
     unknown = sorted(chooser.model_types.difference(load_table()["types"]))
     if unknown:
         warn(
@@ -80,7 +85,8 @@ class _Chooser:
         self._skip = [keep for model_type in sorted(self.model_types) for keep in table["keeps"].get(model_type, ())]
         self._skip += quant.skip if quant.skip is not None else self._default_skips()
         base = f"{self._renames.base_prefix}."
-        self._adds_prefix = self._names.has_head and not any(name.startswith(base) for name in weights)
+        prefixed = self._names.has_head and self._renames.model_class not in table["bare"]
+        self._adds_prefix = prefixed and not any(name.startswith(base) for name in weights)
 
     def _default_skips(self) -> list[str]:
         starred = load_table()["skips"].get(self._renames.model_class, ())
