@@ -148,7 +148,7 @@ def test_one_file_knows(word: str, file: str) -> None:
 
 
 def test_one_rounding() -> None:
-    """The place where a result is rounded is marked, once; beside it only seconds, a number of groups and int8 codes are rounded."""
+    """The place where a result is rounded is marked, once; beside it only seconds, a number of groups and int8 codes are."""
     texts = {relative(path): path.read_text(encoding="utf-8") for path in FILES}
     assert texts["merge.py"].count("the one rounding") == 1
     rounds = {file for file in texts for name in used_names(PACKAGE / file) if re.fullmatch(r"(.*\.)?round_?", name)}

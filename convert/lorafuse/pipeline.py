@@ -51,19 +51,16 @@ def convert(
     """Merge a PEFT or MLX-LM adapter into a checkpoint and write the result to `out_dir`.
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
-    `adapters` are further ones, or pairs (adapter, weight), whose updates are added; neither their order matters nor which one is
-    `adapter`, except that its tokenizer is taken. `adapter_scale` is the weight of `adapter`. With a `base_quant` other than
-    "none", training quantized this full-precision checkpoint, and the four options after it say how (settings.BaseQuant). Returns
-    the receipt (also written to `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets a dict for each "event":
-    "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong, or an
-    OSError; then `out_dir` is as it was.
+    `adapters` are further ones, or pairs (adapter, weight), whose updates are added, in any order; `adapter` has the weight
+    `adapter_scale`, and its tokenizer is taken. With `base_quant`, training quantized this full-precision checkpoint, as the options
+    after it say (settings.BaseQuant). Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each "event":
+    "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError or an OSError; then `out_dir` is as it was.
     """
     began = time.perf_counter()
-    limits = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
     quant = base_quant_of(base_quant, double_quant=double_quant, blocksize=quant_blocksize, skip=quant_skip, experts=quant_experts)
-    settings = Settings(
-        base_quant=quant, dtype=dtype, device=device, adapter_scale=adapter_scale, adapter_name=adapter_name, **limits
-    )
+    given: dict[str, Any] = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
+    given |= {"adapter_scale": adapter_scale, "adapter_name": adapter_name, "base_quant": quant}
+    settings = Settings(dtype=dtype, device=device, **given)
     target = pick_device(device)
     ckpt_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
     first = local_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
@@ -72,20 +69,22 @@ def convert(
 
     with closing(Checkpoint(ckpt_dir)) as base, opened(found) as (lora, *others):
         plan = make_plan(base, lora.adapter, settings, others)
-        for message in plan.warnings:
-            on_event({"event": "warning", "message": message})
-        on_event(plan_event(plan))
+        announce(plan, on_event)
         if dry_run:
             return plan_event(plan)
         with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, Staging(Path(out_dir), plan.plan_id) as staging:
-            output = Output(plan, staging.path, on_event)
-            merge([output], plan.memory, target)
-            if output.error:
-                raise output.error
+            merge([output := Output(plan, staging.path, on_event)], plan.memory, target)
             receipt = complete(output, base, first, settings, inputs, began)
             staging.commit()
     on_event({"event": "done", "out_dir": fspath(out_dir), **receipt["timing"], "peak_rss": receipt["peak_rss"]})
     return receipt
+
+
+def announce(plan: Plan, on_event: Callable[[dict[str, Any]], None]) -> None:
+    """An event for each warning, and the plan."""
+    for message in plan.warnings:
+        on_event({"event": "warning", "message": message})
+    on_event(plan_event(plan))
 
 
 def complete(
@@ -93,6 +92,8 @@ def complete(
 ) -> dict[str, Any]:
     """Add to a staging directory that has all its shards what else belongs into it, and check it. `first` is the adapter whose
     tokenizer is taken, `began` when the run did. Returns the receipt. Raises ResultError."""
+    if output.error:
+        raise output.error
     plan, staging = output.plan, output.staging
     write_sidecars(plan, base.path, base.config, [first.path, first.root], staging)
     verify_staging(plan, output.outcome, staging)

@@ -103,10 +103,12 @@ class Settings:
     def of_receipt(cls, decisive: dict[str, Any], **others: Any) -> "Settings":
         """The settings that a receipt's `settings` came from, as far as the output depends on them. Raises UsageError."""
         try:
+            quant = decisive.get("base_quant")
             return cls(
                 dtype=decisive["dtype"],
                 max_shard_nbytes=decisive["max_shard_size"],
                 adapter_scale=float(decisive["adapter_scale"]),
+                base_quant=BaseQuant(**quant | {"skip": quant["skip"] and tuple(quant["skip"])}) if quant else None,
                 **others,
             )
         except (KeyError, TypeError, ValueError) as e:
