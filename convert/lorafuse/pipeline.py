@@ -51,27 +51,26 @@ def convert(
     """Merge a PEFT or MLX-LM adapter into a checkpoint and write the result to `out_dir`.
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
-    `adapters` are further ones, or pairs (adapter, weight), whose updates are added, in any order; `adapter` has the weight
-    `adapter_scale`, and its tokenizer is taken. With `base_quant`, training quantized this full-precision checkpoint, as the options
-    after it say (settings.BaseQuant). Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each "event":
-    "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError or an OSError; then `out_dir` is as it was.
+    `adapters`: further ones, or pairs (adapter, weight), to be added in any order; `adapter_scale`: the weight of `adapter`, whose
+    tokenizer is taken. `base_quant`, with the options after it: how training quantized this full-precision base (settings.BaseQuant).
+    Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each "event": "warning", "plan", "progress", "shard"
+    or "done". Raises a LorafuseError or an OSError; then `out_dir` is as it was.
     """
     began = time.perf_counter()
     quant = base_quant_of(base_quant, double_quant=double_quant, blocksize=quant_blocksize, skip=quant_skip, experts=quant_experts)
     given: dict[str, Any] = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
     given |= {"adapter_scale": adapter_scale, "adapter_name": adapter_name, "base_quant": quant}
     settings = Settings(dtype=dtype, device=device, **given)
-    target = pick_device(device)
-    ckpt_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
+    target, ckpt_dir = pick_device(device), local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
     first = local_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
     found = [first, *(local_adapter(*named_weight(one), None, on_event) for one in adapters)]
     check_out_dir(Path(out_dir), [ckpt_dir, *(one.root for one in found)], overwrite=overwrite)
 
     with closing(Checkpoint(ckpt_dir)) as base, opened(found) as (lora, *others):
         plan = make_plan(base, lora.adapter, settings, others)
-        announce(plan, on_event)
+        planned = announce(plan, on_event)
         if dry_run:
-            return plan_event(plan)
+            return planned
         with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, Staging(Path(out_dir), plan.plan_id) as staging:
             merge([output := Output(plan, staging.path, on_event)], plan.memory, target)
             receipt = complete(output, base, first, settings, inputs, began)
@@ -80,11 +79,12 @@ def convert(
     return receipt
 
 
-def announce(plan: Plan, on_event: Callable[[dict[str, Any]], None]) -> None:
-    """An event for each warning, and the plan."""
+def announce(plan: Plan, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """An event for each warning, and the plan's, which is returned."""
     for message in plan.warnings:
         on_event({"event": "warning", "message": message})
-    on_event(plan_event(plan))
+    on_event(event := plan_event(plan))
+    return event
 
 
 def complete(
