@@ -52,9 +52,9 @@ def convert(
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
     `adapters`: further ones, or pairs (adapter, weight), to be added in any order; `adapter_scale`: the weight of `adapter`, whose
-    tokenizer is taken. `base_quant`, with the options after it: how training quantized this full-precision base (settings.BaseQuant).
-    Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each "event": "warning", "plan", "progress", "shard"
-    or "done". Raises a LorafuseError or an OSError; then `out_dir` is as it was.
+    tokenizer is taken. `base_quant`, with the options after it: how training quantized this full-precision base
+    (settings.BaseQuant). Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each "event": "warning",
+    "plan", "progress", "shard" or "done". Raises a LorafuseError or an OSError; then `out_dir` is as it was.
     """
     began = time.perf_counter()
     quant = base_quant_of(base_quant, double_quant=double_quant, blocksize=quant_blocksize, skip=quant_skip, experts=quant_experts)
