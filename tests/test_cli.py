@@ -255,6 +255,9 @@ WRONG_OPTIONS = [
     (["a", "b", "c", "d"], "Got unexpected extra argument (d)"),
     (["a", "b", "c", "--nonsense"], "No such option"),
     (["a", "b", "c", "--dtype", "int4"], "'int4' is not one of"),
+    (["a", "b", "c", "--base-quant", "nf5"], "'nf5' is not one of"),
+    (["a", "b", "c", "--base-quant", "nf4", "--quant-blocksize", "65"], "quant_blocksize is 65; expected one of 32, 64, 128, "),
+    (["a", "b", "c", "--quant-experts"], "quant_experts says how the base was quantized, but base_quant is none; "),
     (
         ["a", "b", "c", "--max-shard-size", "5GiB"],
         "'5GiB' is no size; expected a number with a decimal unit, such as 100MB or 5GB.",

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from threading import local
 
 import torch
 
 from lorafuse.adapters.patch import Base
-from lorafuse.codecs import Arena
+from lorafuse.codecs import Arena, Sources
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.sources import DECODED_FP32, host_view
 from lorafuse.errors import LorafuseError, ResultError, shown
@@ -132,7 +133,8 @@ class Workshop:
 
     def tiles(self, outputs: Sequence[Destination]) -> Iterator[Tile]:
         """Finished tiles, weight by weight; none for outputs that were given up meanwhile."""
-        for whole in self._planned:
+        for whole, following in pairwise([*self._planned, None]):
+            assert whole is not None
             turn = whole.only({number for number, output in enumerate(outputs) if output.error is None})
             # What is held at once stays within the budget; a turn alone always fits, the plan saw to that.
             while self._pending and (
@@ -141,6 +143,9 @@ class Workshop:
                 yield self._take()
             turn = self._prepared(turn, outputs)
             self._held_nbytes += turn.resident_nbytes
+            if following and turn.results:
+                # A pass over the next weight, if it needs one, beside the making of this one; tiles report its errors.
+                self._executor.submit(self._prepare, following.sources)
             for start, stop in turn.tiles() if turn.results else ():
                 while len(self._pending) >= self._memory.n_tiles:
                     yield self._take()
@@ -176,8 +181,12 @@ class Workshop:
         if last:
             for patch in turn.patches:
                 patch.release()
+            turn.sources.release()
             self._held_nbytes -= turn.resident_nbytes
         return tile
+
+    def _prepare(self, sources: Sources) -> None:
+        sources.prepare(self._local.arena)
 
     def _make(self, turn: Turn, start: int, stop: int, buffers: list[torch.Tensor]) -> Tile:
         if turn.verbatim:

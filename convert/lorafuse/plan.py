@@ -15,7 +15,7 @@ from lorafuse.adapters.keys import unusual_prefixes
 from lorafuse.adapters.patch import Parameter, Part
 from lorafuse.adapters.placed import Placed
 from lorafuse.checkpoint import Checkpoint
-from lorafuse.codecs import Sources, open_weights
+from lorafuse.codecs import Sources
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.sources import is_conv1d
 from lorafuse.errors import AdapterError, CheckpointError, listed, shown
@@ -25,6 +25,7 @@ from lorafuse.several import Found, Weighted, combine, common_model, in_order
 from lorafuse.steps import STORED_TENSOR_NBYTES, Plan, PlannedShard, Step, natural_key, split_shards
 from lorafuse.structure import Structure, structure_of
 from lorafuse.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, TensorSpec
+from lorafuse.trained_base import base_weights
 from lorafuse.turns import fit_memory, turns
 
 
@@ -39,7 +40,7 @@ def make_plan(
     those of `ckpt`, can be carried out together. Raises CheckpointError, AdapterError, or UsageError when the memory limit is too
     small."""
     warnings: list[str] = []
-    weights = weights or open_weights(ckpt)
+    weights = weights or base_weights(ckpt, settings.base_quant, warnings.append)
     adapters = in_order([Weighted(adapter, settings.adapter_scale), *others])
     found = [_read(one, weights, ckpt.config, warnings.append) for one in adapters]
     model = common_model(found)
@@ -244,8 +245,8 @@ def _action(edit: Edit, base: Sources, out_dtype: str, *, stored: bool) -> str:
         return "replaced"
     if not stored:
         return "added"
-    # "decoded" also covers a dense weight that only changes its dtype.
-    return "copied" if len(base.names) == 1 and base.spec.dtype == out_dtype else "decoded"
+    # "decoded" also covers a dense weight that is quantized and dequantized, or only changes its dtype.
+    return "copied" if isinstance(base, DenseSources) and base.spec.dtype == out_dtype else "decoded"
 
 
 def _config_changes(names: Names, steps: list[Step], untied: bool, files: str) -> dict[str, Any]:

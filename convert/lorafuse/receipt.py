@@ -85,7 +85,7 @@ def make_receipt(
         "outputs": [*(_output(w.file, FileHash(w.nbytes, w.sha256)) for w in outcome.written), *_others(outcome, staging)],
         "tensors": {step.name: _tensor(step, outcome) for step in plan.steps},
         "adapter_tensors": {"used": plan.used, "ignored": plan.ignored},
-        "base_semantics": _stored(plan),
+        "base_semantics": f"simulated: {settings.base_quant}" if settings.base_quant else _stored(plan),
         "timing": {name: round(seconds, 4) for name, seconds in timing.items()},
         "peak_rss": peak_rss(),
     }

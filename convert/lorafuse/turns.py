@@ -73,7 +73,7 @@ class Turn:
     @property
     def resident_nbytes(self) -> int:
         """Held from the first tile to the last."""
-        return sum(result.step.resident_nbytes for result in self.results)
+        return self.sources.held_nbytes + sum(result.step.resident_nbytes for result in self.results)
 
     @property
     def worker_nbytes(self) -> int:
@@ -123,6 +123,7 @@ def fit_memory(planned: list[Turn], held_nbytes: int, settings: Settings) -> Mem
 
     Raises UsageError when nothing fits.
     """
+    held_nbytes += max(turn.sources.held_nbytes for turn in planned)  # prepared ahead of its turn
     for attempt in ("resident", "some read again", "all read again"):
         worker = max(turn.worker_nbytes for turn in planned)
         tile = max(turn.tile_nbytes for turn in planned)
