@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
     _version
     errors
-    settings tensors
+    settings tensors relations
     shardfile
     hashing
     checkpoint
@@ -36,7 +36,7 @@ ORDER = """
     staging sidecars
     receipt hub
     directory
-    recompute
+    recompute relate
     pipeline
     audit batch report
     cli
