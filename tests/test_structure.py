@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
     _version
     errors
-    settings tensors
+    settings tensors relations
     shardfile
     hashing
     checkpoint
@@ -37,7 +37,7 @@ ORDER = """
     receipt
     hub summary
     directory
-    recompute
+    recompute relate
     pipeline inspection
     audit batch report
     cli

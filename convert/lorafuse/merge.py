@@ -53,7 +53,7 @@ def merge(outputs: Sequence[Destination], memory: Memory, device: torch.device) 
     up in its `error`, and when nothing else is left, ends the loop."""
     planned = turns([output.steps() for output in outputs])
     try:
-        with _exact_single_threaded_torch(), Workshop(planned, memory, device) as workshop:
+        with one_thread(), Workshop(planned, memory, device) as workshop:
             for tile in workshop.tiles(outputs):
                 for result, piece, buffer in zip(tile.turn.results, tile.pieces, tile.buffers, strict=True):
                     for number in result.outputs:
@@ -90,7 +90,7 @@ def _complaint(step: Step, measures: Measures | None) -> ResultError | None:
 
 
 @contextmanager
-def _exact_single_threaded_torch() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One thread per op, and no reduced-precision matrix products, whatever the calling program chose; restored afterwards."""
     n_threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
