@@ -21,8 +21,8 @@ ORDER = """
     errors
     settings tensors
     shardfile
-    hashing
-    checkpoint
+    hashing plain
+    checkpoint quant_config
     codecs
     adapters
     measure naming

@@ -17,8 +17,9 @@ from lorafuse.hub import CHECKPOINT_FILES, adapter_files, local_dir
 from lorafuse.merge import merge
 from lorafuse.outputs import Output
 from lorafuse.plan import make_plan
+from lorafuse.quant_config import chosen_base_quant
 from lorafuse.receipt import RECEIPT, InputHashes, make_receipt
-from lorafuse.settings import Settings, base_quant_of, checked_weight, parse_nbytes
+from lorafuse.settings import Settings, checked_weight, parse_nbytes
 from lorafuse.several import Weighted
 from lorafuse.sidecars import write_json, write_sidecars
 from lorafuse.staging import Staging, check_out_dir
@@ -44,6 +45,7 @@ def convert(
     quant_blocksize: int = 64,
     quant_skip: Sequence[str] = (),
     quant_experts: bool = False,
+    base_quant_from: Name | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
@@ -52,21 +54,19 @@ def convert(
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
     `adapters` are further ones, or pairs (adapter, weight), whose updates are added, in any order; `adapter` has the weight
-    `adapter_scale`, and its tokenizer is taken. With `base_quant`, training quantized this full-precision checkpoint, as the options
-    after it say (settings.BaseQuant). Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each "event":
-    "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError or an OSError; then `out_dir` is as it was.
+    `adapter_scale`, and its tokenizer is taken. With `base_quant`, training quantized this full-precision checkpoint as the options
+    after it say (settings.BaseQuant), or the file `base_quant_from`. Returns the receipt, or with `dry_run` the plan. An event that
+    `on_event` gets is a "warning", "plan", "progress", "shard" or "done". A LorafuseError or OSError leaves `out_dir` as it was.
     """
     began = time.perf_counter()
-    quant = base_quant_of(base_quant, double_quant=double_quant, blocksize=quant_blocksize, skip=quant_skip, experts=quant_experts)
+    quant = chosen_base_quant(base_quant_from, base_quant, double_quant, quant_blocksize, quant_skip, quant_experts)
     given: dict[str, Any] = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
     given |= {"adapter_scale": adapter_scale, "adapter_name": adapter_name, "base_quant": quant}
-    settings = Settings(dtype=dtype, device=device, **given)
-    target = pick_device(device)
+    settings, target = Settings(dtype=dtype, device=device, **given), pick_device(device)
     ckpt_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
     first = local_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
     found = [first, *(local_adapter(*named_weight(one), None, on_event) for one in adapters)]
     check_out_dir(Path(out_dir), [ckpt_dir, *(one.root for one in found)], overwrite=overwrite)
-
     with closing(Checkpoint(ckpt_dir)) as base, opened(found) as (lora, *others):
         plan = make_plan(base, lora.adapter, settings, others)
         announce(plan, on_event)
