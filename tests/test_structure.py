@@ -27,6 +27,7 @@ ORDER = """
     adapters
     measure naming
     structure trained_base
+    right_base
     steps
     turns
     several

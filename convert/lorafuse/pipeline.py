@@ -69,7 +69,7 @@ def convert(
     check_out_dir(Path(out_dir), [ckpt_dir, *(one.root for one in found)], overwrite=overwrite)
     with closing(Checkpoint(ckpt_dir)) as base, opened(found) as (lora, *others):
         plan = make_plan(base, lora.adapter, settings, others)
-        announce(plan, on_event)
+        announce(plan, on_event, dry_run=dry_run)
         if dry_run:
             return plan_event(plan)
         with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, Staging(Path(out_dir), plan.plan_id) as staging:
@@ -80,9 +80,11 @@ def convert(
     return receipt
 
 
-def announce(plan: Plan, on_event: Callable[[dict[str, Any]], None]) -> None:
-    """An event for each warning, and the plan."""
-    for message in plan.warnings:
+def announce(plan: Plan, on_event: Callable[[dict[str, Any]], None], *, dry_run: bool = False) -> None:
+    """An event for each warning, and the plan. The adapters' copies of base weights, which planning did not read, are compared
+    before a merge."""
+    differing = [] if dry_run else [copy.difference() for copy in plan.copies]
+    for message in filter(None, [*plan.warnings, *differing]):
         on_event({"event": "warning", "message": message})
     on_event(plan_event(plan))
 

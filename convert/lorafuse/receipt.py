@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lorafuse._version import __version__
+from lorafuse.checkpoint import RECEIPT as RECEIPT
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.hashing import FileHash, hash_file
 from lorafuse.outputs import Outcome
@@ -21,7 +22,6 @@ from lorafuse.settings import Settings
 from lorafuse.several import Weighted
 from lorafuse.steps import Plan, Step
 
-RECEIPT = "lorafuse_receipt.json"
 SCHEMA = 1
 
 
