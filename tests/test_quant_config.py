@@ -11,6 +11,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from lorafuse import cli
 from lorafuse.errors import UsageError
 from lorafuse.quant_config import READ, read_base_quant
 from lorafuse.settings import BaseQuant
+from oracle import read_tensors
 
 SAY_IT = "say what training did with --base-quant"
 ONLY_BNB = "only what bitsandbytes does to weights is simulated."
@@ -308,6 +310,16 @@ def test_the_receipt_says_what_was_read(config, tmp_path):
     assert receipt["settings"]["base_quant"] == said
     receipt = lorafuse.convert(ckpt, lora, tmp_path / "b", base_quant_from=str(config), quant_blocksize=128, quant_experts=True)
     assert receipt["settings"]["base_quant"] == said | {"blocksize": 128, "experts": True}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4_dq", "int8"])
+def test_a_base_is_what_the_config_of_its_quantized_form_makes_of_it(kind, base, adapter, tmp_path):
+    """Bit for bit the merge into the checkpoint that transformers quantized."""
+    lora = adapter(kind, target_modules=["q_proj", "down_proj"])
+    lorafuse.convert(base(kind), lora, tmp_path / "stored")
+    lorafuse.convert(base("bf16"), lora, tmp_path / "simulated", base_quant_from=base(kind) / "config.json")
+    stored, found = read_tensors(tmp_path / "stored"), read_tensors(tmp_path / "simulated")
+    assert stored.keys() == found.keys() and all(torch.equal(stored[name], found[name]) for name in stored)
 
 
 @pytest.mark.parametrize(
