@@ -125,6 +125,14 @@ def test_a_refusal_names_the_base_that_the_adapter_knows(tmp_path, case):
 
 
 def test_what_has_nothing_to_do_with_the_base_does_not_name_it(tmp_path):
+    """Neither tensors that do not fit each other, nor a weight that nothing can be added to."""
+    integers = write_checkpoint(tmp_path / "integers", checkpoint_tensors() | {HEAD: torch.ones(32, 16, dtype=torch.int32)})
+    factors = {
+        "base_model.model.lm_head.lora_A.weight": torch.ones(4, 16),
+        "base_model.model.lm_head.lora_B.weight": torch.ones(32, 4),
+    }
+    with pytest.raises(AdapterError, match=r"lora_A\.weight updates lm_head\.weight, which is I32 \[32, 16\]\.$"):
+        lorafuse.convert(integers, write_adapter(tmp_path / "fits", factors), tmp_path / "out")
     head = "base_model.model.lm_head"
     tensors = {f"{head}.lora_A.weight": torch.ones(4, 16), f"{head}.lora_B.weight": torch.ones(32, 3)}
     lora = write_adapter(tmp_path / "lora", tensors, base_model_name_or_path="a/b")
@@ -247,6 +255,28 @@ def test_an_adapter_that_was_merged_already(tmp_path, dry_run):
     assert warnings(first, renamed, tmp_path / "a", dry_run=dry_run) == [merged_text(renamed, first)]
     assert warnings(first, third, tmp_path / "b", dry_run=dry_run, adapters=[other]) == [merged_text(other, first)]
     assert warnings(first, third, tmp_path / "c", dry_run=dry_run) == []
+
+
+def test_an_adapter_that_shares_a_shard_with_one_that_was_merged(tmp_path):
+    """All of its tensors would have to be the same."""
+    paths = []
+    for name in ("one", "two"):
+        lora = write_adapter(tmp_path / name)
+        tensors = sorted(read_adapter(lora).items())
+        (lora / "adapter_model.safetensors").unlink()
+        tensors[-1] = (tensors[-1][0], tensors[-1][1] + len(paths))
+        half = len(tensors) // 4 * 2
+        weight_map = {}
+        for i, part in enumerate((tensors[:half], tensors[half:]), 1):
+            save_file(dict(part), lora / f"adapter_model-{i}.safetensors")
+            weight_map |= {key: f"adapter_model-{i}.safetensors" for key, _ in part}
+        write_json(lora / "adapter_model.safetensors.index.json", {"weight_map": weight_map})
+        paths.append(lora)
+    ckpt, first = write_checkpoint(tmp_path / "ckpt"), tmp_path / "first"
+    lorafuse.convert(ckpt, paths[0], first)
+    assert warnings(first, paths[1], tmp_path / "out") == []
+    said = merged_text(paths[0], first).replace("model.safetensors:", "model.safetensors.index.json:")
+    assert warnings(first, paths[0], tmp_path / "out2") == [said]
 
 
 BROKEN = ["", "[]", "{}", '{"inputs": 3}', '{"inputs": [{}, 3, {"role": "adapter", "size": null, "sha256": []}]}', "[" * 9999]
