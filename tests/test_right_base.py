@@ -257,6 +257,17 @@ def test_an_adapter_that_was_merged_already(tmp_path, dry_run):
     assert warnings(first, third, tmp_path / "c", dry_run=dry_run) == []
 
 
+def test_a_receipt_of_megabytes_says_so_too(tmp_path):
+    """Of the receipt of a large model only the beginning is read."""
+    ckpt, lora, first = write_checkpoint(tmp_path / "ckpt"), write_adapter(tmp_path / "lora"), tmp_path / "first"
+    receipt = lorafuse.convert(ckpt, lora, first)
+    receipt["tensors"] |= {f"model.layers.0.mlp.experts.{i}.weight": {"action": "copied"} for i in range(30_000)}
+    text = json.dumps(receipt, indent=2)
+    assert len(text) > 2_000_000
+    (first / "lorafuse_receipt.json").write_text(text)
+    assert warnings(first, lora, tmp_path / "out") == [merged_text(lora, first)]
+
+
 def test_an_adapter_that_shares_a_shard_with_one_that_was_merged(tmp_path):
     """All of its tensors would have to be the same."""
     paths = []
@@ -279,7 +290,8 @@ def test_an_adapter_that_shares_a_shard_with_one_that_was_merged(tmp_path):
     assert warnings(first, paths[0], tmp_path / "out2") == [said]
 
 
-BROKEN = ["", "[]", "{}", '{"inputs": 3}', '{"inputs": [{}, 3, {"role": "adapter", "size": null, "sha256": []}]}', "[" * 9999]
+BROKEN = ["", "[]", "{}", '{"inputs": 3}', '{"inputs": [{}, 3, {"role": "adapter", "size": null, "sha256": []}]}']
+BROKEN += ["[" * 9999, '{"inputs": ' + "[" * 99999, '{"inputs": "\u00e9"}']
 
 
 @pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
