@@ -363,7 +363,8 @@ def test_adapter_for_another_base(run: Cli, ckpt: Path, tmp_path: Path, out: Pat
     module = "base_model.model.model.layers.0.mlp.down_proj"
     assert run.err == (
         f"Error: {adapter}/adapter_model.safetensors: {module}.lora_A.weight [4, 12] and {module}.lora_B.weight [8, 4] do not fit "
-        "model.layers.0.mlp.down_proj.weight [16, 24]; is the adapter for another base?\n"
+        "model.layers.0.mlp.down_proj.weight [16, 24]; is the adapter for another base? The adapter's config names "
+        "somebody/something as its base.\n"
     )
 
 

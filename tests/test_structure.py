@@ -21,12 +21,13 @@ ORDER = """
     errors
     settings tensors relations
     shardfile
-    hashing
-    checkpoint
+    hashing plain
+    checkpoint quant_config
     codecs
     adapters
     measure naming
     structure trained_base
+    right_base
     steps
     turns
     several

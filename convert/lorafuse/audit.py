@@ -8,13 +8,13 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from lorafuse.checkpoint import Checkpoint
+from lorafuse.checkpoint import RECEIPT, Checkpoint
 from lorafuse.directory import verify_directory
 from lorafuse.errors import CheckpointError, ResultError, UsageError, listed, shown
 from lorafuse.hub import CHECKPOINT_FILES, local_dir
 from lorafuse.pipeline import Name, local_adapter, opened, pick_device
 from lorafuse.plan import make_plan
-from lorafuse.receipt import RECEIPT, InputHashes
+from lorafuse.receipt import InputHashes
 from lorafuse.recompute import check_merge
 from lorafuse.relate import relate
 from lorafuse.settings import Settings, parse_nbytes

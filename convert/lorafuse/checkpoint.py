@@ -15,6 +15,7 @@ from lorafuse.tensors import TensorInfo
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
+RECEIPT = "lorafuse_receipt.json"  # of a checkpoint that lorafuse wrote
 MAX_JSON_NBYTES = 64_000_000
 # Of the fields that are read somewhere.
 CONFIG_TYPES = {"model_type": str, "architectures": list, "text_config": dict, "quantization_config": dict}

@@ -10,11 +10,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lorafuse.checkpoint import INDEX, Checkpoint, stays_inside
+from lorafuse.checkpoint import INDEX, RECEIPT, Checkpoint, stays_inside
 from lorafuse.errors import CheckpointError, ResultError, StorageError, shown
 from lorafuse.hashing import FileHash, hash_file
 from lorafuse.outputs import Outcome
-from lorafuse.receipt import RECEIPT
 from lorafuse.shardfile import FormatError
 from lorafuse.steps import Plan
 

@@ -27,9 +27,13 @@ class CheckpointError(LorafuseError):
 
 
 class AdapterError(LorafuseError):
-    """The adapter is bad, unsupported, or does not fit the checkpoint."""
+    """The adapter is bad, unsupported, or, `misfit`, does not fit the checkpoint: the plan adds which base its config names."""
 
     exit_code = 4
+
+    def __init__(self, message: str, *, misfit: bool = False) -> None:
+        super().__init__(message)
+        self.misfit = misfit
 
 
 class StorageError(LorafuseError):

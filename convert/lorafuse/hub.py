@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lorafuse.adapters.store import BIN, CONFIG, DEFAULT_NAME, INDEX, MLX, SAFETENSORS
-from lorafuse.checkpoint import SINGLE
+from lorafuse.checkpoint import RECEIPT, SINGLE
 from lorafuse.errors import CheckpointError, LorafuseError, StorageError, shown
-from lorafuse.receipt import RECEIPT
 from lorafuse.sidecars import ALWAYS, PROCESSOR, TOKENIZER
 from lorafuse.tensors import DTYPES, TensorInfo, TensorSpec
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?")
-CHECKPOINT_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", *ALWAYS, *TOKENIZER, *PROCESSOR)
+CHECKPOINT_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", RECEIPT, *ALWAYS, *TOKENIZER, *PROCESSOR)
 ADAPTER_FILES = (CONFIG, SAFETENSORS, "adapter_model-*.safetensors", INDEX, BIN, MLX)
 KIND_FILES = ("config.json", CONFIG, f"*/{CONFIG}", RECEIPT)  # which tell what a repository holds
 # A pattern's * matches a slash too, and some repositories hold the same weights a second time under these names.

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import torch
 
 from lorafuse.adapters import adapter_folder, open_adapter
-from lorafuse.checkpoint import Checkpoint
+from lorafuse.checkpoint import RECEIPT, Checkpoint
 from lorafuse.directory import verify_staging
 from lorafuse.errors import AdapterError, CheckpointError, UsageError, shown
 from lorafuse.hub import CHECKPOINT_FILES, adapter_files, local_dir
 from lorafuse.merge import merge
 from lorafuse.outputs import Output
 from lorafuse.plan import make_plan
-from lorafuse.receipt import RECEIPT, InputHashes, make_receipt
-from lorafuse.settings import Settings, base_quant_of, checked_weight, parse_nbytes
+from lorafuse.quant_config import chosen_base_quant
+from lorafuse.receipt import InputHashes, make_receipt
+from lorafuse.settings import Settings, checked_weight, parse_nbytes
 from lorafuse.several import Weighted
 from lorafuse.sidecars import write_json, write_sidecars
 from lorafuse.staging import Staging, check_out_dir
@@ -45,6 +46,7 @@ def convert(
     quant_blocksize: int = 64,
     quant_skip: Sequence[str] = (),
     quant_experts: bool = False,
+    base_quant_from: Name | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
@@ -53,12 +55,12 @@ def convert(
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
     `adapters`: further ones, or pairs (adapter, weight), to be added in any order; `adapter_scale`: the weight of `adapter`, whose
-    tokenizer is taken. `base_quant`, with the options after it: how training quantized this full-precision base
-    (settings.BaseQuant). Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each "event": "warning",
-    "plan", "progress", "shard" or "done". Raises a LorafuseError or an OSError; then `out_dir` is as it was.
+    tokenizer is taken. `base_quant`, with the options after it, or the file `base_quant_from`: how training quantized this
+    full-precision base (settings.BaseQuant). Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each
+    "event": "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError or an OSError; then `out_dir` is as it was.
     """
     began = time.perf_counter()
-    quant = base_quant_of(base_quant, double_quant=double_quant, blocksize=quant_blocksize, skip=quant_skip, experts=quant_experts)
+    quant = chosen_base_quant(base_quant_from, base_quant, double_quant, quant_blocksize, quant_skip, quant_experts)
     given: dict[str, Any] = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
     given |= {"adapter_scale": adapter_scale, "adapter_name": adapter_name, "base_quant": quant}
     settings = Settings(dtype=dtype, device=device, **given)
@@ -66,10 +68,9 @@ def convert(
     first = local_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
     found = [first, *(local_adapter(*named_weight(one), None, on_event) for one in adapters)]
     check_out_dir(Path(out_dir), [ckpt_dir, *(one.root for one in found)], overwrite=overwrite)
-
     with closing(Checkpoint(ckpt_dir)) as base, opened(found) as (lora, *others):
         plan = make_plan(base, lora.adapter, settings, others)
-        planned = announce(plan, on_event)
+        planned = announce(plan, on_event, dry_run=dry_run)
         if dry_run:
             return planned
         with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, Staging(Path(out_dir), plan.plan_id) as staging:
@@ -80,9 +81,11 @@ def convert(
     return receipt
 
 
-def announce(plan: Plan, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """An event for each warning, and the plan's, which is returned."""
-    for message in plan.warnings:
+def announce(plan: Plan, on_event: Callable[[dict[str, Any]], None], *, dry_run: bool = False) -> dict[str, Any]:
+    """An event for each warning, and the plan's, which is returned. The adapters' copies of base weights, which planning did not
+    read, are compared before a merge."""
+    differing = [] if dry_run else [copy.difference() for copy in plan.copies]
+    for message in filter(None, [*plan.warnings, *differing]):
         on_event({"event": "warning", "message": message})
     on_event(event := plan_event(plan))
     return event

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from lorafuse.several import Weighted
     from lorafuse.steps import Plan, Step
 
-RECEIPT = "lorafuse_receipt.json"
 SCHEMA = 1
 
 

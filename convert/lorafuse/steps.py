@@ -11,6 +11,7 @@ from lorafuse.adapters import Patch
 from lorafuse.adapters.patch import TILE_NUMEL
 from lorafuse.checkpoint import SINGLE
 from lorafuse.codecs import Sources
+from lorafuse.right_base import BaseCopy
 from lorafuse.tensors import DTYPES, TensorSpec
 
 COPY_NBYTES = 1 << 20
@@ -132,6 +133,7 @@ class Plan:
     used: list[str]
     ignored: dict[str, str]
     warnings: list[str]
+    copies: list[BaseCopy]  # compared with the checkpoint before the merge
 
     @property
     def steps(self) -> Iterator[Step]:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafuse.checkpoint import read_json_dict
+from lorafuse.checkpoint import RECEIPT, read_json_dict
 from lorafuse.errors import ResultError, shown
-from lorafuse.receipt import RECEIPT, SCHEMA
+from lorafuse.receipt import SCHEMA
 from lorafuse.shardfile import FormatError
 
 # Where a smaller share of the update is kept, another dtype is worth a word.

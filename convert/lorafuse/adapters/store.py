@@ -93,6 +93,12 @@ class AdapterDir:
         return bool(self.config.get("ensure_weight_tying"))
 
     @property
+    def base_name(self) -> str | None:
+        """What the config calls the base that the adapter was trained on: a repository or a path, if anything."""
+        name = self.config.get("model" if is_mlx(self.config) else "base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
+    @property
     def files(self) -> list[Path]:
         shards = [shard.path for shard in self.store.shards] if isinstance(self.store, ShardedStore) else []
         return list(dict.fromkeys([self.path / CONFIG, self.file, *shards]))

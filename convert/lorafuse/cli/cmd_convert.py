@@ -8,9 +8,10 @@ import click
 
 from lorafuse._version import __version__
 from lorafuse.cli.exits import exit_codes
-from lorafuse.cli.options import CONTEXT, Size, weighted
+from lorafuse.cli.options import CONTEXT, Size, given, weighted
 from lorafuse.cli.show import Show, plan_text, summary_text, weights_text
-from lorafuse.settings import BASE_QUANT_CHOICES, DTYPE_CHOICES, Settings, base_quant_of
+from lorafuse.quant_config import chosen_base_quant, refuse_beside_file
+from lorafuse.settings import BASE_QUANT_CHOICES, DTYPE_CHOICES, Settings
 
 
 @click.command(context_settings=CONTEXT)
@@ -38,6 +39,9 @@ from lorafuse.settings import BASE_QUANT_CHOICES, DTYPE_CHOICES, Settings, base_
               help="Modules that training did not quantize, instead of those that transformers skips; repeatable.")  # fmt: skip
 @click.option("--quant-experts", is_flag=True,
               help="Training quantized the experts of a mixture too: transformers 4 did, 5 does not.")  # fmt: skip
+@click.option("--base-quant-from", metavar="FILE",
+              help="Take --base-quant and its details from a config.json, BitsAndBytesConfig, training config of axolotl, "
+                   "LLaMA-Factory or TRL, or README.md.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout instead of text.")
@@ -57,7 +61,11 @@ def convert(
     with exit_codes():
         checked = ("device", "adapter_scale", "adapter_name")
         Settings(**{name: options[name] for name in checked})  # refuses them, as click does the others
-        base_quant_of(
+        source = options["base_quant_from"]
+        if source is not None:
+            refuse_beside_file(given("base_quant", "double_quant", "quant_skip"))
+        chosen_base_quant(
+            source,
             options["base_quant"],
             double_quant=options["double_quant"],
             blocksize=options["quant_blocksize"],

@@ -3,6 +3,7 @@
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from lorafuse.errors import UsageError
 from lorafuse.settings import parse_nbytes, parse_weighted
@@ -21,6 +22,12 @@ class Size(click.ParamType[str]):
         except UsageError as e:
             self.fail(str(e), param, ctx)
         return str(value)
+
+
+def given(*names: str) -> list[str]:
+    """Those of the options that stand in the command line, whatever their values."""
+    context = click.get_current_context()
+    return [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
 
 def weighted(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:

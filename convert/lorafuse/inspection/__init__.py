@@ -8,10 +8,9 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from lorafuse.checkpoint import INDEX, SINGLE
+from lorafuse.checkpoint import INDEX, RECEIPT, SINGLE
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.inspection.merged import inspect_merged
-from lorafuse.receipt import RECEIPT
 
 __all__ = ["inspect"]
 
