@@ -20,7 +20,7 @@ ORDER = """
     _version
     errors
     settings tensors
-    shardfile
+    jobs shardfile sharing
     hashing
     checkpoint
     codecs
@@ -36,9 +36,10 @@ ORDER = """
     staging sidecars
     receipt hub
     directory
-    recompute
+    recompute finished
     pipeline
-    audit batch report
+    passes
+    audit batching report
     cli
 """
 RANK = {module: rank for rank, line in enumerate(ORDER.split("\n")) for module in line.split()}

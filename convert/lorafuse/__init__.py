@@ -13,9 +13,10 @@ from lorafuse.errors import LorafuseError
 
 if TYPE_CHECKING:
     from lorafuse.audit import verify
+    from lorafuse.batching import batch
     from lorafuse.pipeline import convert
 
-__all__ = ["LorafuseError", "__version__", "convert", "verify"]
+__all__ = ["LorafuseError", "__version__", "batch", "convert", "verify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from lorafuse.pipeline import convert
 
         return convert
+    if name == "batch":
+        from lorafuse.batching import batch
+
+        return batch
     if name == "verify":
         from lorafuse.audit import verify
 

@@ -1,14 +1,13 @@
 """CKPT and ADAPTER by hub id `org/name[@revision]`: the files that are needed, in the hub's own cache."""
 
 import glob
-import re
 from pathlib import Path
 
 from lorafuse.adapters.store import BIN, CONFIG, DEFAULT_NAME, INDEX, MLX, SAFETENSORS
 from lorafuse.errors import LorafuseError, StorageError, shown
+from lorafuse.settings import HUB_ID
 from lorafuse.sidecars import ALWAYS, PROCESSOR, TOKENIZER
 
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?")
 CHECKPOINT_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", *ALWAYS, *TOKENIZER, *PROCESSOR)
 ADAPTER_FILES = (CONFIG, SAFETENSORS, "adapter_model-*.safetensors", INDEX, BIN, MLX)
 # A pattern's * matches a slash too, and some repositories hold the same weights a second time under these names.

@@ -18,6 +18,7 @@ from threading import local
 import torch
 
 from lorafuse.adapters.patch import Base
+from lorafuse.checkpoint import Checkpoint
 from lorafuse.codecs import Arena
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.sources import DECODED_FP32, host_view
@@ -180,9 +181,14 @@ class Workshop:
         return tile
 
     def _make(self, turn: Turn, start: int, stop: int, buffers: list[torch.Tensor]) -> Tile:
-        if turn.verbatim:
-            return Tile(turn, buffers, [copy_tile(turn.results[0].step, start, stop, buffers[0])])
-        return Tile(turn, buffers, make_pieces(turn, start, stop, buffers, self._local.arena))
+        try:
+            if turn.verbatim:
+                return Tile(turn, buffers, [copy_tile(turn.results[0].step, start, stop, buffers[0])])
+            return Tile(turn, buffers, make_pieces(turn, start, stop, buffers, self._local.arena))
+        except LorafuseError as e:
+            if isinstance(turn.sources.store, Checkpoint):  # which all outputs share
+                raise
+            return Tile(turn, buffers, [Piece(error=e) for _ in turn.results])
 
 
 def copy_tile(step: Step, start: int, stop: int, buffer: torch.Tensor) -> Piece:

@@ -73,21 +73,21 @@ def convert(
             merge([output], plan.memory, target)
             if output.error:
                 raise output.error
-            receipt = complete(output, base, first, settings, inputs, began)
+            receipt = complete(output, base, first, settings, inputs.result(), began)
             staging.commit()
     on_event({"event": "done", "out_dir": fspath(out_dir), **receipt["timing"], "peak_rss": receipt["peak_rss"]})
     return receipt
 
 
 def complete(
-    output: Output, base: Checkpoint, first: "LocalAdapter", settings: Settings, inputs: InputHashes, began: float
+    output: Output, base: Checkpoint, first: "LocalAdapter", settings: Settings, inputs: list[dict[str, Any]], began: float
 ) -> dict[str, Any]:
     """Add to a staging directory that has all its shards what else belongs into it, and check it. `first` is the adapter whose
-    tokenizer is taken, `began` when the run did. Returns the receipt. Raises ResultError."""
+    tokenizer is taken, `inputs` are those of the receipt, `began` is when the run did. Returns the receipt. Raises ResultError."""
     plan, staging = output.plan, output.staging
     write_sidecars(plan, base.path, base.config, [first.path, first.root], staging)
     verify_staging(plan, output.outcome, staging)
-    receipt = make_receipt(plan, output.outcome, staging, settings, inputs.result(), time.perf_counter() - began)
+    receipt = make_receipt(plan, output.outcome, staging, settings, inputs, time.perf_counter() - began)
     write_json(staging / RECEIPT, receipt)
     return receipt
 

@@ -9,6 +9,7 @@ from typing import Any
 from lorafuse.errors import UsageError, shown
 
 DTYPE_CHOICES = ("auto", "float32", "float16", "bfloat16")
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 

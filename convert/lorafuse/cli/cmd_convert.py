@@ -8,31 +8,22 @@ import click
 
 from lorafuse._version import __version__
 from lorafuse.cli.exits import exit_codes
-from lorafuse.cli.options import CONTEXT, Size, weighted
+from lorafuse.cli.options import CONTEXT, output_options, run_options, weighted
 from lorafuse.cli.show import Show, plan_text, summary_text, weights_text
-from lorafuse.settings import DTYPE_CHOICES, Settings
+from lorafuse.settings import Settings
 
 
 @click.command(context_settings=CONTEXT)
 @click.argument("ckpt")
 @click.argument("adapter")
 @click.argument("out_dir")
-@click.option("--dtype", type=click.Choice(DTYPE_CHOICES), default="auto", show_default=True,
-              help="dtype of the output's floating-point weights; auto keeps, per weight, the dtype it decodes to.")  # fmt: skip
-@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True,
-              help="Largest output file, in decimal units; a larger tensor gets a file of its own.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]",
-              help="Where tiles are computed; auto is CUDA when torch sees it.")  # fmt: skip
-@click.option("--memory-limit", type=Size(), default="100MB", show_default=True,
-              help="Bound on what the process holds beyond `import torch`.")  # fmt: skip
+@output_options
 @click.option("--adapter", "adapters", callback=weighted, multiple=True, metavar="PATH[:WEIGHT]",
               help="A further adapter, whose update times WEIGHT (or 1) is added; may be repeated, in any order.")  # fmt: skip
 @click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Multiplies the update of ADAPTER.")
 @click.option("--adapter-name", metavar="NAME", help="Which adapter of a directory that holds several, in sub-folders.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR, once the new one is complete.")
-@click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout instead of text.")
-@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also what happens to each weight that changes.")
 @click.version_option(__version__, prog_name="lorafuse")
 def convert(

@@ -1,12 +1,14 @@
-"""Kinds of options that commands share."""
+"""Options that commands share, and kinds of options."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
 from lorafuse.errors import UsageError
-from lorafuse.settings import parse_nbytes, parse_weighted
+from lorafuse.settings import DTYPE_CHOICES, parse_nbytes, parse_weighted
 
+F = TypeVar("F", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -29,3 +31,33 @@ def weighted(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
         return [parse_weighted(value) for value in values]
     except UsageError as e:
         raise click.BadParameter(str(e), ctx, param) from None
+
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order of the help."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+# What decides the bytes that are written, and what it costs.
+output_options = _all(
+    click.option("--dtype", type=click.Choice(DTYPE_CHOICES), default="auto", show_default=True,
+                 help="dtype of the output's floating-point weights; auto keeps, per weight, the dtype it decodes to."),
+    click.option("--max-shard-size", type=Size(), default="5GB", show_default=True,
+                 help="Largest output file, in decimal units; a larger tensor gets a file of its own."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]",
+                 help="Where tiles are computed; auto is CUDA when torch sees it."),
+    click.option("--memory-limit", type=Size(), default="100MB", show_default=True,
+                 help="Bound on what the process holds beyond `import torch`."),
+)  # fmt: skip
+# What is printed, and whether anything is written.
+run_options = _all(
+    click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
+    click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout instead of text."),
+    click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
+)

@@ -69,6 +69,10 @@ class Sources(Protocol):
     names: tuple[str, ...]  # the stored tensors
     nbytes: int  # host bytes held while a tile is decoded, beyond what is proportional to the tile
 
+    @property
+    def store(self) -> Store:
+        """Where the stored tensors lie: in the checkpoint, or in an adapter that replaces the weight."""
+
     def will_need(self, start: int, stop: int) -> None:
         """Hint that elements [start, stop) are fetched soon."""
 
