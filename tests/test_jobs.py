@@ -261,7 +261,7 @@ def options_of(text):
 
 
 def test_examples_name_options_that_exist():
-    known = {name for parameter in cli.batch.params if isinstance(parameter, click.Option) for name in parameter.opts}
+    known = {"--help", *(name for one in cli.batch.params if isinstance(one, click.Option) for name in one.opts)}
     texts = [path.read_text() for path in [*EXAMPLES, ROOT / "docs" / "batch.md", ROOT / "README.md"]]
     assert all("lorafuse batch" in text for text in texts)
     assert {option for text in texts for option in options_of(text)} <= known
