@@ -20,7 +20,7 @@ ORDER = """
     _version
     errors
     settings tensors relations
-    shardfile
+    jobs shardfile sharing
     hashing plain
     checkpoint quant_config
     codecs
@@ -38,9 +38,10 @@ ORDER = """
     receipt
     hub summary
     directory
-    recompute relate
+    recompute relate finished
     pipeline inspection
-    audit batch report
+    passes
+    audit batching report
     cli
 """
 RANK = {module: rank for rank, line in enumerate(ORDER.split("\n")) for module in line.split()}

@@ -54,6 +54,12 @@ class ResultError(LorafuseError):
     exit_code = 8
 
 
+class BatchError(LorafuseError):
+    """Some jobs of a batch failed; the others are complete."""
+
+    exit_code = 9
+
+
 def shown(text: object, limit: int = 200) -> str:
     """`text` as it may be printed: control characters and lone surrogates escaped, at most `limit` characters."""
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))

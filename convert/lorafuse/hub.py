@@ -1,7 +1,6 @@
 """CKPT and ADAPTER by hub id `org/name[@revision]`: the files that are needed, in the hub's own cache, or headers alone."""
 
 import glob
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 from lorafuse.adapters.store import BIN, CONFIG, DEFAULT_NAME, INDEX, MLX, SAFETENSORS
 from lorafuse.checkpoint import RECEIPT, SINGLE
 from lorafuse.errors import CheckpointError, LorafuseError, StorageError, shown
+from lorafuse.settings import HUB_ID
 from lorafuse.sidecars import ALWAYS, PROCESSOR, TOKENIZER
 from lorafuse.tensors import DTYPES, TensorInfo, TensorSpec
 
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?")
 CHECKPOINT_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", RECEIPT, *ALWAYS, *TOKENIZER, *PROCESSOR)
 ADAPTER_FILES = (CONFIG, SAFETENSORS, "adapter_model-*.safetensors", INDEX, BIN, MLX)
 KIND_FILES = ("config.json", CONFIG, f"*/{CONFIG}", RECEIPT)  # which tell what a repository holds

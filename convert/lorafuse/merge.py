@@ -19,6 +19,7 @@ from threading import local
 import torch
 
 from lorafuse.adapters.patch import Base
+from lorafuse.checkpoint import Checkpoint
 from lorafuse.codecs import Arena, Sources
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.sources import DECODED_FP32, host_view
@@ -122,6 +123,9 @@ class Workshop:
 
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
+        # The executor refers to this object, a cycle: without this, buffers may still be there when the next pass makes its own.
+        self._pending.clear()
+        self._buffers, self._loader = queue.LifoQueue(), Arena(self._device)
 
     def _start_worker(self) -> None:
         torch.set_num_threads(1)  # OpenMP's number is each thread's own
@@ -189,9 +193,14 @@ class Workshop:
         sources.prepare(self._local.arena)
 
     def _make(self, turn: Turn, start: int, stop: int, buffers: list[torch.Tensor]) -> Tile:
-        if turn.verbatim:
-            return Tile(turn, buffers, [copy_tile(turn.results[0].step, start, stop, buffers[0])])
-        return Tile(turn, buffers, make_pieces(turn, start, stop, buffers, self._local.arena))
+        try:
+            if turn.verbatim:
+                return Tile(turn, buffers, [copy_tile(turn.results[0].step, start, stop, buffers[0])])
+            return Tile(turn, buffers, make_pieces(turn, start, stop, buffers, self._local.arena))
+        except LorafuseError as e:
+            if isinstance(turn.sources.store, Checkpoint):  # which all outputs share
+                raise
+            return Tile(turn, buffers, [Piece(error=e) for _ in turn.results])
 
 
 def copy_tile(step: Step, start: int, stop: int, buffer: torch.Tensor) -> Piece:

@@ -41,26 +41,22 @@ def convert(
     memory_limit: str | int = "100MB",
     adapter_scale: float = 1.0,
     adapter_name: str | None = None,
-    base_quant: str = "none",
-    double_quant: bool = True,
-    quant_blocksize: int = 64,
-    quant_skip: Sequence[str] = (),
-    quant_experts: bool = False,
-    base_quant_from: Name | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    **training: Any,
 ) -> dict[str, Any]:
     """Merge a PEFT or MLX-LM adapter into a checkpoint and write the result to `out_dir`.
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
     `adapters`: further ones, or pairs (adapter, weight), to be added in any order; `adapter_scale`: the weight of `adapter`, whose
-    tokenizer is taken. `base_quant`, with the options after it, or the file `base_quant_from`: how training quantized this
-    full-precision base (settings.BaseQuant). Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each
-    "event": "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError or an OSError; then `out_dir` is as it was.
+    tokenizer is taken. `training`: how it quantized this full-precision base: `base_quant`, `double_quant`, `quant_blocksize`,
+    `quant_skip`, `quant_experts`, or the file `base_quant_from` (`quant_config.chosen_base_quant`). Returns the receipt, or with
+    `dry_run` the plan. `on_event` gets a dict for each "event": "warning", "plan", "progress", "shard" or "done". Raises a
+    LorafuseError or an OSError; then `out_dir` is as it was.
     """
     began = time.perf_counter()
-    quant = chosen_base_quant(base_quant_from, base_quant, double_quant, quant_blocksize, quant_skip, quant_experts)
+    quant = chosen_base_quant(**training)
     given: dict[str, Any] = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
     given |= {"adapter_scale": adapter_scale, "adapter_name": adapter_name, "base_quant": quant}
     settings = Settings(dtype=dtype, device=device, **given)
@@ -75,7 +71,7 @@ def convert(
             return planned
         with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, Staging(Path(out_dir), plan.plan_id) as staging:
             merge([output := Output(plan, staging.path, on_event)], plan.memory, target)
-            receipt = complete(output, base, first, settings, inputs, began)
+            receipt = complete(output, base, first, settings, inputs.result, began)
             staging.commit()
     on_event(done_event(fspath(out_dir), receipt))
     return receipt
@@ -84,24 +80,29 @@ def convert(
 def announce(plan: Plan, on_event: Callable[[dict[str, Any]], None], *, dry_run: bool = False) -> dict[str, Any]:
     """An event for each warning, and the plan's, which is returned. The adapters' copies of base weights, which planning did not
     read, are compared before a merge."""
-    differing = [] if dry_run else [copy.difference() for copy in plan.copies]
-    for message in filter(None, [*plan.warnings, *differing]):
+    for message in plan.warnings if dry_run else plan.all_warnings():
         on_event({"event": "warning", "message": message})
     on_event(event := plan_event(plan))
     return event
 
 
 def complete(
-    output: Output, base: Checkpoint, first: "LocalAdapter", settings: Settings, inputs: InputHashes, began: float
+    output: Output,
+    base: Checkpoint,
+    first: "LocalAdapter",
+    settings: Settings,
+    inputs: Callable[[], list[dict[str, Any]]],
+    began: float,
 ) -> dict[str, Any]:
     """Add to a staging directory that has all its shards what else belongs into it, and check it. `first` is the adapter whose
-    tokenizer is taken, `began` when the run did. Returns the receipt. Raises ResultError."""
+    tokenizer is taken, `inputs` gives those of the receipt, `began` is when the run did. Returns the receipt. Raises ResultError.
+    """
     if output.error:
         raise output.error
     plan, staging = output.plan, output.staging
     write_sidecars(plan, base.path, base.config, [first.path, first.root], staging)
     verify_staging(plan, output.outcome, staging)
-    receipt = make_receipt(plan, output.outcome, staging, settings, inputs.result(), time.perf_counter() - began)
+    receipt = make_receipt(plan, output.outcome, staging, settings, inputs(), time.perf_counter() - began)
     write_json(staging / RECEIPT, receipt)
     return receipt
 

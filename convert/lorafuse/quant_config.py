@@ -60,16 +60,27 @@ def quantized_by_name(name: object) -> str | None:
     return next((kind for kind, pattern in _BY_NAME.items() if pattern.search(last)), None)
 
 
+# The options that say how training quantized the base, as every command and function has them.
+BASE_OPTIONS = ("base_quant", "double_quant", "quant_blocksize", "quant_skip", "quant_experts", "base_quant_from")
+
+
 def chosen_base_quant(
-    source: str | PathLike[str] | None, kind: str, double_quant: bool, blocksize: int, skip: Sequence[str], experts: bool
+    *,
+    base_quant: str = "none",
+    double_quant: bool = True,
+    quant_blocksize: int = 64,
+    quant_skip: Sequence[str] = (),
+    quant_experts: bool = False,
+    base_quant_from: str | PathLike[str] | None = None,
 ) -> BaseQuant | None:
-    """How training quantized the base, by the file `source` or by options; None where it did not. The block size and whether
-    experts were quantized stand in no file, so these options hold beside one. Raises UsageError."""
-    if source is None:
-        return base_quant_of(kind, double_quant=double_quant, blocksize=blocksize, skip=skip, experts=experts)
-    said = {"base_quant": kind != "none", "no_double_quant": not double_quant, "quant_skip": bool(skip)}
+    """How training quantized the base, by the file `base_quant_from` or by options; None where it did not. The block size and
+    whether experts were quantized stand in no file, so these options hold beside one. Raises UsageError."""
+    if base_quant_from is None:
+        details: dict[str, Any] = {"double_quant": double_quant, "blocksize": quant_blocksize, "experts": quant_experts}
+        return base_quant_of(base_quant, skip=quant_skip, **details)
+    said = {"base_quant": base_quant != "none", "no_double_quant": not double_quant, "quant_skip": bool(quant_skip)}
     refuse_beside_file(name for name, given in said.items() if given)
-    return replace(read_base_quant(Path(source)), blocksize=blocksize, experts=experts)
+    return replace(read_base_quant(Path(base_quant_from)), blocksize=quant_blocksize, experts=quant_experts)
 
 
 def refuse_beside_file(options: Iterable[str]) -> None:

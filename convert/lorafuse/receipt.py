@@ -33,8 +33,7 @@ class InputHashes:
         files = (ckpt.path / "config.json", *(shard.path for shard in ckpt.shards))
         self._files = [(path, _entry("checkpoint", ckpt_name, ckpt.path, path)) for path in files]
         for one in adapters:
-            adapter, facts = one.adapter, {"weight": one.weight} if len(adapters) > 1 else {}
-            self._files += [(path, _entry("adapter", adapter.name, adapter.root, path) | facts) for path in adapter.files]
+            self._files += _adapter_files(one, {"weight": one.weight} if len(adapters) > 1 else {})
         self._stop = Event()
         self._executor = ThreadPoolExecutor(1, "hash")
 
@@ -57,6 +56,16 @@ class InputHashes:
     def _go_on(self, _: int) -> None:
         if self._stop.is_set():
             raise CancelledError
+
+
+def adapter_hashes(one: "Weighted") -> list[dict[str, Any]]:
+    """The same for the files of one adapter, at once."""
+    return [entry | hash_file(path)._asdict() for path, entry in _adapter_files(one, {})]
+
+
+def _adapter_files(one: "Weighted", facts: dict[str, float]) -> list[tuple[Path, dict[str, Any]]]:
+    adapter = one.adapter
+    return [(path, _entry("adapter", adapter.name, adapter.root, path) | facts) for path in adapter.files]
 
 
 def _entry(role: str, name: str, root: Path, path: Path) -> dict[str, Any]:
@@ -114,6 +123,8 @@ def _tensor(step: "Step", outcome: "Outcome") -> dict[str, Any]:
         entry |= patch.facts
     if step.name in outcome.measures:
         entry |= outcome.measures[step.name].summary()
+    if not step.changes and step.sources.names[0] != step.name:
+        entry["source"] = step.sources.names[0]  # of a replicated layer
     return entry
 
 

@@ -135,6 +135,10 @@ class Plan:
     warnings: list[str]
     copies: list[BaseCopy]  # compared with the checkpoint before the merge
 
+    def all_warnings(self) -> list[str]:
+        """The warnings, and what a comparison of the adapters' copies of base weights says, which reads them."""
+        return [*self.warnings, *filter(None, (copy.difference() for copy in self.copies))]
+
     @property
     def steps(self) -> Iterator[Step]:
         return (step for shard in self.shards for step in shard.steps)

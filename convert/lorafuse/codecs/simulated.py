@@ -104,7 +104,8 @@ class FourBit(Sources):
     def __init__(self, inner: Sources, quant: BaseQuant, dtype: torch.dtype, *, transposed: bool) -> None:
         self._inner, self._quant, self._dtype, self._transposed = inner, quant, dtype, transposed
         self.spec = TensorSpec(SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")], inner.spec.shape)
-        self.out_dtype, self.names, self.scheme = self.spec.dtype, inner.names, inner.scheme
+        self.out_dtype = self.spec.dtype
+        self.names, self.store, self.scheme = inner.names, inner.store, inner.scheme
         self._n_blocks = -(-self.spec.numel // quant.blocksize)
         self._levels = byte_pairs(quantize.levels(quant.kind))
         self._state = Once()
@@ -245,7 +246,7 @@ class Int8(Sources):
         self._inner, self._dtype, self._transposed = inner, dtype, transposed
         self.spec = TensorSpec("F32", inner.spec.shape)
         self.out_dtype = SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")]
-        self.names, self.scheme = inner.names, inner.scheme
+        self.names, self.store, self.scheme = inner.names, inner.store, inner.scheme
         self._state = Once()
         self._chunk_numel = whole_rows(CHUNK_NUMEL, self.spec.n_cols)
         self.nbytes = self._chunk_numel * CHUNK_NBYTES_PER_ELEMENT

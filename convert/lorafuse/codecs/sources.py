@@ -88,6 +88,7 @@ class Sources(Protocol):
     spec: TensorSpec  # shape, and the dtype that decoding yields
     out_dtype: str  # the dtype that `--dtype auto` writes; differs from spec.dtype for int8, which decodes to fp32
     names: tuple[str, ...]  # the stored tensors
+    store: Store  # where they are
     scheme: Scheme
     nbytes: int  # host bytes held while a tile is decoded, beyond what is proportional to the tile
     held_nbytes: int = 0  # host bytes held from prepare to release
