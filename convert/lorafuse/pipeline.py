@@ -14,13 +14,15 @@ from lorafuse.checkpoint import Checkpoint
 from lorafuse.directory import verify_staging
 from lorafuse.errors import AdapterError, CheckpointError, UsageError, shown
 from lorafuse.hub import CHECKPOINT_FILES, adapter_files, local_dir
+from lorafuse.inputs import InputFiles
 from lorafuse.merge import merge
 from lorafuse.outputs import Output
 from lorafuse.plan import make_plan
 from lorafuse.receipt import RECEIPT, InputHashes, make_receipt
 from lorafuse.settings import Settings, checked_weight, parse_nbytes
 from lorafuse.several import Weighted
-from lorafuse.sidecars import write_json, write_sidecars
+from lorafuse.sidecars import copied_files, write_json, write_sidecars
+from lorafuse.space import room_for
 from lorafuse.staging import Staging, check_out_dir
 from lorafuse.steps import Plan
 from lorafuse.summary import kept_in_sum
@@ -40,7 +42,9 @@ def convert(
     memory_limit: str | int = "100MB",
     adapter_scale: float = 1.0,
     adapter_name: str | None = None,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
+    restart: bool = False,
     dry_run: bool = False,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> dict[str, Any]:
@@ -48,14 +52,15 @@ def convert(
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
     `adapters` are further ones, or pairs (adapter, weight), whose updates are added; neither their order matters nor which one is
-    `adapter`, except that its tokenizer is taken. `adapter_scale` is the weight of `adapter`. Returns the receipt (also written to
-    `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets a dict for each "event": "warning", "plan", "progress",
-    "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong, or an OSError; then `out_dir` is as
-    it was.
+    `adapter`, except that its tokenizer is taken. `adapter_scale` is the weight of `adapter`. Returns the receipt, or with `dry_run`
+    the plan. `on_event` gets a dict for each "event": "warning", "plan", "resumed", "progress", "shard" or "done".
+    `allow_nonfinite` keeps such values of the base. Raises a LorafuseError, whose class says what kind of thing went wrong, or an
+    OSError; then `out_dir` is as it was, and after an I/O error or an interruption the same call goes on, unless `restart`.
     """
     began = time.perf_counter()
     limits = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
-    settings = Settings(dtype=dtype, device=device, adapter_scale=adapter_scale, adapter_name=adapter_name, **limits)
+    options: dict[str, Any] = {"adapter_name": adapter_name, "allow_nonfinite": allow_nonfinite} | limits
+    settings = Settings(dtype=dtype, device=device, adapter_scale=adapter_scale, **options)
     target = pick_device(device)
     ckpt_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
     first = local_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
@@ -64,19 +69,35 @@ def convert(
 
     with closing(Checkpoint(ckpt_dir)) as base, opened(found) as (lora, *others):
         plan = make_plan(base, lora.adapter, settings, others)
-        for message in plan.warnings:
-            on_event({"event": "warning", "message": message})
-        on_event(plan_event(plan))
+        announced = announce(plan, on_event)
         if dry_run:
-            return plan_event(plan)
-        with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, Staging(Path(out_dir), plan.plan_id) as staging:
-            output = Output(plan, staging.path, on_event)
-            merge([output], plan.memory, target)
-            if output.error:
-                raise output.error
-            receipt = complete(output, base, first, settings, inputs, began)
-            staging.commit()
+            return announced
+        files = InputFiles(base, fspath(ckpt), [lora, *others])
+        files.refuse_nonfinite()
+        attempt = files.attempt(plan, settings, target.type)
+        staging = Staging(Path(out_dir), plan.plan_id, attempt, overwrite=overwrite, restart=restart, on_event=on_event)
+        with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, staging:
+            receipt = carry_out(plan, staging, base, first, settings, files, inputs, began)
     on_event(done_event(fspath(out_dir), receipt))
+    return receipt
+
+
+def carry_out(
+    plan: Plan,
+    staging: Staging,
+    base: Checkpoint,
+    first: "LocalAdapter",
+    settings: Settings,
+    files: InputFiles,
+    inputs: InputHashes,
+    began: float,
+) -> dict[str, Any]:
+    """Make what the staging directory does not have of a plan yet, complete it and give it its name. Returns the receipt."""
+    with room_for(staging.output(plan), copied_files(plan, base.path, first.folders)) as output:
+        merge([output], plan.memory, pick_device(settings.device), allow_nonfinite=settings.allow_nonfinite)
+        receipt = complete(output, base, first, settings, inputs, began)
+        files.refuse_changed()
+        staging.commit()
     return receipt
 
 
@@ -84,9 +105,11 @@ def complete(
     output: Output, base: Checkpoint, first: "LocalAdapter", settings: Settings, inputs: InputHashes, began: float
 ) -> dict[str, Any]:
     """Add to a staging directory that has all its shards what else belongs into it, and check it. `first` is the adapter whose
-    tokenizer is taken, `began` when the run did. Returns the receipt. Raises ResultError."""
+    tokenizer is taken, `began` when the run did. Returns the receipt. Raises ResultError, and the output's own error."""
+    if output.error:
+        raise output.error
     plan, staging = output.plan, output.staging
-    write_sidecars(plan, base.path, base.config, [first.path, first.root], staging)
+    write_sidecars(plan, base.path, base.config, first.folders, staging)
     verify_staging(plan, output.outcome, staging)
     receipt = make_receipt(plan, output.outcome, staging, settings, inputs.result(), time.perf_counter() - began)
     write_json(staging / RECEIPT, receipt)
@@ -107,6 +130,11 @@ class LocalAdapter(NamedTuple):
     weight: float
     root: Path
     path: Path
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where files beside its tensors may be, the first first."""
+        return [self.path, self.root]
 
 
 def local_adapter(name: str, weight: float, folder_name: str | None, on_event: Callable[[dict[str, Any]], None]) -> LocalAdapter:
@@ -143,6 +171,15 @@ def done_event(out_dir: str, receipt: dict[str, Any]) -> dict[str, Any]:
     """What the receipt says in sum, and what it cost, as one JSON-able dict."""
     said = {"base_semantics": receipt["base_semantics"], "update": kept_in_sum(receipt["tensors"])}
     return {"event": "done", "out_dir": out_dir, **said, **receipt["timing"], "peak_rss": receipt["peak_rss"]}
+
+
+def announce(plan: Plan, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Its warnings as events, and then the plan, which is returned."""
+    for message in plan.warnings:
+        on_event({"event": "warning", "message": message})
+    event = plan_event(plan)
+    on_event(event)
+    return event
 
 
 def plan_event(plan: Plan) -> dict[str, Any]:

@@ -15,7 +15,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Options of a conversion. `dtype`, `max_shard_nbytes` and `adapter_scale` decide the bytes written; `adapter_name` decides
-    which files are read; the rest neither."""
+    which files are read, `allow_nonfinite` what is refused; the rest none of it."""
 
     dtype: str = "auto"
     max_shard_nbytes: int = 5 * 10**9
@@ -23,6 +23,7 @@ class Settings:
     device: str = "auto"
     adapter_scale: float = 1.0
     adapter_name: str | None = None
+    allow_nonfinite: bool = False
     n_threads: int = 0  # 0: as many as this process may use
 
     def __post_init__(self) -> None:

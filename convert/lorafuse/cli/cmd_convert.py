@@ -29,7 +29,9 @@ from lorafuse.settings import DTYPE_CHOICES, Settings
               help="A further adapter, whose update times WEIGHT (or 1) is added; may be repeated, in any order.")  # fmt: skip
 @click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Multiplies the update of ADAPTER.")
 @click.option("--adapter-name", metavar="NAME", help="Which adapter of a directory that holds several, in sub-folders.")
+@click.option("--allow-nonfinite", is_flag=True, help="Keep values of the base that are not finite, instead of refusing them.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR, once the new one is complete.")
+@click.option("--restart", is_flag=True, help="Discard what an earlier run that was cut off has finished.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout instead of text.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
