@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,13 +28,14 @@ RESULT = ["config.json", "lorafuse_receipt.json", "model.safetensors"]
 
 def exit_code_of(*args: object) -> int:
     """Runs `lorafuse convert` in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         cli.convert.main([str(arg) for arg in args], prog_name="lorafuse-convert")
     except SystemExit as e:
         return int(e.code or 0)
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
 
 
@@ -436,8 +438,8 @@ def test_overflow(run: Cli, tmp_path: Path, out: Path, untouched: None) -> None:
     adapter = write_adapter(tmp_path / "adapter", adapter_tensors(checkpoint_tensors(), scale=1e3))
     assert run(ckpt, adapter, out, "--dtype", "float16") == 8
     pattern = (
-        r"Error: model\.layers\.0\.mlp\.down_proj\.weight: \d+ values of a tile are not finite in float16, though the base's are: "
-        r"the adapter holds non-finite values, or the sum overflows\. --dtype bfloat16 or float32 has a wider range\.\n"
+        r"Error: model\.layers\.0\.mlp\.down_proj\.weight: \d+ of 384 values are not finite in float16, though the base's "
+        r"are: the update, the sum or the cast overflows\. --dtype bfloat16 or float32 has a wider range\.\n"
     )
     assert re.fullmatch(pattern, run.err.partition("%")[2] or run.err)
 
@@ -445,7 +447,7 @@ def test_overflow(run: Cli, tmp_path: Path, out: Path, untouched: None) -> None:
 def test_bug(ckpt: Path, adapter: Path, out: Path, untouched: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody foresaw passes through, so that Python shows its traceback and ends with 1, and leaves nothing behind."""
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("unforeseen")
 
     monkeypatch.setattr("lorafuse.pipeline.merge", broken)
@@ -460,7 +462,8 @@ def test_bug(ckpt: Path, adapter: Path, out: Path, untouched: None, monkeypatch:
 def test_interrupted(
     run: Cli, ckpt: Path, adapter: Path, out: Path, untouched: None, monkeypatch: pytest.MonkeyPatch, number: int, exit_code: int
 ) -> None:
-    """A signal in the middle of the merge ends with 130 or 143, says so in a line, and leaves no OUT_DIR."""
+    """A signal in the middle of the merge ends with 130 or 143, says so in a line, and keeps what is finished, after
+    which the same command goes on."""
     real_finish, finished_files = ShardWriter.finish, []
 
     def finish_and_signal(writer: ShardWriter) -> str:
@@ -471,8 +474,23 @@ def test_interrupted(
 
     monkeypatch.setattr(ShardWriter, "finish", finish_and_signal)
     assert run(ckpt, adapter, out, "--max-shard-size", "1KB") == exit_code
-    assert (run.out, run.err.splitlines()[-1]) == ("", "Error: interrupted; OUT_DIR is as it was.")
-    assert len(finished_files) == 3
+    message = "Error: interrupted; OUT_DIR is as it was, and the same command goes on from what is finished."
+    assert (run.out, run.err.splitlines()[-1], out.exists()) == ("", message, False)
+    assert run(ckpt, adapter, out, "--max-shard-size", "1KB") == 0
+    assert run.err.startswith("Going on after 3 of 16 files that an earlier run finished.\nmodel-")
+    shutil.rmtree(out)
+
+
+def test_two_interruptions(ckpt: Path, adapter: Path, out: Path) -> None:
+    """The second one ends the process at once, whatever it is doing."""
+    stuck = (
+        "import os, signal, time, lorafuse.pipeline\n"
+        "def merge(*_, **__):\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(60)\n"
+        "    finally:\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(60)\n"
+        "lorafuse.pipeline.merge = merge\n"
+    )
+    assert finished(process(ckpt, adapter, out, code=stuck + MAIN))[0] == 130
 
 
 # --- every refusal --------------------------------------------------------------------------------------------------------

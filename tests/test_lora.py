@@ -188,6 +188,7 @@ REFUSED_FIELDS = {
     "init_lora_weights": "pissa_niter_4",
     "peft_type": "XLORA",
     "lora_alpha": "16",
+    "r": 0,
     "alpha_pattern": {"(": 1},
     "rank_pattern": [1],
 }
@@ -199,8 +200,7 @@ def test_what_is_not_supported_is_refused_by_name(field, base, adapter, tmp_path
     rewrite(lora, **{field: REFUSED_FIELDS[field]})
     with pytest.raises(AdapterError) as caught:
         lorafuse.convert(base("fp32"), lora, tmp_path / "work" / "out")
-    named = {"lora_alpha": "alpha of model.layers", "alpha_pattern": "a pattern is not a regular expression"}.get(field, field)
-    assert named in str(caught.value) and str(lora / "adapter_config.json") in str(caught.value)
+    assert field in str(caught.value) and str(lora / "adapter_config.json") in str(caught.value)
     assert not (tmp_path / "work").exists()
 
 

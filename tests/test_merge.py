@@ -1,16 +1,17 @@
 """The loop: the same bytes for any number of threads, the measures of the receipt, and errors that end the run."""
 
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lorafuse
 from conftest import LINEARS
 from lorafuse import merge, turns
-from lorafuse.errors import ResultError, StorageError
+from lorafuse.errors import AdapterError, CheckpointError, ResultError, StorageError
 from lorafuse.shardfile import Shard
 from oracle import decode, read_adapter, read_tensors
 
@@ -92,21 +93,19 @@ def test_an_update_that_bfloat16_cannot_hold_is_reported_as_lost(tmp_path):
 
 BIG = torch.full((64, 64), 6e4)
 ONES = (torch.ones(1, 64), torch.ones(64, 1) * 1e4)
-NAN = (torch.full((1, 64), torch.nan), torch.ones(64, 1))
+HUGE = (torch.full((1, 64), 1e30), torch.full((64, 1), 1e30))
 
 
 @pytest.mark.parametrize(
     ("weight", "factors", "dtype"),
-    [(BIG, ONES, "float16"), (BIG.bfloat16(), NAN, "auto"), (BIG * 1e30, (ONES[0], ONES[1] * 0), "float16")],
-    ids=["the sum overflows", "the adapter holds NaN", "the base overflows"],
+    [(BIG, ONES, "float16"), (BIG.bfloat16(), HUGE, "auto"), (BIG * 1e30, (ONES[0], ONES[1] * 0), "float16")],
+    ids=["the sum overflows", "the update overflows", "the base overflows"],
 )
 def test_values_that_the_base_did_not_have_end_the_run(weight, factors, dtype, tmp_path):
     """Exit 8 naming the tensor; nothing is left under any name."""
     base, path = dense(tmp_path / "base", a=weight), lora(tmp_path / "lora", 1, a=factors)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(
-        ResultError, match=r"^a\.weight: 4096 values of a tile are not finite in (b?float16), though the base's are"
-    ):
+    with pytest.raises(ResultError, match=r"^a\.weight: 4096 of 4096 values are not finite in (b?float16), though the base's are"):
         lorafuse.convert(base, path, tmp_path / "out", dtype=dtype)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -115,18 +114,77 @@ def test_a_cast_that_overflows_ends_the_run(tmp_path):
     """Also where the adapter does nothing."""
     base = dense(tmp_path / "base", a=torch.ones(64, 64), b=BIG * 2)
     path = lora(tmp_path / "lora", 1, a=ONES)
-    with pytest.raises(ResultError, match=r"^b\.weight: 4096 values"):
+    with pytest.raises(ResultError, match=r"^b\.weight: 4096 of 4096 values"):
         lorafuse.convert(base, path, tmp_path / "out", dtype="float16")
 
 
-def test_non_finite_values_of_the_base_pass_through(tmp_path):
-    """They are what training saw; the receipt has no measures for them, and stays valid JSON."""
-    weight = torch.randn(64, 64)
-    weight[3, 4] = torch.inf
-    base, path = dense(tmp_path / "base", a=weight), lora(tmp_path / "lora", 1, a=(torch.ones(1, 64), torch.ones(64, 1)))
-    receipt = lorafuse.convert(base, path, tmp_path / "out")
-    assert receipt["tensors"]["a.weight"]["kept"] is None
-    assert read_tensors(tmp_path / "out")["a.weight"][3, 4] == torch.inf
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_non_finite_values_of_the_base_pass_only_if_they_may(dtype, tmp_path):
+    """All of a weight are counted, whether it is merged or cast; when nothing is done to it, it is copied as it is. The
+    receipt has no measures for them, and stays valid JSON."""
+    weight = torch.randn(900, 1000)  # two tiles
+    weight[3, 4], weight[700, 4], weight[899, 0] = torch.inf, torch.nan, -torch.inf
+    ones = (torch.ones(1, 1000), torch.ones(900, 1))
+    good, path = torch.randn(900, 1000), lora(tmp_path / "lora", 1, a=ones)
+    for i, tensors in enumerate(({"a": weight, "b": good}, {"a": good, "b": weight})):
+        base, out = dense(tmp_path / f"base{i}", **tensors), tmp_path / f"out{i}"
+        name = f"{'ab'[i]}.weight"
+        if not (name == "b.weight" and dtype == "auto"):
+            before = sorted(tmp_path.iterdir())
+            with pytest.raises(ResultError) as caught:
+                lorafuse.convert(base, path, out, dtype=dtype)
+            assert str(caught.value) == (
+                f"{name}: 3 of 900000 values are not finite in the base; is the checkpoint damaged? --allow-nonfinite keeps them."
+            )
+            assert sorted(tmp_path.iterdir()) == before
+        receipt = lorafuse.convert(base, path, out, dtype=dtype, allow_nonfinite=True)
+        found = read_tensors(out)[name]
+        assert found[3, 4] == torch.inf and found[700, 4].isnan() and found[899, 0] == -torch.inf
+        assert name == "b.weight" or receipt["tensors"][name]["kept"] is None
+
+
+def test_a_broken_scale_of_a_quantized_base_ends_the_run(base, adapter, tmp_path):
+    """Although the weight is only decoded, to the dtype that it was quantized from."""
+    ckpt = shutil.copytree(base("nf4"), tmp_path / "ckpt")
+    shard, key = next(
+        (file, key)
+        for file in sorted(ckpt.glob("*.safetensors"))
+        for key in load_file(file)
+        if key.endswith("up_proj.weight.absmax")
+    )
+    tensors = load_file(shard)
+    tensors[key][5] = torch.nan
+    save_file(tensors, shard, {"format": "pt"})
+    path = adapter("nf4", target_modules=["q_proj"])
+    with pytest.raises(ResultError, match=rf"^{key.removesuffix('.absmax')}: 64 of 6144 values are not finite in the base"):
+        lorafuse.convert(ckpt, path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_that_is_not_finite_is_refused(value, file, tmp_path):
+    """Before anything is written, naming the tensor and how many of its values."""
+    base = dense(tmp_path / "base", a=torch.ones(64, 64))
+    path = lora(tmp_path / "lora", 1, a=(torch.ones(1, 64), torch.ones(64, 1)))
+    tensors = load_file(path / "adapter_model.safetensors")
+    (path / "adapter_model.safetensors").unlink()
+    key = "base_model.model.a.lora_B.weight"
+    tensors[key][7] = tensors[key][9] = value
+    (torch.save if file.endswith(".bin") else save_file)(tensors, path / file)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(AdapterError) as caught:
+        lorafuse.convert(base, path, tmp_path / "out")
+    assert str(caught.value) == (
+        f"{path / file}: 2 of 64 values of {key} are not finite; training diverged, or the file is damaged."
+    )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_large_finite_values_of_an_adapter_are_not_taken_for_infinity(tmp_path):
+    """Their sum overflows, they do not."""
+    base = dense(tmp_path / "base", a=torch.ones(64, 64))
+    path = lora(tmp_path / "lora", 1, a=(torch.full((1, 64), 6e4).half(), torch.full((64, 1), 1e-4)))
+    assert lorafuse.convert(base, path, tmp_path / "out")["tensors"]["a.weight"]["kept"] == pytest.approx(1, abs=0.01)
 
 
 def test_an_error_in_a_worker_ends_the_run(many_tiles, tmp_path, monkeypatch):
@@ -155,7 +213,7 @@ def test_an_input_that_shrinks_during_the_run_is_noticed(many_tiles, tmp_path, m
         return make(self, outputs)
 
     monkeypatch.setattr(merge.Workshop, "tiles", truncate_first)
-    with pytest.raises(StorageError, match=r"model\.safetensors: ends at byte 1000000; it was changed or truncated"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: ends at byte 1000000; it was changed or truncated"):
         lorafuse.convert(*many_tiles, tmp_path / "out")
 
 

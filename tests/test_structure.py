@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A line may import from the lines above it. Modules of one line do not know each other, except within a package.
 ORDER = """
     _version
-    errors
+    errors hold
     settings tensors relations
     jobs shardfile sharing
     hashing plain
@@ -33,8 +33,9 @@ ORDER = """
     several
     plan
     outputs
-    merge
-    staging sidecars
+    journal merge lock
+    place inputs
+    staging sidecars space
     receipt
     hub summary
     directory
@@ -142,7 +143,7 @@ def test_helpers_exist() -> None:
         ("the one rounding", "merge.py"),
         ("set_num_threads", "merge.py"),
         ("quant_state.bitsandbytes__", "codecs/bnb4.py"),
-        ("renameat2", "staging.py"),
+        ("renameat2", "place.py"),
     ],
 )
 def test_one_file_knows(word: str, file: str) -> None:

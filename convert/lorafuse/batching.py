@@ -20,6 +20,7 @@ from lorafuse.checkpoint import Checkpoint
 from lorafuse.errors import CheckpointError, LorafuseError, OutDirError, StorageError, UsageError, shown
 from lorafuse.finished import Finished, Inputs
 from lorafuse.hub import CHECKPOINT_FILES, local_dir
+from lorafuse.inputs import InputFiles
 from lorafuse.jobs import Job, JobState, checked_share, read_jobs, refuse_overlap, share_of
 from lorafuse.outputs import OnEvent
 from lorafuse.passes import Member, Pass
@@ -55,6 +56,7 @@ def batch(
     share: str = "auto",
     index: int | None = None,
     of: int | None = None,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     on_event: OnEvent = lambda event: None,
@@ -74,6 +76,7 @@ def batch(
     """
     shard_nbytes, memory_nbytes = parse_nbytes(max_shard_size), parse_nbytes(memory_limit)
     given: dict[str, Any] = {"max_shard_nbytes": shard_nbytes, "memory_nbytes": memory_nbytes, "adapter_scale": adapter_scale}
+    given["allow_nonfinite"] = allow_nonfinite
     settings = Settings(dtype=dtype, device=device, base_quant=chosen_base_quant(**training), **given)
     if share not in SHARE_CHOICES:
         raise UsageError(f"share is {shown(share)}; expected one of {', '.join(SHARE_CHOICES)}.")
@@ -86,7 +89,7 @@ def batch(
     with closing(Checkpoint(ckpt_dir)) as base, InputHashes(base, fspath(ckpt), []) as hashes:
         finished = Finished(root, settings, hashes.result)
         call = Call(base, root, settings, overwrite, share, finished, on_event, deque(todo))
-        one_pass = Pass(base, hashes.result, finished, share, target, on_event, call.done, call.failed)
+        one_pass = Pass(base, hashes.result, finished, share, overwrite, target, on_event, call.done, call.failed)
         call.run(None if dry_run else one_pass.run)
     return [call.states[job.name] for job in todo]
 
@@ -168,7 +171,9 @@ class Call:
             plan = make_plan(self.base, lora.adapter, settings, weights=self.weights)
             for message in plan.all_warnings():
                 self._events_of(job)({"event": "warning", "message": message})
-            return Member(job, settings, found, out_dir, plan, inputs, lora.adapter.nbytes, stack.pop_all().close)
+            files = InputFiles(self.base, fspath(self.base.path), [lora])
+            files.refuse_nonfinite()
+            return Member(job, settings, found, out_dir, plan, inputs, files, lora.adapter.nbytes, stack.pop_all().close)
 
     def _is_there(self, out_dir: Path, settings: Settings, inputs: Inputs) -> bool:
         try:

@@ -42,14 +42,20 @@ class StorageError(LorafuseError):
     exit_code = 5
 
 
+class HeldError(LorafuseError):
+    """Another run holds this OUT_DIR."""
+
+    exit_code = 6
+
+
 class OutDirError(LorafuseError):
-    """OUT_DIR exists, is not empty, or is unsafe."""
+    """OUT_DIR exists, is not empty, is unsafe, or an interrupted run with other settings waits to be resumed into it."""
 
     exit_code = 7
 
 
 class ResultError(LorafuseError):
-    """The result is not valid: a non-finite value that the inputs did not have, or verification failed."""
+    """The result is not valid: a non-finite value, an overflow, or verification failed."""
 
     exit_code = 8
 

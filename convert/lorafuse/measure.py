@@ -30,6 +30,7 @@ class Measures:
     residual_delta: float = 0.0
     n_changed: int = 0
     n_broken: int = 0  # elements that are not finite although the base's are
+    n_broken_base: int = 0  # elements that are not finite, nor the base's
 
     def add(self, other: "Measures") -> None:
         for name in self.__dataclass_fields__:
@@ -87,5 +88,11 @@ def _measure_chunk(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor
         n_changed=n_changed,
     )
     if not math.isfinite(measures.residual_sq):
-        measures.n_broken = int((~stored.isfinite() & w.isfinite()).sum())
+        measures.add(count_broken(w, stored))
     return measures
+
+
+def count_broken(base: torch.Tensor, stored: torch.Tensor) -> Measures:
+    """Only the numbers of elements that are not finite in `stored`."""
+    broken, finite = ~stored.isfinite(), base.isfinite()
+    return Measures(n_broken=int((broken & finite).sum()), n_broken_base=int((broken & ~finite).sum()))

@@ -6,6 +6,7 @@ plan's memory; they are hashed and written in order by the calling thread. The f
 ends that output.
 """
 
+import math
 import queue
 import time
 from collections import deque
@@ -24,7 +25,7 @@ from lorafuse.codecs import Arena, Sources
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.sources import DECODED_FP32, host_view
 from lorafuse.errors import LorafuseError, ResultError, shown
-from lorafuse.measure import Measures, measure_tile
+from lorafuse.measure import Measures, count_broken, measure_tile
 from lorafuse.outputs import Destination, Timing
 from lorafuse.steps import Memory, Step
 from lorafuse.turns import Result, Turn, turns
@@ -47,19 +48,25 @@ class Tile:
     turn: Turn
     buffers: list[torch.Tensor]
     pieces: list[Piece]
+    last: bool  # of its weight
 
 
-def merge(outputs: Sequence[Destination], memory: Memory, device: torch.device) -> None:
-    """Make what the outputs need. Errors of reading and writing pass through; what is wrong with one output alone ends
-    up in its `error`, and when nothing else is left, ends the loop."""
+def merge(outputs: Sequence[Destination], memory: Memory, device: torch.device, *, allow_nonfinite: bool = False) -> None:
+    """Make what the outputs need. Errors of reading and writing pass through; what is wrong with one output alone ends up in its
+    `error`, and when nothing else is left, ends the loop. Wrong are values that are not finite, also the base's own in weights that
+    are not copied bit for bit, unless `allow_nonfinite`."""
     planned = turns([output.steps() for output in outputs])
     try:
         with one_thread(), Workshop(planned, memory, device) as workshop:
             for tile in workshop.tiles(outputs):
                 for result, piece, buffer in zip(tile.turn.results, tile.pieces, tile.buffers, strict=True):
+                    if piece.measures:
+                        result.measures.add(piece.measures)
+                    if tile.last:
+                        piece.error = piece.error or _complaint(result, allow_nonfinite)
                     for number in result.outputs:
                         if outputs[number].error is None:
-                            _deliver(outputs[number], result.step, piece, buffer)
+                            _deliver(outputs[number], result, piece, buffer)
                 workshop.give_back(tile.buffers)
         for output in outputs:
             if output.error is None:
@@ -69,25 +76,31 @@ def merge(outputs: Sequence[Destination], memory: Memory, device: torch.device) 
             output.close()
 
 
-def _deliver(output: Destination, step: Step, piece: Piece, buffer: torch.Tensor) -> None:
+def _deliver(output: Destination, result: Result, piece: Piece, buffer: torch.Tensor) -> None:
     """A finished piece to one output: account for it and write it, or give the output up."""
-    error = piece.error or _complaint(step, piece.measures)
-    if error:
-        output.fail(error)
+    if piece.error:
+        output.fail(piece.error)
         return
     output.outcome.timing.add(piece.timing)
-    if step.patches and piece.measures:
-        output.outcome.measures.setdefault(step.name, Measures()).add(piece.measures)
-    output.write(step.name, host_view(buffer)[: piece.nbytes])
+    if result.step.patches:
+        output.outcome.measures[result.step.name] = result.measures
+    output.write(result.step.name, host_view(buffer)[: piece.nbytes])
 
 
-def _complaint(step: Step, measures: Measures | None) -> ResultError | None:
-    if measures is None or not measures.n_broken:
-        return None
-    return ResultError(
-        f"{shown(step.name)}: {measures.n_broken} values of a tile are not finite in {step.spec.torch_name}, though the base's "
-        "are: the adapter holds non-finite values, or the sum overflows. --dtype bfloat16 or float32 has a wider range."
-    )
+def _complaint(result: Result, allow_nonfinite: bool) -> ResultError | None:
+    """What is wrong with the values of a weight that is finished."""
+    step, measures = result.step, result.measures
+    if measures.n_broken:
+        return ResultError(
+            f"{shown(step.name)}: {measures.n_broken} of {step.spec.numel} values are not finite in {step.spec.torch_name}, though "
+            "the base's are: the update, the sum or the cast overflows. --dtype bfloat16 or float32 has a wider range."
+        )
+    if measures.n_broken_base and not allow_nonfinite:
+        return ResultError(
+            f"{shown(step.name)}: {measures.n_broken_base} of {step.spec.numel} values are not finite in the base; is the "
+            "checkpoint damaged? --allow-nonfinite keeps them."
+        )
+    return None
 
 
 @contextmanager
@@ -193,14 +206,17 @@ class Workshop:
         sources.prepare(self._local.arena)
 
     def _make(self, turn: Turn, start: int, stop: int, buffers: list[torch.Tensor]) -> Tile:
+        last = stop == turn.sources.spec.numel
         try:
             if turn.verbatim:
-                return Tile(turn, buffers, [copy_tile(turn.results[0].step, start, stop, buffers[0])])
-            return Tile(turn, buffers, make_pieces(turn, start, stop, buffers, self._local.arena))
+                pieces = [copy_tile(turn.results[0].step, start, stop, buffers[0])]
+            else:
+                pieces = make_pieces(turn, start, stop, buffers, self._local.arena)
         except LorafuseError as e:
             if isinstance(turn.sources.store, Checkpoint):  # which all outputs share
                 raise
-            return Tile(turn, buffers, [Piece(error=e) for _ in turn.results])
+            pieces = [Piece(error=e) for _ in turn.results]
+        return Tile(turn, buffers, pieces, last)
 
 
 def copy_tile(step: Step, start: int, stop: int, buffer: torch.Tensor) -> Piece:
@@ -243,7 +259,7 @@ def _make_piece(
         return piece
     cpu_ended = time.thread_time()
     piece.timing.compute_cpu_s = cpu_ended - cpu_began
-    piece.measures = measure_tile(base, total, stored, arena) if step.patches else _check_cast(base, stored)
+    piece.measures = measure_tile(base, total, stored, arena) if step.patches else _check_values(step, base, stored)
     piece.timing.stats_cpu_s = time.thread_time() - cpu_ended
     return piece
 
@@ -267,8 +283,9 @@ def compute_tile(
     return total, stored
 
 
-def _check_cast(base: torch.Tensor, stored: torch.Tensor) -> Measures | None:
-    """A cast to a narrower range can overflow."""
-    if stored.dtype == base.dtype or bool(stored.isfinite().all()):
+def _check_values(step: Step, base: torch.Tensor, stored: torch.Tensor) -> Measures | None:
+    """A cast to a narrower range can overflow, and a scale of a quantized weight can be NaN; what is copied is not looked at."""
+    # One sum rather than isfinite: a hundredth of the time. It can overflow itself, so that elements are counted then.
+    if step.verbatim or math.isfinite(float(stored.sum())):
         return None
-    return Measures(n_broken=int((~stored.isfinite() & base.isfinite()).sum()))
+    return count_broken(base, stored)

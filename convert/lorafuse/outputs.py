@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorafuse.errors import LorafuseError
+from lorafuse.hold import HOLD
 from lorafuse.measure import Measures
 from lorafuse.shardfile import ShardWriter
 from lorafuse.steps import Plan, PlannedShard, Step
@@ -123,11 +124,12 @@ class Output:
 
     def _finish(self, shard: PlannedShard, writer: ShardWriter) -> None:
         began = time.perf_counter()
-        written = Written(shard.file, writer.nbytes, writer.finish())
-        self.outcome.timing.write_s += time.perf_counter() - began
-        del self._writers[shard.file]
-        self.outcome.written.append(written)
-        self._on_shard(shard, written)
+        with HOLD:
+            written = Written(shard.file, writer.nbytes, writer.finish())
+            self.outcome.timing.write_s += time.perf_counter() - began
+            del self._writers[shard.file]
+            self.outcome.written.append(written)
+            self._on_shard(shard, written)
         self._on_event({"event": "shard", "file": written.file, "nbytes": written.nbytes, "sha256": written.sha256})
 
     def fail(self, error: LorafuseError) -> None:

@@ -16,6 +16,7 @@ import torch
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.errors import LorafuseError
 from lorafuse.finished import Finished, Inputs, shard_key
+from lorafuse.inputs import InputFiles
 from lorafuse.jobs import Job
 from lorafuse.merge import merge
 from lorafuse.outputs import OnEvent, Output, Written
@@ -40,6 +41,7 @@ class Member:
     out_dir: Path
     plan: Plan
     inputs: Inputs  # of the adapter alone
+    files: InputFiles
     adapter_nbytes: int  # what the adapter holds in memory
     close: Callable[[], None]
     keys: dict[str, str] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class Pass:
     ckpt_inputs: Callable[[], Inputs]
     finished: Finished
     share: str
+    overwrite: bool
     device: torch.device
     on_event: OnEvent
     on_done: Callable[[Job, dict[str, Any]], None]
@@ -86,7 +89,7 @@ class Pass:
             mains = [making.main for making in makings]
             commons = [making.commons for making in makings if making.commons]
             # Commons first: their files are complete before an output that waits for one is.
-            merge([*commons, *mains], memory, self.device)
+            merge([*commons, *mains], memory, self.device, allow_nonfinite=members[0].settings.allow_nonfinite)
             return [making.member.job for making in makings if not self._conclude(making, began)]
 
     @contextmanager
@@ -96,7 +99,7 @@ class Pass:
         with ExitStack() as stack:
             for member in members:
                 try:
-                    staging = stack.enter_context(Staging(member.out_dir, member.plan.plan_id))
+                    staging = stack.enter_context(Staging(member.out_dir, member.plan.plan_id, overwrite=self.overwrite))
                 except LorafuseError as e:
                     self.on_failed(member.job, e)
                     continue
@@ -163,6 +166,7 @@ class Pass:
             if commons:
                 main.outcome.timing.add(commons.outcome.timing)
             receipt = complete(main, self.base, member.found, member.settings, lambda: [*self.ckpt_inputs(), *member.inputs], began)
+            member.files.refuse_changed()
             making.staging.commit()
         except (LorafuseError, OSError) as e:
             if isinstance(e, OSError) and e.errno not in UNREADABLE:

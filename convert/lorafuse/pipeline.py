@@ -14,6 +14,7 @@ from lorafuse.checkpoint import RECEIPT, Checkpoint
 from lorafuse.directory import verify_staging
 from lorafuse.errors import AdapterError, CheckpointError, UsageError, shown
 from lorafuse.hub import CHECKPOINT_FILES, adapter_files, local_dir
+from lorafuse.inputs import InputFiles
 from lorafuse.merge import merge
 from lorafuse.outputs import Output
 from lorafuse.plan import make_plan
@@ -21,7 +22,8 @@ from lorafuse.quant_config import chosen_base_quant
 from lorafuse.receipt import InputHashes, make_receipt
 from lorafuse.settings import Settings, checked_weight, parse_nbytes
 from lorafuse.several import Weighted
-from lorafuse.sidecars import write_json, write_sidecars
+from lorafuse.sidecars import copied_files, write_json, write_sidecars
+from lorafuse.space import room_for
 from lorafuse.staging import Staging, check_out_dir
 from lorafuse.steps import Plan
 from lorafuse.summary import kept_in_sum
@@ -41,7 +43,9 @@ def convert(
     memory_limit: str | int = "100MB",
     adapter_scale: float = 1.0,
     adapter_name: str | None = None,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
+    restart: bool = False,
     dry_run: bool = False,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     **training: Any,
@@ -51,28 +55,30 @@ def convert(
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
     `adapters`: further ones, or pairs (adapter, weight), to be added in any order; `adapter_scale`: the weight of `adapter`, whose
     tokenizer is taken. `training`: how it quantized this full-precision base: `base_quant`, `double_quant`, `quant_blocksize`,
-    `quant_skip`, `quant_experts`, or the file `base_quant_from` (`quant_config.chosen_base_quant`). Returns the receipt, or with
-    `dry_run` the plan. `on_event` gets a dict for each "event": "warning", "plan", "progress", "shard" or "done". Raises a
-    LorafuseError or an OSError; then `out_dir` is as it was.
+    `quant_skip`, `quant_experts`, or the file `base_quant_from` (`quant_config.chosen_base_quant`). `allow_nonfinite` keeps such
+    values of the base. Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each "event": "warning", "plan",
+    "resumed", "progress", "shard" or "done". Raises a LorafuseError or an OSError; then `out_dir` is as it was, and after an I/O
+    error or an interruption the same call goes on, unless `restart`.
     """
     began = time.perf_counter()
-    quant = chosen_base_quant(**training)
     given: dict[str, Any] = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
-    given |= {"adapter_scale": adapter_scale, "adapter_name": adapter_name, "base_quant": quant}
-    settings = Settings(dtype=dtype, device=device, **given)
+    given |= {"adapter_scale": adapter_scale, "adapter_name": adapter_name, "allow_nonfinite": allow_nonfinite}
+    settings = Settings(dtype=dtype, device=device, base_quant=chosen_base_quant(**training), **given)
     target, ckpt_dir = pick_device(device), local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
     first = local_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
     found = [first, *(local_adapter(*named_weight(one), None, on_event) for one in adapters)]
     check_out_dir(Path(out_dir), [ckpt_dir, *(one.root for one in found)], overwrite=overwrite)
     with closing(Checkpoint(ckpt_dir)) as base, opened(found) as (lora, *others):
         plan = make_plan(base, lora.adapter, settings, others)
-        planned = announce(plan, on_event, dry_run=dry_run)
+        announced = announce(plan, on_event, dry_run=dry_run)
         if dry_run:
-            return planned
-        with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, Staging(Path(out_dir), plan.plan_id) as staging:
-            merge([output := Output(plan, staging.path, on_event)], plan.memory, target)
-            receipt = complete(output, base, first, settings, inputs.result, began)
-            staging.commit()
+            return announced
+        files = InputFiles(base, fspath(ckpt), [lora, *others])
+        files.refuse_nonfinite()
+        attempt = files.attempt(plan, settings, target.type)
+        staging = Staging(Path(out_dir), plan.plan_id, attempt, overwrite=overwrite, restart=restart, on_event=on_event)
+        with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, staging:
+            receipt = carry_out(plan, staging, base, first, settings, files, inputs, began)
     on_event(done_event(fspath(out_dir), receipt))
     return receipt
 
@@ -86,6 +92,25 @@ def announce(plan: Plan, on_event: Callable[[dict[str, Any]], None], *, dry_run:
     return event
 
 
+def carry_out(
+    plan: Plan,
+    staging: Staging,
+    base: Checkpoint,
+    first: "LocalAdapter",
+    settings: Settings,
+    files: InputFiles,
+    inputs: InputHashes,
+    began: float,
+) -> dict[str, Any]:
+    """Make what the staging directory does not have of a plan yet, complete it and give it its name. Returns the receipt."""
+    with room_for(staging.output(plan), copied_files(plan, base.path, first.folders)) as output:
+        merge([output], plan.memory, pick_device(settings.device), allow_nonfinite=settings.allow_nonfinite)
+        receipt = complete(output, base, first, settings, inputs.result, began)
+        files.refuse_changed()
+        staging.commit()
+    return receipt
+
+
 def complete(
     output: Output,
     base: Checkpoint,
@@ -95,12 +120,12 @@ def complete(
     began: float,
 ) -> dict[str, Any]:
     """Add to a staging directory that has all its shards what else belongs into it, and check it. `first` is the adapter whose
-    tokenizer is taken, `inputs` gives those of the receipt, `began` is when the run did. Returns the receipt. Raises ResultError.
-    """
+    tokenizer is taken, `inputs` gives those of the receipt, `began` is when the run did. Returns the receipt. Raises ResultError,
+    and the output's own error."""
     if output.error:
         raise output.error
     plan, staging = output.plan, output.staging
-    write_sidecars(plan, base.path, base.config, [first.path, first.root], staging)
+    write_sidecars(plan, base.path, base.config, first.folders, staging)
     verify_staging(plan, output.outcome, staging)
     receipt = make_receipt(plan, output.outcome, staging, settings, inputs(), time.perf_counter() - began)
     write_json(staging / RECEIPT, receipt)
@@ -121,6 +146,11 @@ class LocalAdapter(NamedTuple):
     weight: float
     root: Path
     path: Path
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where files beside its tensors may be, the first first."""
+        return [self.path, self.root]
 
 
 def local_adapter(name: str, weight: float, folder_name: str | None, on_event: Callable[[dict[str, Any]], None]) -> LocalAdapter:

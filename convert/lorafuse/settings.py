@@ -68,7 +68,7 @@ def base_quant_of(kind: str, *, double_quant: bool, blocksize: int, skip: Sequen
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Options of a conversion. `dtype`, `max_shard_nbytes`, `adapter_scale` and `base_quant` decide the bytes written;
-    `adapter_name` decides which files are read; the rest neither."""
+    `adapter_name` decides which files are read, `allow_nonfinite` what is refused; the rest none of it."""
 
     dtype: str = "auto"
     max_shard_nbytes: int = 5 * 10**9
@@ -77,6 +77,7 @@ class Settings:
     adapter_scale: float = 1.0
     adapter_name: str | None = None
     base_quant: BaseQuant | None = None
+    allow_nonfinite: bool = False
     n_threads: int = 0  # 0: as many as this process may use
 
     def __post_init__(self) -> None:

@@ -17,13 +17,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorafuse.errors import LorafuseError, StorageError, shown
+from lorafuse.errors import CheckpointError, LorafuseError, StorageError, shown
 from lorafuse.tensors import DTYPES, TensorInfo, TensorSpec
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the reference implementation
 LFS_MAGIC = b"version https://git-lfs"
 LFS_HINT = "is a git-LFS pointer, not the file itself; fetch it with `git lfs pull`."
 Buffer = bytearray | memoryview
+
+
+class Stamp(NamedTuple):
+    """What changes when a file is written to or replaced."""
+
+    nbytes: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> "Stamp":
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 class FormatError(LorafuseError):
@@ -37,7 +49,8 @@ class Shard:
         self.path = path
         self._fd = open_regular(path)
         try:
-            self.nbytes = os.fstat(self._fd).st_size
+            self.stamp = Stamp.of(os.fstat(self._fd))
+            self.nbytes = self.stamp.nbytes
             header, data_start = _read_header(self._fd, self.nbytes, path)
             self.header_sha256 = hashlib.sha256(header).hexdigest()
             parsed = _parse_json(header, path)
@@ -49,7 +62,7 @@ class Shard:
             raise
 
     def read_into(self, info: TensorInfo, start: int, buffer: Buffer) -> None:
-        """Fill `buffer` with the bytes of a tensor from byte `start` on. Raises StorageError when the file got shorter."""
+        """Fill `buffer` with the bytes of a tensor from byte `start` on. Raises CheckpointError when the file got shorter."""
         view = memoryview(buffer)
         offset = info.offset + start
         while view:
@@ -58,7 +71,7 @@ class Shard:
             except OSError as e:
                 raise StorageError(f"{self.path}: reading at byte {offset} failed: {e.strerror}.") from e
             if n == 0:
-                raise StorageError(f"{self.path}: ends at byte {offset}; it was changed or truncated during the run.")
+                raise CheckpointError(f"{self.path}: ends at byte {offset}; it was changed or truncated during the run.")
             view = view[n:]
             offset += n
 

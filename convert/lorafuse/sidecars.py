@@ -7,7 +7,7 @@ vocabulary, else the checkpoint's; a mixture of both is a tokenizer that never e
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,21 @@ MAX_NBYTES = 1_000_000_000
 
 def write_sidecars(plan: Plan, ckpt_dir: Path, ckpt_config: dict[str, Any], adapter_dirs: Sequence[Path], staging: Path) -> None:
     """Write them all into `staging` and sync them. `adapter_dirs` are where the adapter's may be, the first first."""
+    for source, path in copied_files(plan, ckpt_dir, adapter_dirs):
+        _copy(path, source, staging / path.relative_to(source))
+    write_json(staging / "config.json", output_config(ckpt_config, plan.config_changes))
+    if len(plan.shards) > 1:
+        write_json(staging / INDEX, index_of(plan))
+
+
+def copied_files(plan: Plan, ckpt_dir: Path, adapter_dirs: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    """(directory, file in it) of each file that is copied as it is."""
     tokenizer_dir = _first_with(VOCABULARIES, adapter_dirs) or ckpt_dir
     processor_dir = _first_with(PROCESSOR, adapter_dirs) or ckpt_dir
     always = [pattern for pattern in ALWAYS if not ("architectures" in plan.config_changes and pattern == GENERATION)]
     for source, patterns in ((ckpt_dir, always), (tokenizer_dir, TOKENIZER), (processor_dir, PROCESSOR)):
         for pattern in patterns:
-            for path in sorted(source.glob(pattern)):
-                _copy(path, source, staging / path.relative_to(source))
-    write_json(staging / "config.json", output_config(ckpt_config, plan.config_changes))
-    if len(plan.shards) > 1:
-        write_json(staging / INDEX, index_of(plan))
+            yield from ((source, path) for path in sorted(source.glob(pattern)) if not path.is_dir())
 
 
 def _first_with(names: Sequence[str], folders: Sequence[Path]) -> Path | None:
@@ -117,8 +122,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _copy(source: Path, root: Path, target: Path) -> None:
-    if source.is_dir():
-        return
     _refuse_escape(source, root)
     target.parent.mkdir(exist_ok=True)
     with os.fdopen(open_regular(source), "rb") as f:

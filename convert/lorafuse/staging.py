@@ -1,19 +1,25 @@
-"""The hidden sibling directory that becomes OUT_DIR, and the checks of OUT_DIR itself.
+"""The directory that a result is made in until it becomes OUT_DIR, what is left of it when a run is cut off, and the checks of
+OUT_DIR itself.
 
-A directory under its final name is complete: everything is written and synced in `.<name>.lorafuse-<plan id>` beside it, which
-is renamed as a whole. (Resuming a run, locking against another one and staging inside a mount point are not done yet.)
+`<hidden>/out` is what becomes OUT_DIR (`place.py` says where it lies), `<hidden>/journal.jsonl` says which of its shards are
+finished. The next run of the same command takes the directory over, under a name of its own, and goes on.
 """
 
-import ctypes
 import errno
 import os
 import shutil
 from pathlib import Path
 
-from lorafuse.errors import OutDirError, shown
-
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+from lorafuse.errors import OutDirError, StorageError, listed, shown
+from lorafuse.hashing import hash_file
+from lorafuse.hold import HOLD
+from lorafuse.journal import Attempt, Finished, Journal, Record, fsync_dir, read_journal
+from lorafuse.lock import Lock
+from lorafuse.measure import Measures
+from lorafuse.outputs import OnEvent, Output, Written
+from lorafuse.place import OUT, Place
+from lorafuse.shardfile import FormatError
+from lorafuse.steps import Plan, PlannedShard
 
 
 def check_out_dir(out_dir: Path, inputs: list[Path], *, overwrite: bool) -> None:
@@ -27,58 +33,186 @@ def check_out_dir(out_dir: Path, inputs: list[Path], *, overwrite: bool) -> None
         return
     if not out_dir.is_dir():
         raise OutDirError(f"{shown(out_dir)}: exists and is not a directory.")
-    if not overwrite and any(out_dir.iterdir()):
+    place = Place.of(out_dir)
+    if not (place.inside and place.folders()):  # else it is seen later whether it holds a commit that was cut off
+        _refuse_filled(place, out_dir, overwrite)
+
+
+def _refuse_filled(place: Place, out_dir: Path, overwrite: bool) -> None:
+    if place.filled and not overwrite:
         raise OutDirError(f"{shown(out_dir)}: exists and is not empty; --overwrite replaces it once the new one is complete.")
 
 
 class Staging:
-    """A context: `path` is the staging directory, `commit` gives it its name, and leaving without that removes it."""
+    """A context in which this run alone writes OUT_DIR: `path` is the directory to fill, `commit` gives it its name.
 
-    def __init__(self, out_dir: Path, plan_id: str) -> None:
-        # Through symbolic links, so that the sibling is on the file system that the result goes to.
-        self.out_dir = Path(os.path.realpath(out_dir))
-        self.path = self.out_dir.with_name(f".{self.out_dir.name[:200]}.lorafuse-{plan_id[:8]}")
+    With an `attempt` it goes on from what an equal one has finished, `finished`, and keeps what the next can go on from if it ends
+    with an I/O error or an interruption. Without, and after any other error, nothing is left.
+
+    Raises HeldError when another run holds OUT_DIR; OutDirError when an attempt with other settings could be resumed and
+    `restart` does not say to discard it, or when OUT_DIR was filled meanwhile.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        plan_id: str,
+        attempt: Attempt | None = None,
+        *,
+        overwrite: bool = False,
+        restart: bool = False,
+        on_event: OnEvent = lambda event: None,
+    ) -> None:
+        self._out_dir, self._attempt, self._overwrite, self._restart = out_dir, attempt, overwrite, restart
+        self._on_event = on_event
+        self._place = Place.of(out_dir)
+        self._lock = Lock(self._place.lock, out_dir)
+        self._folder = self._place.new_folder(plan_id)
+        self._journal: Journal | None = None
+        self._committed = False
+        self._moving: list[str] = []
+        self.path = self._folder / OUT
+        self.finished: dict[str, Finished] = {}
 
     def __enter__(self) -> "Staging":
-        self.out_dir.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():  # left by a run that was killed
-            shutil.rmtree(self.path)
-        self.path.mkdir()
+        self._place.make_home()
+        self._lock.acquire()
+        try:
+            self._open()
+        except BaseException as e:
+            self._leave(e)
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.path.exists():
-            shutil.rmtree(self.path, ignore_errors=True)
+    def _open(self) -> None:
+        left = self._leftovers()
+        _refuse_filled(self._place, self._out_dir, self._overwrite)
+        found = next((folder for folder, record in left.items() if self._resumes(record)), None)
+        for folder in left:
+            if folder != found:
+                shutil.rmtree(folder)
+        if found is None:
+            self._folder.mkdir()
+            self.path.mkdir()
+        else:
+            os.rename(found, self._folder)  # of two runs that no lock keeps apart, one has it
+            self.finished = left[found].finished
+            self.finished = {file: one for file, one in self.finished.items() if self._is_whole(one.written)}
+            self._clear()
+        if self._attempt:
+            self._journal = Journal(self._folder, self._attempt, self.finished)
+            fsync_dir(self._place.home)
+
+    def _leftovers(self) -> dict[Path, Record]:
+        """What runs that were cut off left, without what is only to be cleaned up."""
+        left = {}
+        for folder in self._place.folders():
+            record = read_journal(folder)
+            self._place.restore(folder, record.moving)
+            if self._place.is_complete(folder):
+                shutil.rmtree(folder)
+            else:
+                left[folder] = record
+        return left
+
+    def _resumes(self, record: Record) -> bool:
+        """Whether this run goes on from there; if not, it may be removed."""
+        was, now = record.attempt, self._attempt
+        if was is None or now is None or self._restart or not record.finished:
+            return False
+        if was == now:
+            return True
+        changed = [name for name in was.inputs if name in now.inputs and was.inputs[name] != now.inputs[name]]
+        other = [name for name in now.command | was.command if was.command.get(name) != now.command.get(name)]
+        if other and not changed:
+            them = "; ".join(f"{name} was {shown(was.command.get(name))}, is {shown(now.command.get(name))}" for name in other)
+            raise OutDirError(
+                f"{shown(self._out_dir)}: a run that was cut off has finished {len(record.finished)} files with other settings: "
+                f"{them}. Give its command again to finish it, or --restart to discard that work."
+            )
+        why = f"{listed(changed)} changed" if changed else "another version of lorafuse or torch began it"
+        self._warn(f"{shown(self._out_dir)}: a run that was cut off is not resumed, since {why}; starting over.")
+        return False
+
+    def _is_whole(self, written: Written) -> bool:
+        """Whether a finished shard still is what the journal says. Reads it."""
+        try:
+            whole = hash_file(self.path / written.file) == (written.nbytes, written.sha256)
+        except (FileNotFoundError, FormatError):
+            whole = False
+        if not whole:
+            self._warn(f"{shown(written.file)}: is not what was written before the run was cut off; it is made again.")
+        return whole
+
+    def _warn(self, message: str) -> None:
+        self._on_event({"event": "warning", "message": message})
+
+    def _clear(self) -> None:
+        """Remove what is not finished."""
+        for path in self.path.iterdir():
+            if path.name not in self.finished:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def output(self, plan: Plan) -> Output:
+        """Where the plan's tiles go: all but those of finished shards, of which each is put down when it is one."""
+
+        def record(shard: PlannedShard, written: Written) -> None:
+            measures = output.outcome.measures
+            self.record(written, {step.name: measures[step.name] for step in shard.steps if step.name in measures})
+
+        output = Output(plan, self.path, self._on_event, skip=self.finished, on_shard=record)
+        for one in self.finished.values():
+            output.outcome.written.append(one.written)
+            output.outcome.measures |= one.measures
+        if self.finished:
+            nbytes = sum(shard.nbytes for shard in plan.shards if shard.file in self.finished)
+            self._on_event({"event": "resumed", "n_shards": len(self.finished), "nbytes": nbytes})
+        return output
+
+    def record(self, written: Written, measures: dict[str, Measures]) -> None:
+        """A shard is finished: it is synced and has its name."""
+        if self._journal:
+            fsync_dir(self.path)
+            one = Finished(written, measures)
+            self._journal.finished(one)
+            self.finished[written.file] = one
 
     def commit(self) -> None:
-        """Sync the directory, rename it to OUT_DIR, replacing what is there, and sync the parent."""
-        _fsync_dir(self.path)
-        if self.out_dir.exists() and any(self.out_dir.iterdir()):
-            _exchange(self.path, self.out_dir)
-            shutil.rmtree(self.path)
-        else:
-            os.rename(self.path, self.out_dir)
-        _fsync_dir(self.out_dir.parent)
+        """Sync the directory and give it its name, in place of what is there if that is to be overwritten."""
+        with HOLD:
+            for folder, _, _ in os.walk(self.path):
+                fsync_dir(Path(folder))
+            if self._place.inside:
+                _refuse_filled(self._place, self._out_dir, self._overwrite)
+                self._moving = os.listdir(self.path)
+                if self._journal:
+                    self._journal.moving(self._moving)
+                self._place.move_in(self._folder)
+            else:
+                self._place.commit(self._folder, overwrite=self._overwrite)
+            self._committed = True
+            HOLD.forget()
+            fsync_dir(self._place.home)
 
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        taken = isinstance(error, OSError) and error.errno == errno.ENOENT and not self._folder.exists()
+        self._leave(error)
+        if taken:
+            raise OutDirError(f"{shown(self._out_dir)}: another run took over what this one had begun.") from error
 
-def _fsync_dir(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swap two directories, in one step where the kernel and file system can (Linux renameat2)."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise OSError(code, os.strerror(code), str(old))
-    aside = new.with_name(f"{new.name}.old")
-    os.rename(old, aside)
-    os.rename(new, old)
-    os.rename(aside, new)
+    def _leave(self, error: BaseException | None) -> None:
+        """Keep what can be resumed, remove the rest."""
+        resumable = isinstance(error, OSError | StorageError) or not (error is None or isinstance(error, Exception))
+        try:
+            if self._journal:
+                self._journal.close()
+            if self._folder.exists() and not self._committed:
+                self._place.restore(self._folder, self._moving)
+            if self._folder.exists() and self.finished and resumable and not self._committed:
+                self._clear()
+            else:
+                shutil.rmtree(self._folder, ignore_errors=True)
+        except OSError:
+            pass  # the error that led here is the one to tell of; the next run removes what is left
+        finally:
+            self._lock.release()

@@ -11,6 +11,7 @@ from lorafuse.adapters import Patch
 from lorafuse.adapters.lowrank import LowRank
 from lorafuse.codecs import Sources
 from lorafuse.errors import UsageError, shown
+from lorafuse.measure import Measures
 from lorafuse.settings import Settings
 from lorafuse.steps import Memory, Step, natural_key
 
@@ -26,6 +27,7 @@ class Result:
 
     step: Step
     outputs: list[int]
+    measures: Measures = field(default_factory=Measures)  # of the tiles that are finished
 
 
 @dataclass

@@ -16,7 +16,7 @@ from lorafuse.adapters import experts
 from lorafuse.adapters.check import unexpected
 from lorafuse.adapters.dora import Dora
 from lorafuse.adapters.factor import Factor
-from lorafuse.adapters.fields import pattern, refuse_fields
+from lorafuse.adapters.fields import checked, pattern, refuse_fields
 from lorafuse.adapters.keys import (
     Modules,
     check_float,
@@ -188,17 +188,23 @@ class _Lora:
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r), of a module in training's names."""
-        where = self.adapter.path / CONFIG
-        try:
-            alpha = pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
-            expected = pattern_value(self.config.get("rank_pattern"), module, self.config.get("r", 8))
-        except re.error as e:
-            raise AdapterError(f"{where}: a pattern is not a regular expression: {shown(e)}.") from None
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise AdapterError(f"{where}: the alpha of {shown(module)} is {shown(alpha)}, expected a number.")
+        alpha = self._setting("lora_alpha", "alpha_pattern", module)
+        expected = self._setting("r", "rank_pattern", module, least=1, kinds=(int,))
         if expected != rank:
-            self.warn(f"{where}: says rank {shown(expected)} where the tensors have rank {rank}; the tensors are believed.")
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+            where = self.adapter.path / CONFIG
+            self.warn(f"{where}: says rank {expected:g} where the tensors have rank {rank}; the tensors are believed.")
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _setting(
+        self, field: str, by_pattern: str, module: str, *, least: float = -math.inf, kinds: tuple[type, ...] = (int, float)
+    ) -> float:
+        """A number of the config, or what a pattern says for the module."""
+        try:
+            value = pattern_value(self.config.get(by_pattern), module, self.config.get(field, 8))
+        except re.error as e:
+            where = self.adapter.path / CONFIG
+            raise AdapterError(f"{where}: a pattern of {by_pattern} is not a regular expression: {shown(e)}.") from None
+        return checked(self.adapter, f"{field} (or {by_pattern}) of {shown(module)}", value, least=least, kinds=kinds)
 
     def _weight_updates(
         self, pair: Pair, weight: str, scaling: float, magnitude: str | None, *, base_saved: bool = False

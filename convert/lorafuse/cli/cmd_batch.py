@@ -32,6 +32,7 @@ from lorafuse.sharing import SHARE_CHOICES
 @click.option("--index", type=int, metavar="I", help="Do share I (from 0) of the jobs; with --of. Default: the task of a Slurm "
               "array or of a Kubernetes Indexed Job, if this is one, else all.")  # fmt: skip
 @click.option("--of", type=int, metavar="N", help="Into how many shares the jobs are divided.")
+@click.option("--allow-nonfinite", is_flag=True, help="Keep values of the base that are not finite, instead of refusing them.")
 @click.option("--overwrite", is_flag=True, help="Replace results that are there but not what this call makes, once the new ones "
               "are complete.")  # fmt: skip
 @run_options

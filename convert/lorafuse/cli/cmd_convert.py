@@ -23,7 +23,9 @@ from lorafuse.settings import Settings
 @click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Multiplies the update of ADAPTER.")
 @click.option("--adapter-name", metavar="NAME", help="Which adapter of a directory that holds several, in sub-folders.")
 @base_options
+@click.option("--allow-nonfinite", is_flag=True, help="Keep values of the base that are not finite, instead of refusing them.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR, once the new one is complete.")
+@click.option("--restart", is_flag=True, help="Discard what an earlier run that was cut off has finished.")
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also what happens to each weight that changes.")
 @click.version_option(__version__, prog_name="lorafuse")
@@ -37,7 +39,7 @@ def convert(
     load, and lorafuse_receipt.json.
     """
     show = Show(as_json=as_json, quiet=quiet)
-    with exit_codes():
+    with exit_codes("OUT_DIR is as it was, and the same command goes on from what is finished"):
         checked = ("device", "adapter_scale", "adapter_name")
         Settings(**{name: options[name] for name in checked})  # refuses them, as click does the others
         check_base_options(options)

@@ -1,5 +1,6 @@
 """Exceptions as exit codes and one line on stderr."""
 
+import os
 import signal
 import sys
 from typing import NoReturn
@@ -7,20 +8,22 @@ from typing import NoReturn
 import click
 
 from lorafuse.errors import LorafuseError, shown
+from lorafuse.hold import HOLD
 
 
 class Terminated(BaseException):
-    """SIGTERM, as an exception, so that staging is cleaned up."""
+    """SIGTERM, as an exception, so that what cannot be resumed is removed."""
 
 
 class exit_codes:  # noqa: N801 (reads as a statement)
     """Turns exceptions into the contract's exit codes and one line on stderr. Anything unforeseen keeps its traceback."""
 
-    def __init__(self, interrupted: str = "OUT_DIR is as it was") -> None:
+    def __init__(self, interrupted: str = "nothing was changed") -> None:
         self._interrupted = interrupted
 
     def __enter__(self) -> None:
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, LorafuseError):
@@ -31,8 +34,11 @@ class exit_codes:  # noqa: N801 (reads as a statement)
             _fail(f"{shown(error.filename or 'the output')}: {error.strerror}.", 5)
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise Terminated
+def _interrupt(number: int, _: object) -> None:
+    """The first signal stops the run within a tile, or when what must not be interrupted is done; a second one at once."""
+    for any_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(any_number, lambda number, _: os._exit(128 + number))
+    HOLD.interrupt(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -30,6 +30,11 @@ class Show:
         elif kind == "plan":
             self._n_shards = len(event["shards"])
             self._open_bar(event["nbytes"])
+        elif kind == "resumed":
+            self._n_done = event["n_shards"]
+            click.echo(f"Going on after {self._n_done} of {self._n_shards} files that an earlier run finished.", err=True)
+            if self._bar is not None:
+                self._bar.update(event["nbytes"])
         elif kind == "progress" and self._bar is not None:
             self._bar.update(event["nbytes"])
         elif kind == "shard" and self._bar is None:
