@@ -52,8 +52,8 @@ def convert(
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
     `adapters` are further ones, or pairs (adapter, weight), whose updates are added; neither their order matters nor which one is
-    `adapter`, except that its tokenizer is taken. `adapter_scale` is the weight of `adapter`. Returns the receipt, or with `dry_run`
-    the plan. `on_event` gets a dict for each "event": "warning", "plan", "resumed", "progress", "shard" or "done".
+    `adapter`, except that its tokenizer is taken. `adapter_scale` is the weight of `adapter`. Returns the receipt, or with
+    `dry_run` the plan. `on_event` gets a dict for each "event": "warning", "plan", "resumed", "progress", "shard" or "done".
     `allow_nonfinite` keeps such values of the base. Raises a LorafuseError, whose class says what kind of thing went wrong, or an
     OSError; then `out_dir` is as it was, and after an I/O error or an interruption the same call goes on, unless `restart`.
     """
