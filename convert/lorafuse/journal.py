@@ -7,6 +7,7 @@ needs. A line counts when it is whole; a shard without one does not exist.
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from lorafuse.measure import Measures
 from lorafuse.outputs import Written
 
 JOURNAL = "journal.jsonl"
-MAX_NBYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,9 @@ class Journal:
 def read_journal(folder: Path) -> Record:
     """What the journal in a directory says, up to the first line that is not whole; nothing where there is none."""
     record = Record()
-    try:
-        with open(folder / JOURNAL, "rb") as f:
-            lines = f.read(MAX_NBYTES).splitlines(keepends=True)
-    except FileNotFoundError:
-        return record
-    for line in lines:
-        try:
+    with suppress(FileNotFoundError, ValueError, TypeError, KeyError, RecursionError), open(folder / JOURNAL, "rb") as f:
+        for line in f:
             _read_line(json.loads(line) if line.endswith(b"\n") else None, record)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            break
     return record
 
 

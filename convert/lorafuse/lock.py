@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from lorafuse.errors import HeldError, shown
@@ -48,6 +49,7 @@ class Lock:
 
     def release(self) -> None:
         if self._fd >= 0:
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):  # a file that nobody holds does no harm
+                self._path.unlink()
             os.close(self._fd)
             self._fd = -1

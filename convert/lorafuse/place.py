@@ -93,8 +93,11 @@ class Place:
         if self.inside and (self.is_complete(folder) or not (folder / OUT).is_dir()):
             return
         for name in moving if self.inside else ():
-            if (self.out_dir / name).exists() and not (folder / OUT / name).exists():
-                os.rename(self.out_dir / name, folder / OUT / name)
+            moved, staged = self.out_dir / name, folder / OUT / name
+            if moved.exists() and not staged.exists():
+                os.rename(moved, staged)
+            elif moved.is_file() and os.path.samefile(moved, staged):  # half a rename, after a loss of power
+                moved.unlink()
 
     def is_complete(self, folder: Path) -> bool:
         """Whether a commit of this directory got as far as OUT_DIR, and only has to be cleaned up after."""
@@ -125,6 +128,7 @@ class Place:
             for name in group:
                 os.rename(folder / OUT / name, self.out_dir / name)
             fsync_dir(self.out_dir)
+            fsync_dir(folder / OUT)
 
 
 def _is_mount(path: Path) -> bool:

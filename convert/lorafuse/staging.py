@@ -8,6 +8,7 @@ finished. The next run of the same command takes the directory over, under a nam
 import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from lorafuse.errors import OutDirError, StorageError, listed, shown
@@ -34,7 +35,7 @@ def check_out_dir(out_dir: Path, inputs: list[Path], *, overwrite: bool) -> None
     if not out_dir.is_dir():
         raise OutDirError(f"{shown(out_dir)}: exists and is not a directory.")
     place = Place.of(out_dir)
-    if not (place.inside and place.folders()):  # else it is seen later whether it holds a commit that was cut off
+    if not place.lock.exists() and not place.folders():  # else it is seen later what a run that was cut off got done
         _refuse_filled(place, out_dir, overwrite)
 
 
@@ -80,7 +81,7 @@ class Staging:
         try:
             self._open()
         except BaseException as e:
-            self._leave(e)
+            self.__exit__(type(e), e, None)
             raise
         return self
 
@@ -90,7 +91,7 @@ class Staging:
         found = next((folder for folder, record in left.items() if self._resumes(record)), None)
         for folder in left:
             if folder != found:
-                shutil.rmtree(folder)
+                self._discard(folder)
         if found is None:
             self._folder.mkdir()
             self.path.mkdir()
@@ -110,10 +111,17 @@ class Staging:
             record = read_journal(folder)
             self._place.restore(folder, record.moving)
             if self._place.is_complete(folder):
-                shutil.rmtree(folder)
+                self._discard(folder)
             else:
                 left[folder] = record
         return left
+
+    def _discard(self, folder: Path) -> None:
+        """Remove a hidden directory. Where no lock keeps runs apart another one may be at work in it, which the new name stops."""
+        garbage = self._place.new_folder(folder.name[-17:])
+        with suppress(FileNotFoundError):
+            os.rename(folder, garbage)
+        shutil.rmtree(garbage, ignore_errors=True)
 
     def _resumes(self, record: Record) -> bool:
         """Whether this run goes on from there; if not, it may be removed."""
@@ -193,6 +201,7 @@ class Staging:
             self._committed = True
             HOLD.forget()
             fsync_dir(self._place.home)
+            fsync_dir(self._folder)  # after it: where it came from may forget it once where it went knows it
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         taken = isinstance(error, OSError) and error.errno == errno.ENOENT and not self._folder.exists()
