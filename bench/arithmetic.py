@@ -39,7 +39,8 @@ def compute_cpu_s(steps: list[Step]) -> float:
         for start, stop in step.tiles():
             raw = step.sources.fetch(start, stop, arena)
             began = time.thread_time()
-            compute_tile(step, raw, start, stop, finished[: stop - start], arena)
+            base = step.sources.decode(raw, start, stop, arena)
+            compute_tile(step, base, start, stop, finished[: stop - start], arena)
             cpu_s += time.thread_time() - began
         for patch in step.patches:
             patch.release()

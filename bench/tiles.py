@@ -19,9 +19,10 @@ from lorafuse.adapters import open_adapter
 from lorafuse.adapters.patch import Base
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.codecs import Arena
-from lorafuse.merge import merge_tile
+from lorafuse.merge import make_pieces
 from lorafuse.plan import make_plan
 from lorafuse.settings import Settings
+from lorafuse.turns import turns
 
 SIZES = [1 << 16, 1 << 17, 1 << 18, 1 << 19, 3 << 18, 1 << 20, 1 << 21]
 
@@ -31,11 +32,11 @@ def nanoseconds(planned: list[steps.Step]) -> tuple[float, float]:
     arena, loader = Arena(torch.device("cpu")), Arena(torch.device("cpu"))
     buffer = torch.empty(max(step.tile_nbytes for step in planned), dtype=torch.uint8)
     compute = stats = 0.0
-    for step in planned:
+    for step, turn in zip(planned, turns([planned]), strict=True):
         for patch in step.patches:
             patch.prepare(Base(step.sources, loader), loader)
         for start, stop in step.tiles():
-            timing = merge_tile(step, start, stop, buffer, arena).timing
+            timing = make_pieces(turn, start, stop, [buffer], arena)[0].timing
             compute, stats = compute + timing.compute_cpu_s, stats + timing.stats_cpu_s
         for patch in step.patches:
             patch.release()

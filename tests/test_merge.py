@@ -1,6 +1,7 @@
 """The loop: the same bytes for any number of threads, the measures of the receipt, and errors that end the run."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 import lorafuse
 from conftest import LINEARS
-from lorafuse import merge, steps
+from lorafuse import merge, turns
 from lorafuse.errors import ResultError, StorageError
 from lorafuse.shardfile import Shard
 from oracle import decode, read_adapter, read_tensors
@@ -149,9 +150,9 @@ def test_an_input_that_shrinks_during_the_run_is_noticed(many_tiles, tmp_path, m
     """With mmap this would be SIGBUS."""
     make = merge.Workshop.tiles
 
-    def truncate_first(self):
+    def truncate_first(self, outputs):
         os.truncate(many_tiles[0] / "model.safetensors", 1_000_000)
-        return make(self)
+        return make(self, outputs)
 
     monkeypatch.setattr(merge.Workshop, "tiles", truncate_first)
     with pytest.raises(StorageError, match=r"model\.safetensors: ends at byte 1000000; it was changed or truncated"):
@@ -190,11 +191,10 @@ def test_steps_hold_no_more_than_their_budget(many_tiles, tmp_path, monkeypatch)
     original, original_release = LowRank.prepare, LowRank.release
     monkeypatch.setattr(LowRank, "prepare", prepare)
     monkeypatch.setattr(LowRank, "release", release)
-    fit = steps.fit_memory
+    fit = turns.fit_memory
 
-    def tight(all_steps, *args):
-        memory = fit(all_steps, *args)
-        return steps.Memory(memory.n_workers, memory.n_tiles, memory.tile_nbytes, max(s.resident_nbytes for s in all_steps))
+    def tight(planned, *args):
+        return replace(fit(planned, *args), resident_nbytes=max(turn.resident_nbytes for turn in planned))
 
     monkeypatch.setattr("lorafuse.plan.fit_memory", tight)
     lorafuse.convert(*many_tiles, tmp_path / "out")

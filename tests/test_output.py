@@ -219,7 +219,9 @@ def test_the_receipt_names_inputs_and_outputs(base, lora, tmp_path):
     receipt = lorafuse.convert(base("nf4_dq"), lora, tmp_path / "out", max_shard_size="60KB")
     assert receipt == json.loads((tmp_path / "out/lorafuse_receipt.json").read_text())
     files = [tmp_path / "out" / o["file"] for o in receipt["outputs"]]
-    assert files == sorted((tmp_path / "out").glob("*.safetensors"))
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert files[: len(shards)] == shards
+    assert sorted(files) == sorted(set((tmp_path / "out").iterdir()) - {tmp_path / "out/lorafuse_receipt.json"})
     entries = [*receipt["inputs"], *({**o, "path": f} for o, f in zip(receipt["outputs"], files, strict=True))]
     for entry in entries:
         content = open(entry["path"], "rb").read()

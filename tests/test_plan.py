@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import lorafuse
 from conftest import LINEARS
-from lorafuse import steps
+from lorafuse import turns
 from lorafuse.adapters import open_adapter
 from lorafuse.checkpoint import Checkpoint, ShardedStore
 from lorafuse.errors import UsageError
@@ -74,17 +74,37 @@ def test_names_sort_by_number():
     assert sorted(shuffled, key=natural_key) == in_order
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 120))
-def test_shards_respect_their_limit(sizes, limit):
-    """Every weight once and in order; a shard over the limit holds one weight; no two neighbours would fit together."""
-    planned = [Step(f"w{i}", TensorSpec("U8", (n,)), None) for i, n in enumerate(sizes)]
+@given(st.lists(st.tuples(st.integers(0, 50), st.booleans()), min_size=1, max_size=40), st.integers(1, 120))
+def test_shards_respect_their_limit(weights, limit):
+    """Every weight once; a shard over the limit holds one weight; no two neighbours would fit together; what changes and what does
+    not are in order and apart, unless all fits one file."""
+    planned = [
+        Step(f"w{i}", TensorSpec("U8", (n,)), None, action="merged" if changes else "copied")
+        for i, (n, changes) in enumerate(weights)
+    ]
     shards = split_shards(planned, limit)
-    assert [s for shard in shards for s in shard.steps] == planned
+    made = [s for shard in shards for s in shard.steps]
+    assert sorted(made, key=planned.index) == planned
     assert all(shard.nbytes <= limit or len(shard.steps) == 1 for shard in shards)
-    assert all(a.nbytes + b.steps[0].spec.nbytes > limit for a, b in itertools.pairwise(shards))
+    if sum(n for n, _ in weights) <= limit:
+        assert made == planned
+    else:
+        kinds = [{s.changes for s in shard.steps} for shard in shards]
+        assert all(len(kind) == 1 for kind in kinds) and kinds == sorted(kinds, key=lambda kind: kind == {False})
+        assert made == sorted(planned, key=lambda s: not s.changes)
+        neighbours = [(a, b) for a, b in itertools.pairwise(shards) if a.steps[0].changes == b.steps[0].changes]
+        assert all(a.nbytes + b.steps[0].spec.nbytes > limit for a, b in neighbours)
     names = [shard.file for shard in shards]
     n = len(shards)
     assert names == (["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)])
+
+
+@pytest.mark.parametrize(("changed", "unchanged", "n_files"), [(10, 99, 1), (10, 101, 2), (102, 101, 1), (0, 150, 1), (150, 0, 1)])
+def test_what_is_worth_sharing_has_a_file_of_its_own(changed, unchanged, n_files):
+    """Of a model that would fit one file: when it is more than 100 MB and more than half of the model."""
+    planned = [Step("a", TensorSpec("U8", (changed * 10**6,)), None, action="merged")] if changed else []
+    planned += [Step("b", TensorSpec("U8", (unchanged * 10**6,)), None)] if unchanged else []
+    assert len(split_shards(planned, 10**9)) == n_files
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5), (0, 4), (1000, 700), (3, 40, 5000), (2, 1 << 19)])
@@ -98,7 +118,7 @@ def test_tiles_cover_a_weight_in_whole_rows(shape):
 
 def test_the_memory_limit_decides_workers_not_tiles(base, adapter):
     lora = adapter("nf4_dq", target_modules=LINEARS)
-    small, large = (plan_of(base("nf4_dq"), lora, memory_nbytes=n, n_threads=8) for n in (steps.RUNTIME_NBYTES + 1_300_000, 10**9))
+    small, large = (plan_of(base("nf4_dq"), lora, memory_nbytes=n, n_threads=8) for n in (turns.RUNTIME_NBYTES + 900_000, 10**9))
     assert small.memory.n_workers < large.memory.n_workers == 8
     assert [list(s.tiles()) for s in small.steps] == [list(s.tiles()) for s in large.steps]
     assert small.plan_id == large.plan_id

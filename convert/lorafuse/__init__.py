@@ -12,9 +12,10 @@ from lorafuse._version import __version__
 from lorafuse.errors import LorafuseError
 
 if TYPE_CHECKING:
+    from lorafuse.audit import verify
     from lorafuse.pipeline import convert
 
-__all__ = ["LorafuseError", "__version__", "convert"]
+__all__ = ["LorafuseError", "__version__", "convert", "verify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from lorafuse.pipeline import convert
 
         return convert
+    if name == "verify":
+        from lorafuse.audit import verify
+
+        return verify
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

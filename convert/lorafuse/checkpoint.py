@@ -146,14 +146,15 @@ def _weight_map(path: Path, single: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: has no weight_map.")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors") or not _stays_inside(file):
+        if not isinstance(file, str) or not file.endswith(".safetensors") or not stays_inside(file):
             raise FormatError(f"{index}: maps {shown(name)} to {shown(file)}, which is no safetensors file of this directory.")
     if single not in weight_map.values() and (path / single).exists():
         raise FormatError(f"{shown(path)}: holds both {index.name} and {single}, which it does not name; remove the stale one.")
     return weight_map
 
 
-def _stays_inside(name: str) -> bool:
+def stays_inside(name: str) -> bool:
+    """Whether a name from a file may be a path inside its directory, on any system."""
     plain = name.isprintable() and not set(name) & set("\\:")
     return plain and not name.startswith("/") and all(part != ".." and len(part.encode()) < 256 for part in name.split("/"))
 

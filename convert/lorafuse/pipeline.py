@@ -11,17 +11,18 @@ import torch
 
 from lorafuse.adapters import adapter_folder, open_adapter
 from lorafuse.checkpoint import Checkpoint
+from lorafuse.directory import verify_staging
 from lorafuse.errors import AdapterError, CheckpointError, UsageError, shown
 from lorafuse.hub import CHECKPOINT_FILES, adapter_files, local_dir
 from lorafuse.merge import merge
+from lorafuse.outputs import Output
 from lorafuse.plan import make_plan
 from lorafuse.receipt import RECEIPT, InputHashes, make_receipt
-from lorafuse.settings import Settings, checked_weight, parse_nbytes
+from lorafuse.settings import Settings, base_quant_of, checked_weight, parse_nbytes
 from lorafuse.several import Weighted
 from lorafuse.sidecars import write_json, write_sidecars
 from lorafuse.staging import Staging, check_out_dir
 from lorafuse.steps import Plan
-from lorafuse.verify import verify_staging
 
 Name = str | PathLike[str]
 
@@ -38,6 +39,11 @@ def convert(
     memory_limit: str | int = "100MB",
     adapter_scale: float = 1.0,
     adapter_name: str | None = None,
+    base_quant: str = "none",
+    double_quant: bool = True,
+    quant_blocksize: int = 64,
+    quant_skip: Sequence[str] = (),
+    quant_experts: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
@@ -46,14 +52,18 @@ def convert(
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
     `adapters` are further ones, or pairs (adapter, weight), whose updates are added; neither their order matters nor which one is
-    `adapter`, except that its tokenizer is taken. `adapter_scale` is the weight of `adapter`. Returns the receipt (also written to
-    `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets a dict for each "event": "warning", "plan", "progress",
-    "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong, or an OSError; then `out_dir` is as
-    it was.
+    `adapter`, except that its tokenizer is taken. `adapter_scale` is the weight of `adapter`. With a `base_quant` other than
+    "none", training quantized this full-precision checkpoint, and the four options after it say how (settings.BaseQuant). Returns
+    the receipt (also written to `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets a dict for each "event":
+    "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong, or an
+    OSError; then `out_dir` is as it was.
     """
     began = time.perf_counter()
     limits = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
-    settings = Settings(dtype=dtype, device=device, adapter_scale=adapter_scale, adapter_name=adapter_name, **limits)
+    quant = base_quant_of(base_quant, double_quant=double_quant, blocksize=quant_blocksize, skip=quant_skip, experts=quant_experts)
+    settings = Settings(
+        base_quant=quant, dtype=dtype, device=device, adapter_scale=adapter_scale, adapter_name=adapter_name, **limits
+    )
     target = pick_device(device)
     ckpt_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
     first = local_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
@@ -68,13 +78,26 @@ def convert(
         if dry_run:
             return plan_event(plan)
         with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, Staging(Path(out_dir), plan.plan_id) as staging:
-            outcome = merge(plan, staging.path, target, on_event)
-            write_sidecars(plan, ckpt_dir, base.config, [first.path, first.root], staging.path)
-            verify_staging(plan, outcome, staging.path)
-            receipt = make_receipt(plan, outcome, settings, inputs.result(), time.perf_counter() - began)
-            write_json(staging.path / RECEIPT, receipt)
+            output = Output(plan, staging.path, on_event)
+            merge([output], plan.memory, target)
+            if output.error:
+                raise output.error
+            receipt = complete(output, base, first, settings, inputs, began)
             staging.commit()
     on_event({"event": "done", "out_dir": fspath(out_dir), **receipt["timing"], "peak_rss": receipt["peak_rss"]})
+    return receipt
+
+
+def complete(
+    output: Output, base: Checkpoint, first: "LocalAdapter", settings: Settings, inputs: InputHashes, began: float
+) -> dict[str, Any]:
+    """Add to a staging directory that has all its shards what else belongs into it, and check it. `first` is the adapter whose
+    tokenizer is taken, `began` when the run did. Returns the receipt. Raises ResultError."""
+    plan, staging = output.plan, output.staging
+    write_sidecars(plan, base.path, base.config, [first.path, first.root], staging)
+    verify_staging(plan, output.outcome, staging)
+    receipt = make_receipt(plan, output.outcome, staging, settings, inputs.result(), time.perf_counter() - began)
+    write_json(staging / RECEIPT, receipt)
     return receipt
 
 

@@ -15,23 +15,32 @@ from lorafuse.adapters.keys import unusual_prefixes
 from lorafuse.adapters.patch import Parameter, Part
 from lorafuse.adapters.placed import Placed
 from lorafuse.checkpoint import Checkpoint
-from lorafuse.codecs import Sources, open_weights
+from lorafuse.codecs import Sources
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.sources import is_conv1d
 from lorafuse.errors import AdapterError, CheckpointError, listed, shown
 from lorafuse.naming import Names
 from lorafuse.settings import Settings
 from lorafuse.several import Found, Weighted, combine, common_model, in_order
-from lorafuse.steps import STORED_TENSOR_NBYTES, Plan, PlannedShard, Step, fit_memory, natural_key, split_shards
+from lorafuse.steps import STORED_TENSOR_NBYTES, Plan, PlannedShard, Step, natural_key, split_shards
 from lorafuse.structure import Structure, structure_of
 from lorafuse.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, TensorSpec
+from lorafuse.trained_base import base_weights
+from lorafuse.turns import fit_memory, turns
 
 
-def make_plan(ckpt: Checkpoint, adapter: AdapterDir, settings: Settings, others: Sequence[Weighted] = ()) -> Plan:
-    """Decide everything. `others` are adapters whose updates are added to those of `adapter`. Raises CheckpointError, AdapterError,
-    or UsageError when the memory limit is too small."""
+def make_plan(
+    ckpt: Checkpoint,
+    adapter: AdapterDir,
+    settings: Settings,
+    others: Sequence[Weighted] = (),
+    weights: Mapping[str, Sources] | None = None,
+) -> Plan:
+    """Decide everything. `others` are adapters whose updates are added to those of `adapter`. Plans that get the same `weights`,
+    those of `ckpt`, can be carried out together. Raises CheckpointError, AdapterError, or UsageError when the memory limit is too
+    small."""
     warnings: list[str] = []
-    weights = open_weights(ckpt)
+    weights = weights or base_weights(ckpt, settings.base_quant, warnings.append)
     adapters = in_order([Weighted(adapter, settings.adapter_scale), *others])
     found = [_read(one, weights, ckpt.config, warnings.append) for one in adapters]
     model = common_model(found)
@@ -45,11 +54,12 @@ def make_plan(ckpt: Checkpoint, adapter: AdapterDir, settings: Settings, others:
         raise CheckpointError(f"{shown(ckpt.path)}: holds no weight.")
     shards = split_shards(steps, settings.max_shard_nbytes)
     n_entries = len(ckpt.tensors) + max(len(steps) - len(weights), 0) + sum(len(o.adapter.store.tensors) for o in others)
-    memory = fit_memory(steps, sum(one.adapter.nbytes for one in adapters) + n_entries * STORED_TENSOR_NBYTES, settings)
+    held_nbytes = sum(one.adapter.nbytes for one in adapters) + n_entries * STORED_TENSOR_NBYTES
+    memory = fit_memory(turns([steps]), held_nbytes, settings)
     config_changes = model.changes | _config_changes(names, steps, untied, listed(one.adapter.file for one in adapters))
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
     plan_id = _plan_id(ckpt, adapter, adapters, settings, shards)
-    return Plan(shards, plan_id, memory, config_changes, used, ignored, warnings)
+    return Plan(shards, plan_id, memory, held_nbytes, config_changes, used, ignored, warnings)
 
 
 def _read(one: Weighted, weights: Mapping[str, Sources], config: dict[str, Any], warn: Callable[[str], None]) -> Found:
@@ -235,8 +245,8 @@ def _action(edit: Edit, base: Sources, out_dtype: str, *, stored: bool) -> str:
         return "replaced"
     if not stored:
         return "added"
-    # "decoded" also covers a dense weight that only changes its dtype.
-    return "copied" if len(base.names) == 1 and base.spec.dtype == out_dtype else "decoded"
+    # "decoded" also covers a dense weight that is quantized and dequantized, or only changes its dtype.
+    return "copied" if isinstance(base, DenseSources) and base.spec.dtype == out_dtype else "decoded"
 
 
 def _config_changes(names: Names, steps: list[Step], untied: bool, files: str) -> dict[str, Any]:

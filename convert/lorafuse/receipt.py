@@ -3,11 +3,10 @@
 Schema 1, see docs/receipt.md. Everything except `timing`, `peak_rss` and `tool` is the same from run to run.
 """
 
-import hashlib
 import os
 import platform
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -16,15 +15,14 @@ import torch
 
 from lorafuse._version import __version__
 from lorafuse.checkpoint import Checkpoint
-from lorafuse.merge import Outcome
+from lorafuse.hashing import FileHash, hash_file
+from lorafuse.outputs import Outcome
 from lorafuse.settings import Settings
 from lorafuse.several import Weighted
-from lorafuse.shardfile import open_regular
 from lorafuse.steps import Plan, Step
 
 RECEIPT = "lorafuse_receipt.json"
 SCHEMA = 1
-HASH_NBYTES = 1 << 20
 
 
 class InputHashes:
@@ -53,21 +51,21 @@ class InputHashes:
         return self._future.result()
 
     def _hashed(self, path: Path) -> dict[str, Any]:
-        digest, nbytes = hashlib.sha256(), 0
-        buffer = bytearray(HASH_NBYTES)
-        with open(open_regular(path), "rb", buffering=0) as f:
-            while (n := f.readinto(buffer)) and not self._stop.is_set():
-                digest.update(memoryview(buffer)[:n])
-                nbytes += n
-        return {"size": nbytes, "sha256": digest.hexdigest()}
+        return hash_file(path, self._go_on)._asdict()
+
+    def _go_on(self, _: int) -> None:
+        if self._stop.is_set():
+            raise CancelledError
 
 
 def _entry(role: str, name: str, root: Path, path: Path) -> dict[str, Any]:
     return {"role": role, "path": f"{name.rstrip('/')}/{path.relative_to(root)}"}
 
 
-def make_receipt(plan: Plan, outcome: Outcome, settings: Settings, inputs: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
-    """The receipt of a finished merge."""
+def make_receipt(
+    plan: Plan, outcome: Outcome, staging: Path, settings: Settings, inputs: list[dict[str, Any]], wall_s: float
+) -> dict[str, Any]:
+    """The receipt of a finished merge, whose files are all in `staging`; those beside the shards are small and hashed here."""
     timing = {"wall_s": wall_s, **vars(outcome.timing)}
     return {
         "schema": SCHEMA,
@@ -80,13 +78,24 @@ def make_receipt(plan: Plan, outcome: Outcome, settings: Settings, inputs: list[
         "settings": settings.decisive,
         "plan_id": plan.plan_id,
         "inputs": inputs,
-        "outputs": [{"file": w.file, "size": w.nbytes, "sha256": w.sha256} for w in outcome.written],
+        "outputs": [*(_output(w.file, FileHash(w.nbytes, w.sha256)) for w in outcome.written), *_others(outcome, staging)],
         "tensors": {step.name: _tensor(step, outcome) for step in plan.steps},
         "adapter_tensors": {"used": plan.used, "ignored": plan.ignored},
-        "base_semantics": "stored",
+        "base_semantics": f"simulated: {settings.base_quant}" if settings.base_quant else "stored",
         "timing": {name: round(seconds, 4) for name, seconds in timing.items()},
         "peak_rss": peak_rss(),
     }
+
+
+def _output(file: str, found: FileHash) -> dict[str, Any]:
+    return {"file": file, **found._asdict()}
+
+
+def _others(outcome: Outcome, staging: Path) -> list[dict[str, Any]]:
+    """The files of a directory that are no shards of it, in sub-folders too."""
+    shards = {w.file for w in outcome.written}
+    files = {path.relative_to(staging).as_posix(): path for path in staging.rglob("*") if path.is_file()}
+    return [_output(name, hash_file(files[name])) for name in sorted(files.keys() - shards)]
 
 
 def _tensor(step: Step, outcome: Outcome) -> dict[str, Any]:

@@ -3,18 +3,71 @@
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lorafuse.errors import UsageError, shown
 
 DTYPE_CHOICES = ("auto", "float32", "float16", "bfloat16")
+BASE_QUANT_CHOICES = ("none", "nf4", "fp4", "int8")
+QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 functional.py, quantize_4bit
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseQuant:
+    """How training quantized a base that is stored in full precision, in the terms of transformers' BitsAndBytesConfig.
+
+    `skip` is its llm_int8_skip_modules: names or regular expressions of modules, which replace transformers' own choice; None is
+    that choice. `experts`: the experts of a mixture were quantized too, as transformers 4 did. Raises UsageError.
+    """
+
+    kind: str
+    double_quant: bool = True
+    blocksize: int = 64
+    skip: tuple[str, ...] | None = None
+    experts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in BASE_QUANT_CHOICES[1:]:
+            raise UsageError(f"base_quant is {shown(self.kind)}; expected one of {', '.join(BASE_QUANT_CHOICES)}.")
+        if self.blocksize not in QUANT_BLOCKSIZES:
+            raise UsageError(
+                f"quant_blocksize is {shown(self.blocksize)}; expected one of {', '.join(map(str, QUANT_BLOCKSIZES))}."
+            )
+        for name in self.skip or ():
+            try:
+                re.compile(name)
+            except re.error as e:
+                raise UsageError(f"quant_skip {shown(name)!r} is no name or regular expression of modules: {e}.") from None
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that the weights depend on; int8 has neither blocks nor double quantization."""
+        four_bit = {"double_quant": self.double_quant, "blocksize": self.blocksize} if self.kind != "int8" else {}
+        return {"kind": self.kind, **four_bit, "skip": None if self.skip is None else list(self.skip), "experts": self.experts}
+
+    def __str__(self) -> str:
+        if self.kind == "int8":
+            return "int8"
+        return f"{self.kind} in blocks of {self.blocksize}, {'double' if self.double_quant else 'single'} quantization"
+
+
+def base_quant_of(kind: str, *, double_quant: bool, blocksize: int, skip: Sequence[str], experts: bool) -> BaseQuant | None:
+    """What the options of a conversion ask for; None for "none". Raises UsageError for details without a kind."""
+    if kind != "none":
+        return BaseQuant(kind=kind, double_quant=double_quant, blocksize=blocksize, skip=tuple(skip) or None, experts=experts)
+    given = {"no_double_quant": not double_quant, "quant_blocksize": blocksize != 64, "quant_skip": skip, "quant_experts": experts}
+    for name in (name for name, value in given.items() if value):
+        raise UsageError(f"{name} says how the base was quantized, but base_quant is none; expected nf4, fp4 or int8.")
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Options of a conversion. `dtype`, `max_shard_nbytes` and `adapter_scale` decide the bytes written; `adapter_name` decides
-    which files are read; the rest neither."""
+    """Options of a conversion. `dtype`, `max_shard_nbytes`, `adapter_scale` and `base_quant` decide the bytes written;
+    `adapter_name` decides which files are read; the rest neither."""
 
     dtype: str = "auto"
     max_shard_nbytes: int = 5 * 10**9
@@ -22,6 +75,7 @@ class Settings:
     device: str = "auto"
     adapter_scale: float = 1.0
     adapter_name: str | None = None
+    base_quant: BaseQuant | None = None
     n_threads: int = 0  # 0: as many as this process may use
 
     def __post_init__(self) -> None:
@@ -40,9 +94,23 @@ class Settings:
         return self.n_threads or len(os.sched_getaffinity(0))
 
     @property
-    def decisive(self) -> dict[str, str | int | float]:
+    def decisive(self) -> dict[str, Any]:
         """The settings that the output depends on."""
-        return {"dtype": self.dtype, "max_shard_size": self.max_shard_nbytes, "adapter_scale": self.adapter_scale}
+        found = {"dtype": self.dtype, "max_shard_size": self.max_shard_nbytes, "adapter_scale": self.adapter_scale}
+        return found | ({"base_quant": self.base_quant.decisive} if self.base_quant else {})
+
+    @classmethod
+    def of_receipt(cls, decisive: dict[str, Any], **others: Any) -> "Settings":
+        """The settings that a receipt's `settings` came from, as far as the output depends on them. Raises UsageError."""
+        try:
+            return cls(
+                dtype=decisive["dtype"],
+                max_shard_nbytes=decisive["max_shard_size"],
+                adapter_scale=float(decisive["adapter_scale"]),
+                **others,
+            )
+        except (KeyError, TypeError, ValueError) as e:
+            raise UsageError(f"The receipt's settings are broken: {shown(e)}.") from None
 
 
 # Not everything that float() takes: no underscores, and nan and inf are refused by name.

@@ -250,9 +250,14 @@ class ShardWriter:
             os.posix_fadvise(self._fd, self._flushed, self.nbytes - self._flushed, os.POSIX_FADV_DONTNEED)
             self._flushed = self.nbytes
 
+    @property
+    def is_complete(self) -> bool:
+        """All bytes of all tensors are written."""
+        return self.nbytes == self._expected
+
     def finish(self) -> str:
         """fsync, close and rename. Returns the file's sha256."""
-        if self.nbytes != self._expected or os.fstat(self._fd).st_size != self._expected:
+        if not self.is_complete or os.fstat(self._fd).st_size != self._expected:
             raise StorageError(f"{self.path}: {self.nbytes} bytes were written, the plan has {self._expected}.")
         os.fsync(self._fd)
         self.close()

@@ -2,29 +2,23 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from lorafuse import measure
 from lorafuse.adapters import Patch
-from lorafuse.adapters.lowrank import LowRank
 from lorafuse.adapters.patch import TILE_NUMEL
 from lorafuse.checkpoint import SINGLE
 from lorafuse.codecs import Sources
-from lorafuse.errors import UsageError, shown
-from lorafuse.settings import Settings
 from lorafuse.tensors import DTYPES, TensorSpec
 
 COPY_NBYTES = 1 << 20
+MIN_SHARED_NBYTES = 100_000_000
 # What a worker holds per element of its tile: packed codes, indexes or the values in the weight's dtype, values in fp32, and the
 # sum where it needs a buffer of its own; with a byte to spare.
 WORKER_NBYTES_PER_ELEMENT = 12
-# Interpreter, libraries' buffers and allocator slack beyond `import torch`, measured by bench/memory.py.
-RUNTIME_NBYTES = 25_000_000
 STORED_TENSOR_NBYTES = 800  # a stored tensor's name and entries in the tables, measured with 120,000 of them
-TILES_PER_WORKER = 6  # so that workers go on while a write waits for the disk
-MIN_TILES_AHEAD = 2
 
 
 @dataclass
@@ -43,6 +37,11 @@ class Step:
         return self.action == "copied"
 
     @property
+    def changes(self) -> bool:
+        """An adapter has a say in it."""
+        return self.action not in ("copied", "decoded")
+
+    @property
     def _stacked(self) -> bool:
         return any(patch.stacked for patch in self.patches)
 
@@ -54,9 +53,18 @@ class Step:
         return max(self.spec.n_cols if whole_rows else math.prod(self.spec.shape[-1:]), 1)
 
     @property
+    def itemsize(self) -> int:
+        return DTYPES[self.spec.dtype][0]
+
+    @property
+    def cut(self) -> tuple[int, bool]:
+        """What decides the tiles of a weight of this shape."""
+        return self.tile_numel, self._stacked
+
+    @property
     def tile_numel(self) -> int:
         if self.verbatim:
-            return COPY_NBYTES // DTYPES[self.spec.dtype][0]
+            return COPY_NBYTES // self.itemsize
         rows = math.lcm(*(patch.row_multiple for patch in self.patches))  # 1 without patches
         return max(TILE_NUMEL // (rows * self.row_numel), 1) * rows * self.row_numel
 
@@ -86,7 +94,7 @@ class Step:
     @property
     def tile_nbytes(self) -> int:
         """Bytes of a finished tile."""
-        return min(self.tile_numel, self.spec.numel) * DTYPES[self.spec.dtype][0]
+        return min(self.tile_numel, self.spec.numel) * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,8 @@ class Memory:
 
     n_workers: int
     n_tiles: int  # in the making or waiting to be written, at once
-    tile_nbytes: int
+    n_results: int  # of a tile: for so many outputs it differs
+    tile_nbytes: int  # of each
     resident_nbytes: int  # for what patches hold from a weight's first tile to its last
 
 
@@ -117,7 +126,8 @@ class Plan:
 
     shards: list[PlannedShard]
     plan_id: str
-    memory: Memory
+    memory: Memory  # of a run for this output alone
+    held_nbytes: int  # by the tables of stored tensors, and by adapters
     config_changes: dict[str, Any]
     used: list[str]
     ignored: dict[str, str]
@@ -138,44 +148,29 @@ def natural_key(name: str) -> list[str | int]:
 
 
 def split_shards(steps: list[Step], max_nbytes: int) -> list[PlannedShard]:
-    """Greedy: a weight that does not fit any more starts the next shard, and one larger than the limit has its own."""
-    groups: list[list[Step]] = [[]]
-    nbytes = 0
-    for step in steps:
-        if groups[-1] and nbytes + step.spec.nbytes > max_nbytes:
-            groups.append([])
-            nbytes = 0
-        groups[-1].append(step)
-        nbytes += step.spec.nbytes
+    """The steps in files of at most `max_nbytes` each; a weight that is larger has a file of its own.
+
+    What the adapter does not change lies in files of its own, so that the outputs of many adapters can share them. A model that
+    fits one file is cut in two only if there is much to share: most of it, and not just a few bytes.
+    """
+    changed, unchanged = [s for s in steps if s.changes], [s for s in steps if not s.changes]
+    nbytes, shared_nbytes = (sum(step.spec.nbytes for step in some) for some in (steps, unchanged))
+    if nbytes <= max_nbytes and shared_nbytes < max(nbytes / 2, MIN_SHARED_NBYTES):
+        return [PlannedShard(SINGLE, steps)]
+    groups = [*_filled(changed, max_nbytes), *_filled(unchanged, max_nbytes)]
     if len(groups) == 1:
         return [PlannedShard(SINGLE, groups[0])]
     return [PlannedShard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
-def _low_ranks(patches: Iterable[Patch]) -> Iterator[LowRank]:
-    """Those whose right factor can be read again."""
-    for patch in patches:
-        if isinstance(patch, LowRank):
-            yield patch
-        yield from _low_ranks(patch.members)
-
-
-def fit_memory(steps: list[Step], held_nbytes: int, settings: Settings) -> Memory:
-    """As many workers as the limit allows. A right factor that does not fit beside one worker is read again for each tile."""
-    for attempt in ("resident", "some read again", "all read again"):
-        worker = max(step.worker_nbytes for step in steps)
-        tile = max(step.tile_nbytes for step in steps)
-        resident = max(step.resident_nbytes for step in steps)
-        for n_workers in range(settings.n_workers, 0, -1):
-            n_tiles = n_workers * TILES_PER_WORKER + MIN_TILES_AHEAD
-            fixed = RUNTIME_NBYTES + held_nbytes + n_workers * worker + n_tiles * tile
-            if fixed + resident <= settings.memory_nbytes:
-                return Memory(n_workers, n_tiles, tile, settings.memory_nbytes - fixed)
-        for step in steps:
-            for patch in _low_ranks(step.patches):
-                patch.right_resident = attempt == "resident" and fixed + step.resident_nbytes <= settings.memory_nbytes
-    largest = max(steps, key=lambda step: step.worker_nbytes + step.resident_nbytes)
-    raise UsageError(
-        f"A memory limit of {settings.memory_nbytes / 1e6:.0f} MB is too small: {(fixed + resident) / 1e6:.0f} MB are needed "
-        f"beyond `import torch`, most of it for {shown(largest.name)}. Raise --memory-limit."
-    )
+def _filled(steps: list[Step], max_nbytes: int) -> list[list[Step]]:
+    """Greedy: a weight that does not fit any more starts the next group."""
+    groups: list[list[Step]] = []
+    room = -1
+    for step in steps:
+        room -= step.spec.nbytes
+        if not groups or room < 0:
+            groups.append([])
+            room = max_nbytes - step.spec.nbytes
+        groups[-1].append(step)
+    return groups

@@ -6,9 +6,10 @@ import click
 
 from lorafuse._version import __version__
 from lorafuse.cli.cmd_convert import convert
+from lorafuse.cli.cmd_verify import verify
 from lorafuse.cli.options import CONTEXT
 
-__all__ = ["convert", "lorafuse", "main", "main_convert"]
+__all__ = ["convert", "lorafuse", "main", "main_convert", "verify"]
 
 
 @click.group(context_settings=CONTEXT)
@@ -18,6 +19,7 @@ def lorafuse() -> None:
 
 
 lorafuse.add_command(convert)
+lorafuse.add_command(verify)
 
 
 def _entry(command: click.Command, name: str) -> Callable[[], None]:

@@ -3,13 +3,8 @@
 For a weight X of n elements in blocks of `blocksize`: `X` holds ceil(n/2) bytes, two codes each, high nibble first, viewed as
 any dtype; `X.absmax` one scale per block, fp32, or uint8 when double-quantized, then with `X.nested_absmax` (fp32, one per
 `nested_blocksize` scales) and `X.nested_quant_map` (fp32 [256]); `X.quant_map` the 16 values; and
-`X.quant_state.bitsandbytes__nf4` (or fp4) a JSON with shape, dtype, block sizes and nested_offset. Format and formula:
-bitsandbytes 0.50 functional.py, QuantState.as_dict and dequantize_4bit, with which the result is bit-identical:
-
-    absmax = nested_quant_map[absmax_u8] * nested_absmax[block // nested_blocksize] + nested_offset      (double quantization)
-    W      = dtype(quant_map[code] * absmax[i // blocksize])                                             (fp32, then one cast)
-
-bitsandbytes itself is not imported: a 256-entry table from byte to its two values does the look-up.
+`X.quant_state.bitsandbytes__nf4` (or fp4) a JSON with shape, dtype, block sizes and nested_offset. The format is that of
+bitsandbytes 0.50 functional.py, QuantState.as_dict; dequantize.py has the formula.
 """
 
 import json
@@ -21,15 +16,14 @@ from typing import Any
 import torch
 
 from lorafuse.checkpoint import Checkpoint, read_all
-from lorafuse.codecs.sources import DECODED_FP32, Arena, is_conv1d
+from lorafuse.codecs.dequantize import NARROW, byte_pairs, look_up, nested_absmax
+from lorafuse.codecs.sources import DECODED_FP32, Arena, Sources, is_conv1d
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
 
 MARKER = ".quant_state.bitsandbytes__"
 COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 MAX_STATE_NBYTES = 10_000
-# The scratch of the indexes, and then of the decoded weight: they never live at once, and less has to stay in cache.
-NARROW = "bnb4.narrow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +100,10 @@ def _floats(raw: bytes) -> torch.Tensor:
 
 @cache
 def _pairs(quant_map: bytes) -> torch.Tensor:
-    """float64 [256]: the two fp32 values of each byte, viewed as one number, so that index_select copies a pair at a time."""
-    values, byte = _floats(quant_map), torch.arange(256)
-    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.float64).view(-1)
+    return byte_pairs(_floats(quant_map))
 
 
-class FourBitSources:
+class FourBitSources(Sources):
     """The packed codes and scales of one weight. `transposed`: an HF Conv1D weight, stored (out, in), made (in, out)."""
 
     def __init__(self, weight: str, names: tuple[str, ...], state: QuantState, ckpt: Checkpoint) -> None:
@@ -160,11 +152,9 @@ class FourBitSources:
             values = self._decode_transposed(packed, absmax, start, stop, arena)
         else:
             blocksize = self._state.blocksize
-            index = arena.get(NARROW, 2 * packed.numel(), torch.int16).view(torch.int32).copy_(packed)
             # Room for whole blocks: the last one may be short, and the pad nibble of an odd count is decoded and cut off.
             values = arena.get(DECODED_FP32, (last - first) * blocksize, torch.float32)
-            pairs = values[: 2 * packed.numel()].view(torch.float64)
-            torch.index_select(arena.place(self._pairs), 0, index, out=pairs)
+            look_up(packed, self._pairs, values, arena)
             values.view(-1, blocksize).mul_(absmax[:, None])
             values = values[start - first * blocksize : stop - first * blocksize]
         if self._state.dtype == "F32":
@@ -178,11 +168,9 @@ class FourBitSources:
         if self._nested_map is None:
             return arena.place(raw[1])
         codes, nested = arena.place(raw[1]), arena.place(raw[2])
-        # Allocated: for so few elements that costs less than looking for scratch.
-        values = arena.place(self._nested_map).index_select(0, codes.int())
-        outer = nested[:, None].expand(-1, state.nested_blocksize).reshape(-1)
-        begin = first % state.nested_blocksize
-        return values.mul_(outer[: values.numel()]).add_(state.nested_offset)[begin : begin + last - first]
+        outer = nested[:, None].expand(-1, state.nested_blocksize).reshape(-1)[: codes.numel()]
+        scales = nested_absmax(codes, arena.place(self._nested_map), outer, state.nested_offset, first % state.nested_blocksize)
+        return scales[: last - first]
 
     def _decode_transposed(self, packed: torch.Tensor, absmax: torch.Tensor, start: int, stop: int, arena: Arena) -> torch.Tensor:
         """Rows of the transposed weight are columns of the stored one: element by element, since a byte may span two."""

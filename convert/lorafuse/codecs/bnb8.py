@@ -1,7 +1,6 @@
 """bitsandbytes LLM.int8: `X.weight` int8 (out, in), `X.SCB` fp32 (out,), `X.weight_format` uint8 scalar, 0 = "row".
 
-W = q · SCB · fp32(1/127) in fp32, uncast (bitsandbytes 0.50 functional.py, int8_vectorwise_dequant). Outlier columns are a
-matter of run time; the weights are complete.
+The weight is fp32, uncast: dequantize.py. Outlier columns are a matter of run time; the weights are complete.
 """
 
 from collections.abc import Mapping
@@ -9,11 +8,10 @@ from collections.abc import Mapping
 import torch
 
 from lorafuse.checkpoint import Checkpoint, read_all
-from lorafuse.codecs.sources import DECODED_FP32, Arena, is_conv1d
+from lorafuse.codecs.dequantize import decode_int8
+from lorafuse.codecs.sources import DECODED_FP32, Arena, Sources, is_conv1d
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
-
-INV_127 = 7.874015718698502e-3  # fp32(1/127), as bitsandbytes spells it
 
 
 def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
@@ -49,7 +47,7 @@ def _config_dtype(ckpt: Checkpoint) -> str:
     return "F16"
 
 
-class Int8Sources:
+class Int8Sources(Sources):
     """q and SCB of one weight. `transposed`: an HF Conv1D weight, stored (out, in), made (in, out)."""
 
     def __init__(self, weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> None:
@@ -79,7 +77,7 @@ class Int8Sources:
             n_out = self._stored[0]
             tile = out.view(-1, n_out)  # float32 [cols of the stored weight, n_out]
             tile.copy_(q.view(self._stored)[:, start // n_out : stop // n_out].T)
-            return tile.mul_(scb).mul_(INV_127).view(-1)
+            return decode_int8(tile, scb).view(-1)
         out.copy_(q)
-        out.view(-1, self._stored[1]).mul_(scb[:, None]).mul_(INV_127)
+        decode_int8(out.view(-1, self._stored[1]), scb[:, None])
         return out

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 import torch
 
 from lorafuse.checkpoint import Checkpoint, Store
-from lorafuse.codecs.sources import Arena
+from lorafuse.codecs.sources import Arena, Sources
 from lorafuse.shardfile import Buffer
 from lorafuse.tensors import DTYPES, TensorInfo, TensorSpec
 
 
-class DenseSources:
+class DenseSources(Sources):
     """One stored tensor, of a checkpoint or of an adapter that replaces a weight."""
 
     nbytes = 0

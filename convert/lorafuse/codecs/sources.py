@@ -61,13 +61,22 @@ class Sources(Protocol):
     """The stored tensors that one weight is made from, and how.
 
     `fetch` reads, `decode` computes: they are apart so that the time of each is known. Elements [start, stop) are counted in
-    the flattened weight and are whole rows of its last dimension.
+    the flattened weight and are whole rows of its last dimension. A class that lists it as its base takes the defaults below.
     """
 
     spec: TensorSpec  # shape, and the dtype that decoding yields
     out_dtype: str  # the dtype that `--dtype auto` writes; differs from spec.dtype for int8, which decodes to fp32
     names: tuple[str, ...]  # the stored tensors
     nbytes: int  # host bytes held while a tile is decoded, beyond what is proportional to the tile
+    held_nbytes: int = 0  # host bytes held from prepare to release
+
+    def prepare(self, arena: Arena) -> None:
+        """Compute what decoding needs of the whole weight. Any thread may call it, at any time before it is needed, or none."""
+        return
+
+    def release(self) -> None:
+        """Drop what prepare computed; it is computed again when it is needed again."""
+        return
 
     def will_need(self, start: int, stop: int) -> None:
         """Hint that elements [start, stop) are fetched soon."""

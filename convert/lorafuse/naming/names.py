@@ -84,7 +84,7 @@ class Names:
         return head if head in self.weights or "lm_head.weight" not in self.weights else "lm_head.weight"
 
     def _find_pair(self) -> TiedPair | None:
-        if not self.embed or not self.head or not self._has_head():
+        if not self.embed or not self.head or not self.has_head:
             return None
         stored = self.head in self.weights
         flag = _flag(self.config, "tie_word_embeddings")
@@ -96,7 +96,8 @@ class Names:
         shape = self.weights[self.embed or ""].spec.shape
         return any(name != self.embed and sources.spec.shape == shape for name, sources in self.weights.items())
 
-    def _has_head(self) -> bool:
+    @property
+    def has_head(self) -> bool:
         architectures = self.config.get("architectures") or ["ForCausalLM"]
         return any(_HEADED.search(str(name)) for name in architectures)
 

@@ -1,0 +1,142 @@
+"""Where finished tiles go: the shards of one plan in its staging directory."""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from lorafuse.errors import LorafuseError
+from lorafuse.measure import Measures
+from lorafuse.shardfile import ShardWriter
+from lorafuse.steps import Plan, PlannedShard, Step
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Timing:
+    """Seconds. `compute_cpu_s` is decode + update + cast over all workers, `stats_cpu_s` what the measures cost beside it."""
+
+    compute_cpu_s: float = 0.0
+    stats_cpu_s: float = 0.0
+    read_s: float = 0.0
+    write_s: float = 0.0
+
+    def add(self, other: "Timing") -> None:
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass
+class Written:
+    """One finished output file."""
+
+    file: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass
+class Outcome:
+    """What the loop did."""
+
+    written: list[Written] = field(default_factory=list)
+    measures: dict[str, Measures] = field(default_factory=dict)  # of merged weights
+    timing: Timing = field(default_factory=Timing)
+
+
+class Destination(Protocol):
+    """What the loop makes tiles for."""
+
+    outcome: Outcome
+    error: LorafuseError | None  # of this destination alone; nothing more is made for it then
+
+    def steps(self) -> Iterable[Step]:
+        """Those that are to be made."""
+
+    def write(self, name: str, data: memoryview) -> None:
+        """The next bytes of a weight. Weights come in their natural order."""
+
+    def finish(self) -> None:
+        """All steps are made."""
+
+    def fail(self, error: LorafuseError) -> None:
+        """Give this destination up."""
+
+    def close(self) -> None:
+        """Nothing more comes, at the end or after an error."""
+
+
+class Output:
+    """A destination on disk: one plan in the making. A shard's file is open from its first weight to its last, so that at most two
+    are: shards of what changes and of what does not follow each other side by side.
+
+    `skip` are files that are there already or come from elsewhere. `on_shard` is called when a file is complete. An error that is
+    this output's alone ends up in `error`; no more is written then, and the others go on.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        staging: Path,
+        on_event: OnEvent,
+        *,
+        skip: Collection[str] = (),
+        on_shard: Callable[[PlannedShard, Written], None] = lambda shard, written: None,
+    ) -> None:
+        self.plan, self.staging = plan, staging
+        self.outcome = Outcome()
+        self.error: LorafuseError | None = None
+        self._on_event, self._on_shard = on_event, on_shard
+        self._shards = [shard for shard in plan.shards if shard.file not in skip]
+        self._shard_of = {step.name: shard for shard in self._shards for step in shard.steps}
+        self._writers: dict[str, ShardWriter] = {}
+
+    def steps(self) -> Iterator[Step]:
+        """Those that are to be made."""
+        return (step for shard in self._shards for step in shard.steps)
+
+    def write(self, name: str, data: memoryview) -> None:
+        """Append a tile to the weight's shard. The order of calls must be that of the shard's weights."""
+        began = time.perf_counter()
+        shard = self._shard_of[name]
+        writer = self._writers.get(shard.file) or self._open(shard)
+        writer.write(data)
+        self.outcome.timing.write_s += time.perf_counter() - began
+        self._on_event({"event": "progress", "nbytes": len(data)})
+        if writer.is_complete:
+            self._finish(shard, writer)
+
+    def finish(self) -> None:
+        """Complete the files that no tile completed: those without a single byte of data."""
+        written = {one.file for one in self.outcome.written}
+        for shard in self._shards:
+            if shard.file not in written:
+                self._finish(shard, self._writers.get(shard.file) or self._open(shard))
+        self.outcome.written.sort(key=lambda one: one.file)
+
+    def _open(self, shard: PlannedShard) -> ShardWriter:
+        writer = ShardWriter(self.staging / shard.file, [(step.name, step.spec) for step in shard.steps])
+        self._writers[shard.file] = writer
+        return writer
+
+    def _finish(self, shard: PlannedShard, writer: ShardWriter) -> None:
+        began = time.perf_counter()
+        written = Written(shard.file, writer.nbytes, writer.finish())
+        self.outcome.timing.write_s += time.perf_counter() - began
+        del self._writers[shard.file]
+        self.outcome.written.append(written)
+        self._on_shard(shard, written)
+        self._on_event({"event": "shard", "file": written.file, "nbytes": written.nbytes, "sha256": written.sha256})
+
+    def fail(self, error: LorafuseError) -> None:
+        """Give this output up."""
+        self.error = self.error or error
+        self.close()
+
+    def close(self) -> None:
+        """Close files that are not complete."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
