@@ -109,11 +109,11 @@ def decode(module: torch.nn.Module) -> torch.Tensor:
 
 def save_decoded(model: PreTrainedModel, dense: Path, out: Path) -> None:
     """`model` with its quantized weights decoded by bitsandbytes, as a checkpoint like `dense`."""
-    weights = load_file(dense / "model.safetensors")
+    weights = {name: tensor for shard in sorted(dense.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
             weights[f"{name}.weight"] = decode(module)
-    shutil.copytree(dense, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(dense, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*"))
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
 
 
