@@ -8,15 +8,17 @@ Nothing else should run meanwhile. The work directory needs about 12 GB; the inp
 import argparse
 from pathlib import Path
 
+import base_quant
 import compute
 import measure
 import memory
 import peers
 
 LAYERS = 16
-BENCHMARKS = {"compute": compute, "memory": memory, "peers": peers}
+BENCHMARKS = {"compute": compute, "base_quant": base_quant, "memory": memory, "peers": peers}
 TITLES = {
     "compute": "CPU time of the arithmetic",
+    "base_quant": "CPU time of --base-quant",
     "memory": "Memory",
     "peers": "The whole merge",
 }

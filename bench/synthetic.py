@@ -3,10 +3,11 @@
     python bench/synthetic.py llama DIR [--layers 16] [--shards 1]   a Llama of 1.2 B parameters in double-quantized NF4
     python bench/synthetic.py wide DIR                               one NF4 matrix of 16384 x 53248 beside an embedding
 
-DIR/base is the checkpoint, DIR/adapter a rank-16 LoRA over every linear layer. Every tensor is written in pieces of a
-few MB: nothing here ever holds one. The storage scheme, and the two tables in it, are those of bitsandbytes;
-transformers loads the result. The codes are drawn uniformly (a trained weight has more of the middle ones, which costs
-the same to decode), scaled so that a weight's standard deviation is 0.02 and the update is 3 % of it.
+DIR/base is the checkpoint, DIR/adapter a rank-16 LoRA over every linear layer, DIR/adapter-qv one on q_proj and v_proj
+(llama alone). Every tensor is written in pieces of a few MB: nothing here ever holds one. The storage scheme, and the two
+tables in it, are those of bitsandbytes; transformers loads the result. The codes are drawn uniformly (a trained weight has
+more of the middle ones, which costs the same to decode), scaled so that a weight's standard deviation is 0.02 and the
+update is 3 % of it.
 """
 
 import argparse
@@ -219,6 +220,7 @@ def llama(directory: Path, layers: int, shards: int) -> None:
     entries.append(Entry("model.norm.weight", "BF16", (hidden,), norm))
     write_checkpoint(directory / "base", entries, llama_config(hidden, inter, layers, vocab), shards)
     write_adapter(directory / "adapter", linears)
+    write_adapter(directory / "adapter-qv", {name: shape for name, shape in linears.items() if name.endswith(("q_proj", "v_proj"))})
 
 
 def wide(directory: Path, shards: int) -> None:

@@ -4,6 +4,7 @@ Nothing here uses lorafuse, so that a test of lorafuse has something independent
 """
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -103,3 +104,8 @@ def raw_file(header: object, data: bytes = b"", *, length: int | None = None) ->
 def files_of(path: Path) -> dict[str, bytes]:
     """Every file below a directory with its bytes."""
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def refusal(caught: object) -> str:
+    """What a refusal says, up to the base that the adapter's config names; test_right_base.py looks at that."""
+    return re.sub(r" The adapter's config names .* as its base\.$", "", str(getattr(caught, "value", caught)))

@@ -215,7 +215,7 @@ def test_bytes_do_not_depend_on_threads_or_memory(tmp_path, monkeypatch):
 
 def test_without_it_nothing_about_it_is_in_the_receipt(tmp_path):
     receipt = lorafuse.convert(write_checkpoint(tmp_path / "ckpt"), write_adapter(tmp_path / "lora"), tmp_path / "out")
-    assert receipt["base_semantics"] == "stored"
+    assert receipt["base_semantics"] == "stored in full precision"
     assert "base_quant" not in json.dumps(receipt)
 
 

@@ -110,8 +110,8 @@ def test_merge(run: Cli, ckpt: Path, adapter: Path, out: Path) -> None:
     assert run.out == f"{out}\n"
     assert sorted(files_of(out)) == RESULT
     pattern = (
-        rf"Merged {adapter} into {ckpt}: 4 of 21 weights updated, [0-9.]+% of the update kept where it is least; "
-        r"0\.0 MB in [0-9.]+ s, peak [0-9,]+ MB\."
+        rf"Merged {adapter} into {ckpt} \(stored in full precision\): 4 of 21 weights updated, "
+        r"[0-9.]+% of the update kept where it is least; 0\.0 MB in [0-9.]+ s, peak [0-9,]+ MB\."
     )
     assert re.fullmatch(rf"model\.safetensors: 0\.0 MB \(1 of 1\)\n{pattern}\n", run.err)
 
@@ -255,6 +255,9 @@ WRONG_OPTIONS = [
     (["a", "b", "c", "d"], "Got unexpected extra argument (d)"),
     (["a", "b", "c", "--nonsense"], "No such option"),
     (["a", "b", "c", "--dtype", "int4"], "'int4' is not one of"),
+    (["a", "b", "c", "--base-quant", "nf5"], "'nf5' is not one of"),
+    (["a", "b", "c", "--base-quant", "nf4", "--quant-blocksize", "65"], "quant_blocksize is 65; expected one of 32, 64, 128, "),
+    (["a", "b", "c", "--quant-experts"], "quant_experts says how the base was quantized, but base_quant is none; "),
     (
         ["a", "b", "c", "--max-shard-size", "5GiB"],
         "'5GiB' is no size; expected a number with a decimal unit, such as 100MB or 5GB.",
@@ -360,7 +363,8 @@ def test_adapter_for_another_base(run: Cli, ckpt: Path, tmp_path: Path, out: Pat
     module = "base_model.model.model.layers.0.mlp.down_proj"
     assert run.err == (
         f"Error: {adapter}/adapter_model.safetensors: {module}.lora_A.weight [4, 12] and {module}.lora_B.weight [8, 4] do not fit "
-        "model.layers.0.mlp.down_proj.weight [16, 24]; is the adapter for another base?\n"
+        "model.layers.0.mlp.down_proj.weight [16, 24]; is the adapter for another base? The adapter's config names "
+        "somebody/something as its base.\n"
     )
 
 

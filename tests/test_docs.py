@@ -5,6 +5,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
+import lorafuse
 from lorafuse import cli, errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,3 +51,14 @@ def test_every_module_has_its_line_in_the_architecture():
     for module in package.rglob("*.py"):
         if not module.name.startswith("_"):
             assert module.name in text, module.name
+
+
+def test_inspect_prints_what_the_readme_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "demo"
+    lorafuse.convert("fixtures/llama-nf4", "fixtures/llama-adapter", out)
+    for path, shown_as in (("fixtures/llama-nf4", "fixtures/llama-nf4"), (out, "build/demo --top 3")):
+        block = re.search(rf"```\n\$ lorafuse inspect {shown_as}\n(.*?)```", README, re.S)[1]
+        printed = CliRunner().invoke(cli.lorafuse, ["inspect", str(path), "--top", "3"]).output.replace(str(out), "build/demo")
+        versions = r"made by .*"
+        assert re.sub(versions, "", block) == re.sub(versions, "", printed)

@@ -10,7 +10,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 
 import lorafuse
 from build import CONFIG as LLAMA
-from build import write_adapter, write_checkpoint
+from build import refusal, write_adapter, write_checkpoint
 from lorafuse.errors import AdapterError
 from lorafuse.structure.models import load_table
 from oracle import config, read_adapter, read_tensors
@@ -222,7 +222,7 @@ def test_a_head_that_does_not_belong_is_refused(case, tmp_path):
     lora = write_adapter(tmp_path / "lora", tensors, **fields)
     with pytest.raises(AdapterError) as caught:
         merge(ckpt, lora, tmp_path / "work/out")
-    assert str(caught.value) == f"{lora}/adapter_model.safetensors: {message}"
+    assert refusal(caught) == f"{lora}/adapter_model.safetensors: {message}"
     assert not (tmp_path / "work").exists()
 
 

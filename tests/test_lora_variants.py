@@ -179,6 +179,15 @@ def test_bases_that_training_changed(case, kind, base, adapter, tmp_path):
     assert (expected - merged(tmp_path / "plain")).abs().max() > 0.02
 
 
+@pytest.mark.parametrize("case", RESIDUALS)
+def test_a_base_that_training_changed_and_saved(case, base, adapter, tmp_path):
+    """PEFT saves the weight below an adapted head: what was taken out of it must not be taken out again."""
+    lora = adapter("fp32", **RESIDUALS[case] | {"target_modules": ["q_proj", "lm_head"]})
+    assert "base_model.model.lm_head.base_layer.weight" in read_adapter(lora)
+    lorafuse.convert(base("fp32"), lora, tmp_path / "out")
+    assert (answers(adapter.model) - merged(tmp_path / "out")).abs().max() < 1e-4
+
+
 def test_the_plan_says_which_weights_are_held_whole(base, adapter, tmp_path):
     lora = adapter("fp32", init_lora_weights="pissa", target_modules=["q_proj", "embed_tokens"])
     plan = lorafuse.convert(base("fp32"), lora, tmp_path / "out", dry_run=True)

@@ -574,7 +574,7 @@ def test_the_command_line_and_python_do_the_same(ckpt, tmp_path, capsys):
         cli.convert.main([*command, "--adapter-scale", "0.3"])
     assert exited.value.code == 0
     err = capsys.readouterr().err
-    assert f"Merged {one}, {two}, {three} into {ckpt}: 4 of 21 weights updated" in err
+    assert f"Merged {one}, {two}, {three} into {ckpt} (stored in full precision): 4 of 21 weights updated" in err
     assert f"merged   {Q}  updates 2" in err
     lorafuse.convert(ckpt, one, tmp_path / "again", adapters=[(two, -0.5), three], adapter_scale=0.3)
     assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "again")

@@ -19,14 +19,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
     _version
     errors
-    settings tensors
-    shardfile
-    hashing
-    checkpoint
+    settings tensors relations
+    jobs shardfile sharing
+    hashing plain
+    checkpoint quant_config
     codecs
     adapters
     measure naming
     structure trained_base
+    right_base
     steps
     turns
     several
@@ -34,11 +35,13 @@ ORDER = """
     outputs
     merge
     staging sidecars
-    receipt hub
+    receipt
+    hub summary
     directory
-    recompute
-    pipeline
-    audit batch report
+    recompute relate finished
+    pipeline inspection
+    passes
+    audit batching report
     cli
 """
 RANK = {module: rank for rank, line in enumerate(ORDER.split("\n")) for module in line.split()}
@@ -148,7 +151,7 @@ def test_one_file_knows(word: str, file: str) -> None:
 
 
 def test_one_rounding() -> None:
-    """The place where a result is rounded is marked, once; beside it only seconds, a number of groups and int8 codes are rounded."""
+    """The place where a result is rounded is marked, once; beside it only seconds, a number of groups and int8 codes are."""
     texts = {relative(path): path.read_text(encoding="utf-8") for path in FILES}
     assert texts["merge.py"].count("the one rounding") == 1
     rounds = {file for file in texts for name in used_names(PACKAGE / file) if re.fullmatch(r"(.*\.)?round_?", name)}

@@ -11,6 +11,7 @@ from peft.tuners.waveft.waverec2d import waverec2d
 from safetensors.torch import save_file
 
 import lorafuse
+from build import refusal
 from conftest import QUANTIZED
 from lorafuse.adapters.seeded import _inside_out, first_of_randperm
 from lorafuse.adapters.wavelets import FAMILIES, reconstruction_filters
@@ -482,5 +483,5 @@ def test_what_does_not_fit_is_refused(case, tuned, tmp_path):
     with pytest.raises(AdapterError) as caught:
         lorafuse.convert(ckpt, adapter, tmp_path / "work" / "out")
     file = "adapter_model.safetensors" if change or message.startswith("base_model") else "adapter_config.json"
-    assert str(caught.value) == f"{adapter}/{file}: {message.format(adapter=adapter)}"
+    assert refusal(caught) == f"{adapter}/{file}: {message.format(adapter=adapter)}"
     assert not (tmp_path / "work").exists()

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import lorafuse
+from build import refusal
 from conftest import LINEARS
 from lorafuse.adapters import frod
 from lorafuse.errors import AdapterError, UsageError
@@ -265,8 +266,8 @@ def refused(ckpt, adapter, out, where="adapter_model.safetensors"):
         lorafuse.convert(ckpt, adapter, out / "work" / "out")
     assert not (out / "work").exists()
     start = f"{adapter}/{where}: "
-    assert str(caught.value).startswith(start)
-    return str(caught.value).removeprefix(start)
+    assert refusal(caught).startswith(start)
+    return refusal(caught).removeprefix(start)
 
 
 def change(adapter, **tensors):

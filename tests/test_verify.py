@@ -135,7 +135,10 @@ def test_other_inputs_than_the_receipt_lists(which, merged, adapter, tmp_path):
         lorafuse.verify(out, **inputs)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"adapter_scale": 0.5}, {"max_shard_size": "1KB"}])
+QUANT = {"base_quant": "nf4", "double_quant": False, "quant_blocksize": 128, "quant_skip": ["up_proj"]}
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"adapter_scale": 0.5}, {"max_shard_size": "1KB"}, QUANT])
 def test_the_settings_are_the_receipts(options, base, adapter, tmp_path):
     ckpt, lora = base("bf16"), adapter("bf16", target_modules=["q_proj"])
     lorafuse.convert(ckpt, lora, tmp_path / "out", **options)

@@ -8,16 +8,18 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from lorafuse.checkpoint import Checkpoint
-from lorafuse.directory import read_receipt, verify_directory
+from lorafuse.checkpoint import RECEIPT, Checkpoint
+from lorafuse.directory import verify_directory
 from lorafuse.errors import CheckpointError, ResultError, UsageError, listed, shown
 from lorafuse.hub import CHECKPOINT_FILES, local_dir
-from lorafuse.pipeline import LocalAdapter, Name, local_adapter, opened, pick_device
+from lorafuse.pipeline import Name, local_adapter, opened, pick_device
 from lorafuse.plan import make_plan
-from lorafuse.receipt import RECEIPT, InputHashes
+from lorafuse.receipt import InputHashes
 from lorafuse.recompute import check_merge
+from lorafuse.relate import relate
 from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.several import Weighted
+from lorafuse.summary import read_receipt
 
 
 def verify(
@@ -32,36 +34,39 @@ def verify(
 ) -> dict[str, Any]:
     """Check a merged directory against its receipt, and with `ckpt` and `adapters` against what they make, byte by byte: all
     weights, or a `sample` of so many. Writes nothing. Returns what was checked: "files", "nbytes" and "weights" (0 without inputs).
-    Raises ResultError at the first difference, UsageError, and for inputs CheckpointError or AdapterError."""
+    Raises ResultError at the first difference, UsageError, and for inputs CheckpointError or AdapterError.
+
+    A directory without a receipt, which another tool made, is compared with its inputs: the result has "relations" and, as
+    "related", what each weight is (`relate.relate`), whatever that is.
+    """
     if (ckpt is None) != (not adapters):
         raise UsageError("A checkpoint without an adapter, or the other way round, says nothing of a merge; give both or neither.")
     path = Path(out_dir)
     if not path.is_dir():
         raise ResultError(f"{shown(path)}: is no directory.")
     receipt = read_receipt(path)
-    if not receipt:
+    if not receipt and ckpt is None:
         raise ResultError(f"{shown(path)}: has no {RECEIPT}; with the checkpoint and the adapter its weights can be compared.")
-    verify_directory(path, receipt, lambda n: on_event({"event": "progress", "nbytes": n}))
-    outputs = receipt["outputs"]
-    checked = {"files": len(outputs), "nbytes": sum(entry["size"] for entry in outputs), "weights": 0}
-    if ckpt is not None:
-        base_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
-        found = [local_adapter(fspath(one), 1.0, receipt["settings"].get("adapter_name"), on_event) for one in adapters]
-        checked["weights"] = _check_inputs(path, receipt, base_dir, found, sample, device, memory_limit, on_event)
-    return checked
-
-
-def _check_inputs(
-    path: Path, receipt: dict[str, Any], base_dir: Path, found: Sequence[LocalAdapter], sample: int, device: str,
-    memory_limit: str | int, on_event: Callable[[dict[str, Any]], None],
-) -> int:  # fmt: skip
-    settings = Settings.of_receipt(receipt["settings"], device=device, memory_nbytes=parse_nbytes(memory_limit))
-    with closing(Checkpoint(path)) as merged, closing(Checkpoint(base_dir)) as base, opened(found) as adapters:
-        with InputHashes(base, str(base_dir), adapters) as inputs:
-            weights = _weights(path, receipt, inputs.result(), adapters, settings)
-        first, *others = (Weighted(one.adapter, weight) for one, weight in zip(adapters, weights, strict=True))
+    own: dict[str, Any] = {"device": device, "memory_nbytes": parse_nbytes(memory_limit)}
+    settings = Settings.of_receipt(receipt["settings"], **own) if receipt else Settings(dtype="float32", **own)
+    checked: dict[str, Any] = {"files": 0, "nbytes": 0, "weights": 0}
+    if receipt:
+        verify_directory(path, receipt, lambda n: on_event({"event": "progress", "nbytes": n}))
+        outputs = receipt["outputs"]
+        checked |= {"files": len(outputs), "nbytes": sum(entry["size"] for entry in outputs)}
+    if ckpt is None:
+        return checked
+    base_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
+    located = [local_adapter(fspath(one), 1.0, None, on_event) for one in adapters]
+    with closing(Checkpoint(path)) as found, closing(Checkpoint(base_dir)) as base, opened(located) as given:
+        if not receipt:
+            plan = make_plan(base, given[0].adapter, settings, given[1:])
+            return checked | relate(plan, found, on_event)
+        with InputHashes(base, str(base_dir), given) as inputs:
+            weights = _weights(path, receipt, inputs.result(), given, settings)
+        first, *others = (Weighted(one.adapter, weight) for one, weight in zip(given, weights, strict=True))
         plan = make_plan(base, first.adapter, replace(settings, adapter_scale=first.weight), others)
-        return check_merge(merged, plan, sample, pick_device(device), on_event)
+        return checked | {"weights": check_merge(found, plan, sample, pick_device(device), on_event)}
 
 
 def _weights(

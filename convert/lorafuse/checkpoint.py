@@ -15,6 +15,7 @@ from lorafuse.tensors import TensorInfo
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
+RECEIPT = "lorafuse_receipt.json"  # of a checkpoint that lorafuse wrote
 MAX_JSON_NBYTES = 64_000_000
 # Of the fields that are read somewhere.
 CONFIG_TYPES = {"model_type": str, "architectures": list, "text_config": dict, "quantization_config": dict}
@@ -100,7 +101,7 @@ class Checkpoint(ShardedStore):
         except OSError as e:
             raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
         try:
-            _refuse_unknown_quantization(self.config, path)
+            refuse_unknown_quantization(self.config, path)
         except BaseException:
             self.close()
             raise
@@ -171,7 +172,8 @@ def _compare(path: Path, single: str, weight_map: dict[str, str], store: Sharded
         raise FormatError(f"{holder}: holds {shown(extra)}, which {index} does not list.")
 
 
-def _refuse_unknown_quantization(config: dict[str, Any], path: Path) -> None:
+def refuse_unknown_quantization(config: dict[str, Any], path: Path) -> None:
+    """Raises CheckpointError for a config of the directory `path` that names another quantization than bitsandbytes."""
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         quantization = part.get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None

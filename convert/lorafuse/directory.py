@@ -3,7 +3,6 @@
 The first is a stage of every run, and reads as the reference implementation of the format does.
 """
 
-import os
 from collections.abc import Callable, Collection
 from contextlib import closing
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lorafuse.checkpoint import INDEX, Checkpoint, read_json_dict, stays_inside
+from lorafuse.checkpoint import INDEX, RECEIPT, Checkpoint, stays_inside
 from lorafuse.errors import CheckpointError, ResultError, StorageError, shown
 from lorafuse.hashing import FileHash, hash_file
 from lorafuse.outputs import Outcome
-from lorafuse.receipt import RECEIPT, SCHEMA
 from lorafuse.shardfile import FormatError
 from lorafuse.steps import Plan
 
@@ -36,21 +34,6 @@ def verify_staging(plan: Plan, outcome: Outcome, staging: Path) -> None:
         if found != planned:
             name = next(iter(found.items() ^ planned.items()))[0]
             raise ResultError(f"{shard.file}: {shown(name)} is not what was planned.")
-
-
-def read_receipt(out_dir: Path) -> dict[str, Any]:
-    """The receipt of a merged directory; empty when it has none. Raises ResultError for one that is damaged."""
-    path = out_dir / RECEIPT
-    if not os.path.lexists(path):
-        return {}
-    try:
-        receipt = read_json_dict(path)
-    except (ValueError, FormatError) as e:
-        raise ResultError(str(e)) from None
-    kinds = {"schema": int, "outputs": list, "inputs": list, "tensors": dict, "settings": dict}
-    if receipt.get("schema") != SCHEMA or any(not isinstance(receipt.get(name), kind) for name, kind in kinds.items()):
-        raise ResultError(f"{shown(path)}: is no receipt of schema {SCHEMA}; a newer lorafuse may have written it.")
-    return receipt
 
 
 def verify_directory(out_dir: Path, receipt: dict[str, Any], on_nbytes: Callable[[int], object]) -> None:

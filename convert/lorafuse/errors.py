@@ -27,9 +27,13 @@ class CheckpointError(LorafuseError):
 
 
 class AdapterError(LorafuseError):
-    """The adapter is bad, unsupported, or does not fit the checkpoint."""
+    """The adapter is bad, unsupported, or, `misfit`, does not fit the checkpoint: the plan adds which base its config names."""
 
     exit_code = 4
+
+    def __init__(self, message: str, *, misfit: bool = False) -> None:
+        super().__init__(message)
+        self.misfit = misfit
 
 
 class StorageError(LorafuseError):
@@ -48,6 +52,12 @@ class ResultError(LorafuseError):
     """The result is not valid: a non-finite value that the inputs did not have, or verification failed."""
 
     exit_code = 8
+
+
+class BatchError(LorafuseError):
+    """Some jobs of a batch failed; the others are complete."""
+
+    exit_code = 9
 
 
 def shown(text: object, limit: int = 200) -> str:

@@ -1,16 +1,21 @@
-"""CKPT and ADAPTER by hub id `org/name[@revision]`: the files that are needed, in the hub's own cache."""
+"""CKPT and ADAPTER by hub id `org/name[@revision]`: the files that are needed, in the hub's own cache, or headers alone."""
 
 import glob
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lorafuse.adapters.store import BIN, CONFIG, DEFAULT_NAME, INDEX, MLX, SAFETENSORS
-from lorafuse.errors import LorafuseError, StorageError, shown
+from lorafuse.checkpoint import RECEIPT, SINGLE
+from lorafuse.errors import CheckpointError, LorafuseError, StorageError, shown
+from lorafuse.settings import HUB_ID
 from lorafuse.sidecars import ALWAYS, PROCESSOR, TOKENIZER
+from lorafuse.tensors import DTYPES, TensorInfo, TensorSpec
 
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?")
-CHECKPOINT_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", *ALWAYS, *TOKENIZER, *PROCESSOR)
+CHECKPOINT_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", RECEIPT, *ALWAYS, *TOKENIZER, *PROCESSOR)
 ADAPTER_FILES = (CONFIG, SAFETENSORS, "adapter_model-*.safetensors", INDEX, BIN, MLX)
+KIND_FILES = ("config.json", CONFIG, f"*/{CONFIG}", RECEIPT)  # which tell what a repository holds
 # A pattern's * matches a slash too, and some repositories hold the same weights a second time under these names.
 UNWANTED: dict[tuple[str, ...], tuple[str, ...]] = {CHECKPOINT_FILES: ("*/*.safetensors", "*/*.py", "consolidated*.safetensors")}
 
@@ -32,23 +37,54 @@ def local_dir(name: str, patterns: tuple[str, ...], kind: type[LorafuseError]) -
     if not match or path.exists():
         what = "is not a directory" if path.exists() else "no such directory"
         raise kind(f"{shown(name)}: {what}.")
-    return _download(match["repo"], match["revision"], patterns, kind)
+    allowed, unwanted = list(patterns), list(UNWANTED.get(patterns, ()))
+    with _hub_errors(match["repo"], match["revision"], kind):
+        # Imported here: it costs as much as the rest of the start-up, and most runs have local inputs.
+        from huggingface_hub import snapshot_download
+
+        revision = match["revision"]
+        return Path(snapshot_download(match["repo"], revision=revision, allow_patterns=allowed, ignore_patterns=unwanted))
 
 
-def _download(repo: str, revision: str | None, patterns: tuple[str, ...], kind: type[LorafuseError]) -> Path:
-    # Imported here: it costs as much as the rest of the start-up, and most runs have local inputs.
-    from huggingface_hub import snapshot_download
+def remote_tensors(name: str) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of each shard of a checkpoint on the hub, by the headers alone; `offset` is not known. Raises CheckpointError,
+    StorageError."""
+    match = HUB_ID.fullmatch(name)
+    assert match
+    with _hub_errors(match["repo"], match["revision"], CheckpointError):
+        from huggingface_hub import get_safetensors_metadata
+
+        found = get_safetensors_metadata(match["repo"], revision=match["revision"]).files_metadata
+    return {
+        file: {tensor: TensorInfo(_spec(name, tensor, info.dtype, info.shape), number, 0) for tensor, info in part.tensors.items()}
+        for number, (file, part) in enumerate(sorted(found.items()))
+    }
+
+
+def _spec(name: str, tensor: str, dtype: Any, shape: Any) -> TensorSpec:
+    """What the hub's library read in a header, and does not check."""
+    known = isinstance(dtype, str) and dtype in DTYPES and isinstance(shape, list)
+    if not known or not all(type(n) is int and n >= 0 for n in shape):
+        raise CheckpointError(f"{name}: {shown(tensor)} is {shown(dtype)} {shown(shape)}, which is not known here.")
+    return TensorSpec(dtype, tuple(shape))
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None, kind: type[LorafuseError]) -> Iterator[None]:
+    """Turns what the hub's library raises into errors of `kind`, or StorageError."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
+        SafetensorsParsingError,
     )
 
-    unwanted = list(UNWANTED.get(patterns, ()))
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted))
+        yield
     except HFValidationError:
         raise kind(f"{shown(repo)}: no such directory.") from None
     except GatedRepoError:
@@ -57,7 +93,11 @@ def _download(repo: str, revision: str | None, patterns: tuple[str, ...], kind: 
         raise kind(f"{repo}: no such directory, and no such repository on the hub (or it is private: log in first).") from None
     except RevisionNotFoundError:
         raise kind(f"{repo}: has no revision {shown(revision)}.") from None
-    except LocalEntryNotFoundError:
+    except NotASafetensorsRepoError:
+        raise kind(f"{repo}: holds neither {SINGLE} nor {SINGLE}.index.json.") from None
+    except SafetensorsParsingError as e:
+        raise kind(f"{repo}: {shown(e)}") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise StorageError(
             f"{repo}: no such directory, and the hub cannot be reached to look for a repository of that name."
         ) from None

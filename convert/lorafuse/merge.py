@@ -19,6 +19,7 @@ from threading import local
 import torch
 
 from lorafuse.adapters.patch import Base
+from lorafuse.checkpoint import Checkpoint
 from lorafuse.codecs import Arena, Sources
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.sources import DECODED_FP32, host_view
@@ -53,7 +54,7 @@ def merge(outputs: Sequence[Destination], memory: Memory, device: torch.device) 
     up in its `error`, and when nothing else is left, ends the loop."""
     planned = turns([output.steps() for output in outputs])
     try:
-        with _exact_single_threaded_torch(), Workshop(planned, memory, device) as workshop:
+        with one_thread(), Workshop(planned, memory, device) as workshop:
             for tile in workshop.tiles(outputs):
                 for result, piece, buffer in zip(tile.turn.results, tile.pieces, tile.buffers, strict=True):
                     for number in result.outputs:
@@ -90,7 +91,7 @@ def _complaint(step: Step, measures: Measures | None) -> ResultError | None:
 
 
 @contextmanager
-def _exact_single_threaded_torch() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One thread per op, and no reduced-precision matrix products, whatever the calling program chose; restored afterwards."""
     n_threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
@@ -122,6 +123,9 @@ class Workshop:
 
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
+        # The executor refers to this object, a cycle: without this, buffers may still be there when the next pass makes its own.
+        self._pending.clear()
+        self._buffers, self._loader = queue.LifoQueue(), Arena(self._device)
 
     def _start_worker(self) -> None:
         torch.set_num_threads(1)  # OpenMP's number is each thread's own
@@ -189,9 +193,14 @@ class Workshop:
         sources.prepare(self._local.arena)
 
     def _make(self, turn: Turn, start: int, stop: int, buffers: list[torch.Tensor]) -> Tile:
-        if turn.verbatim:
-            return Tile(turn, buffers, [copy_tile(turn.results[0].step, start, stop, buffers[0])])
-        return Tile(turn, buffers, make_pieces(turn, start, stop, buffers, self._local.arena))
+        try:
+            if turn.verbatim:
+                return Tile(turn, buffers, [copy_tile(turn.results[0].step, start, stop, buffers[0])])
+            return Tile(turn, buffers, make_pieces(turn, start, stop, buffers, self._local.arena))
+        except LorafuseError as e:
+            if isinstance(turn.sources.store, Checkpoint):  # which all outputs share
+                raise
+            return Tile(turn, buffers, [Piece(error=e) for _ in turn.results])
 
 
 def copy_tile(step: Step, start: int, stop: int, buffer: torch.Tensor) -> Piece:

@@ -10,19 +10,21 @@ from typing import Any, NamedTuple
 import torch
 
 from lorafuse.adapters import adapter_folder, open_adapter
-from lorafuse.checkpoint import Checkpoint
+from lorafuse.checkpoint import RECEIPT, Checkpoint
 from lorafuse.directory import verify_staging
 from lorafuse.errors import AdapterError, CheckpointError, UsageError, shown
 from lorafuse.hub import CHECKPOINT_FILES, adapter_files, local_dir
 from lorafuse.merge import merge
 from lorafuse.outputs import Output
 from lorafuse.plan import make_plan
-from lorafuse.receipt import RECEIPT, InputHashes, make_receipt
-from lorafuse.settings import Settings, base_quant_of, checked_weight, parse_nbytes
+from lorafuse.quant_config import chosen_base_quant
+from lorafuse.receipt import InputHashes, make_receipt
+from lorafuse.settings import Settings, checked_weight, parse_nbytes
 from lorafuse.several import Weighted
 from lorafuse.sidecars import write_json, write_sidecars
 from lorafuse.staging import Staging, check_out_dir
 from lorafuse.steps import Plan
+from lorafuse.summary import kept_in_sum
 
 Name = str | PathLike[str]
 
@@ -39,64 +41,68 @@ def convert(
     memory_limit: str | int = "100MB",
     adapter_scale: float = 1.0,
     adapter_name: str | None = None,
-    base_quant: str = "none",
-    double_quant: bool = True,
-    quant_blocksize: int = 64,
-    quant_skip: Sequence[str] = (),
-    quant_experts: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    **training: Any,
 ) -> dict[str, Any]:
     """Merge a PEFT or MLX-LM adapter into a checkpoint and write the result to `out_dir`.
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
-    `adapters` are further ones, or pairs (adapter, weight), whose updates are added; neither their order matters nor which one is
-    `adapter`, except that its tokenizer is taken. `adapter_scale` is the weight of `adapter`. With a `base_quant` other than
-    "none", training quantized this full-precision checkpoint, and the four options after it say how (settings.BaseQuant). Returns
-    the receipt (also written to `lorafuse_receipt.json`), or with `dry_run` the plan. `on_event` gets a dict for each "event":
-    "warning", "plan", "progress", "shard" or "done". Raises a LorafuseError, whose class says what kind of thing went wrong, or an
-    OSError; then `out_dir` is as it was.
+    `adapters`: further ones, or pairs (adapter, weight), to be added in any order; `adapter_scale`: the weight of `adapter`, whose
+    tokenizer is taken. `training`: how it quantized this full-precision base: `base_quant`, `double_quant`, `quant_blocksize`,
+    `quant_skip`, `quant_experts`, or the file `base_quant_from` (`quant_config.chosen_base_quant`). Returns the receipt, or with
+    `dry_run` the plan. `on_event` gets a dict for each "event": "warning", "plan", "progress", "shard" or "done". Raises a
+    LorafuseError or an OSError; then `out_dir` is as it was.
     """
     began = time.perf_counter()
-    limits = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
-    quant = base_quant_of(base_quant, double_quant=double_quant, blocksize=quant_blocksize, skip=quant_skip, experts=quant_experts)
-    settings = Settings(
-        base_quant=quant, dtype=dtype, device=device, adapter_scale=adapter_scale, adapter_name=adapter_name, **limits
-    )
-    target = pick_device(device)
-    ckpt_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
+    quant = chosen_base_quant(**training)
+    given: dict[str, Any] = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
+    given |= {"adapter_scale": adapter_scale, "adapter_name": adapter_name, "base_quant": quant}
+    settings = Settings(dtype=dtype, device=device, **given)
+    target, ckpt_dir = pick_device(device), local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
     first = local_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
     found = [first, *(local_adapter(*named_weight(one), None, on_event) for one in adapters)]
     check_out_dir(Path(out_dir), [ckpt_dir, *(one.root for one in found)], overwrite=overwrite)
-
     with closing(Checkpoint(ckpt_dir)) as base, opened(found) as (lora, *others):
         plan = make_plan(base, lora.adapter, settings, others)
-        for message in plan.warnings:
-            on_event({"event": "warning", "message": message})
-        on_event(plan_event(plan))
+        planned = announce(plan, on_event, dry_run=dry_run)
         if dry_run:
-            return plan_event(plan)
+            return planned
         with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, Staging(Path(out_dir), plan.plan_id) as staging:
-            output = Output(plan, staging.path, on_event)
-            merge([output], plan.memory, target)
-            if output.error:
-                raise output.error
-            receipt = complete(output, base, first, settings, inputs, began)
+            merge([output := Output(plan, staging.path, on_event)], plan.memory, target)
+            receipt = complete(output, base, first, settings, inputs.result, began)
             staging.commit()
-    on_event({"event": "done", "out_dir": fspath(out_dir), **receipt["timing"], "peak_rss": receipt["peak_rss"]})
+    on_event(done_event(fspath(out_dir), receipt))
     return receipt
 
 
+def announce(plan: Plan, on_event: Callable[[dict[str, Any]], None], *, dry_run: bool = False) -> dict[str, Any]:
+    """An event for each warning, and the plan's, which is returned. The adapters' copies of base weights, which planning did not
+    read, are compared before a merge."""
+    for message in plan.warnings if dry_run else plan.all_warnings():
+        on_event({"event": "warning", "message": message})
+    on_event(event := plan_event(plan))
+    return event
+
+
 def complete(
-    output: Output, base: Checkpoint, first: "LocalAdapter", settings: Settings, inputs: InputHashes, began: float
+    output: Output,
+    base: Checkpoint,
+    first: "LocalAdapter",
+    settings: Settings,
+    inputs: Callable[[], list[dict[str, Any]]],
+    began: float,
 ) -> dict[str, Any]:
     """Add to a staging directory that has all its shards what else belongs into it, and check it. `first` is the adapter whose
-    tokenizer is taken, `began` when the run did. Returns the receipt. Raises ResultError."""
+    tokenizer is taken, `inputs` gives those of the receipt, `began` is when the run did. Returns the receipt. Raises ResultError.
+    """
+    if output.error:
+        raise output.error
     plan, staging = output.plan, output.staging
     write_sidecars(plan, base.path, base.config, [first.path, first.root], staging)
     verify_staging(plan, output.outcome, staging)
-    receipt = make_receipt(plan, output.outcome, staging, settings, inputs.result(), time.perf_counter() - began)
+    receipt = make_receipt(plan, output.outcome, staging, settings, inputs(), time.perf_counter() - began)
     write_json(staging / RECEIPT, receipt)
     return receipt
 
@@ -145,6 +151,12 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here.")
     return device
+
+
+def done_event(out_dir: str, receipt: dict[str, Any]) -> dict[str, Any]:
+    """What the receipt says in sum, and what it cost, as one JSON-able dict."""
+    said = {"base_semantics": receipt["base_semantics"], "update": kept_in_sum(receipt["tensors"])}
+    return {"event": "done", "out_dir": out_dir, **said, **receipt["timing"], "peak_rss": receipt["peak_rss"]}
 
 
 def plan_event(plan: Plan) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.sources import is_conv1d
 from lorafuse.errors import AdapterError, CheckpointError, listed, shown
 from lorafuse.naming import Names
+from lorafuse.right_base import base_copies, doubts, naming_the_base
 from lorafuse.settings import Settings
 from lorafuse.several import Found, Weighted, combine, common_model, in_order
 from lorafuse.steps import STORED_TENSOR_NBYTES, Plan, PlannedShard, Step, natural_key, split_shards
@@ -42,11 +43,13 @@ def make_plan(
     warnings: list[str] = []
     weights = weights or base_weights(ckpt, settings.base_quant, warnings.append)
     adapters = in_order([Weighted(adapter, settings.adapter_scale), *others])
+    warnings += doubts(ckpt.path, weights, [one.adapter for one in adapters])
     found = [_read(one, weights, ckpt.config, warnings.append) for one in adapters]
     model = common_model(found)
     names = Names(model.weights, model.config)
     for one in found:
         one.edits = _own_edits(one, names, warnings.append)
+    copies = [copy for one in found for copy in base_copies(one.adapter, one.edits, names)]
     edits, ignored = combine(found, model, names)
     untied = _settle_tied(names, edits, ignored)
     steps = _steps(model, names, edits, untied, settings.dtype)
@@ -59,18 +62,20 @@ def make_plan(
     config_changes = model.changes | _config_changes(names, steps, untied, listed(one.adapter.file for one in adapters))
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
     plan_id = _plan_id(ckpt, adapter, adapters, settings, shards)
-    return Plan(shards, plan_id, memory, held_nbytes, config_changes, used, ignored, warnings)
+    return Plan(shards, plan_id, memory, held_nbytes, config_changes, used, ignored, warnings, copies)
 
 
 def _read(one: Weighted, weights: Mapping[str, Sources], config: dict[str, Any], warn: Callable[[str], None]) -> Found:
     """What an adapter says, and of which model."""
     said, ignored = updates_of(one.adapter, one.weight, config.get("model_type"), warn)
-    return Found(one.adapter, one.weight, structure_of(weights, config, one.adapter, said, warn), ignored)
+    with naming_the_base(one.adapter):
+        return Found(one.adapter, one.weight, structure_of(weights, config, one.adapter, said, warn), ignored)
 
 
 def _own_edits(one: Found, names: Names, warn: Callable[[str], None]) -> dict[str, Edit]:
     """What the adapter alone does to each weight."""
-    edits = _edits(one.model.said, names, one.adapter, warn)
+    with naming_the_base(one.adapter):
+        edits = _edits(one.model.said, names, one.adapter, warn)
     _fill_tied(names, edits, one.adapter)
     whole = [weight for weight, edit in edits.items() if edit.replaced] + list(one.model.added)
     if whole and one.weight != 1:
@@ -178,7 +183,8 @@ def _check_replacement(update: Update, weight: str, spec: TensorSpec, names: Nam
     if new.shape != spec.shape and not (rows_only and names.may_resize(weight)):
         raise AdapterError(
             f"{adapter.file}: {shown(update.keys[0])} is {list(new.shape)}, but {shown(weight)} is {list(spec.shape)}; is the "
-            "adapter for another base?"
+            "adapter for another base?",
+            misfit=True,
         )
 
 

@@ -12,6 +12,7 @@ from lorafuse.errors import UsageError, shown
 DTYPE_CHOICES = ("auto", "float32", "float16", "bfloat16")
 BASE_QUANT_CHOICES = ("none", "nf4", "fp4", "int8")
 QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 functional.py, quantize_4bit
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -103,10 +104,12 @@ class Settings:
     def of_receipt(cls, decisive: dict[str, Any], **others: Any) -> "Settings":
         """The settings that a receipt's `settings` came from, as far as the output depends on them. Raises UsageError."""
         try:
+            quant = decisive.get("base_quant")
             return cls(
                 dtype=decisive["dtype"],
                 max_shard_nbytes=decisive["max_shard_size"],
                 adapter_scale=float(decisive["adapter_scale"]),
+                base_quant=BaseQuant(**quant | {"skip": quant["skip"] and tuple(quant["skip"])}) if quant else None,
                 **others,
             )
         except (KeyError, TypeError, ValueError) as e:

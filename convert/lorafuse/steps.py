@@ -11,6 +11,7 @@ from lorafuse.adapters import Patch
 from lorafuse.adapters.patch import TILE_NUMEL
 from lorafuse.checkpoint import SINGLE
 from lorafuse.codecs import Sources
+from lorafuse.right_base import BaseCopy
 from lorafuse.tensors import DTYPES, TensorSpec
 
 COPY_NBYTES = 1 << 20
@@ -132,6 +133,11 @@ class Plan:
     used: list[str]
     ignored: dict[str, str]
     warnings: list[str]
+    copies: list[BaseCopy]  # compared with the checkpoint before the merge
+
+    def all_warnings(self) -> list[str]:
+        """The warnings, and what a comparison of the adapters' copies of base weights says, which reads them."""
+        return [*self.warnings, *filter(None, (copy.difference() for copy in self.copies))]
 
     @property
     def steps(self) -> Iterator[Step]:

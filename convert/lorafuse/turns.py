@@ -118,6 +118,26 @@ def _low_ranks(patches: Iterable[Patch]) -> Iterator[LowRank]:
         yield from _low_ranks(patch.members)
 
 
+def within_limit(planned: list[Turn], held_nbytes: int, settings: Settings) -> Memory | None:
+    """As many workers as the limit allows, with what patches hold left as it is; None when it does not even allow one."""
+    resident = max(turn.resident_nbytes for turn in planned)
+    for n_workers, per_worker in ((w, t) for w in range(settings.n_workers, 0, -1) for t in TILES_PER_WORKER):
+        memory = _spent(planned, held_nbytes, settings, n_workers, per_worker)
+        if resident <= memory.resident_nbytes:
+            return memory
+    return None
+
+
+def _spent(planned: list[Turn], held_nbytes: int, settings: Settings, n_workers: int, per_worker: int) -> Memory:
+    """What so many workers leave for what patches hold; less than nothing when they are too many."""
+    worker = max(turn.worker_nbytes for turn in planned)
+    tile = max(turn.tile_nbytes for turn in planned)
+    n_results = max(len(turn.results) for turn in planned)
+    n_tiles = n_workers * per_worker + MIN_TILES_AHEAD
+    fixed = RUNTIME_NBYTES + held_nbytes + n_workers * worker + n_tiles * n_results * tile
+    return Memory(n_workers, n_tiles, n_results, tile, settings.memory_nbytes - fixed)
+
+
 def fit_memory(planned: list[Turn], held_nbytes: int, settings: Settings) -> Memory:
     """As many workers as the limit allows. A right factor that does not fit beside one worker is read again for each tile.
 
@@ -125,20 +145,17 @@ def fit_memory(planned: list[Turn], held_nbytes: int, settings: Settings) -> Mem
     """
     held_nbytes += max(turn.sources.held_nbytes for turn in planned)  # prepared ahead of its turn
     for attempt in ("resident", "some read again", "all read again"):
-        worker = max(turn.worker_nbytes for turn in planned)
-        tile = max(turn.tile_nbytes for turn in planned)
-        n_results = max(len(turn.results) for turn in planned)
+        memory = within_limit(planned, held_nbytes, settings)
+        if memory:
+            return memory
+        least = _spent(planned, held_nbytes, settings, 1, TILES_PER_WORKER[-1])
         resident = max(turn.resident_nbytes for turn in planned)
-        for n_workers, per_worker in ((w, t) for w in range(settings.n_workers, 0, -1) for t in TILES_PER_WORKER):
-            n_tiles = n_workers * per_worker + MIN_TILES_AHEAD
-            fixed = RUNTIME_NBYTES + held_nbytes + n_workers * worker + n_tiles * n_results * tile
-            if fixed + resident <= settings.memory_nbytes:
-                return Memory(n_workers, n_tiles, n_results, tile, settings.memory_nbytes - fixed)
         for turn in planned:
             for patch in _low_ranks(turn.patches):
-                patch.right_resident = attempt == "resident" and fixed + turn.resident_nbytes <= settings.memory_nbytes
+                patch.right_resident = attempt == "resident" and turn.resident_nbytes <= least.resident_nbytes
     largest = max(planned, key=lambda turn: turn.worker_nbytes + turn.resident_nbytes)
+    needed = settings.memory_nbytes - least.resident_nbytes + resident
     raise UsageError(
-        f"A memory limit of {settings.memory_nbytes / 1e6:.0f} MB is too small: {(fixed + resident) / 1e6:.0f} MB are needed "
+        f"A memory limit of {settings.memory_nbytes / 1e6:.0f} MB is too small: {needed / 1e6:.0f} MB are needed "
         f"beyond `import torch`, most of it for {shown(largest.name)}. Raise --memory-limit."
     )

@@ -68,7 +68,9 @@ def check_positions(
         least, most = found.min().item(), found.max().item()
         if not 0 <= least <= most < limit:  # nor is NaN a position
             wrong, end = most if least >= 0 else least, _ANOTHER_BASE if in_base else "."
-            raise AdapterError(f"{adapter.file}: {shown(key)} has the position {wrong}, outside of the {limit} {of}{end}")
+            raise AdapterError(
+                f"{adapter.file}: {shown(key)} has the position {wrong}, outside of the {limit} {of}{end}", misfit=in_base
+            )
 
 
 def unexpected(adapter: AdapterDir, key: str, expected: str) -> AdapterError:
@@ -89,7 +91,7 @@ def misfit(adapter: AdapterDir, target: Target, *keys: str, hint: str = "") -> A
     named = " and ".join(f"{shown(key)} {list(shape_of(adapter, key))}" for key in keys)
     verb = "does" if len(keys) == 1 else "do"
     where = f"{shown(target.name)} {list(target.spec.shape)}"
-    return AdapterError(f"{adapter.file}: {named} {verb} not fit {where}{_ANOTHER_BASE}{hint}")
+    return AdapterError(f"{adapter.file}: {named} {verb} not fit {where}{_ANOTHER_BASE}{hint}", misfit=True)
 
 
 def refuse_conv1d(adapter: AdapterDir, key: str, target: Target) -> None:

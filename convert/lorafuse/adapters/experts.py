@@ -99,7 +99,7 @@ def _settle(adapter: AdapterDir, wrappers: list[Wrapper], scaling: Scaling, foun
         shapes = listed(f"{name} {list(parameter.shape)}" for name, parameter in found.items())
         factors = listed(f"{w.key_a} and {w.key_b} ({w.out_in[0]} × {w.out_in[1]})" for w in wrappers)
         how = "fit more than one of" if ways else "do not fit"
-        raise AdapterError(f"{adapter.file}: {factors} {how} {shapes}; is the adapter for another base?")
+        raise AdapterError(f"{adapter.file}: {factors} {how} {shapes}; is the adapter for another base?", misfit=True)
     pairs = list(zip(wrappers, ways[0], strict=True))
     known = {_in_memory(w, found[n]) for w, n in pairs if len(found[n].shape) == 3 and not _is_square(w)}
     return [_update(adapter, wrapper, name, found[name], known, scaling) for wrapper, name in pairs]

@@ -83,9 +83,9 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update 
     result += experts.choices(adapter, modules, lambda name, rank: scale * lora.scaling(name, rank))
     attentions = {unwrapped(path) for path in modules if f"{path}.base_layer.out_proj" in modules}
     for path, leaves in modules.items():
-        module = unwrapped(path)
+        module, base_saved = unwrapped(path), "base_layer.weight" in leaves
         result += replacements(adapter, module, leaves)
-        result += lora.updates(module, leaves, attentions)
+        result += lora.updates(module, leaves, attentions, base_saved=base_saved)
         refuse_left_over(adapter, leaves)
     if config.get("bias") == "lora_only" and not any(".bias" in key for key in adapter.store.tensors):
         warn(f"{adapter.file}: bias is 'lora_only', but no trained bias is in the file; peft 0.7 to 0.20 did not save them.")
@@ -125,6 +125,11 @@ def _init(config: dict[str, Any]) -> Any:
     return init.lower() if isinstance(init, str) else init
 
 
+def changes_base(adapter: AdapterDir) -> bool:
+    """Whether training took a part of the base weights out before its first step, so that a weight that it saved lacks it."""
+    return _init(adapter.config) in PARTS or any("lora_diag" in key for key in adapter.store.tensors)
+
+
 def _n_blocks(adapter: AdapterDir) -> int:
     """bdLoRA's number of blocks, 1 without it."""
     field = adapter.config.get("use_bdlora")
@@ -144,8 +149,8 @@ class _Lora:
     warn: Warn
     n_blocks: int
 
-    def updates(self, module: str, leaves: dict[str, str], attentions: set[str]) -> list[Update]:
-        """The updates by factors of a module; takes their leaves."""
+    def updates(self, module: str, leaves: dict[str, str], attentions: set[str], *, base_saved: bool) -> list[Update]:
+        """The updates by factors of a module; takes their leaves. `base_saved`: the file has the weight below them."""
         pair = self._pair(module, leaves)
         owner, _, last = module.rpartition(".")
         if pair and module in attentions:  # torch's, which keeps the three projections as a parameter of its own
@@ -163,7 +168,7 @@ class _Lora:
                 f"{self.adapter.file}: {shown(module)} has no lora_magnitude_vector, though use_dora is set in {CONFIG}."
             )
         scaling = self.scaling(module, pair.rank)
-        result = self._weight_updates(pair, f"{module}.weight", scaling, magnitude)
+        result = self._weight_updates(pair, f"{module}.weight", scaling, magnitude, base_saved=base_saved)
         key = leaves.pop("lora_B.bias", None)
         if key is not None:
             # Scaled, as in the forward pass; PEFT's bitsandbytes layers add it unscaled when they merge.
@@ -195,17 +200,21 @@ class _Lora:
             self.warn(f"{where}: says rank {shown(expected)} where the tensors have rank {rank}; the tensors are believed.")
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def _weight_updates(self, pair: Pair, weight: str, scaling: float, magnitude: str | None) -> list[Update]:
-        """What is done to the weight, in order."""
+    def _weight_updates(
+        self, pair: Pair, weight: str, scaling: float, magnitude: str | None, *, base_saved: bool = False
+    ) -> list[Update]:
+        """What is done to the weight, in order. From a weight that training saved, what training took out is out."""
         part = "kasa" if pair.diagonal else _init(self.config)
+        facts = {"rank": pair.rank, "scale": scaling}
         result = []
-        if part in PARTS and not pair.embedding:  # PEFT initializes embeddings plainly
+        if part in PARTS and not pair.embedding and not base_saved:  # PEFT initializes embeddings plainly
             result.append(Update(weight, pair.keys, make=lambda target: self._residual_patch(pair, part, scaling, target)))
         if magnitude is None:
-            plain = Update(weight, pair.keys, make=lambda target: pair.patch(self.strength * scaling, target))
+            plain = Update(weight, pair.keys, make=lambda target: pair.patch(self.strength * scaling, target), facts=facts)
             return [*result, plain]
         keys = (*pair.keys, magnitude)
-        return [*result, Update(weight, keys, make=lambda target: self._dora_patch(pair, magnitude, scaling, target))]
+        dora = Update(weight, keys, make=lambda target: self._dora_patch(pair, magnitude, scaling, target), facts=facts)
+        return [*result, dora]
 
     def _residual_patch(self, pair: Pair, part: str, scaling: float, target: Target) -> Patch:
         why = None

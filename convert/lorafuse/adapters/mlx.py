@@ -5,6 +5,8 @@ lora_a [in or vocab, r], lora_b [r, out or dim]; the scale is the config's, with
 (mlx-lm, tuner/lora.py, LoRALinear.fuse and LoRAEmbedding.fuse). MLX-LM itself holds an HF Conv1D as a linear, (out, in).
 """
 
+from functools import partial
+
 import torch
 
 from lorafuse.adapters.check import is_transposed, misfit
@@ -90,9 +92,13 @@ def _low_rank(adapter: AdapterDir, module: str, keys: tuple[str, ...], scale: fl
     for key in keys:
         check_float(adapter, key)
     factor = _scale(adapter)
+    facts = {"rank": a.shape[1], "scale": factor}
     if magnitude:
-        return Update(f"{module}.weight", keys, make=lambda target: _dora(adapter, module, keys, factor, scale, target))
-    return Update(f"{module}.weight", keys, make=lambda target: _product(adapter, module, key_a, key_b, scale * factor, target))
+        return Update(
+            f"{module}.weight", keys, make=lambda target: _dora(adapter, module, keys, factor, scale, target), facts=facts
+        )
+    make = partial(_product, adapter, module, key_a, key_b, scale * factor)
+    return Update(f"{module}.weight", keys, make=make, facts=facts)
 
 
 def _product(adapter: AdapterDir, module: str, key_a: str, key_b: str, scale: float, target: Target) -> LowRank:

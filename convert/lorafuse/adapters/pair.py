@@ -85,6 +85,7 @@ class Pair:
             raise AdapterError(
                 f"{self.adapter.file}: {shown(self.key_a)} and {shown(self.key_b)} update {left.shape[0]} × {right.shape[1]}, but "
                 f"{shown(target.name)} is {list(target.spec.shape)}; is the adapter for another base, or was the vocabulary "
-                "resized without saving the embedding?"
+                "resized without saving the embedding?",
+                misfit=True,
             )
         return LowRank(left, right, scaling)

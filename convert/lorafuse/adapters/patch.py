@@ -171,6 +171,8 @@ class Update:
     optional: bool = False
     beside: str | None = None  # another parameter that the patch has to read: a bias that depends on its weight
     stacked: bool = False  # `make` knows stacks of matrices and their parts
+    # rank and scale, where they are known before the weight is
+    facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

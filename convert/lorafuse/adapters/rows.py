@@ -97,7 +97,8 @@ def replace_rows(adapter: AdapterDir, key: str, field: str, indices: object, sca
         if not 0 <= i < n_rows:
             raise AdapterError(
                 f"{where}: {field} has {i}, but {shown(target.name)} has {n_rows} rows; is the adapter for another base, or was "
-                "the vocabulary resized without saving the embedding?"
+                "the vocabulary resized without saving the embedding?",
+                misfit=True,
             )
     if len(set(indices)) < len(indices):
         twice = next(i for i in indices if indices.count(i) > 1)

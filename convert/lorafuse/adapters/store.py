@@ -25,14 +25,19 @@ def is_mlx(config: dict[str, Any]) -> bool:
     return "peft_type" not in config and not {"fine_tune_type", "lora_parameters"}.isdisjoint(config)
 
 
+def adapters_in(root: Path) -> tuple[bool, list[str]]:
+    """Whether a directory itself holds an adapter, and the names of those in its sub-folders."""
+    at_root = any((root / file).exists() for file in (CONFIG, SAFETENSORS, INDEX, BIN, MLX))
+    return at_root, sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+
+
 def adapter_folder(root: Path, name: str | None) -> Path:
     """The directory of the adapter that is meant: `root`, or a sub-folder, where PEFT saves every adapter not called "default".
 
     Without a name it is `root` if that holds an adapter, whatever its sub-folders (a trainer's checkpoints) hold, else the only
     sub-folder with one. Raises AdapterError when there are several, or none of that name.
     """
-    at_root = any((root / file).exists() for file in (CONFIG, SAFETENSORS, INDEX, BIN, MLX))
-    names = sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+    at_root, names = adapters_in(root)
     if name is None:
         if len(names) > 1 and not at_root:
             raise AdapterError(f"{shown(root)}: holds several adapters: {listed(names)}; choose one by its name (--adapter-name).")
@@ -86,6 +91,12 @@ class AdapterDir:
         if is_mlx(self.config):
             return not any("lm_head." in key for key in self.store.tensors)
         return bool(self.config.get("ensure_weight_tying"))
+
+    @property
+    def base_name(self) -> str | None:
+        """What the config calls the base that the adapter was trained on: a repository or a path, if anything."""
+        name = self.config.get("model" if is_mlx(self.config) else "base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
 
     @property
     def files(self) -> list[Path]:

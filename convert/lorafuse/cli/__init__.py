@@ -5,11 +5,13 @@ from collections.abc import Callable
 import click
 
 from lorafuse._version import __version__
+from lorafuse.cli.cmd_batch import batch
 from lorafuse.cli.cmd_convert import convert
+from lorafuse.cli.cmd_inspect import inspect
 from lorafuse.cli.cmd_verify import verify
 from lorafuse.cli.options import CONTEXT
 
-__all__ = ["convert", "lorafuse", "main", "main_convert", "verify"]
+__all__ = ["batch", "convert", "inspect", "lorafuse", "main", "main_convert", "verify"]
 
 
 @click.group(context_settings=CONTEXT)
@@ -19,6 +21,8 @@ def lorafuse() -> None:
 
 
 lorafuse.add_command(convert)
+lorafuse.add_command(batch)
+lorafuse.add_command(inspect)
 lorafuse.add_command(verify)
 
 

@@ -8,7 +8,10 @@ import click
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import CONTEXT, Size
 from lorafuse.cli.show import Show
-from lorafuse.errors import shown
+from lorafuse.errors import ResultError, shown
+from lorafuse.relations import EXPLAINED, GOOD
+
+N_WORST = 20
 
 
 @click.command(context_settings=CONTEXT)
@@ -24,7 +27,8 @@ def verify(out_dir: str, *, as_json: bool, quiet: bool, sample: int | None, **op
     """Check a merged directory against its receipt.
 
     Sizes and hashes of all files, headers, index and config; with --ckpt and --adapter the merge is made again, and compared
-    instead of written. Ends with 8 at the first difference. OUT_DIR is not changed.
+    instead of written. Ends with 8 at the first difference. A directory that another tool made has no receipt: --ckpt and --adapter
+    then show how each of its weights relates to the base and to base + update. OUT_DIR is not changed.
     """
     show = Show(as_json=False, quiet=quiet)
     with exit_codes():
@@ -34,7 +38,25 @@ def verify(out_dir: str, *, as_json: bool, quiet: bool, sample: int | None, **op
         show.close()
         if as_json:
             click.echo(json.dumps({"event": "verified", "out_dir": out_dir, **checked}))
-            return
-        click.echo(f"{shown(out_dir)}: {checked['files']} files, {checked['nbytes'] / 1e6:,.1f} MB, are what the receipt says.")
-        if checked["weights"]:
-            click.echo(f"{checked['weights']} weights are what the inputs make.")
+        else:
+            click.echo(related_text(checked) if "related" in checked else verified_text(out_dir, checked))
+        lost = sum(n for kind, n in checked.get("relations", {}).items() if kind not in GOOD)
+        if lost:
+            raise ResultError(f"{shown(out_dir)}: {lost} of {len(checked['related'])} weights are not base + update.")
+
+
+def verified_text(out_dir: str, checked: dict[str, Any]) -> str:
+    text = f"{shown(out_dir)}: {checked['files']} files, {checked['nbytes'] / 1e6:,.1f} MB, are what the receipt says."
+    return text + (f"\n{checked['weights']} weights are what the inputs make." if checked["weights"] else "")
+
+
+def related_text(checked: dict[str, Any]) -> str:
+    """How many weights are what, then the worst of those that should have changed."""
+    lines = [f"{n:6} {kind:14} {EXPLAINED[kind]}" for kind, n in checked["relations"].items()]
+    updated = {name: facts for name, facts in checked["related"].items() if facts["relation"] not in GOOD or "kept" in facts}
+    for name, facts in list(updated.items())[:N_WORST]:
+        figures = "  ".join(f"{k} {facts[k]:.3g}" for k in ("kept", "noise", "delta_rel") if facts.get(k) is not None)
+        lines.append(f"{facts['relation']:14} {shown(name)}  {figures}".rstrip())
+    if len(updated) > N_WORST:
+        lines.append(f"and {len(updated) - N_WORST} more; --json lists them.")
+    return "\n".join(lines)

@@ -16,6 +16,9 @@ class Terminated(BaseException):
 class exit_codes:  # noqa: N801 (reads as a statement)
     """Turns exceptions into the contract's exit codes and one line on stderr. Anything unforeseen keeps its traceback."""
 
+    def __init__(self, interrupted: str = "OUT_DIR is as it was") -> None:
+        self._interrupted = interrupted
+
     def __enter__(self) -> None:
         signal.signal(signal.SIGTERM, _terminate)
 
@@ -23,7 +26,7 @@ class exit_codes:  # noqa: N801 (reads as a statement)
         if isinstance(error, LorafuseError):
             _fail(str(error), error.exit_code)
         if isinstance(error, KeyboardInterrupt | Terminated):
-            _fail("interrupted; OUT_DIR is as it was.", 130 if isinstance(error, KeyboardInterrupt) else 143)
+            _fail(f"interrupted; {self._interrupted}.", 130 if isinstance(error, KeyboardInterrupt) else 143)
         if isinstance(error, OSError) and error.errno is not None:
             _fail(f"{shown(error.filename or 'the output')}: {error.strerror}.", 5)
 

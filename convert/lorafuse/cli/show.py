@@ -1,12 +1,14 @@
 """What people see: progress and warnings, plans, summaries."""
 
 import json
+import math
 import sys
 from typing import Any
 
 import click
 
 from lorafuse.errors import listed, shown
+from lorafuse.summary import ENOUGH_KEPT, kept_in_sum
 
 
 class Show:
@@ -75,12 +77,30 @@ def weights_text(receipt: dict[str, Any]) -> str:
 
 
 def summary_text(receipt: dict[str, Any], ckpt: str, adapters: list[str]) -> str:
-    """One line: what was merged into what, how much of the update was kept, and what it cost."""
-    merged = [entry for entry in receipt["tensors"].values() if entry["action"] == "merged"]
-    kept = [entry["kept"] for entry in merged if entry.get("kept") is not None]
-    share = f", {min(kept):.1%} of the update kept where it is least" if kept else ""
+    """One line: what was merged into what, how much of the update was kept, and what it cost; and one more where a weight keeps too
+    little."""
+    n_merged = sum(entry["action"] == "merged" for entry in receipt["tensors"].values())
+    update = kept_in_sum(receipt["tensors"])
+    share = "" if update["least"] is None else f", {percent(update['least'])} of the update kept where it is least"
     nbytes = sum(output["size"] for output in receipt["outputs"])
-    return (
-        f"Merged {listed(adapters)} into {shown(ckpt)}: {len(merged)} of {len(receipt['tensors'])} weights updated{share}; "
+    line = (
+        f"Merged {listed(adapters)} into {shown(ckpt)} ({shown(receipt['base_semantics'])}): "
+        f"{n_merged} of {len(receipt['tensors'])} weights updated{share}; "
         f"{nbytes / 1e6:,.1f} MB in {receipt['timing']['wall_s']:.1f} s, peak {receipt['peak_rss'] / 1e6:,.0f} MB."
     )
+    return "\n".join([line, *too_little_text(update)])
+
+
+def too_little_text(update: dict[str, Any]) -> list[str]:
+    """Where less than enough of an update is kept, a line that says so, and what helps."""
+    if not update["n_below"]:
+        return []
+    weights = "1 weight keeps" if update["n_below"] == 1 else f"{update['n_below']} weights keep"
+    least = f"{shown(update['least_in'])} the least ({percent(update['least'])})"
+    remedy = f": {update['remedy']}" if update["remedy"] else ""
+    return [f"{weights} less than {ENOUGH_KEPT:.0%} of the update, {least}{remedy}."]
+
+
+def percent(share: float) -> str:
+    """A share of the update, rounded down, so that 100% is all of it."""
+    return f"{math.floor(share * 1000) / 10:.1f}%"

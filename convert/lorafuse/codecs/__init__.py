@@ -1,36 +1,44 @@
 """Knowledge of storage schemes: how a weight of the output is made from stored tensors.
 
-A codec is a module with two functions. `claim(stored)` says which weights it makes and from which stored tensors; every stored
-tensor is claimed exactly once. `open_sources(weight, names, ckpt)` reads small tensors and returns Sources, which decode any
-run of elements. A codec is added by one file and one word in CODECS; the contract tests run over the table.
+A codec is a module with three functions. `claim(stored)` says which weights it makes and from which stored tensors; every stored
+tensor is claimed exactly once. `scheme(names)` says what the names of these tell of the storage. `open_sources(weight, names,
+ckpt)` reads small tensors and returns Sources, which decode any run of elements. A codec is added by one file and one word in
+CODECS; the contract tests run over the table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.codecs import bnb4, bnb8, dense
-from lorafuse.codecs.sources import Arena, Sources
+from lorafuse.codecs.sources import Arena, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
+from lorafuse.tensors import TensorInfo
 
 # In order: a codec claims from what those before it left, dense takes the rest.
 CODECS: tuple[ModuleType, ...] = (bnb4, bnb8, dense)
 
-__all__ = ["CODECS", "Arena", "Sources", "open_weights"]
+__all__ = ["CODECS", "Arena", "Scheme", "Sources", "claims", "open_weights"]
+
+
+def claims(stored: Mapping[str, TensorInfo]) -> Iterator[tuple[ModuleType, str, tuple[str, ...]]]:
+    """(codec, weight, the stored tensors that it is made from), for all that is stored."""
+    left = dict(stored)
+    for codec in CODECS:
+        claimed: Mapping[str, tuple[str, ...]] = codec.claim(left)
+        for weight, names in claimed.items():
+            yield codec, weight, names
+            for name in names:
+                del left[name]
 
 
 def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
     """Every weight of a checkpoint with its sources. Raises CheckpointError when a stored tensor is missing or left over."""
-    left = dict(ckpt.tensors)
     weights: dict[str, Sources] = {}
-    for codec in CODECS:
-        claims: Mapping[str, tuple[str, ...]] = codec.claim(left)
-        for weight, names in claims.items():
-            if weight in weights:
-                raise CheckpointError(f"{shown(ckpt.path)}: {shown(weight)} is stored in two ways.")
-            weights[weight] = codec.open_sources(weight, names, ckpt)
-            for name in names:
-                del left[name]
+    for codec, weight, names in claims(ckpt.tensors):
+        if weight in weights:
+            raise CheckpointError(f"{shown(ckpt.path)}: {shown(weight)} is stored in two ways.")
+        weights[weight] = codec.open_sources(weight, names, ckpt)
     _refuse_bare_codes(weights, ckpt)
     return weights
 

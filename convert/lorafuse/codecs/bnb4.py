@@ -17,7 +17,7 @@ import torch
 
 from lorafuse.checkpoint import Checkpoint, read_all
 from lorafuse.codecs.dequantize import NARROW, byte_pairs, look_up, nested_absmax
-from lorafuse.codecs.sources import DECODED_FP32, Arena, Sources, is_conv1d
+from lorafuse.codecs.sources import DECODED_FP32, Arena, Scheme, Sources, is_conv1d
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
 
@@ -44,6 +44,11 @@ def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
         if marker and weight in stored:
             claims[weight] = (weight, state, *(weight + c for c in COMPANIONS if weight + c in stored))
     return claims
+
+
+def scheme(names: tuple[str, ...], blocksize: int = 0) -> Scheme:
+    _, _, kind = names[1].partition(MARKER)
+    return Scheme(kind, double_quant=any(name.endswith(COMPANIONS[2]) for name in names), blocksize=blocksize)
 
 
 def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> "FourBitSources":
@@ -111,6 +116,7 @@ class FourBitSources(Sources):
         self.transposed = is_conv1d(ckpt.config, weight) and len(state.shape) == 2
         self.spec = TensorSpec(state.dtype, state.shape[::-1] if self.transposed else state.shape)
         self.out_dtype = state.dtype
+        self.scheme = scheme(names, state.blocksize)
         self._n_blocks = -(-self.spec.numel // state.blocksize)
         self.nbytes = self.spec.numel if self.transposed else 0
         self._pairs = _pairs(bytes(read_all(ckpt, weight + ".quant_map")))

@@ -9,7 +9,7 @@ import torch
 
 from lorafuse.checkpoint import Checkpoint, read_all
 from lorafuse.codecs.dequantize import decode_int8
-from lorafuse.codecs.sources import DECODED_FP32, Arena, Sources, is_conv1d
+from lorafuse.codecs.sources import DECODED_FP32, Arena, Scheme, Sources, is_conv1d
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
 
@@ -23,6 +23,10 @@ def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
             extra = f"{module}.weight_format"
             claims[weight] = (weight, scb, extra) if extra in stored else (weight, scb)
     return claims
+
+
+def scheme(names: tuple[str, ...]) -> Scheme:
+    return Scheme("int8")
 
 
 def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> "Int8Sources":
@@ -51,7 +55,7 @@ class Int8Sources(Sources):
     """q and SCB of one weight. `transposed`: an HF Conv1D weight, stored (out, in), made (in, out)."""
 
     def __init__(self, weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> None:
-        self.store, self.names = ckpt, names
+        self.store, self.names, self.scheme = ckpt, names, scheme(names)
         self._stored = ckpt.tensors[weight].spec.shape
         self.transposed = is_conv1d(ckpt.config, weight)
         self.spec = TensorSpec("F32", self._stored[::-1] if self.transposed else self._stored)

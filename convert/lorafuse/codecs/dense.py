@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from lorafuse.checkpoint import Checkpoint, Store
-from lorafuse.codecs.sources import Arena, Sources
+from lorafuse.codecs.sources import Arena, Scheme, Sources
 from lorafuse.shardfile import Buffer
 from lorafuse.tensors import DTYPES, TensorInfo, TensorSpec
 
@@ -18,6 +18,7 @@ class DenseSources(Sources):
     def __init__(self, store: Store, name: str) -> None:
         self.store = store
         self.names: tuple[str, ...] = (name,)
+        self.scheme = scheme(self.names)
         self.spec: TensorSpec = store.tensors[name].spec
         self.out_dtype = self.spec.dtype
         self._itemsize = DTYPES[self.spec.dtype][0]
@@ -39,6 +40,10 @@ class DenseSources(Sources):
 
 def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
     return {name: (name,) for name in stored}
+
+
+def scheme(names: tuple[str, ...]) -> Scheme:
+    return Scheme("dense")
 
 
 def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> DenseSources:

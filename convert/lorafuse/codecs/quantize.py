@@ -83,11 +83,15 @@ def nested_codes(absmax: Floats, mean: np.float32, nested: Floats) -> NDArray[np
     return _nearest_of_dynamic_map().take(index.astype(np.int64))
 
 
+def magnitudes(x: torch.Tensor, arena: Arena) -> torch.Tensor:
+    """The bits of `x` (1-D) as integers, without the sign. They are in the order of |x|, NaN last, and faster to compare."""
+    dtype = torch.int16 if x.itemsize == 2 else torch.int32
+    return torch.bitwise_and(x.view(dtype), torch.iinfo(dtype).max, out=arena.get("quantize.bits", x.numel(), dtype))
+
+
 def block_absmax(x: torch.Tensor, blocksize: int, absmax: torch.Tensor, arena: Arena) -> None:
     """Fills `absmax` (fp32 [blocks]) with max |x| of each block of `x` (1-D), the last of which may be short."""
-    # Without the sign bit, the bits of floats are in the order of their values: integers compare faster, and NaN is the largest.
-    dtype = torch.int16 if x.itemsize == 2 else torch.int32
-    bits = torch.bitwise_and(x.view(dtype), torch.iinfo(dtype).max, out=arena.get("quantize.bits", x.numel(), dtype))
+    bits = magnitudes(x, arena)
     n_full = x.numel() // blocksize
     absmax[:n_full].copy_(bits[: n_full * blocksize].view(-1, blocksize).amax(dim=1).view(x.dtype))
     if n_full < absmax.numel():

@@ -104,7 +104,8 @@ class FourBit(Sources):
     def __init__(self, inner: Sources, quant: BaseQuant, dtype: torch.dtype, *, transposed: bool) -> None:
         self._inner, self._quant, self._dtype, self._transposed = inner, quant, dtype, transposed
         self.spec = TensorSpec(SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")], inner.spec.shape)
-        self.out_dtype, self.names = self.spec.dtype, inner.names
+        self.out_dtype = self.spec.dtype
+        self.names, self.store, self.scheme = inner.names, inner.store, inner.scheme
         self._n_blocks = -(-self.spec.numel // quant.blocksize)
         self._levels = byte_pairs(quantize.levels(quant.kind))
         self._state = Once()
@@ -244,7 +245,8 @@ class Int8(Sources):
     def __init__(self, inner: Sources, quant: BaseQuant, dtype: torch.dtype, *, transposed: bool) -> None:
         self._inner, self._dtype, self._transposed = inner, dtype, transposed
         self.spec = TensorSpec("F32", inner.spec.shape)
-        self.out_dtype, self.names = SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")], inner.names
+        self.out_dtype = SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")]
+        self.names, self.store, self.scheme = inner.names, inner.store, inner.scheme
         self._state = Once()
         self._chunk_numel = whole_rows(CHUNK_NUMEL, self.spec.n_cols)
         self.nbytes = self._chunk_numel * CHUNK_NBYTES_PER_ELEMENT
@@ -270,7 +272,7 @@ class Int8(Sources):
         out = arena.get("simulated", stop - start, torch.float32)
         for at in range(0, stop - start, self._chunk_numel):
             half = self._half(values[at : at + self._chunk_numel])
-            scb = raw[1][None] if self._transposed else half.abs().amax(dim=1, keepdim=True).float()
+            scb = raw[1][None] if self._transposed else self._largest(half, 1, arena)[:, None]
             tile = out[at : at + half.numel()].view(half.shape).copy_(half)
             tile.mul_((127.0 / scb).masked_fill_(scb == 0, 0)).round_().add_(0)  # integers have no -0
             decode_int8(tile, scb)
@@ -280,6 +282,11 @@ class Int8(Sources):
         """float16 [rows, n_cols]."""
         return as_loaded(values, self._dtype).half().view(-1, self.spec.n_cols)
 
+    def _largest(self, half: torch.Tensor, dim: int, arena: Arena) -> torch.Tensor:
+        """float32, the largest magnitudes along a dimension."""
+        bits = quantize.magnitudes(half.view(-1), arena).view(half.shape)
+        return bits.amax(dim).view(half.dtype).float()
+
     def _prepared(self, arena: Arena) -> State:
         if arena.device.type == "cuda":
             return self._state.get(lambda: bnb_gpu.int8(self._inner, self._dtype, self._transposed, arena))
@@ -287,7 +294,7 @@ class Int8(Sources):
 
     def _pass_over(self, arena: Arena) -> State:
         """The largest of each column, float32 [n_cols]."""
-        scb = torch.zeros(self.spec.n_cols, dtype=torch.float16)
+        scb = torch.zeros(self.spec.n_cols)
         for _, piece in pieces(self._inner, whole_rows(PASS_NUMEL, self.spec.n_cols), arena):
-            torch.maximum(scb, self._half(piece).abs().amax(dim=0), out=scb)
-        return (scb.float(),)
+            torch.maximum(scb, self._largest(self._half(piece), 0, arena), out=scb)
+        return (scb,)

@@ -1,5 +1,6 @@
 """What every codec produces, and the scratch memory that decoding works in."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,26 @@ from lorafuse.tensors import TensorSpec
 # From `grep 'Conv1D(' models/*/modeling_*.py` of transformers 5.23.0.
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp"})
 CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a weight is stored: `kind` is nf4, fp4, int8 or dense. `blocksize` is 0 where there are no blocks, and where only headers
+    were read, which do not tell it."""
+
+    kind: str
+    double_quant: bool = False
+    blocksize: int = 0
+
+    def __str__(self) -> str:
+        """In words, as in "stored in …"."""
+        words = {"nf4": "NF4", "fp4": "FP4", "dense": "full precision"}.get(self.kind, self.kind)
+        words += ", double-quantized" if self.double_quant else ""
+        return words + (f", block size {self.blocksize}" if self.blocksize else "")
+
+    def numel_of(self, stored: TensorSpec) -> int:
+        """Elements of the weight whose values or codes are in `stored`; of 4-bit codes, the pad of an odd number counts too."""
+        return 2 * stored.nbytes if self.kind in ("nf4", "fp4") else stored.numel
 
 
 def is_conv1d(config: dict[str, Any], weight: str) -> bool:
@@ -67,6 +88,8 @@ class Sources(Protocol):
     spec: TensorSpec  # shape, and the dtype that decoding yields
     out_dtype: str  # the dtype that `--dtype auto` writes; differs from spec.dtype for int8, which decodes to fp32
     names: tuple[str, ...]  # the stored tensors
+    store: Store  # where they are
+    scheme: Scheme
     nbytes: int  # host bytes held while a tile is decoded, beyond what is proportional to the tile
     held_nbytes: int = 0  # host bytes held from prepare to release
 

@@ -17,7 +17,7 @@ from lorafuse.naming.resolve import Resolver, Warn
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed")
 OUTPUT_EMBEDDINGS = {"gpt_neox": "embed_out"}  # by model_type; lm_head elsewhere
 # transformers' classes with an output embedding end in one of these.
-_HEADED = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|DoubleHeadsModel|LMHead)$")
+HEADED = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|DoubleHeadsModel|LMHead)$")
 # These share one matrix between encoder, decoder and head, and T5 scales its logits when the head is tied: untying changes more
 # than the weight.
 _SHARED_BY_MORE_THAN_TWO = frozenset(
@@ -99,7 +99,7 @@ class Names:
     @property
     def has_head(self) -> bool:
         architectures = self.config.get("architectures") or ["ForCausalLM"]
-        return any(_HEADED.search(str(name)) for name in architectures)
+        return any(HEADED.search(str(name)) for name in architectures)
 
 
 def _flag(config: dict[str, Any], name: str) -> Any:

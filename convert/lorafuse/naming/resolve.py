@@ -159,4 +159,4 @@ def _unresolved(attempts: list[Attempt], wanted: Mapping[str, str], shapes: Mapp
     message = f"{file}: {shown(wanted[parameter])} belongs to {shown(parameter)}, which the checkpoint does not have"
     more = missing[1:]
     also = f" The same is true of {len(more)} more: {listed(more)}." if more else ""
-    return AdapterError(f"{message}{nearest(parameter, shapes)}.{also}")
+    return AdapterError(f"{message}{nearest(parameter, shapes)}.{also}", misfit=True)

@@ -94,7 +94,8 @@ def _check_prefix(kind: Mapping[str, Any], task: Mapping[str, Any], in_memory: I
         raise AdapterError(
             f"{adapter.file}: holds the head of {task['class']}, which keeps the model under {task['prefix']!r}, while the "
             f"checkpoint has {kind['prefix']!r}: transformers loads none of its weights into that class, so the adapter was "
-            "trained on another base."
+            "trained on another base.",
+            misfit=True,
         )
 
 
@@ -128,7 +129,8 @@ def _check_shapes(task: Mapping[str, Any], updates: Whole, config: Mapping[str, 
             rows = [dim if dim == "labels" else n for dim, n in zip(dims, expected, strict=True)]
             raise AdapterError(
                 f"{adapter.file}: {shown(update.keys[0])} is {list(shape)}, but {name} of {task['class']} is "
-                f"[{', '.join(map(str, rows))}] for this checkpoint; is the adapter for another base?"
+                f"[{', '.join(map(str, rows))}] for this checkpoint; is the adapter for another base?",
+                misfit=True,
             )
     return n_labels
 

@@ -1,0 +1,138 @@
+"""Many adapters in one call of `lorafuse batch`, against as many runs of `lorafuse convert`, and what the next adapter costs.
+
+    python bench/batch.py --work build/bench
+
+The base is a Llama of 1.2 B parameters in NF4 (--layers makes it smaller), the adapters are rank 16 over all linear layers, or on
+q_proj and v_proj. Wall and CPU time are those of whole commands, one run each; disk is what results take, a file with several
+names counted once. The last table is a prediction for a model that was not merged here, and says from what.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import measure
+from measure import GB, MB, Usage, table
+
+COUNTS = (1, 4, 16)
+ADAPTERS = {"all linear layers": "adapter", "q_proj and v_proj": "adapter-qv"}
+LIMITS = ("100MB", "1GB")
+MOST = 32  # jobs of a pass: batching.py, MAX_MEMBERS
+N_LARGE = 1000
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The shapes of a Llama; embedding and head count as one when they are tied."""
+
+    hidden: int
+    inter: int
+    kv: int
+    embeddings: int
+    layers: int
+
+    @property
+    def changed(self) -> dict[str, int]:
+        """Elements that each kind of adapter changes."""
+        linear = self.layers * self.hidden * (2 * self.hidden + 2 * self.kv + 3 * self.inter)
+        return dict(zip(ADAPTERS, (linear, self.layers * self.hidden * (self.hidden + self.kv)), strict=True))
+
+    @property
+    def numel(self) -> int:
+        return max(self.changed.values()) + self.embeddings * self.hidden
+
+
+LARGE = Llama(8192, 28672, 1024, 2 * 128256, 80)  # Llama-3.1-70B
+
+
+@dataclass(frozen=True)
+class Run:
+    """A call of batch: what it took, in how many passes, and what its results take on disk."""
+
+    usage: Usage
+    n_passes: int
+    disk_nbytes: int
+
+
+def jobs(work: Path, adapter: Path, n: int) -> Path:
+    """A list of n jobs with the same adapter. Nothing that an adapter changes is shared, whether it is the same or not."""
+    path = work / f"{adapter.name}-{n}.jsonl"
+    path.write_text("".join(json.dumps({"adapter": str(adapter.resolve()), "name": f"job-{i}"}) + "\n" for i in range(n)))
+    return path
+
+
+def batch(base: Path, listed: Path, out_root: Path, limit: str) -> Run:
+    arguments = ("batch", base, listed, measure.fresh(out_root), "--memory-limit", limit, "--json", "--quiet")
+    usage = measure.python("-m", "lorafuse.cli", *arguments)
+    n_passes = sum(json.loads(line)["event"] == "pass" for line in usage.stdout.splitlines())
+    return Run(usage, n_passes, disk_nbytes(out_root))
+
+
+def disk_nbytes(root: Path) -> int:
+    """Of all files below, each once."""
+    found = [os.stat(path) for path in root.rglob("*") if path.is_file()]
+    return sum({(one.st_dev, one.st_ino): one.st_blocks * 512 for one in found}.values())
+
+
+def singles(base: Path, adapter: Path, out_dir: Path, n: int) -> tuple[float, float]:
+    """Wall and CPU seconds of n runs one after the other."""
+    runs = [measure.convert(base, adapter, measure.fresh(out_dir)) for _ in range(n)]
+    return sum(run.wall_s for run in runs), sum(run.cpu_s for run in runs)
+
+
+def figures(n: int, run: Run, floor: float) -> list[str]:
+    usage = run.usage
+    beyond = (usage.peak_rss - floor) / MB
+    return [str(n), str(run.n_passes), f"{usage.wall_s:.1f}", f"{usage.cpu_s:.1f}", f"{run.disk_nbytes / GB:.2f}", f"{beyond:.0f}"]
+
+
+def marginal(runs: dict[int, Run]) -> list[str]:
+    first, last, more = runs[COUNTS[0]], runs[COUNTS[-1]], COUNTS[-1] - COUNTS[0]
+    wall_s, cpu_s = last.usage.wall_s - first.usage.wall_s, last.usage.cpu_s - first.usage.cpu_s
+    return [f"{wall_s / more:.2f}", f"{cpu_s / more:.2f}", f"{(last.disk_nbytes - first.disk_nbytes) / more / MB:.0f}"]
+
+
+def prediction(runs: dict[int, Run], small: Llama, title: str) -> list[str]:
+    """T(n) = pass + n · adapter, each in proportion to its elements."""
+    first, last = runs[COUNTS[0]].usage.wall_s, runs[COUNTS[-1]].usage.wall_s
+    adapter_s = (last - first) / (COUNTS[-1] - COUNTS[0])
+    n_passes, changed = math.ceil(N_LARGE / MOST), LARGE.changed[title]
+    passes_s = n_passes * (first - adapter_s) * LARGE.numel / small.numel
+    hours = (passes_s + N_LARGE * adapter_s * changed / small.changed[title]) / 3600
+    alone = N_LARGE * first * LARGE.numel / small.numel / 3600
+    disk = 2 * (LARGE.numel - changed + N_LARGE * changed) / 1e12  # bfloat16
+    return [str(n_passes), f"{hours:,.0f}", f"{alone:,.0f}", f"{disk:.1f}", f"{2 * LARGE.numel * N_LARGE / 1e12:.1f}"]
+
+
+def report(work: Path, layers: int) -> str:
+    base, adapter = measure.inputs(work, "llama", layers)
+    small = Llama(2048, 8192, 512, 128256, layers)
+    floor = measure.median([measure.python("-c", "import torch").peak_rss for _ in range(3)])
+    rows, next_rows, predicted = [], [], []
+    for title, name in ADAPTERS.items():
+        runs: dict[int, Run] = {}
+        for limit in LIMITS:
+            for n in COUNTS:
+                with measure.scratch(work) as outputs:
+                    runs[n] = batch(base, jobs(work, adapter.with_name(name), n), outputs / "merged", limit)
+                rows.append([title, limit, *figures(n, runs[n], floor)])
+            next_rows.append([title, limit, *marginal(runs)])
+        with measure.scratch(work) as outputs:
+            wall_s, cpu_s = singles(base, adapter.with_name(name), outputs / "merged", COUNTS[-1])
+        rows.append([title, "single runs", str(COUNTS[-1]), str(COUNTS[-1]), f"{wall_s:.1f}", f"{cpu_s:.1f}", "", ""])
+        predicted.append([title, *prediction(runs, small, title)])
+    head = ("adapters on", "limit", "jobs", "passes", "wall, s", "CPU, s", "disk, GB", "MB beyond `import torch`")
+    said = (
+        f"Predicted, not measured: {N_LARGE} adapters on Llama-3.1-70B on one machine such as this, from the walls of "
+        f"{COUNTS[0]} and {COUNTS[-1]} jobs with {LIMITS[-1]}: what a pass costs grows with the model's elements, what an adapter "
+        "costs with the elements that it changes."
+    )
+    large = ("adapters on", "passes", "hours", "hours of single runs", "disk, TB", "without sharing, TB")
+    tables = [table(head, rows), table(("the next adapter, on", "limit", "wall, s", "CPU, s", "disk, MB"), next_rows)]
+    return "\n\n".join([*tables, said, table(large, predicted)])
+
+
+if __name__ == "__main__":
+    measure.main(__doc__, report)

@@ -1,0 +1,242 @@
+"""batch(): many adapters, each into a result of its own, with few passes over the base.
+
+Jobs are planned as they come, until the next one would not fit into the pass: into the memory limit, the number of files that may
+be open, the disk. Then the pass runs, its adapters are closed, and the next one is put together. So nothing but a line for each job
+grows with their number.
+"""
+
+import os
+import resource
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from os import fspath
+from pathlib import Path
+from typing import Any
+
+from lorafuse.adapters.store import BIN
+from lorafuse.checkpoint import Checkpoint
+from lorafuse.errors import CheckpointError, LorafuseError, OutDirError, StorageError, UsageError, shown
+from lorafuse.finished import Finished, Inputs
+from lorafuse.hub import CHECKPOINT_FILES, local_dir
+from lorafuse.jobs import Job, JobState, checked_share, read_jobs, refuse_overlap, share_of
+from lorafuse.outputs import OnEvent
+from lorafuse.passes import Member, Pass
+from lorafuse.pipeline import LocalAdapter, Name, local_adapter, opened, pick_device, plan_event
+from lorafuse.plan import make_plan
+from lorafuse.quant_config import chosen_base_quant
+from lorafuse.receipt import InputHashes, adapter_hashes
+from lorafuse.settings import Settings, parse_nbytes
+from lorafuse.sharing import SHARE_CHOICES
+from lorafuse.staging import check_out_dir
+from lorafuse.steps import STORED_TENSOR_NBYTES, Memory
+from lorafuse.trained_base import base_weights
+from lorafuse.turns import RUNTIME_NBYTES, fit_memory, turns, within_limit
+
+# A pass of 32 spends 3% of its time on what its jobs share; a larger one would gain little, and lose more when it is interrupted.
+MAX_MEMBERS = 32
+JOB_NBYTES = 1500  # a job, its state and its error
+STEP_NBYTES = 3000  # a weight's step, patch, adapter tensors, turn and measures; 1,650 were measured with LoRA on 560 of 723
+MEMBER_FILES = 5  # open at once beside its adapter: two shards, a lock, a journal, and one that is synced or copied
+SPARE_FILES = 16  # for hashing, sidecars, directories that are synced
+
+
+def batch(
+    ckpt: Name,
+    jobs: Name,
+    out_root: Name,
+    *,
+    dtype: str = "auto",
+    max_shard_size: str | int = "5GB",
+    device: str = "auto",
+    memory_limit: str | int = "100MB",
+    adapter_scale: float = 1.0,
+    share: str = "auto",
+    index: int | None = None,
+    of: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    on_event: OnEvent = lambda event: None,
+    **training: Any,
+) -> list[JobState]:
+    """Merge many adapters into one checkpoint, each result in `out_root`/NAME, byte for byte what `convert` makes of it.
+
+    `jobs` is a directory whose sub-directories are adapters, or a JSONL file of {"adapter", "name", "scale"?, "dtype"?}; `index`
+    and `of` choose a share of them (default: that of a Slurm array task or a Kubernetes Indexed Job, else all). A result that is
+    there already and was made from the same inputs with the same settings is skipped. `share` says how files that no adapter
+    changes are shared between results: "reflink", "hardlink", "copy", or "auto", the first of these that works. The other options
+    are those of `convert`.
+
+    Returns a state for each job: one that fails does not cost the others. `on_event` gets a dict for each "event": those of
+    `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no job can go on: for options and lists
+    that are wrong, a bad checkpoint, a full disk. Results that are complete by then stay.
+    """
+    shard_nbytes, memory_nbytes = parse_nbytes(max_shard_size), parse_nbytes(memory_limit)
+    given: dict[str, Any] = {"max_shard_nbytes": shard_nbytes, "memory_nbytes": memory_nbytes, "adapter_scale": adapter_scale}
+    settings = Settings(dtype=dtype, device=device, base_quant=chosen_base_quant(**training), **given)
+    if share not in SHARE_CHOICES:
+        raise UsageError(f"share is {shown(share)}; expected one of {', '.join(SHARE_CHOICES)}.")
+    number, n_workers = checked_share(index, of, os.environ)
+    everything, root = read_jobs(Path(jobs)), Path(out_root)
+    todo = share_of(everything, number, n_workers)
+    target = pick_device(device)
+    ckpt_dir = local_dir(fspath(ckpt), CHECKPOINT_FILES, CheckpointError)
+    refuse_overlap(everything, root, ckpt_dir)
+    with closing(Checkpoint(ckpt_dir)) as base, InputHashes(base, fspath(ckpt), []) as hashes:
+        finished = Finished(root, settings, hashes.result)
+        call = Call(base, root, settings, overwrite, share, finished, on_event, deque(todo))
+        one_pass = Pass(base, hashes.result, finished, share, target, on_event, call.done, call.failed)
+        call.run(None if dry_run else one_pass.run)
+    return [call.states[job.name] for job in todo]
+
+
+@dataclass
+class Call:
+    """A batch under way: what is to do, and what became of what is done."""
+
+    base: Checkpoint
+    root: Path
+    settings: Settings
+    overwrite: bool
+    share: str
+    finished: Finished
+    on_event: OnEvent
+    todo: deque[Job]
+    states: dict[str, JobState] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.weights = base_weights(self.base, self.settings.base_quant, self._warn)
+        self._n_jobs = len(self.todo)
+
+    def _warn(self, message: str) -> None:
+        self.on_event({"event": "warning", "message": message})
+
+    def run(self, run_pass: Callable[[Sequence[Member], Memory], list[Job]] | None) -> None:
+        """Pass after pass, until nothing is to do; without `run_pass`, plan only."""
+        while self.todo:
+            with self._members() as (members, memory):
+                jobs = [member.job for member in members]
+                if members:
+                    self.on_event({"event": "pass", "jobs": [job.name for job in jobs], "n_workers": memory.n_workers})
+                if members and run_pass:
+                    self.todo.extendleft(reversed(run_pass(members, memory)))
+                elif members:
+                    for job in jobs:
+                        self._state(job, "planned")
+
+    @contextmanager
+    def _members(self) -> Iterator[tuple[list[Member], Memory]]:
+        """The next jobs that go into one pass, and how its memory is spent; none when no job that is left can be planned."""
+        members: list[Member] = []
+        memory = Memory(0, 0, 0, 0, 0)
+        with ExitStack() as stack:
+            while self.todo and len(members) < MAX_MEMBERS:
+                job = self.todo[0]
+                try:
+                    found = local_adapter(job.adapter, job.settings(self.settings).adapter_scale, None, self._events_of(job))
+                    if members and not self._may_open(found.path, members):
+                        break
+                    member = self._planned(job, found)
+                    more = self._memory([*members, member]) if member else None
+                except (LorafuseError, OSError) as e:
+                    self.failed(job, e)
+                    self.todo.popleft()
+                    continue
+                if member:
+                    stack.callback(member.close)
+                    if not more or (members and _speed(more, len(members) + 1) < _speed(memory, len(members))):
+                        break
+                    if not self._fits_disk([*members, member]):
+                        break
+                    members.append(member)
+                    memory = more
+                    self.on_event(plan_event(member.plan) | {"job": job.name})
+                self.todo.popleft()
+            yield members, memory
+
+    def _planned(self, job: Job, found: LocalAdapter) -> Member | None:
+        """The job with its plan and an open adapter; None when its result is there already. Raises LorafuseError or OSError."""
+        settings, out_dir = job.settings(self.settings), self.root / job.name
+        check_out_dir(out_dir, [self.base.path, found.root], overwrite=True)
+        with ExitStack() as stack:
+            [lora] = stack.enter_context(opened([found]))
+            inputs = adapter_hashes(lora)
+            if self._is_there(out_dir, settings, inputs):
+                self._state(job, "skipped")
+                return None
+            plan = make_plan(self.base, lora.adapter, settings, weights=self.weights)
+            for message in plan.all_warnings():
+                self._events_of(job)({"event": "warning", "message": message})
+            return Member(job, settings, found, out_dir, plan, inputs, lora.adapter.nbytes, stack.pop_all().close)
+
+    def _is_there(self, out_dir: Path, settings: Settings, inputs: Inputs) -> bool:
+        try:
+            return self.finished.holds(out_dir, settings, inputs)
+        except OutDirError:
+            if not self.overwrite:
+                raise
+            return False
+
+    def _may_open(self, adapter: Path, members: Sequence[Member]) -> bool:
+        """Whether one more adapter may be opened beside these: by its files, and what is loaded of it."""
+        sizes = {path.name: path.stat().st_size for path in adapter.iterdir() if path.is_file()}
+        n_files = sum(name.endswith(".safetensors") for name in sizes)
+        loaded = 0 if n_files else sizes.get(BIN, 0)
+        enough_files = n_files + (len(members) + 1) * MEMBER_FILES + SPARE_FILES <= _files_left()
+        return enough_files and self._held_nbytes(members) + loaded + RUNTIME_NBYTES <= self.settings.memory_nbytes
+
+    def _memory(self, members: Sequence[Member]) -> Memory | None:
+        """How the limit is spent on a pass of these. None when they do not fit together, UsageError when a single one does not."""
+        planned = turns([member.plan.steps for member in members])
+        fit = fit_memory if len(members) == 1 else within_limit
+        return fit(planned, self._held_nbytes(members), self.settings)
+
+    def _held_nbytes(self, members: Sequence[Member]) -> int:
+        own = sum(member.adapter_nbytes + sum(1 for _ in member.plan.steps) * STEP_NBYTES for member in members)
+        return len(self.base.tensors) * STORED_TENSOR_NBYTES + self._n_jobs * JOB_NBYTES + self.finished.nbytes + own
+
+    def _fits_disk(self, members: Sequence[Member]) -> bool:
+        """Whether there is room for what these write. Raises StorageError when there is none for a single one."""
+        wanted: dict[str, int] = {}
+        for member in members:
+            for shard in member.plan.shards:
+                key = member.keys.get(shard.file)
+                one = key if key and self.share != "copy" else f"{member.job.name}/{shard.file}"
+                wanted[one] = 0 if key == one and self.finished.find(one) else shard.nbytes
+        folder = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        disk = os.statvfs(folder)
+        free = disk.f_bavail * disk.f_frsize
+        if sum(wanted.values()) > free and len(members) == 1:
+            name, needed = shown(members[0].job.name), sum(wanted.values())
+            raise StorageError(f"{shown(self.root)}: {needed / 1e6:,.0f} MB are needed for {name}, {free / 1e6:,.0f} MB are free.")
+        return sum(wanted.values()) <= free
+
+    def _events_of(self, job: Job) -> OnEvent:
+        return lambda event: self.on_event(event | {"job": job.name})
+
+    def failed(self, job: Job, error: LorafuseError | OSError) -> None:
+        """An error that is the job's own."""
+        if isinstance(error, OSError):
+            error = StorageError(f"{shown(error.filename or job.adapter)}: {error.strerror or shown(error)}.")
+        self._state(job, "failed", error)
+
+    def done(self, job: Job, receipt: dict[str, Any]) -> None:
+        """The result has its name."""
+        self._state(job, "done", wall_s=receipt["timing"]["wall_s"], nbytes=sum(one["size"] for one in receipt["outputs"]))
+
+    def _state(self, job: Job, state: str, error: LorafuseError | None = None, **facts: Any) -> None:
+        one = JobState(job.name, state, self.root / job.name, error)
+        self.states[job.name] = one
+        why = {"error": str(error), "exit_code": error.exit_code} if error else {}
+        self.on_event({"event": "job", "job": job.name, "state": state, "out_dir": fspath(one.out_dir), **why, **facts})
+
+
+def _speed(memory: Memory, n_members: int) -> float:
+    """Of a pass, in jobs: decoding costs about as much as what is done to a tile for one result."""
+    return memory.n_workers * n_members / (n_members + 1)
+
+
+def _files_left() -> int:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (limit if limit != resource.RLIM_INFINITY else 1 << 30) - len(os.listdir("/proc/self/fd"))

@@ -1,0 +1,57 @@
+"""The result of a merge, by its receipt: what was merged into what, and how much of each update was kept. Needs no torch."""
+
+import math
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lorafuse.checkpoint import read_json_dict
+from lorafuse.shardfile import FormatError
+from lorafuse.summary import kept_in_sum, read_receipt, worst_first
+from lorafuse.tensors import FLOATS, SAFETENSORS_NAMES
+
+_FIGURES = ("kept", "noise", "delta_rel", "delta_norm", "changed")
+
+
+def inspect_merged(folder: Path, name: str) -> dict[str, Any]:
+    """The receipt in sum, and the merged weights, worst first. Raises ResultError for a damaged receipt."""
+    receipt = read_receipt(folder)
+    tensors = receipt["tensors"]
+    shards = [output for output in receipt["outputs"] if output["file"].endswith(".safetensors")]
+    config: dict[str, Any] = {}
+    with suppress(FormatError, OSError, ValueError):
+        config = read_json_dict(folder / "config.json")
+    floats = [entry for entry in tensors.values() if SAFETENSORS_NAMES.get(entry["dtype"]) in FLOATS]
+    return {
+        "kind": "merged",
+        "path": name,
+        "model_type": config.get("model_type"),
+        "architectures": config.get("architectures"),
+        "tool": receipt["tool"],
+        "settings": receipt["settings"],
+        "base_semantics": receipt["base_semantics"],
+        "checkpoint": next((one["path"] for one in _inputs(receipt, "checkpoint", "config.json")), None),
+        "adapters": _inputs(receipt, "adapter", "adapter_config.json"),
+        "n_weights": len(tensors),
+        "n_parameters": sum(math.prod(entry["shape"]) for entry in floats),
+        "nbytes": sum(output["size"] for output in shards),
+        "files": [output["file"] for output in shards],
+        "dtypes": Counter(entry["dtype"] for entry in tensors.values()),
+        "actions": Counter(entry["action"] for entry in tensors.values()),
+        "ignored": receipt["adapter_tensors"]["ignored"],
+        "update": kept_in_sum(tensors),
+        "weights": [_weight(weight, tensors[weight]) for weight in worst_first(tensors)],
+    }
+
+
+def _inputs(receipt: dict[str, Any], role: str, config: str) -> list[dict[str, Any]]:
+    """The inputs of a role as the user named them, each with its weight if it has one: every one has a config, whose path is the
+    input's and the file's."""
+    found = [one for one in receipt["inputs"] if one["role"] == role and one["path"].endswith(f"/{config}")]
+    return [{"path": one["path"].removesuffix(f"/{config}"), "weight": one.get("weight")} for one in found]
+
+
+def _weight(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    figures = {figure: entry.get(figure) for figure in _FIGURES}
+    return {"name": name, "dtype": entry["dtype"], "shape": entry["shape"], "rank": entry.get("rank"), **figures}
