@@ -59,7 +59,7 @@ def section(adapter: Adapter, found: dict[str, Row], sentence: str, sizes: tuple
         for row in found
         if row in runs
     ]
-    parts = [f"### {adapter.what} (`fixtures/{adapter.name}/`)", table(["row", "what is loaded", *HEADER], lines)]
+    parts = [f"### {adapter.what} (`fixtures/{adapter.name}/`)", table(["row", "what is loaded", *HEADER], lines, n_words=2)]
     update, error = sizes
     size = f"The update is {update:.2%} of the norm of the weights that it is added to; quantizing them moved them by {error:.2%}."
     parts += [f"{size} {sentence}".rstrip()]
