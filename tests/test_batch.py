@@ -150,7 +150,10 @@ def test_the_memory_limit_decides(ckpt, jobs, run, out, tmp_path):
     assert set(run(ckpt, jobs, out, memory_limit=f"{two}KB").values()) == {"done"}
     assert [len(names) for names in run.passes] == [2, 2]
     assert_as_alone(ckpt, jobs, out, tmp_path / "alone", "abcd")
-    run(ckpt, jobs, tmp_path / "none", memory_limit=f"{min(sizes)}KB")
+    n_open = len(os.listdir("/proc/self/fd"))
+    none = max(limit for limit, size in sizes.items() if size == 0)  # enough for a run alone
+    run(ckpt, jobs, tmp_path / "none", memory_limit=f"{none}KB")
+    assert len(os.listdir("/proc/self/fd")) == n_open
     assert {type(state.error) for state in run.states} == {UsageError}
 
 
@@ -183,6 +186,20 @@ def test_the_disk_decides(ckpt, jobs, run, out, monkeypatch):
     with pytest.raises(StorageError, match="0 MB are needed for a, 0 MB are free"):
         run(ckpt, jobs, out.with_name("full"))
     assert not out.with_name("full").exists()
+
+
+def test_a_job_that_waits_for_the_next_pass_is_announced_once(ckpt, jobs, run, out, monkeypatch):
+    for name in "abcd":
+        (jobs / name).rename(jobs / "inner")
+        (jobs / name).mkdir()
+        (jobs / "inner").rename(jobs / name / "inner")
+    run(ckpt, jobs, out, dry_run=True)
+    free = 3 * next(event["nbytes"] for event in run.events if event["event"] == "plan")
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1))
+    run(ckpt, jobs, out)
+    assert run.passes == [["a", "b", "c"], ["d"]]
+    for kind in ("warning", "plan"):
+        assert [event["job"] for event in run.events if event["event"] == kind] == list("abcd")
 
 
 def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(base, adapter, run, out, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import sys
 
 import numpy as np
 
+from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
+
 # ru_maxrss of a child starts at its parent's, so a small process does the starting.
 LAUNCH = "import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:]); r = os.wait4(p.pid, 0); print(r[1], r[2].ru_maxrss)"
 
@@ -66,3 +68,18 @@ def test_peak_memory_is_bounded(tmp_path):
     floor = min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
     peak = peak_nbytes(sys.executable, "-m", "lorafuse.cli", "convert", "-q", str(ckpt), str(lora), str(tmp_path / "out"))
     assert peak - floor < 100e6, f"{(peak - floor) / 1e6:.0f} MB beyond import torch"
+
+
+def test_peak_memory_of_a_batch_is_bounded(tmp_path):
+    """However many jobs there are: what a pass held is gone before the next one."""
+    tensors = checkpoint_tensors(n_layers=1, hidden=1024)
+    ckpt = write_checkpoint(tmp_path / "ckpt", tensors)
+    own = {k: t for k, t in adapter_tensors(tensors).items() if "q_proj" in k}
+    adapter = write_adapter(tmp_path / "adapter", own, target_modules=["q_proj"])
+    lines = [json.dumps({"adapter": str(adapter), "name": str(i), "scale": i + 1}) for i in range(14)]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    floor = min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
+    command = ("-m", "lorafuse.cli", "batch", "-v", str(ckpt), str(tmp_path / "jobs.jsonl"), str(tmp_path / "out"))
+    peak = peak_nbytes(sys.executable, *command, "--memory-limit", "60MB", "--max-shard-size", "4MB")
+    assert peak - floor < 60e6, f"{(peak - floor) / 1e6:.0f} MB beyond import torch"
+    assert len(list((tmp_path / "out").iterdir())) == 14

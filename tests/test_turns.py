@@ -1,5 +1,8 @@
 """Several outputs in one pass: each is what it would be alone, and a weight is decoded once."""
 
+import dataclasses
+import gc
+
 import pytest
 import torch
 
@@ -15,7 +18,7 @@ from lorafuse.merge import merge
 from lorafuse.outputs import Output
 from lorafuse.plan import make_plan
 from lorafuse.settings import Settings
-from lorafuse.turns import fit_memory, turns
+from lorafuse.turns import fit_memory, turns, within_limit
 
 KINDS = {
     "plain": {"target_modules": LINEARS},
@@ -129,9 +132,36 @@ def test_the_memory_of_a_pass_grows_with_its_outputs(together):
         fit_memory(turns([output.steps() for output in outputs * 20]), 0, tight)
 
 
+def test_what_sources_hold_counts_for_several_outputs_too(together):
+    outputs, settings = together("nf4_dq")
+    planned = turns([output.steps() for output in outputs])
+    before = within_limit(planned, 0, settings)
+    planned[0].sources.held_nbytes = 10_000_000
+    assert within_limit(planned, 0, settings).resident_nbytes == before.resident_nbytes - 10_000_000
+
+
 def test_the_order_of_outputs_does_not_matter_for_tiles(together):
     """Weights come in their natural order, whatever the outputs' own files."""
     outputs, _ = together("nf4_dq")
     names = [turn.name for turn in turns([output.steps() for output in outputs])]
     again = [turn.name for turn in turns([output.steps() for output in reversed(outputs)])]
     assert names == again and len(loop.turns([outputs[0].steps()])) == len(set(names))
+
+
+def test_buffers_are_gone_after_the_loop(together):
+    """At once, not when garbage is looked for: the next pass makes its own."""
+
+    def buffers():
+        return [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.uint8 and t.numel() == nbytes]
+
+    outputs, settings = together("nf4_dq")
+    planned = turns([output.steps() for output in outputs])
+    memory = fit_memory(planned, 0, settings)
+    nbytes = memory.tile_nbytes + 24  # like no other tensor
+    gc.collect()
+    gc.disable()
+    try:
+        merge(outputs, dataclasses.replace(memory, tile_nbytes=nbytes), torch.device("cpu"))
+        assert buffers() == []
+    finally:
+        gc.enable()

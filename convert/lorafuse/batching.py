@@ -17,14 +17,14 @@ from typing import Any
 
 from lorafuse.adapters.store import BIN
 from lorafuse.checkpoint import Checkpoint
-from lorafuse.errors import CheckpointError, LorafuseError, OutDirError, StorageError, UsageError, shown
+from lorafuse.errors import CheckpointError, LorafuseError, OutDirError, StorageError, UsageError, listed, shown
 from lorafuse.finished import Finished, Inputs
 from lorafuse.hub import CHECKPOINT_FILES, local_dir
 from lorafuse.inputs import InputFiles
 from lorafuse.jobs import Job, JobState, checked_share, read_jobs, refuse_overlap, share_of
 from lorafuse.outputs import OnEvent
 from lorafuse.passes import Member, Pass
-from lorafuse.pipeline import LocalAdapter, Name, local_adapter, opened, pick_device, plan_event
+from lorafuse.pipeline import LocalAdapter, Name, announce, local_adapter, opened, pick_device
 from lorafuse.plan import make_plan
 from lorafuse.quant_config import chosen_base_quant
 from lorafuse.receipt import InputHashes, adapter_hashes
@@ -88,7 +88,7 @@ def batch(
     refuse_overlap(everything, root, ckpt_dir)
     with closing(Checkpoint(ckpt_dir)) as base, InputHashes(base, fspath(ckpt), []) as hashes:
         finished = Finished(root, settings, hashes.result)
-        call = Call(base, root, settings, overwrite, share, finished, on_event, deque(todo))
+        call = Call(base, root, settings, overwrite, share, finished, on_event, deque(todo), dry_run)
         one_pass = Pass(base, hashes.result, finished, share, overwrite, target, on_event, call.done, call.failed)
         call.run(None if dry_run else one_pass.run)
     return [call.states[job.name] for job in todo]
@@ -106,6 +106,7 @@ class Call:
     finished: Finished
     on_event: OnEvent
     todo: deque[Job]
+    dry_run: bool
     states: dict[str, JobState] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,26 +136,25 @@ class Call:
         memory = Memory(0, 0, 0, 0, 0)
         with ExitStack() as stack:
             while self.todo and len(members) < MAX_MEMBERS:
-                job = self.todo[0]
+                job, notes, full = self.todo[0], list[dict[str, Any]](), None
                 try:
-                    found = local_adapter(job.adapter, job.settings(self.settings).adapter_scale, None, self._events_of(job))
+                    found = local_adapter(job.adapter, job.settings(self.settings).adapter_scale, None, notes.append)
                     if members and not self._may_open(found.path, members):
                         break
                     member = self._planned(job, found)
-                    more = self._memory([*members, member]) if member else None
+                    if member:
+                        stack.callback(member.close)
+                        more, full = self._memory([*members, member], memory), self._disk_error([*members, member])
+                        if more is None or (full and members):
+                            break
+                        for note in notes:
+                            self._events_of(job)(note)
+                        announce(member.plan, self._events_of(job), dry_run=self.dry_run)
+                        members, memory = [*members, member], more
                 except (LorafuseError, OSError) as e:
                     self.failed(job, e)
-                    self.todo.popleft()
-                    continue
-                if member:
-                    stack.callback(member.close)
-                    if not more or (members and _speed(more, len(members) + 1) < _speed(memory, len(members))):
-                        break
-                    if not self._fits_disk([*members, member]):
-                        break
-                    members.append(member)
-                    memory = more
-                    self.on_event(plan_event(member.plan) | {"job": job.name})
+                if full:
+                    raise full
                 self.todo.popleft()
             yield members, memory
 
@@ -169,8 +169,6 @@ class Call:
                 self._state(job, "skipped")
                 return None
             plan = make_plan(self.base, lora.adapter, settings, weights=self.weights)
-            for message in plan.all_warnings():
-                self._events_of(job)({"event": "warning", "message": message})
             files = InputFiles(self.base, fspath(self.base.path), [lora])
             files.refuse_nonfinite()
             return Member(job, settings, found, out_dir, plan, inputs, files, lora.adapter.nbytes, stack.pop_all().close)
@@ -191,18 +189,22 @@ class Call:
         enough_files = n_files + (len(members) + 1) * MEMBER_FILES + SPARE_FILES <= _files_left()
         return enough_files and self._held_nbytes(members) + loaded + RUNTIME_NBYTES <= self.settings.memory_nbytes
 
-    def _memory(self, members: Sequence[Member]) -> Memory | None:
-        """How the limit is spent on a pass of these. None when they do not fit together, UsageError when a single one does not."""
-        planned = turns([member.plan.steps for member in members])
-        fit = fit_memory if len(members) == 1 else within_limit
-        return fit(planned, self._held_nbytes(members), self.settings)
+    def _memory(self, members: Sequence[Member], before: Memory) -> Memory | None:
+        """How the limit is spent on a pass of these; `before`, on all but the last. None when they do not fit together, or would be
+        slower. Raises UsageError when a single one does not fit."""
+        planned, held_nbytes = turns([member.plan.steps for member in members]), self._held_nbytes(members)
+        if len(members) == 1:
+            return fit_memory(planned, held_nbytes, self.settings)
+        memory = within_limit(planned, held_nbytes, self.settings)
+        slower = memory and _speed(memory, len(members)) < _speed(before, len(members) - 1)
+        return None if slower else memory
 
     def _held_nbytes(self, members: Sequence[Member]) -> int:
         own = sum(member.adapter_nbytes + sum(1 for _ in member.plan.steps) * STEP_NBYTES for member in members)
         return len(self.base.tensors) * STORED_TENSOR_NBYTES + self._n_jobs * JOB_NBYTES + self.finished.nbytes + own
 
-    def _fits_disk(self, members: Sequence[Member]) -> bool:
-        """Whether there is room for what these write. Raises StorageError when there is none for a single one."""
+    def _disk_error(self, members: Sequence[Member]) -> StorageError | None:
+        """What is wrong when there is no room for what these write."""
         wanted: dict[str, int] = {}
         for member in members:
             for shard in member.plan.shards:
@@ -210,12 +212,12 @@ class Call:
                 one = key if key and self.share != "copy" else f"{member.job.name}/{shard.file}"
                 wanted[one] = 0 if key == one and self.finished.find(one) else shard.nbytes
         folder = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
-        disk = os.statvfs(folder)
+        disk, needed = os.statvfs(folder), sum(wanted.values())
         free = disk.f_bavail * disk.f_frsize
-        if sum(wanted.values()) > free and len(members) == 1:
-            name, needed = shown(members[0].job.name), sum(wanted.values())
-            raise StorageError(f"{shown(self.root)}: {needed / 1e6:,.0f} MB are needed for {name}, {free / 1e6:,.0f} MB are free.")
-        return sum(wanted.values()) <= free
+        if needed <= free:
+            return None
+        names = listed(member.job.name for member in members)
+        return StorageError(f"{shown(self.root)}: {needed / 1e6:,.0f} MB are needed for {names}, {free / 1e6:,.0f} MB are free.")
 
     def _events_of(self, job: Job) -> OnEvent:
         return lambda event: self.on_event(event | {"job": job.name})

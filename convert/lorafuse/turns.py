@@ -135,6 +135,7 @@ def _spent(planned: list[Turn], held_nbytes: int, settings: Settings, n_workers:
     worker = max(turn.worker_nbytes for turn in planned)
     tile = max(turn.tile_nbytes for turn in planned)
     n_results = max(len(turn.results) for turn in planned)
+    held_nbytes += max(turn.sources.held_nbytes for turn in planned)  # prepared ahead of its turn
     n_tiles = n_workers * per_worker + MIN_TILES_AHEAD
     fixed = RUNTIME_NBYTES + held_nbytes + n_workers * worker + n_tiles * n_results * tile
     return Memory(n_workers, n_tiles, n_results, tile, settings.memory_nbytes - fixed)
@@ -145,7 +146,6 @@ def fit_memory(planned: list[Turn], held_nbytes: int, settings: Settings) -> Mem
 
     Raises UsageError when nothing fits.
     """
-    held_nbytes += max(turn.sources.held_nbytes for turn in planned)  # prepared ahead of its turn
     for attempt in ("resident", "some read again", "all read again"):
         memory = within_limit(planned, held_nbytes, settings)
         if memory:
