@@ -92,6 +92,24 @@ def test_four_bit_as_bitsandbytes(weight, quant, transposed, tile_rows):
     assert same(ours(weight, quant, transposed=transposed, tile_rows=tile_rows), expected)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("n", [64, 63])
+def test_values_next_to_a_midpoint(n, kind, transposed):
+    """Whole blocks multiply by a reciprocal and a short one divides, which now and then sets a value on another side."""
+    ties, generator = torch.from_numpy(quantize.midpoints(kind)), torch.Generator().manual_seed(0)
+    quant, n_differing = BaseQuant(kind=kind, double_quant=False), 0
+    for _ in range(100):
+        absmax = torch.rand((), generator=generator)
+        weight = (ties * absmax).repeat(5)[:n].view(1, -1).contiguous()
+        weight[0, -1] = absmax
+        n_differing += int((weight / absmax > ties.repeat(5)[:n]).ne(weight * (1 / absmax) > ties.repeat(5)[:n]).sum())
+        expected = theirs(weight, quant)
+        made = ours(weight.T, quant, transposed=True).T if transposed else ours(weight, quant)
+        assert same(made.contiguous(), expected)
+    assert n_differing > 50
+
+
 @settings(max_examples=100, deadline=None)
 @given(weights(), st.booleans(), st.integers(1, 40))
 def test_int8_as_bitsandbytes(weight, transposed, tile_rows):

@@ -83,3 +83,23 @@ def test_peak_memory_of_a_batch_is_bounded(tmp_path):
     peak = peak_nbytes(sys.executable, *command, "--memory-limit", "60MB", "--max-shard-size", "4MB")
     assert peak - floor < 60e6, f"{(peak - floor) / 1e6:.0f} MB beyond import torch"
     assert len(list((tmp_path / "out").iterdir())) == 14
+
+
+def test_peak_memory_of_a_base_that_is_quantized_anew(tmp_path):
+    """So does a bfloat16 matrix of as many, with a pass over it for double quantization."""
+    rows, cols = 8192, 32768
+    piece = (np.random.default_rng(0).standard_normal(1 << 20, np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    w = "model.layers.0.mlp.up_proj.weight"
+    ckpt, lora = tmp_path / "ckpt", tmp_path / "lora"
+    ckpt.mkdir()
+    lora.mkdir()
+    write(ckpt / "model.safetensors", {w: ("BF16", [rows, cols], piece, rows * cols >> 20)})
+    (ckpt / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}')
+    key = f"base_model.model.{w.removesuffix('.weight')}"
+    factors = {f"{key}.lora_A.weight": [16, cols], f"{key}.lora_B.weight": [rows, 16]}
+    write(lora / "adapter_model.safetensors", {k: ("F32", s, bytes(4 * s[0] * s[1]), 1) for k, s in factors.items()})
+    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 16, "lora_alpha": 16}')
+    floor = min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
+    command = (sys.executable, "-m", "lorafuse.cli", "convert", "-q", str(ckpt), str(lora), str(tmp_path / "out"))
+    peak = peak_nbytes(*command, "--base-quant", "nf4", "--quant-blocksize", "32")
+    assert peak - floor < 100e6, f"{(peak - floor) / 1e6:.0f} MB beyond import torch"
