@@ -154,9 +154,9 @@ def each(values: Sequence[float], digits: int = 2) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, numbers to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], n_words: int = 1) -> str:
+    """A Markdown table: the first `n_words` columns to the left, numbers to the right."""
+    rule = ["---"] * n_words + ["---:"] * (len(header) - n_words)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 

