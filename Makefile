@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 BUILD := build
 
-.PHONY: demo test check format real bench fixtures clean
+.PHONY: demo test check format real faithfulness bench fixtures clean
 
 demo: $(VENV)/.demo
 	rm -rf $(BUILD)/demo
@@ -27,6 +27,9 @@ format: $(VENV)/.dev
 
 real: $(VENV)/.real
 	$(BIN)/python bench/real.py --work $(BUILD)/real
+
+faithfulness: $(VENV)/.real
+	$(BIN)/python bench/faithfulness.py --work $(BUILD)/real --docs docs/accuracy.md
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/run.py --work $(BUILD)/bench
