@@ -3,8 +3,8 @@
     python bench/faithfulness.py --work DIR [--docs docs/accuracy.md]      every row of docs/accuracy.md, and its plot
     python bench/faithfulness.py --work DIR --adapter smollm2-dora --row float16                    one row
 
-smollm2.py says what the inputs are and how each row is merged, distance.py what is measured. It takes 15 to 25 minutes on
-two cores, 2.6 GB of memory and 9 GB of disk; inputs, PEFT's merges and the unmerged logits are kept in DIR.
+smollm2.py says what the inputs are and how each row is merged, distance.py what is measured. It takes about half an hour on
+two busy cores, 2.6 GB of memory and 11 GB of disk; inputs, PEFT's merges and the unmerged logits are kept in DIR.
 """
 
 import argparse

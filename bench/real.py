@@ -5,7 +5,7 @@
 The table of the README: the rows of bench/faithfulness.py that matter most, for one adapter, and what each model writes.
 smollm2.py says what the inputs are, distance.py what is measured.
 
-It takes 4 to 7 minutes on two cores, 2.6 GB of memory and 3.1 GB of disk.
+It takes 5 to 13 minutes on two cores, 2.6 GB of memory and 3.5 GB of disk.
 """
 
 import argparse
