@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 BUILD := build
 
-.PHONY: demo test check format real bench fixtures clean
+.PHONY: demo test soak check format real bench fixtures clean
 
 demo: $(VENV)/.demo
 	rm -rf $(BUILD)/demo
@@ -14,6 +14,11 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# The fuzzer for so many hours.
+soak: export LORAFUSE_SOAK ?= 8
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/test_fuzz.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

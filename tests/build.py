@@ -79,7 +79,8 @@ def write_checkpoint(
     weight_map = {name: shard_name(i % n_shards + 1, n_shards) for i, name in enumerate(tensors)}
     for file in sorted(set(weight_map.values())):
         save_file({name: t for name, t in tensors.items() if weight_map[name] == file}, path / file, {"format": "pt"})
-    write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": 0}, "weight_map": weight_map})
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     return path
 
 

@@ -6,7 +6,6 @@ how many inputs were tried and how they ended.
 
 import os
 import resource
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -14,15 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import lorafuse
-from build import adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint
-from conftest import by_hand
+from build import files_of
+from good import Files, good_inputs, write_files
 from lorafuse.adapters import ADAPTERS
 from lorafuse.errors import LorafuseError
 from lorafuse.shardfile import FormatError, Shard
@@ -51,35 +48,10 @@ CONFIG_FIELDS = (
     "tie_word_embeddings", "model_type", "architectures", "quantization_config", "text_config", "num_hidden_layers", "vocab_size", "dtype",
     "torch_dtype", "num_local_experts", "layer_types", "num_labels", "id2label",
 )  # fmt: skip
-Files = dict[str, bytes]
-
-
-def _int8(source: Path, target: Path) -> None:
-    """As bitsandbytes stores it, by its formula."""
-    tensors = load_file(source / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        weight = tensors[name].float()
-        scale = weight.abs().amax(1)
-        tensors[name] = (weight * 127 / scale[:, None]).round().to(torch.int8)
-        tensors |= {name.replace("weight", "SCB"): scale, name.replace("weight", "weight_format"): torch.tensor(0, dtype=torch.uint8)}
-    shutil.copytree(source, target)
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
-    """Inputs that merge, by kind: path → bytes, below `ckpt` and `adapter`."""
-    root = tmp_path_factory.mktemp("good")
-    for kind in ("dense", "nf4", "int8", "bin"):
-        write_adapter(root / kind / "adapter")
-    write_checkpoint(root / "dense" / "ckpt", n_shards=2)
-    whole = write_checkpoint(root / "whole")
-    by_hand(whole, root / "nf4" / "ckpt", quant_type="nf4", compress_statistics=True)
-    _int8(whole, root / "int8" / "ckpt")
-    shutil.copytree(whole, root / "bin" / "ckpt")
-    (root / "bin" / "adapter" / "adapter_model.safetensors").unlink()
-    torch.save(adapter_tensors(checkpoint_tensors()), root / "bin" / "adapter" / "adapter_model.bin")
-    return {path.name: files_of(path) for path in root.iterdir() if path.name != "whole"}
+    return good_inputs(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture
@@ -118,9 +90,7 @@ def judged(files: Files, **options: object) -> str:
     """Merge these files: how it ended. The process may not take more memory than is allowed, or a documented exit becomes another."""
     with tempfile.TemporaryDirectory(prefix="fuzz") as name:
         root = Path(name)
-        for path, data in files.items():
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_bytes(data)
+        write_files(root, files)
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (data_nbytes() + MAX_DATA_NBYTES, hard))
         began = time.process_time()
@@ -177,7 +147,7 @@ def test_headers(good, fuzz):
                 _differential(data)
         return judged(files)
 
-    kinds = ("dense", "nf4", "int8")
+    kinds = ("whole", "shards", "nf4", "int8")
     fuzz(damaged(good, kinds, lambda path: path.endswith(".safetensors"), mutated_header), check, 120)
 
 
@@ -196,11 +166,11 @@ def _differential(data: bytes) -> None:
 
 def test_indexes(good, fuzz):
     """The index of a sharded checkpoint, by its values and by its bytes."""
-    fuzz(damaged(good, ("dense",), lambda path: path.endswith("index.json"), lambda data: mutated_json(data) | mutated_bytes(data)), judged)
+    fuzz(damaged(good, ("shards",), lambda path: path.endswith("index.json"), lambda data: mutated_json(data) | mutated_bytes(data)), judged)
 
 
 def test_checkpoint_configs(good, fuzz):
-    kinds = ("dense", "nf4")
+    kinds = ("whole", "nf4")
     fuzz(damaged(good, kinds, lambda p: p == "ckpt/config.json", lambda d: mutated_json(d, CONFIG_FIELDS) | mutated_bytes(d)), judged)
 
 
@@ -211,18 +181,18 @@ def test_adapter_configs(good, fuzz):
         retyped = st.sampled_from(sorted(ADAPTERS)).map(lambda kind: data.replace(b'"LORA"', f'"{kind}"'.encode()))
         return mutated_json(data, ADAPTER_FIELDS) | mutated_bytes(data) | retyped.flatmap(lambda d: mutated_json(d, ADAPTER_FIELDS))
 
-    fuzz(damaged(good, ("dense", "nf4"), lambda path: path.endswith("adapter_config.json"), damage), judged, 120)
+    fuzz(damaged(good, ("whole", "nf4"), lambda path: path.endswith("adapter_config.json"), damage), judged, 120)
 
 
 def test_tensors_of_checkpoints(good, fuzz):
     """Valid files whose tensors are not those of the model: names, types, shapes, companions of quantized weights."""
-    kinds = ("dense", "nf4", "int8")
+    kinds = ("whole", "shards", "nf4", "int8")
     fuzz(damaged(good, kinds, is_shard, lambda data: mutated_tensors(data, CKPT_WORDS)), judged)
 
 
 def test_tensors_of_adapters(good, fuzz):
     """Valid files whose tensors are not those of the type."""
-    strategy = damaged(good, ("dense", "nf4"), lambda p: p.startswith("adapter/") and p.endswith(".safetensors"), lambda d: mutated_tensors(d, ADAPTER_WORDS))
+    strategy = damaged(good, ("whole", "nf4"), lambda p: p.startswith("adapter/") and p.endswith(".safetensors"), lambda d: mutated_tensors(d, ADAPTER_WORDS))
     fuzz(strategy, judged, 120)
 
 
@@ -232,7 +202,7 @@ def test_data(good, fuzz):
     def damage(data: bytes) -> st.SearchStrategy[bytes]:
         return mutated_bytes(data, 8 + int.from_bytes(data[:8], "little"))
 
-    strategy = st.tuples(damaged(good, ("nf4", "int8", "dense"), is_shard, damage), st.sampled_from(["auto", "float16", "float32"]))
+    strategy = st.tuples(damaged(good, ("nf4", "int8", "whole"), is_shard, damage), st.sampled_from(["auto", "float16", "float32"]))
     fuzz(strategy, lambda example: judged(example[0], dtype=example[1]))
 
 

@@ -45,11 +45,13 @@ class ShardedStore:
     """`single`, or the safetensors files that its index (`single` + ".index.json") names, as one Store.
 
     Index and files must agree: a name in two files, in the wrong file or in only one of index and files is refused, and so is a
-    `single` that its index does not name. Raises FormatError, ValueError for an index that is no JSON object, OSError.
+    `single` that its index does not name. Raises FormatError, ValueError for an index that is no JSON object, OSError. `warnings` are
+    what is wrong and does no harm.
     """
 
     def __init__(self, path: Path, single: str) -> None:
-        weight_map = _weight_map(path, single)
+        index = _read_index(path, single)
+        weight_map = _weight_map(index, path, single)
         self.shards: list[Shard] = []
         self.tensors: dict[str, TensorInfo] = {}
         try:
@@ -57,6 +59,7 @@ class ShardedStore:
                 self._add(path / name, number)
             if weight_map:
                 _compare(path, single, weight_map, self)
+            self.warnings = _wrong_total(index, path, single, self)
         except BaseException:
             self.close()
             raise
@@ -138,12 +141,17 @@ def _refuse_other_formats(path: Path) -> None:
         raise CheckpointError(f"{shown(path)}: holds neither {SINGLE} nor {INDEX}.{hint}")
 
 
-def _weight_map(path: Path, single: str) -> dict[str, str]:
+def _read_index(path: Path, single: str) -> dict[str, Any] | None:
+    """None where there is none."""
+    file = path / f"{single}.index.json"
+    return read_json_dict(file) if file.exists() else None
+
+
+def _weight_map(content: dict[str, Any] | None, path: Path, single: str) -> dict[str, str]:
     """Tensor name → file name from the index; empty where there is none."""
-    index = path / f"{single}.index.json"
-    if not index.exists():
+    if content is None:
         return {}
-    weight_map = read_json_dict(index).get("weight_map")
+    index, weight_map = path / f"{single}.index.json", content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: has no weight_map.")
     for name, file in weight_map.items():
@@ -170,6 +178,17 @@ def _compare(path: Path, single: str, weight_map: dict[str, str], store: Sharded
     if extra is not None:
         holder = store.shards[store.tensors[extra].file].path
         raise FormatError(f"{holder}: holds {shown(extra)}, which {index} does not list.")
+
+
+def _wrong_total(content: dict[str, Any] | None, path: Path, single: str, store: ShardedStore) -> list[str]:
+    """Sizes come from the headers, so a total_size that says otherwise is only a sign that files do not belong together."""
+    metadata = content.get("metadata") if content else None
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    found = sum(info.spec.nbytes for info in store.tensors.values())
+    if said is None or said == found:
+        return []
+    where = path / f"{single}.index.json"
+    return [f"{where}: says that the tensors have {shown(said)} bytes, they have {found}; is a file of another version?"]
 
 
 def refuse_unknown_quantization(config: dict[str, Any], path: Path) -> None:

@@ -40,7 +40,7 @@ def make_plan(
     """Decide everything. `others` are adapters whose updates are added to those of `adapter`. Plans that get the same `weights`,
     those of `ckpt`, can be carried out together. Raises CheckpointError, AdapterError, or UsageError when the memory limit is too
     small."""
-    warnings: list[str] = []
+    warnings = [*ckpt.warnings]
     weights = weights or base_weights(ckpt, settings.base_quant, warnings.append)
     adapters = in_order([Weighted(adapter, settings.adapter_scale), *others])
     warnings += doubts(ckpt.path, weights, [one.adapter for one in adapters])
