@@ -72,12 +72,13 @@ def _spelled(text: bytes, draw: st.DrawFn) -> bytes:
 
 
 @st.composite
-def mutated_bytes(draw: st.DrawFn, data: bytes, start: int = 0) -> bytes:
+def mutated_bytes(draw: st.DrawFn, data: bytes, start: int = 0, *, same_length: bool = False) -> bytes:
     """One to four runs of bytes flipped, replaced, removed or repeated, from `start` on."""
+    actions = ["flip", "fill"] if same_length else ["flip", "put", "fill", "cut", "repeat", "end"]
     out = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(start, max(start, len(out) - 1)))
-        action = draw(st.sampled_from(["flip", "put", "fill", "cut", "repeat", "end"]))
+        action = draw(st.sampled_from(actions))
         if action == "flip" and at < len(out):
             out[at] ^= 1 << draw(st.integers(0, 7))
         elif action == "put":
