@@ -33,7 +33,10 @@ def _int8(source: Path, target: Path) -> None:
         weight = tensors[name].float()
         scale = weight.abs().amax(1)
         tensors[name] = (weight * 127 / scale[:, None]).round().to(torch.int8)
-        tensors |= {name.replace("weight", "SCB"): scale, name.replace("weight", "weight_format"): torch.tensor(0, dtype=torch.uint8)}
+        tensors |= {
+            name.replace("weight", "SCB"): scale,
+            name.replace("weight", "weight_format"): torch.tensor(0, dtype=torch.uint8),
+        }
     shutil.copytree(source, target)
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
 
