@@ -188,7 +188,7 @@ def _wrong_total(content: dict[str, Any] | None, path: Path, single: str, store:
     if said is None or said == found:
         return []
     where = path / f"{single}.index.json"
-    return [f"{where}: says that the tensors have {shown(said)} bytes, they have {found}; is a file of another version?"]
+    return [f"{shown(where)}: says that the tensors have {shown(said)} bytes, they have {found}; is a file of another version?"]
 
 
 def refuse_unknown_quantization(config: dict[str, Any], path: Path) -> None:
