@@ -45,3 +45,23 @@ def write_files(root: Path, files: Files) -> None:
     for path, data in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(data)
+
+
+def good_types(root: Path) -> dict[str, Files]:
+    """An adapter of each PEFT type and variant that tests/test_patches.py knows, and a checkpoint of one linear layer."""
+    from torch import nn
+
+    from test_patches import CASES, save, tune
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(128, 128)
+
+    for case, settings in CASES.items():
+        (root / case).mkdir()
+        torch.manual_seed(0)
+        layer = Layer()
+        save(layer, root / case / "ckpt")
+        tune(layer, case.partition(" ")[0], {**settings, "target_modules": ["one"]}, root / case / "adapter")
+    return {case: {p: data for p, data in files_of(root / case).items() if not p.endswith(".md")} for case in CASES}

@@ -19,9 +19,9 @@ SPELLED = {
 }
 NUMBERS = [0, 1, -1, 2, 3, 7, 64, 255, 2**31, 2**62, 2**63, 2**64, 10**30, 0.5, -0.0, 1e-30, 1e30, float("inf"), float("nan")]
 WORDS = [
-    "", "x", " ", "0", "../x", "/etc/passwd", "C:\\x", "\x1b[31m", "\n", "\0", "\ud800", "🙂", "(", ".*", "a" * 300, "all-linear", "none",
-    "all", "lora_only", "float16", "bfloat16", "torch.float16", "nf4", "fp4", "default", "weight", "q_proj", "lm_head", "F16", "BF16", "F32",
-    "F8_E4M3", "U8", "I64", "BOOL", "@deep@", "@digits@", "@long@",
+    "", "x", " ", "0", "../x", "/etc/passwd", "C:\\x", "\x1b[31m", "\n", "\0", "\ud800", "🙂", "(", ".*", "a" * 300,
+    "all-linear", "none", "all", "lora_only", "float16", "bfloat16", "torch.float16", "nf4", "fp4", "default", "weight",
+    "q_proj", "lm_head", "F16", "BF16", "F32", "F8_E4M3", "U8", "I64", "BOOL", "@deep@", "@digits@", "@long@",
 ]  # fmt: skip
 JUNK = st.recursive(
     st.none() | st.booleans() | st.sampled_from(NUMBERS) | st.sampled_from(WORDS) | st.integers(-9, 70),
@@ -130,7 +130,7 @@ def mutated_header(draw: st.DrawFn, file: bytes) -> bytes:
 
 @st.composite
 def mutated_tensors(draw: st.DrawFn, file: bytes, words: tuple[str, ...]) -> bytes:
-    """A valid file of other tensors: renamed by exchanging one of `words` for another, removed, retyped, reshaped, resized, filled."""
+    """A valid file of other tensors: renamed (one of `words` for another), removed, retyped, reshaped, resized, filled."""
     tensors = tensors_of(file)
     for _ in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from(sorted(tensors) or [""]))

@@ -1,9 +1,10 @@
-"""Damaged inputs, drawn by Hypothesis: a merge succeeds or ends with a documented exit, in bounded time and memory, and leaves nothing.
+"""Damaged inputs, drawn by Hypothesis: a merge succeeds or ends with a documented exit, in bounded time and memory.
 
 Short and always the same in a normal run; `make soak` sets LORAFUSE_SOAK to a number of hours, which the tests share, and prints
 how many inputs were tried and how they ended.
 """
 
+import json
 import os
 import resource
 import sys
@@ -20,34 +21,38 @@ from safetensors import safe_open
 
 import lorafuse
 from build import files_of
-from good import Files, good_inputs, write_files
+from good import Files, good_inputs, good_types, write_files
 from lorafuse.adapters import ADAPTERS
 from lorafuse.errors import LorafuseError
 from lorafuse.shardfile import FormatError, Shard
-from mutate import mutated_bytes, mutated_header, mutated_json, mutated_tensors
+from mutate import mutated_bytes, mutated_header, mutated_json, mutated_tensors, tensors_of
 
 SOAK_S = float(os.environ.get("LORAFUSE_SOAK", "0")) * 3600
-N_TESTS = 8
+N_TESTS = 11
 MAX_CPU_S = 10
+ADAPTER, LORA = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
 MAX_DATA_NBYTES = 400 << 20  # --memory-limit, and as much again for what torch and threads take at their first use
 CKPT_WORDS = (
-    "model.layers.0", "model.layers.1", "model.layers.2", "model.", "q_proj", "k_proj", "down_proj", "weight", "bias", "absmax", "nested_absmax",
-    "quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4", "SCB", "lm_head", "embed_tokens", "norm", "weight_format",
+    "model.layers.0", "model.layers.1", "model.layers.2", "model.", "q_proj", "k_proj", "down_proj", "weight", "bias",
+    "absmax", "nested_absmax", "quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4", "SCB",
+    "lm_head", "embed_tokens", "norm", "weight_format",
 )  # fmt: skip
 ADAPTER_WORDS = (
-    "base_model.model.", "model.layers.0", "layers.1", "layers.9", "q_proj", "k_proj", "down_proj", "mlp", "lora_A.weight", "lora_B.weight",
-    "lora_A", "lora_B", "weight", "bias", "default", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_B.bias",
-    "modules_to_save.weight", "base_layer.weight", "lora_diag", "token_adapter.trainable_tokens_delta", "embed_tokens", "lm_head", "self_attn",
-    "hada_w1_a", "lokr_w1", "ia3_l", "oft_R.weight", "vera_lambda_b", "experts", "score.weight",
+    "base_model.model.", "model.layers.0", "layers.1", "layers.9", "q_proj", "k_proj", "down_proj", "mlp", "lora_A.weight",
+    "lora_B.weight", "lora_A", "lora_B", "weight", "bias", "default", "lora_embedding_A", "lora_embedding_B",
+    "lora_magnitude_vector", "lora_B.bias", "modules_to_save.weight", "base_layer.weight", "lora_diag",
+    "token_adapter.trainable_tokens_delta", "embed_tokens", "lm_head", "self_attn", "hada_w1_a", "lokr_w1", "ia3_l",
+    "oft_R.weight", "vera_lambda_b", "experts", "score.weight",
 )  # fmt: skip
 ADAPTER_FIELDS = (
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "modules_to_save", "target_parameters",
-    "layers_to_transform", "layer_replication", "init_lora_weights", "fan_in_fan_out", "trainable_token_indices", "peft_type", "task_type",
-    "ensure_weight_tying", "use_bdlora", "lora_bias", "fine_tune_type", "lora_parameters", "num_layers", "base_model_name_or_path", "inference_mode",
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "modules_to_save",
+    "target_parameters", "layers_to_transform", "layer_replication", "init_lora_weights", "fan_in_fan_out",
+    "trainable_token_indices", "peft_type", "task_type", "ensure_weight_tying", "use_bdlora", "lora_bias", "fine_tune_type",
+    "lora_parameters", "num_layers", "base_model_name_or_path", "inference_mode",
 )  # fmt: skip
 CONFIG_FIELDS = (
-    "tie_word_embeddings", "model_type", "architectures", "quantization_config", "text_config", "num_hidden_layers", "vocab_size", "dtype",
-    "torch_dtype", "num_local_experts", "layer_types", "num_labels", "id2label",
+    "tie_word_embeddings", "model_type", "architectures", "quantization_config", "text_config", "num_hidden_layers",
+    "vocab_size", "dtype", "torch_dtype", "num_local_experts", "layer_types", "num_labels", "id2label",
 )  # fmt: skip
 
 
@@ -56,12 +61,17 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
     return good_inputs(tmp_path_factory.mktemp("good"))
 
 
+@pytest.fixture(scope="module")
+def types(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
+    return good_types(tmp_path_factory.mktemp("types"))
+
+
 @pytest.fixture
 def fuzz(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., None]]:
     """fuzz(strategy, check): many examples of it; `check` says in a word how each ended."""
     ends: Counter[object] = Counter()
 
-    def run(strategy: st.SearchStrategy[object], check: Callable[..., object], n_examples: int = 60) -> None:
+    def run(strategy: st.SearchStrategy[object], check: Callable[..., object], n_examples: int = 40) -> None:
         phases = [Phase.explicit, Phase.generate, Phase.shrink]
         bounds = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "phases": phases}
         soak = SOAK_S > 0
@@ -90,7 +100,7 @@ def data_nbytes() -> int:
 
 
 def judged(files: Files, **options: object) -> str:
-    """Merge these files: how it ended. The process may not take more memory than is allowed, or a documented exit becomes another."""
+    """Merge these files: how it ended. Whoever asks for more memory than is allowed gets an error that is no LorafuseError."""
     with tempfile.TemporaryDirectory(prefix="fuzz") as name:
         root = Path(name)
         write_files(root, files)
@@ -113,10 +123,20 @@ def judged(files: Files, **options: object) -> str:
             end = f"exit {e.exit_code}"
         finally:
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        for part in ("ckpt", "adapter"):
+            inspected(root / part)
         assert time.process_time() - began < MAX_CPU_S
         assert all(map(str.isprintable, warnings)), warnings
         _check_files(root, files, end)
     return end
+
+
+def inspected(path: Path) -> None:
+    try:
+        lorafuse.inspect(path)
+    except LorafuseError as e:
+        assert 3 <= e.exit_code <= 8, e
+        assert str(e).isprintable(), e
 
 
 def _check_files(root: Path, files: Files, end: str) -> None:
@@ -162,7 +182,7 @@ def test_headers(good, fuzz):
         return judged(files)
 
     kinds = ("whole", "shards", "nf4", "int8")
-    fuzz(damaged(good, kinds, lambda path: path.endswith(".safetensors"), mutated_header), check, 120)
+    fuzz(damaged(good, kinds, lambda path: path.endswith(".safetensors"), mutated_header), check, 60)
 
 
 def _differential(data: bytes) -> None:
@@ -200,7 +220,7 @@ def test_adapter_configs(good, fuzz):
         retyped = st.sampled_from(sorted(ADAPTERS)).map(lambda kind: data.replace(b'"LORA"', f'"{kind}"'.encode()))
         return mutated_json(data, ADAPTER_FIELDS) | mutated_bytes(data) | retyped.flatmap(lambda d: mutated_json(d, ADAPTER_FIELDS))
 
-    fuzz(damaged(good, ("whole", "nf4"), lambda path: path.endswith("adapter_config.json"), damage), judged, 120)
+    fuzz(damaged(good, ("whole", "nf4"), lambda path: path.endswith("adapter_config.json"), damage), judged, 60)
 
 
 def test_tensors_of_checkpoints(good, fuzz):
@@ -217,7 +237,43 @@ def test_tensors_of_adapters(good, fuzz):
         lambda p: p.startswith("adapter/") and p.endswith(".safetensors"),
         lambda d: mutated_tensors(d, ADAPTER_WORDS),
     )
-    fuzz(strategy, judged, 120)
+    fuzz(strategy, judged, 60)
+
+
+def test_tensors_of_all_types(types, fuzz):
+    """The same for adapters of every type, with each other's names."""
+    assert {kind: judged(files) for kind, files in types.items()} == dict.fromkeys(types, "merged")
+    names = {name.removeprefix("base_model.model.") for files in types.values() for name in tensors_of(files[ADAPTER])}
+    words = tuple(sorted({part for name in names for part in (name, name.removeprefix("one."), name.rpartition(".")[2])}))
+    fuzz(damaged(types, tuple(types), lambda path: path == ADAPTER, lambda data: mutated_tensors(data, words)), judged, 50)
+
+
+def test_configs_of_all_types(types, fuzz):
+    """Each type's own fields."""
+    fields = tuple(sorted({field for files in types.values() for field in json.loads(files[LORA])}))
+    fuzz(damaged(types, tuple(types), lambda path: path == LORA, lambda data: mutated_json(data, fields)), judged, 50)
+
+
+def test_files_that_say_how_training_quantized(good, fuzz):
+    """--base-quant-from: a JSON, YAML or Markdown file."""
+    texts = {
+        "config.json": b'{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["lm_head"]}',
+        "axolotl.yml": b"base_model: a/b\nadapter: qlora\nload_in_8bit: false\nload_in_4bit: true\ndatasets:\n  - path: x\n",
+        "README.md": b"- quant_method: bitsandbytes\n- load_in_8bit: False\n- load_in_4bit: True\n- bnb_4bit_quant_type: nf4\n",
+    }
+
+    def damage(place: tuple[str, bytes]) -> st.SearchStrategy[tuple[str, bytes]]:
+        name, text = place
+        damages = mutated_json(text) | mutated_bytes(text) if name.endswith(".json") else mutated_bytes(text)
+        return damages.map(lambda data: (name, data))
+
+    def check(example: tuple[str, bytes]) -> str:
+        name, data = example
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / name).write_bytes(data)
+            return judged(good["whole"], base_quant_from=str(Path(folder) / name))
+
+    fuzz(st.sampled_from(sorted(texts.items())).flatmap(damage), check, 50)
 
 
 def test_data(good, fuzz):

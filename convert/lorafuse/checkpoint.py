@@ -45,8 +45,8 @@ class ShardedStore:
     """`single`, or the safetensors files that its index (`single` + ".index.json") names, as one Store.
 
     Index and files must agree: a name in two files, in the wrong file or in only one of index and files is refused, and so is a
-    `single` that its index does not name. Raises FormatError, ValueError for an index that is no JSON object, OSError. `warnings` are
-    what is wrong and does no harm.
+    `single` that its index does not name. Raises FormatError, ValueError for an index that is no JSON object, OSError.
+    `warnings`: what is wrong and does no harm.
     """
 
     def __init__(self, path: Path, single: str) -> None:
@@ -188,7 +188,7 @@ def _wrong_total(content: dict[str, Any] | None, path: Path, single: str, store:
     if said is None or said == found:
         return []
     where = path / f"{single}.index.json"
-    return [f"{where}: says that the tensors have {shown(said)} bytes, they have {found}; is a file of another version?"]
+    return [f"{shown(where)}: says that the tensors have {shown(said)} bytes, they have {found}; is a file of another version?"]
 
 
 def refuse_unknown_quantization(config: dict[str, Any], path: Path) -> None:
