@@ -161,8 +161,10 @@ class Power:
                 self._build(entry, path / name, now_folders, now_files, rng)
 
     def _content(self, inode: int, now_files, rng) -> bytes:
-        synced, now = self._files.get(inode), now_files.get(inode, b"")
-        if synced == now or (synced is not None and rng.random() < 0.3):
-            return synced
-        torn = now[: rng.randrange(len(now) + 1)]
-        return rng.choice([b"", now, torn, torn + b"\0" * (len(now) - len(torn))])
+        """What was synced; of what was appended since, nothing, all, or a part, perhaps with zeros for the rest."""
+        synced = self._files.get(inode, b"")
+        now = now_files.get(inode, synced)
+        if not now.startswith(synced):
+            return rng.choice([synced, now, b""])
+        torn = now[: rng.randrange(len(synced), len(now) + 1)]
+        return rng.choice([synced, now, torn, torn + b"\0" * (len(now) - len(torn))])

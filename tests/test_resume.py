@@ -22,6 +22,7 @@ from faults import Disk, Killed, Power
 from lorafuse import merge, outputs, place
 from lorafuse.checkpoint import RECEIPT
 from lorafuse.errors import CheckpointError, OutDirError, StorageError
+from lorafuse.staging import Staging
 
 SHARD = "1400"
 N_SHARDS = 5
@@ -104,10 +105,12 @@ class Work:
 
 
 def finish(work, clean, complete):
-    """What the same command makes of what is left: of a result that is complete it may say so."""
+    """What the same command makes of what is left: of a result that is complete it may say so. Returns how many shards it made."""
+    events = []
     with suppress(OutDirError) if complete else nullcontext():
-        work.again()
+        work.again(on_event=events.append)
     work.check_finished(clean)
+    return len(made(events))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -166,16 +169,21 @@ def test_the_power_goes_before_any_call(way, inputs, clean, tmp_path, monkeypatc
     power = Power(work.path, disk)
     states = tmp_path / "states"
     states.mkdir()
-    real_rename = disk.real["rename"]
+    real_rename, real_record, recorded = disk.real["rename"], Staging.record, []
+
+    def record(*args):
+        real_record(*args)
+        recorded.append(args)
 
     def before(n, name):
         disk._watched = False
         for seed in range(2):
-            power.lost(100 * n + seed, states / f"{n}-{seed}")
+            power.lost(100 * n + seed, states / f"{n:03}-{seed}-{len(recorded)}")
         disk._watched = True
 
     disk.before = before
-    with disk.watched():
+    with monkeypatch.context() as patch, disk.watched():
+        patch.setattr(Staging, "record", record)
         work.again()
     for seed in range(20):
         power.lost(seed, tmp_path / "after")
@@ -184,7 +192,9 @@ def test_the_power_goes_before_any_call(way, inputs, clean, tmp_path, monkeypatc
     for state in sorted(states.iterdir()):
         shutil.rmtree(work.path)
         real_rename(state, work.path)
-        finish(work, clean, work.check_untouched(clean))
+        uncommitted = any(work.path.rglob(".*lorafuse-*/out")) and not any(work.out.glob("*"))
+        n_made = finish(work, clean, work.check_untouched(clean))
+        assert not uncommitted or n_made <= N_SHARDS - int(state.name[-1])
 
 
 def test_short_writes(inputs, clean, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ class InputFiles:
     def __init__(self, ckpt: Checkpoint, ckpt_name: str, adapters: Sequence[Weighted]) -> None:
         self._names = {"checkpoint": _lasting(ckpt_name, ckpt.path)}
         self._names |= {f"adapter {i}": _lasting(one.adapter.name, one.adapter.path) for i, one in enumerate(adapters, 1)}
-        self._weights = {f"weight {i}": one.weight for i, one in enumerate(adapters, 1)}
+        self._weights = {f"weight {i}": one.weight for i, one in enumerate(adapters[1:], 2)}  # the first has adapter_scale
         self._shards, self._adapters = ckpt.shards, [one.adapter for one in adapters]
         self._whole = [ckpt.path / "config.json", *(path for one in adapters for path in one.adapter.files)]
         self._stamps = {path: Stamp.of(path.stat()) for path in self._whole}

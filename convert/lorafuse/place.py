@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafuse.checkpoint import RECEIPT
 from lorafuse.errors import OutDirError, shown
 from lorafuse.journal import fsync_dir
 
 OUT = "out"
 OLD = "old"
-LAST = ("config.json", "lorafuse_receipt.json")
+LAST = ("config.json", RECEIPT)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _MAX_NAME_NBYTES = 160

@@ -13,9 +13,6 @@ from lorafuse.hold import HOLD
 # What torch (on the CPU, on a GPU) and Python say in a RuntimeError when the system gives no more.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "can't start new thread")
 
-# What torch (on the CPU, on a GPU) and Python say in a RuntimeError when the system gives no more.
-_NO_MEMORY = ("can't allocate memory", "out of memory", "can't start new thread")
-
 
 class Terminated(BaseException):
     """SIGTERM, as an exception, so that what cannot be resumed is removed."""
