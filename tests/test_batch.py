@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from lorafuse.codecs import open_weights
 from lorafuse.codecs.bnb4 import FourBitSources
 from lorafuse.errors import AdapterError, CheckpointError, OutDirError, ResultError, StorageError, UsageError
 from lorafuse.shardfile import Shard
+from lorafuse.staging import Staging
 
 RECEIPT = "lorafuse_receipt.json"
 KINDS = {
@@ -453,3 +455,35 @@ def test_a_dry_run_writes_nothing(ckpt, jobs, run, out, tmp_path):
     before = files_of(tmp_path)
     assert run(ckpt, jobs, out, dry_run=True) == {"a": "planned", "b": "failed", "c": "planned", "d": "planned"}
     assert files_of(tmp_path) == before and not out.exists()
+
+
+# --- values ------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_is_not_finite_fails_alone(run, ckpt, jobs, out):
+    """While planning, before a pass is put together."""
+    tensors = {k: t * float("nan") for k, t in adapter_tensors(checkpoint_tensors()).items() if "layers.0" in k and "q_proj" in k}
+    shutil.rmtree(jobs / "b")
+    write_adapter(jobs / "b", tensors, target_modules=["q_proj"], layers_to_transform=[0])
+    assert run(ckpt, jobs, out) == {"a": "done", "b": "failed", "c": "done", "d": "done"}
+    assert isinstance(run.error("b"), AdapterError) and "values of" in str(run.error("b"))
+    assert run.passes == [["a", "c", "d"]]
+    assert_nothing_hidden(out)
+
+
+def test_values_of_the_base_that_are_not_finite(run, jobs, out, tmp_path):
+    """Every job whose weights have them fails, unless they may be there."""
+    tensors = checkpoint_tensors()
+    tensors["model.layers.0.self_attn.q_proj.weight"][1, 2] = torch.inf
+    ckpt = write_checkpoint(tmp_path / "ckpt", tensors)
+    assert run(ckpt, jobs, out) == dict.fromkeys("abcd", "failed")
+    assert str(run.error("a")).startswith("model.layers.0.self_attn.q_proj.weight: 1 of 256 values are not finite in the base;")
+    assert run(ckpt, jobs, out, allow_nonfinite=True) == dict.fromkeys("abcd", "done")
+    assert_as_alone(ckpt, jobs, out, tmp_path / "alone", "abcd", allow_nonfinite=True)
+
+
+def test_a_result_that_another_call_is_writing_is_left_to_it(run, ckpt, jobs, out):
+    with Staging(out / "c", "0" * 64):
+        assert run(ckpt, jobs, out) == {"a": "done", "b": "done", "c": "failed", "d": "done"}
+    assert run.error("c").exit_code == 6
+    assert run(ckpt, jobs, out) == {"a": "skipped", "b": "skipped", "c": "done", "d": "skipped"}

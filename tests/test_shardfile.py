@@ -18,7 +18,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load, save, save_file
 
 from build import raw_file
-from lorafuse.errors import StorageError
+from lorafuse.errors import CheckpointError, StorageError
 from lorafuse.shardfile import FormatError, Shard, ShardWriter
 from lorafuse.tensors import DTYPES, TensorSpec
 
@@ -448,7 +448,7 @@ def test_truncated_while_reading(tmp_path: Path) -> None:
     shard = Shard(path)
     end = path.stat().st_size - 3
     os.truncate(path, end)
-    with pytest.raises(StorageError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         shard.read_into(shard.tensors["x"], 0, bytearray(8))
     assert str(caught.value) == f"{path}: ends at byte {end}; it was changed or truncated during the run."
 
