@@ -23,8 +23,10 @@ WORDS = [
     "all-linear", "none", "all", "lora_only", "float16", "bfloat16", "torch.float16", "nf4", "fp4", "default", "weight",
     "q_proj", "lm_head", "F16", "BF16", "F32", "F8_E4M3", "U8", "I64", "BOOL", "@deep@", "@digits@", "@long@",
 ]  # fmt: skip
+# Each a trap of its own: for the terminal, for UTF-8, for the stack, for int().
+NASTY = ["\x1b[31m", "\n\r", "\x9b1m", "\ud800", "@deep@", "@digits@"]
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.sampled_from(NUMBERS) | st.sampled_from(WORDS) | st.integers(-9, 70),
+    st.none() | st.booleans() | st.sampled_from(NUMBERS) | st.sampled_from(WORDS) | st.sampled_from(NASTY) | st.integers(-9, 70),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([w for w in WORDS if w[:1] != "@"]), inner, max_size=2)
     ),
@@ -46,9 +48,11 @@ def mutated_json(draw: st.DrawFn, text: bytes, fields: tuple[str, ...] = ()) -> 
     for _ in range(draw(st.integers(1, 3))):
         places = _places(root[0], root, 0)
         holder, key = places[draw(st.integers(0, len(places) - 1))]
-        action = draw(st.sampled_from(["replace", "remove", "wrap", "move", "add", "number", "word"]))
+        action = draw(st.sampled_from(["replace", "remove", "wrap", "move", "add", "number", "word", "name"]))
         if action == "add" and fields and isinstance(root[0], dict):
             root[0][draw(st.sampled_from(fields))] = draw(JUNK)
+        elif action == "name" and isinstance(holder, dict):
+            holder[draw(st.sampled_from([*WORDS[:12], *NASTY[:4]]))] = holder.pop(key)
         elif action == "remove" and holder is not root:
             del holder[key]
         elif action == "wrap":
@@ -140,7 +144,9 @@ def mutated_tensors(draw: st.DrawFn, file: bytes, words: tuple[str, ...]) -> byt
         action = draw(st.sampled_from(["rename", "copy", "remove", "retype", "turn", "flatten", "nest", "resize", "fill"]))
         if action in ("rename", "copy"):
             found = [word for word in words if word in name] or [name]
-            new = name.replace(draw(st.sampled_from(found)), draw(st.sampled_from([*words, *WORDS[:9]])))
+            new = name.replace(
+                draw(st.sampled_from(found)), draw(st.sampled_from(words) | st.sampled_from([*WORDS[:9], *NASTY[:4]]))
+            )
             if action == "rename":
                 del tensors[name]
             tensors[new.encode("utf-8", "replace").decode()] = (dtype, shape, raw)

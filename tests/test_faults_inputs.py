@@ -34,6 +34,7 @@ ONE, TWO = (f"ckpt/{shard_name(i, 2)}" for i in (1, 2))
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
 EMBED = "model.embed_tokens.weight"  # the first, in the first shard
 NF4 = "model.layers.0.self_attn.q_proj.weight"
+Q_LORA = f"base_model.model.{NF4.removesuffix('.weight')}.lora_A.weight"
 STATE = f"{NF4}.quant_state.bitsandbytes__nf4"
 
 
@@ -220,6 +221,8 @@ REFUSED = [
     (30, "code in an old pickle", "bin", put(BIN, pickle.dumps({"x": Canary()})), 4, BIN),
     (31, "no archive", "bin", put(BIN, b"hello"), 4, BIN),
     (31, "truncated", "bin", by(BIN, lambda data: data[: len(data) // 2]), 4, BIN),
+    (31, "a byte short", "bin", by(BIN, lambda data: data[:-1]), 4, BIN),
+    (31, "an archive of two volumes", "bin", by(BIN, lambda data: data[:-26] + b"\2" + data[-25:]), 4, BIN),
     (31, "its directory damaged", "bin", by(BIN, lambda data: data.replace(b"PK\1\2", b"PK\1\0")), 4, BIN),
     (31, "a bomb", "bin", instead(BIN, bomb), 4, "unpacks to 50000000 bytes"),
     (31, "no tensors", "bin", instead(BIN, lambda path: torch.save([1], path)), 4, BIN),
@@ -232,6 +235,9 @@ REFUSED = [
     (34, "a field", "whole", fields(LORA, use_qalora=True), 4, "use_qalora"),
     (34, "a type", "whole", fields(LORA, peft_type="XLORA"), 4, "XLORA"),
     (34, "no type", "whole", fields(LORA, peft_type="NEW\x1b[31m"), 4, "NEW\\x1b[31m"),
+    (35, "NaN", "whole", tensors(ADAPTER, **{Q_LORA: torch.full((4, 16), torch.nan)}), 4, Q_LORA),
+    (36, "rank 0", "whole", fields(LORA, r=0), 4, "r (or rank_pattern) of"),
+    (36, "a negative rank", "whole", fields(LORA, r=-4), 4, "r (or rank_pattern) of"),
     (36, "no object", "whole", put(LORA, b"[]"), 4, LORA),
     (36, "empty", "whole", put(LORA, b""), 4, LORA),
     (36, "alpha NaN", "whole", fields(LORA, lora_alpha=float("nan")), 4, LORA),

@@ -25,10 +25,10 @@ from good import Files, good_inputs, good_types, write_files
 from lorafuse.adapters import ADAPTERS
 from lorafuse.errors import LorafuseError
 from lorafuse.shardfile import FormatError, Shard
-from mutate import mutated_bytes, mutated_header, mutated_json, mutated_tensors, tensors_of
+from mutate import file_of, mutated_bytes, mutated_header, mutated_json, mutated_tensors, tensors_of
 
 SOAK_S = float(os.environ.get("LORAFUSE_SOAK", "0")) * 3600
-N_TESTS = 11
+N_TESTS = 12
 MAX_CPU_S = 10
 ADAPTER, LORA = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
 MAX_DATA_NBYTES = 400 << 20  # --memory-limit, and as much again for what torch and threads take at their first use
@@ -227,6 +227,21 @@ def test_tensors_of_checkpoints(good, fuzz):
     """Valid files whose tensors are not those of the model: names, types, shapes, companions of quantized weights."""
     kinds = ("whole", "shards", "nf4", "int8")
     fuzz(damaged(good, kinds, is_shard, lambda data: mutated_tensors(data, CKPT_WORDS)), judged)
+
+
+def test_quant_states(good, fuzz):
+    """What says how a 4-bit weight is packed: a JSON inside of a tensor."""
+    whole = good["nf4"]["ckpt/model.safetensors"]
+    states = sorted(name for name in tensors_of(whole) if ".quant_state." in name)
+
+    def replaced(name: str) -> st.SearchStrategy[bytes]:
+        stored = tensors_of(whole)
+        damages = mutated_json(stored[name][2], ("nested_offset", "nested_blocksize", "nested_dtype")) | mutated_bytes(
+            stored[name][2]
+        )
+        return damages.map(lambda data: file_of(stored | {name: ("U8", [len(data)], data)}))
+
+    fuzz(st.sampled_from(states).flatmap(replaced), lambda data: judged(good["nf4"] | {"ckpt/model.safetensors": data}))
 
 
 def test_tensors_of_adapters(good, fuzz):

@@ -19,7 +19,7 @@ def test_all_cases_are_listed() -> None:
 def test_the_tests_of_a_case_are_there(number: str, tests: str) -> None:
     """By file and name, and with its number among the inputs that are refused, where the list says so."""
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
-    assert named or tests == "—"
+    assert named
     for file, name in named:
         assert re.search(rf"^def {name}\(", (TESTS / file).read_text(encoding="utf-8"), re.MULTILINE), f"{file}::{name}"
     if ("test_faults_inputs.py", "test_refused") in named:

@@ -1,5 +1,6 @@
 """An adapter directory: which one is meant, its config, and its tensors, from safetensors or, with weights_only, from `.bin`."""
 
+import errno
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,10 @@ class BinStore:
         _refuse_bad_archive(path)
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as e:  # a damaged pickle can end in any: it is a program, which then does something else
+        except Exception as e:
+            # A damaged pickle is another program, which may end in any way; EINVAL is a seek to before the file.
+            if isinstance(e, OSError) and e.errno != errno.EINVAL:
+                raise
             reason = shown(str(e).partition("\n")[0] or type(e).__name__, 300)
             raise AdapterError(f"{path}: cannot be loaded safely (weights_only): {reason}") from None
         if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
@@ -150,9 +152,9 @@ def _refuse_bad_archive(path: Path) -> None:
         head = f.read(len(LFS_MAGIC))
     if head == LFS_MAGIC:
         raise AdapterError(f"{path}: {LFS_HINT}")
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as e:
