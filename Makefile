@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 BUILD := build
 
-.PHONY: demo test soak check format real bench fixtures clean
+.PHONY: demo test soak check format real faithfulness bench fixtures clean
 
 demo: $(VENV)/.demo
 	rm -rf $(BUILD)/demo

@@ -5,12 +5,14 @@
 import os
 import random
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+import lorafuse
 from lorafuse import place, sidecars
 
 CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir")
@@ -168,3 +170,21 @@ class Power:
             return rng.choice([synced, now, b""])
         torn = now[: rng.randrange(len(synced), len(now) + 1)]
         return rng.choice([synced, now, torn, torn + b"\0" * (len(now) - len(torn))])
+
+
+def run_with_mount(mount: str, *argv: str | Path) -> None:
+    """Run what follows "--" in `argv` where the shell command `mount` mounted something; "$1" … in that are what precedes it. Skips
+    the test where mounting is not allowed."""
+    taken, command = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    script = f'{mount} || exit 99; shift {len(taken)}; exec "$@"'
+    env = os.environ | {"PYTHONPATH": str(Path(lorafuse.__file__).parents[1])}
+    try:
+        done = subprocess.run(
+            ["unshare", "-rm", "bash", "-c", script, "bash", *taken, *command],
+            env=env, capture_output=True, text=True, timeout=180, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip(f"may not mount here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr

@@ -34,6 +34,26 @@ def write(path, tensors):
                 f.write(piece)
 
 
+def write_pair(tmp_path, weight, shape, rank, tensors):
+    """(checkpoint of `tensors`, adapter of zeros for one of them) and what the checkpoint needs beside its weights."""
+    ckpt, lora = tmp_path / "ckpt", tmp_path / "lora"
+    ckpt.mkdir()
+    lora.mkdir()
+    write(ckpt / "model.safetensors", tensors)
+    (ckpt / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}')
+    key = f"base_model.model.{weight.removesuffix('.weight')}"
+    factors = {f"{key}.lora_A.weight": [rank, shape[1]], f"{key}.lora_B.weight": [shape[0], rank]}
+    write(lora / "adapter_model.safetensors", {k: ("F32", s, bytes(4 * s[0] * s[1]), 1) for k, s in factors.items()})
+    (lora / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": {rank}}}')
+    return ckpt, lora
+
+
+def beyond_torch(*arguments):
+    """Peak memory of the command line beyond that of `import torch`."""
+    floor = min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
+    return peak_nbytes(sys.executable, "-m", "lorafuse.cli", *map(str, arguments)) - floor
+
+
 def test_peak_memory_is_bounded(tmp_path):
     """An NF4 matrix of 268 M elements and an embedding of 268 MB take less than 100 MB beyond `import torch`."""
     import bitsandbytes.functional as bnb
@@ -45,29 +65,18 @@ def test_peak_memory_is_bounded(tmp_path):
     packed = json.dumps(state).encode()
     w, piece = "model.layers.0.mlp.up_proj.weight", rng.integers(0, 256, 1 << 20, dtype=np.uint8).tobytes()
     maps = [bnb.create_dynamic_map().numpy().tobytes(), bnb.get_4bit_type("nf4", device="cpu").numpy().tobytes()]
-    ckpt, lora = tmp_path / "ckpt", tmp_path / "lora"
-    ckpt.mkdir()
-    lora.mkdir()
-    write(
-        ckpt / "model.safetensors",
-        {
-            "model.embed_tokens.weight": ("BF16", [32768, 4096], bytes(1 << 20), 256),
-            w: ("U8", [n // 2, 1], piece, n // 2 >> 20),
-            f"{w}.absmax": ("U8", [n // 64], piece, n // 64 >> 20),
-            f"{w}.nested_absmax": ("F32", [n // 64 // 256], np.full(n // 64 // 256, 0.02, np.float32).tobytes(), 1),
-            f"{w}.nested_quant_map": ("F32", [256], maps[0], 1),
-            f"{w}.quant_map": ("F32", [16], maps[1], 1),
-            f"{w}.quant_state.bitsandbytes__nf4": ("U8", [len(packed)], packed, 1),
-        },
-    )
-    (ckpt / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}')
-    key = f"base_model.model.{w.removesuffix('.weight')}"
-    factors = {f"{key}.lora_A.weight": [64, cols], f"{key}.lora_B.weight": [rows, 64]}
-    write(lora / "adapter_model.safetensors", {k: ("F32", s, bytes(4 * s[0] * s[1]), 1) for k, s in factors.items()})
-    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 64, "lora_alpha": 64}')
-    floor = min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
-    peak = peak_nbytes(sys.executable, "-m", "lorafuse.cli", "convert", "-q", str(ckpt), str(lora), str(tmp_path / "out"))
-    assert peak - floor < 100e6, f"{(peak - floor) / 1e6:.0f} MB beyond import torch"
+    tensors = {
+        "model.embed_tokens.weight": ("BF16", [32768, 4096], bytes(1 << 20), 256),
+        w: ("U8", [n // 2, 1], piece, n // 2 >> 20),
+        f"{w}.absmax": ("U8", [n // 64], piece, n // 64 >> 20),
+        f"{w}.nested_absmax": ("F32", [n // 64 // 256], np.full(n // 64 // 256, 0.02, np.float32).tobytes(), 1),
+        f"{w}.nested_quant_map": ("F32", [256], maps[0], 1),
+        f"{w}.quant_map": ("F32", [16], maps[1], 1),
+        f"{w}.quant_state.bitsandbytes__nf4": ("U8", [len(packed)], packed, 1),
+    }
+    ckpt, lora = write_pair(tmp_path, w, (rows, cols), 64, tensors)
+    beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out")
+    assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
 
 
 def test_peak_memory_of_a_batch_is_bounded(tmp_path):
@@ -78,10 +87,9 @@ def test_peak_memory_of_a_batch_is_bounded(tmp_path):
     adapter = write_adapter(tmp_path / "adapter", own, target_modules=["q_proj"])
     lines = [json.dumps({"adapter": str(adapter), "name": str(i), "scale": i + 1}) for i in range(14)]
     (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
-    floor = min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
-    command = ("-m", "lorafuse.cli", "batch", "-v", str(ckpt), str(tmp_path / "jobs.jsonl"), str(tmp_path / "out"))
-    peak = peak_nbytes(sys.executable, *command, "--memory-limit", "60MB", "--max-shard-size", "4MB")
-    assert peak - floor < 60e6, f"{(peak - floor) / 1e6:.0f} MB beyond import torch"
+    limits = ("--memory-limit", "60MB", "--max-shard-size", "4MB")
+    beyond = beyond_torch("batch", "-v", ckpt, tmp_path / "jobs.jsonl", tmp_path / "out", *limits)
+    assert beyond < 60e6, f"{beyond / 1e6:.0f} MB beyond import torch"
     assert len(list((tmp_path / "out").iterdir())) == 14
 
 
@@ -90,16 +98,7 @@ def test_peak_memory_of_a_base_that_is_quantized_anew(tmp_path):
     rows, cols = 8192, 32768
     piece = (np.random.default_rng(0).standard_normal(1 << 20, np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
     w = "model.layers.0.mlp.up_proj.weight"
-    ckpt, lora = tmp_path / "ckpt", tmp_path / "lora"
-    ckpt.mkdir()
-    lora.mkdir()
-    write(ckpt / "model.safetensors", {w: ("BF16", [rows, cols], piece, rows * cols >> 20)})
-    (ckpt / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}')
-    key = f"base_model.model.{w.removesuffix('.weight')}"
-    factors = {f"{key}.lora_A.weight": [16, cols], f"{key}.lora_B.weight": [rows, 16]}
-    write(lora / "adapter_model.safetensors", {k: ("F32", s, bytes(4 * s[0] * s[1]), 1) for k, s in factors.items()})
-    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 16, "lora_alpha": 16}')
-    floor = min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
-    command = (sys.executable, "-m", "lorafuse.cli", "convert", "-q", str(ckpt), str(lora), str(tmp_path / "out"))
-    peak = peak_nbytes(*command, "--base-quant", "nf4", "--quant-blocksize", "32")
-    assert peak - floor < 100e6, f"{(peak - floor) / 1e6:.0f} MB beyond import torch"
+    tensors = {w: ("BF16", [rows, cols], piece, rows * cols >> 20)}
+    ckpt, lora = write_pair(tmp_path, w, (rows, cols), 16, tensors)
+    beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out", "--base-quant", "nf4", "--quant-blocksize", "32")
+    assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"

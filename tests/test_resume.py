@@ -223,7 +223,7 @@ class Stop(KeyboardInterrupt):
 
 @pytest.fixture
 def stopped(inputs, tmp_path, monkeypatch):
-    """stopped(n) interrupts a run for tmp_path/work/out after n shards, and returns its hidden directory."""
+    """stopped(n) interrupts a run for OUT_DIR after n shards, and returns its hidden directory."""
 
     def stop(n_shards, adapter=inputs[1], **options):
         real_finish, n = outputs.Output._finish, [0]
@@ -315,7 +315,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(inputs, clean, stopped, 
     with pytest.raises(OutDirError) as caught:
         again(dtype="float32", allow_nonfinite=True)
     assert str(caught.value) == (
-        f"{tmp_path}/work/out: a run that was cut off has finished 2 files with other settings: dtype was auto, is float32; "
+        f"{tmp_path / 'work/out'}: a run that was cut off has finished 2 files with other settings: dtype was auto, is float32; "
         "allow_nonfinite was False, is True. Give its command again to finish it, or --restart to discard that work."
     )
     assert folder.exists()
@@ -385,9 +385,10 @@ def test_changed_inputs_start_over(change, inputs, stopped, again, tmp_path):
     stopped(3)
     file = change(inputs)
     events = again()
-    assert warned(events) == [f"{tmp_path}/work/out: a run that was cut off is not resumed, since {file} changed; starting over."]
+    out = tmp_path / "work/out"
+    assert warned(events) == [f"{out}: a run that was cut off is not resumed, since {file} changed; starting over."]
     lorafuse.convert(*inputs, tmp_path / "fresh", max_shard_size=SHARD)
-    assert len(made(events)) == N_SHARDS and content(tmp_path / "work/out") == content(tmp_path / "fresh")
+    assert len(made(events)) == N_SHARDS and content(out) == content(tmp_path / "fresh")
 
 
 def test_another_version_starts_over(stopped, again, clean, monkeypatch, tmp_path):
@@ -395,7 +396,7 @@ def test_another_version_starts_over(stopped, again, clean, monkeypatch, tmp_pat
     monkeypatch.setattr("lorafuse.inputs.__version__", "9")
     message = "a run that was cut off is not resumed, since another version of lorafuse or torch began it; starting over."
     events = again()
-    assert warned(events) == [f"{tmp_path}/work/out: {message}"] and len(made(events)) == N_SHARDS
+    assert warned(events) == [f"{tmp_path / 'work/out'}: {message}"] and len(made(events)) == N_SHARDS
 
 
 @pytest.mark.parametrize("error", [CheckpointError("x"), OutDirError("x"), KeyError("a bug")])

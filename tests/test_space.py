@@ -3,15 +3,14 @@
 import errno
 import os
 import resource
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import lorafuse
 from build import files_of, write_adapter, write_checkpoint
+from faults import run_with_mount
 from lorafuse.checkpoint import RECEIPT
 from lorafuse.errors import StorageError
 
@@ -148,16 +147,7 @@ os.unlink(work + "/filler")
 assert "3 files" in said and run() is None and os.listdir(work) == ["out"]
 os.system(f"cp -r {work}/out {sys.argv[4]}")
 """
-    script = 'mount -t tmpfs -o size=100k x "$1" || exit 99; shift; exec "$@"'
-    env = os.environ | {"PYTHONPATH": str(Path(lorafuse.__file__).parents[1])}
     work, copy = tmp_path / "work", tmp_path / "copy"
-    args = ["unshare", "-rm", "bash", "-c", script, "x", work, sys.executable, "-c", code, *inputs, work, copy]
-    try:
-        done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=180, check=False)
-    except FileNotFoundError:
-        pytest.skip("needs unshare")
-    if done.returncode == 99 or "unshare" in done.stderr:
-        pytest.skip(f"may not mount here: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
+    run_with_mount('mount -t tmpfs -o size=100k x "$1"', work, "--", sys.executable, "-c", code, *inputs, work, copy)
     found, clean = files_of(copy), files_of(tmp_path / "clean")
     assert {k: v for k, v in found.items() if k != RECEIPT} == {k: v for k, v in clean.items() if k != RECEIPT}

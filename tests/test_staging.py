@@ -14,6 +14,7 @@ import pytest
 
 import lorafuse
 from build import files_of, write_adapter, write_checkpoint
+from faults import run_with_mount
 from lorafuse import hold, pipeline, place
 from lorafuse.checkpoint import RECEIPT
 from lorafuse.errors import HeldError, OutDirError
@@ -276,16 +277,8 @@ def test_a_real_mount_point(tmp_path):
         f"from pathlib import Path; assert Place.of(Path(p)).inside\n"
         f"lorafuse.convert({str(ckpt)!r}, {str(adapter)!r}, p)"
     )
-    script = 'mount --bind "$1" "$2" || exit 99; exec "$3" -c "$4"'
-    env = os.environ | {"PYTHONPATH": str(Path(lorafuse.__file__).parents[1])}
-    args = ["unshare", "-rm", "bash", "-c", script, "x", tmp_path / "volume", tmp_path / "out dir", sys.executable, code]
-    try:
-        done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=120, check=False)
-    except FileNotFoundError:
-        pytest.skip("needs unshare")
-    if done.returncode == 99 or "unshare" in done.stderr:
-        pytest.skip(f"may not mount here: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
+    there = (tmp_path / "volume", tmp_path / "out dir")
+    run_with_mount('mount --bind "$1" "$2"', *there, "--", sys.executable, "-c", code)
     assert names(tmp_path / "volume") == ["config.json", RECEIPT, "model.safetensors"]
     assert names(tmp_path) == ["adapter", "ckpt", "out dir", "volume"]
 

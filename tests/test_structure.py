@@ -23,6 +23,7 @@ ORDER = """
     jobs shardfile sharing
     hashing plain
     checkpoint quant_config
+    base_options
     codecs
     adapters
     measure naming

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafuse.adapters.store import BIN
+from lorafuse.base_options import chosen_base_quant
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.errors import CheckpointError, LorafuseError, OutDirError, StorageError, UsageError, listed, shown
 from lorafuse.finished import Finished, Inputs
@@ -26,7 +27,6 @@ from lorafuse.outputs import OnEvent
 from lorafuse.passes import Member, Pass
 from lorafuse.pipeline import LocalAdapter, Name, announce, local_adapter, opened, pick_device
 from lorafuse.plan import make_plan
-from lorafuse.quant_config import chosen_base_quant
 from lorafuse.receipt import InputHashes, adapter_hashes
 from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.sharing import SHARE_CHOICES

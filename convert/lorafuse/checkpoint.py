@@ -4,13 +4,13 @@ Only files that the index names are read: a stale `model.safetensors` beside an 
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from lorafuse.errors import CheckpointError, StorageError, listed, shown
-from lorafuse.shardfile import LFS_HINT, LFS_MAGIC, Buffer, FormatError, Shard, open_regular
+from lorafuse.plain import read_limited
+from lorafuse.shardfile import Buffer, FormatError, Shard
 from lorafuse.tensors import TensorInfo
 
 SINGLE = "model.safetensors"
@@ -112,12 +112,7 @@ class Checkpoint(ShardedStore):
 
 def read_json_dict(path: Path) -> dict[str, Any]:
     """A JSON file that must hold an object. Raises ValueError with a message that names the file."""
-    with os.fdopen(open_regular(path), "rb") as f:
-        data = f.read(MAX_JSON_NBYTES + 1)
-    if data.startswith(LFS_MAGIC):
-        raise ValueError(f"{path}: {LFS_HINT}")
-    if len(data) > MAX_JSON_NBYTES:
-        raise ValueError(f"{path}: is larger than {MAX_JSON_NBYTES} bytes.")
+    data = read_limited(path, MAX_JSON_NBYTES)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as e:

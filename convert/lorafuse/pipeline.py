@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lorafuse.adapters import adapter_folder, open_adapter
+from lorafuse.base_options import chosen_base_quant
 from lorafuse.checkpoint import RECEIPT, Checkpoint
 from lorafuse.directory import verify_staging
 from lorafuse.errors import AdapterError, CheckpointError, UsageError, shown
@@ -18,7 +19,6 @@ from lorafuse.inputs import InputFiles
 from lorafuse.merge import merge
 from lorafuse.outputs import Output
 from lorafuse.plan import make_plan
-from lorafuse.quant_config import chosen_base_quant
 from lorafuse.receipt import InputHashes, make_receipt
 from lorafuse.settings import Settings, checked_weight, parse_nbytes
 from lorafuse.several import Weighted
@@ -55,7 +55,7 @@ def convert(
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder of `adapter`.
     `adapters`: further ones, or pairs (adapter, weight), to be added in any order; `adapter_scale`: the weight of `adapter`, whose
     tokenizer is taken. `training`: how it quantized this full-precision base: `base_quant`, `double_quant`, `quant_blocksize`,
-    `quant_skip`, `quant_experts`, or the file `base_quant_from` (`quant_config.chosen_base_quant`). `allow_nonfinite` keeps such
+    `quant_skip`, `quant_experts`, or the file `base_quant_from` (`base_options.chosen_base_quant`). `allow_nonfinite` keeps such
     values of the base. Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each "event": "warning", "plan",
     "resumed", "progress", "shard" or "done". Raises a LorafuseError or an OSError; then `out_dir` is as it was, and after an I/O
     error or an interruption the same call goes on, unless `restart`.

@@ -18,16 +18,21 @@ _TAG = "tag:yaml.org,2002:"
 _TRUE = ("true", "yes", "on")  # of YAML 1.1, which PyYAML and so every trainer reads
 
 
-def read_text(path: Path) -> str:
-    """A file of UTF-8 text. Raises ValueError with a message that names the file, FormatError or OSError."""
+def read_limited(path: Path, max_nbytes: int) -> bytes:
+    """A file that must be small. Raises ValueError with a message that names the file, FormatError or OSError."""
     with os.fdopen(open_regular(path), "rb") as f:
-        data = f.read(MAX_NBYTES + 1)
+        data = f.read(max_nbytes + 1)
     if data.startswith(LFS_MAGIC):
         raise ValueError(f"{path}: {LFS_HINT}")
-    if len(data) > MAX_NBYTES:
-        raise ValueError(f"{path}: is larger than {MAX_NBYTES} bytes.")
+    if len(data) > max_nbytes:
+        raise ValueError(f"{path}: is larger than {max_nbytes} bytes.")
+    return data
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8 text. Raises ValueError with a message that names the file, FormatError or OSError."""
     try:
-        return data.decode("utf-8-sig")
+        return read_limited(path, MAX_NBYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8 text.") from None
 

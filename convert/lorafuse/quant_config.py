@@ -13,15 +13,13 @@ All of them leave the block size to bitsandbytes, whose default is 64, and which
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from os import PathLike
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lorafuse.errors import LorafuseError, UsageError, listed, shown
 from lorafuse.plain import parse_json, parse_yaml, read_text
-from lorafuse.settings import BaseQuant, base_quant_of
+from lorafuse.settings import BaseQuant
 
 Config = Mapping[str, Any]
 
@@ -58,35 +56,6 @@ def quantized_by_name(name: object) -> str | None:
     if other or owner.endswith("mlx-community"):
         return other[1].upper() if other else "MLX"
     return next((kind for kind, pattern in _BY_NAME.items() if pattern.search(last)), None)
-
-
-# The options that say how training quantized the base, as every command and function has them.
-BASE_OPTIONS = ("base_quant", "double_quant", "quant_blocksize", "quant_skip", "quant_experts", "base_quant_from")
-
-
-def chosen_base_quant(
-    *,
-    base_quant: str = "none",
-    double_quant: bool = True,
-    quant_blocksize: int = 64,
-    quant_skip: Sequence[str] = (),
-    quant_experts: bool = False,
-    base_quant_from: str | PathLike[str] | None = None,
-) -> BaseQuant | None:
-    """How training quantized the base, by the file `base_quant_from` or by options; None where it did not. The block size and
-    whether experts were quantized stand in no file, so these options hold beside one. Raises UsageError."""
-    if base_quant_from is None:
-        details: dict[str, Any] = {"double_quant": double_quant, "blocksize": quant_blocksize, "experts": quant_experts}
-        return base_quant_of(base_quant, skip=quant_skip, **details)
-    said = {"base_quant": base_quant != "none", "no_double_quant": not double_quant, "quant_skip": bool(quant_skip)}
-    refuse_beside_file(name for name, given in said.items() if given)
-    return replace(read_base_quant(Path(base_quant_from)), blocksize=quant_blocksize, experts=quant_experts)
-
-
-def refuse_beside_file(options: Iterable[str]) -> None:
-    """Raises UsageError for options that say what the file says."""
-    for name in options:
-        raise UsageError(f"base_quant_from and {name} both say how the base was quantized; give one of the two.")
 
 
 def read_base_quant(path: Path) -> BaseQuant:

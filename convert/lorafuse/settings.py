@@ -3,7 +3,6 @@
 import math
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,16 +52,6 @@ class BaseQuant:
         if self.kind == "int8":
             return "int8"
         return f"{self.kind} in blocks of {self.blocksize}, {'double' if self.double_quant else 'single'} quantization"
-
-
-def base_quant_of(kind: str, *, double_quant: bool, blocksize: int, skip: Sequence[str], experts: bool) -> BaseQuant | None:
-    """What the options of a conversion ask for; None for "none". Raises UsageError for details without a kind."""
-    if kind != "none":
-        return BaseQuant(kind=kind, double_quant=double_quant, blocksize=blocksize, skip=tuple(skip) or None, experts=experts)
-    given = {"no_double_quant": not double_quant, "quant_blocksize": blocksize != 64, "quant_skip": skip, "quant_experts": experts}
-    for name in (name for name, value in given.items() if value):
-        raise UsageError(f"{name} says how the base was quantized, but base_quant is none; expected nf4, fp4 or int8.")
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,9 @@ PREFIX = "base_model.model."
 # Leaves that any type may have: copies of the base, and modules trained whole.
 _SAVED_WHOLE = r"base_layer\.(weight|bias)|modules_to_save(\.[^.]+)?\.(weight|bias)|original_module\.(weight|bias)"
 
+# What all modules of an adapter share, PEFT keeps beside the model: base_model.vera_A, base_model.tinylora_v.0.
+_SHARED = re.compile(r"base_model(\.[^.]+){1,2}")
+
 Modules = dict[str, dict[str, str]]  # module → {leaf: key}
 
 
@@ -42,7 +45,7 @@ def unusual_prefixes(adapter: AdapterDir) -> str | None:
         return None
     for key in adapter.store.tensors:
         name = plain_name(key)
-        if key != PREFIX + name:
+        if key != PREFIX + name and not _SHARED.fullmatch(key):
             return (
                 f"{adapter.file}: {shown(key)} is taken for {shown(PREFIX + name)}; PEFT itself would not load keys of this form."
             )

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from lorafuse.base_options import BASE_OPTIONS, chosen_base_quant, refuse_beside_file
 from lorafuse.errors import UsageError
-from lorafuse.quant_config import BASE_OPTIONS, chosen_base_quant, refuse_beside_file
 from lorafuse.settings import BASE_QUANT_CHOICES, DTYPE_CHOICES, parse_nbytes, parse_weighted
 
 F = TypeVar("F", bound=Callable[..., Any])
