@@ -15,10 +15,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-# The fuzzer for so many hours.
+# The fuzzer, kills at any time and full disks, for so many hours.
 soak: export LORAFUSE_SOAK ?= 8
 soak: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/test_fuzz.py
+	$(BIN)/python -m pytest -m soak
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

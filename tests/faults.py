@@ -172,19 +172,23 @@ class Power:
         return rng.choice([synced, now, torn, torn + b"\0" * (len(now) - len(torn))])
 
 
-def run_with_mount(mount: str, *argv: str | Path) -> None:
-    """Run what follows "--" in `argv` where the shell command `mount` mounted something; "$1" … in that are what precedes it. Skips
-    the test where mounting is not allowed."""
+def run_with_mount(mount: str, *argv: str | Path, namespace: str = "-rm", timeout: float = 180) -> str:
+    """Run what follows "--" in `argv` where the shell command `mount` mounted something; "$1" … in that are what precedes it.
+
+    Returns what it printed. Skips the test where mounting is not allowed: in a `namespace` "-rm" users may mount a tmpfs, in "-m"
+    root may mount anything.
+    """
     taken, command = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     script = f'{mount} || exit 99; shift {len(taken)}; exec "$@"'
-    env = os.environ | {"PYTHONPATH": str(Path(lorafuse.__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": f"{Path(lorafuse.__file__).parents[1]}:{Path(__file__).parent}"}
     try:
         done = subprocess.run(
-            ["unshare", "-rm", "bash", "-c", script, "bash", *taken, *command],
-            env=env, capture_output=True, text=True, timeout=180, check=False,
+            ["unshare", namespace, "bash", "-c", script, "bash", *taken, *command],
+            env=env, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
     except FileNotFoundError:
         pytest.skip("needs unshare")
     if done.returncode == 99 or "unshare" in done.stderr:
         pytest.skip(f"may not mount here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
+    return done.stdout

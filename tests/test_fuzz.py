@@ -1,11 +1,9 @@
 """Damaged inputs, drawn by Hypothesis: a merge succeeds or ends with a documented exit, in bounded time and memory.
 
-Short and always the same in a normal run; `make soak` sets LORAFUSE_SOAK to a number of hours, which the tests share, and prints
-how many inputs were tried and how they ended.
+Short and always the same in a normal run; `make soak` goes on (soak.py), and says how many inputs were tried and how they ended.
 """
 
 import json
-import os
 import resource
 import sys
 import tempfile
@@ -26,9 +24,9 @@ from lorafuse.adapters import ADAPTERS
 from lorafuse.errors import LorafuseError
 from lorafuse.shardfile import FormatError, Shard
 from mutate import file_of, mutated_bytes, mutated_header, mutated_json, mutated_tensors, tensors_of
+from soak import SHARE_S
 
-SOAK_S = float(os.environ.get("LORAFUSE_SOAK", "0")) * 3600
-N_TESTS = 12
+pytestmark = pytest.mark.soak
 MAX_CPU_S = 10
 ADAPTER, LORA = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
 MAX_DATA_NBYTES = 400 << 20  # --memory-limit, and as much again for what torch and threads take at their first use
@@ -74,20 +72,20 @@ def fuzz(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> 
     def run(strategy: st.SearchStrategy[object], check: Callable[..., object], n_examples: int = 40) -> None:
         phases = [Phase.explicit, Phase.generate, Phase.shrink]
         bounds = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "phases": phases}
-        soak = SOAK_S > 0
+        soak = SHARE_S > 0
 
         @settings(max_examples=200 if soak else n_examples, derandomize=not soak, **bounds)
         @given(example=strategy)
         def trial(example: object) -> None:
             ends[check(example)] += 1
 
-        until = time.monotonic() + SOAK_S / N_TESTS
+        until = time.monotonic() + SHARE_S
         trial()
         while time.monotonic() < until:
             trial()
 
     yield run
-    if SOAK_S:
+    if SHARE_S:
         said = ", ".join(f"{end}: {n}" for end, n in sorted(ends.items(), key=str))
         with capsys.disabled():
             sys.stdout.write(f"\n{request.node.name}: {ends.total()} inputs ({said})\n")

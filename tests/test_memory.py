@@ -1,11 +1,17 @@
 """Peak memory: a constant beyond `import torch`, whatever the size of a tensor."""
 
 import json
+import os
+import shutil
+import signal
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
 
@@ -54,8 +60,8 @@ def beyond_torch(*arguments):
     return peak_nbytes(sys.executable, "-m", "lorafuse.cli", *map(str, arguments)) - floor
 
 
-def test_peak_memory_is_bounded(tmp_path):
-    """An NF4 matrix of 268 M elements and an embedding of 268 MB take less than 100 MB beyond `import torch`."""
+def nf4_matrix(tmp_path):
+    """A checkpoint of an NF4 matrix of 268 M elements and an embedding of 268 MB, and an adapter for the matrix."""
     import bitsandbytes.functional as bnb
 
     rows, cols = 8192, 32768
@@ -74,9 +80,51 @@ def test_peak_memory_is_bounded(tmp_path):
         f"{w}.quant_map": ("F32", [16], maps[1], 1),
         f"{w}.quant_state.bitsandbytes__nf4": ("U8", [len(packed)], packed, 1),
     }
-    ckpt, lora = write_pair(tmp_path, w, (rows, cols), 64, tensors)
-    beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out")
+    return write_pair(tmp_path, w, (rows, cols), 64, tensors)
+
+
+def test_peak_memory_is_bounded(tmp_path):
+    """They take less than 100 MB beyond `import torch`."""
+    beyond = beyond_torch("convert", "-q", *nf4_matrix(tmp_path), tmp_path / "out")
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
+
+
+@contextmanager
+def cgroup(nbytes):
+    """The command line's first words, for a command that may use so many bytes, page cache included."""
+    v1 = Path("/sys/fs/cgroup/memory")
+    group = (v1 if v1.is_dir() else v1.parent) / f"lorafuse-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if v1.is_dir() else "memory.max")).write_text(str(nbytes))
+    except OSError as e:
+        pytest.skip(f"may not make a memory cgroup here: {e}")
+    try:
+        yield ["sh", "-c", 'echo $$ > "$1/cgroup.procs" && shift && exec "$@"', "sh", str(group)]
+    finally:
+        group.rmdir()
+
+
+def test_in_a_container_with_little_memory(tmp_path):
+    """What `import torch` takes and 100 MB are enough, though much more is read and written. With less and less the kernel kills
+    the run at last, and nothing is under OUT_DIR's name; with more again the same command does it all."""
+    inputs, out = nf4_matrix(tmp_path), tmp_path / "out"
+    floor = peak_nbytes(sys.executable, "-c", "import torch")
+
+    def status(nbytes):
+        command = [sys.executable, "-m", "lorafuse.cli", "convert", "-q", *map(str, inputs), str(out)]
+        with cgroup(nbytes) as limited:
+            return subprocess.run([*limited, *command], check=False).returncode
+
+    assert status(floor + 100_000_000) == 0
+    shutil.rmtree(out)
+    for nbytes in range(floor, floor // 2, -10_000_000):
+        if status(nbytes):
+            break
+        shutil.rmtree(out)
+    assert status(nbytes) == -signal.SIGKILL
+    assert not out.exists() and any(tmp_path.glob(".out.lorafuse-*/out/*.part"))
+    assert status(floor) == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "lora", "out"]
 
 
 def test_peak_memory_of_a_batch_is_bounded(tmp_path):

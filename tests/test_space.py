@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,8 @@ from build import files_of, write_adapter, write_checkpoint
 from faults import run_with_mount
 from lorafuse.checkpoint import RECEIPT
 from lorafuse.errors import StorageError
+from soak import SHARE_S
+from work import five_shards
 
 SHARD = 1400
 
@@ -151,3 +154,24 @@ os.system(f"cp -r {work}/out {sys.argv[4]}")
     run_with_mount('mount -t tmpfs -o size=100k x "$1"', work, "--", sys.executable, "-c", code, *inputs, work, copy)
     found, clean = files_of(copy), files_of(tmp_path / "clean")
     assert {k: v for k, v in found.items() if k != RECEIPT} == {k: v for k, v in clean.items() if k != RECEIPT}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("mount", "namespace"),
+    [
+        ('mount -t tmpfs -o size=600k x "$1"', "-rm"),
+        ('truncate -s 4M "$2" && mkfs.ext4 -q -m 0 "$2" && mount -o loop "$2" "$1"', "-m"),
+    ],
+    ids=["tmpfs", "ext4"],
+)
+def test_a_disk_that_fills_up_at_any_moment(mount, namespace, tmp_path, request, capsys):
+    """fill.py."""
+    inputs, work, clean = five_shards(tmp_path), tmp_path / "work", tmp_path / "clean"
+    work.mkdir()
+    lorafuse.convert(*inputs, clean, max_shard_size=SHARD)
+    script = [sys.executable, Path(__file__).with_name("fill.py"), *inputs, work, clean, "40", str(SHARE_S)]
+    said = run_with_mount(mount, work, tmp_path / "image", "--", *script, namespace=namespace, timeout=180 + SHARE_S)
+    if SHARE_S:
+        with capsys.disabled():
+            sys.stdout.write(f"\n{request.node.name}: {said}")
