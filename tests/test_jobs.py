@@ -246,7 +246,7 @@ def test_signals(error, code, inputs, run, monkeypatch):
     monkeypatch.setattr(batching, "make_plan", interrupted)
     found, stdout, stderr = run(*inputs)
     assert (found, stdout) == (code, f"{inputs[2]}/good\n")
-    assert stderr.endswith("Error: interrupted; finished results stay, and the same command makes the others.\n")
+    assert stderr.endswith("Error: interrupted; what is finished stays, and the same command goes on.\n")
     monkeypatch.undo()
     assert run(*inputs)[0] == 0
 

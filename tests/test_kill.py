@@ -17,25 +17,26 @@ from pathlib import Path
 import pytest
 
 import lorafuse
+from lorafuse.checkpoint import RECEIPT
 from soak import SHARE_S
 from work import SHARD, Work, content, five_shards
 
 N_KILLS = 150
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(lorafuse.__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
-# One process imports torch, and forks for each command it is given: {"argv", "kill_after"} to {"status", "wall_s"}.
+# One process imports torch, and forks for each command line it is given: {"argv", "kill_after"} to {"status", "wall_s"}.
 WARM = """
 import json, os, signal, sys, time
-import lorafuse.pipeline
-from lorafuse.cli import main_convert
+import lorafuse.batching
+from lorafuse.cli import main
 for line in sys.stdin:
     order = json.loads(line)
     began = time.monotonic()
     child = os.fork()
     if not child:
         sys.stdin = sys.stdout = sys.stderr = open(os.devnull, "r+")
-        sys.argv = ["lorafuse-convert", *order["argv"]]
+        sys.argv = ["lorafuse", *order["argv"]]
         try:
-            main_convert()
+            main()
         except SystemExit as e:
             os._exit(e.code or 0)
     if order["kill_after"] is not None:
@@ -75,12 +76,12 @@ def warm():
 
 
 def command(inputs, work):
-    return [*map(str, inputs), str(work.out), "--max-shard-size", SHARD, *(["--overwrite"] if work.old else [])]
+    return ["convert", "-q", *map(str, inputs), str(work.out), "--max-shard-size", SHARD, *(["--overwrite"] if work.old else [])]
 
 
-def n_finished(work):
+def n_finished(folder):
     """Shards of which a journal says that they are finished."""
-    journals = [path.read_text() for path in work.path.rglob("journal.jsonl")]
+    journals = [path.read_text() for path in folder.rglob("journal.jsonl")]
     return sum(line.startswith('{"finished"') for text in journals for line in text.splitlines())
 
 
@@ -98,7 +99,7 @@ def test_killed_at_any_time(way, inputs, clean, warm, tmp_path, monkeypatch, req
         status, _ = warm(argv, rng.uniform(0, wall_s))
         complete = work.check_untouched(clean)
         if status == -signal.SIGKILL:
-            ends["complete" if complete else f"{n_finished(work)} shards"] += 1
+            ends["complete" if complete else f"{n_finished(work.path)} shards"] += 1
         else:
             assert (status, complete) in ((0, True), (7, True))
         if complete or rng.random() < 0.3:
@@ -106,10 +107,47 @@ def test_killed_at_any_time(way, inputs, clean, warm, tmp_path, monkeypatch, req
             work.check_finished(clean)
             work.reset()
     assert len(ends) > 3, ends
+    tell(request.node.name, ends, capsys)
+
+
+def tell(name, ends, capsys):
     if SHARE_S:
         said = ", ".join(f"{end}: {n}" for end, n in sorted(ends.items()))
         with capsys.disabled():
-            sys.stdout.write(f"\n{request.node.name}: {ends.total()} kills ({said})\n")
+            sys.stdout.write(f"\n{name}: {ends.total()} kills ({said})\n")
+
+
+@pytest.mark.soak
+def test_a_batch_killed_at_any_time(inputs, clean, warm, tmp_path, request, capsys):
+    """Each result is complete or not there, and at last all are."""
+    rng, ends, out = random.Random(None if SHARE_S else 0), Counter(), tmp_path / "out"
+    names = ["a", "b", "c"]
+    for name in names:
+        shutil.copytree(inputs[1], tmp_path / "jobs" / name)
+    argv = ["batch", "-q", str(inputs[0]), str(tmp_path / "jobs"), str(out), "--max-shard-size", SHARD]
+    _, wall_s = warm(argv)
+    shutil.rmtree(out)
+    until = time.monotonic() + SHARE_S
+    while ends.total() < N_KILLS or time.monotonic() < until:
+        status, _ = warm(argv, rng.uniform(0, wall_s))
+        assert status in (0, -signal.SIGKILL)
+        there = [name for name in names if (out / name).exists()]
+        assert all(same_weights(out / name, clean) for name in there)
+        if status:
+            ends[f"{len(there)} results, {n_finished(out) if out.exists() else 0} shards"] += 1
+        if len(there) == len(names) or rng.random() < 0.3:
+            assert warm(argv)[0] == 0
+            assert sorted(path.name for path in out.iterdir()) == names
+            assert all(same_weights(out / name, clean) for name in names)
+            shutil.rmtree(out)
+    assert len(ends) > 5, ends
+    tell(request.node.name, ends, capsys)
+
+
+def same_weights(out, clean):
+    """And everything else but the receipt, which names the adapter."""
+    found = content(out)
+    return found.keys() == clean.keys() and all(found[name] == clean[name] for name in clean if name != RECEIPT)
 
 
 # --- system calls, by strace -----------------------------------------------------------------------------------------------------
@@ -121,7 +159,7 @@ def traced(inject, numbers, argv, *options):
         pytest.skip("needs strace")
     for n in numbers:
         strace = ["strace", "-f", "-qqq", "-o", "/dev/null", *options, "-e", f"trace={inject.partition(':')[0]}"]
-        strace += ["-e", f"inject={inject}:when={n}", sys.executable, "-m", "lorafuse.cli", "convert", "-q"]
+        strace += ["-e", f"inject={inject}:when={n}", sys.executable, "-m", "lorafuse.cli"]
         done = subprocess.run([*strace, *argv], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
         if "ptrace" in done.stderr.lower():
             pytest.skip(f"may not trace here: {done.stderr.strip()}")

@@ -30,12 +30,13 @@ from lorafuse.plan import make_plan
 from lorafuse.receipt import InputHashes, adapter_hashes
 from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.sharing import SHARE_CHOICES
-from lorafuse.staging import check_out_dir
+from lorafuse.staging import check_out_dir, clean_up, left_nbytes
 from lorafuse.steps import STORED_TENSOR_NBYTES, Memory
 from lorafuse.trained_base import base_weights
 from lorafuse.turns import RUNTIME_NBYTES, fit_memory, turns, within_limit
 
-# A pass of 32 spends 3% of its time on what its jobs share; a larger one would gain little, and lose more when it is interrupted.
+# A pass of 32 spends 3% of its time on what its jobs share: a larger one would gain little, and no result is complete before its
+# end.
 MAX_MEMBERS = 32
 JOB_NBYTES = 1500  # a job, its state and its error
 STEP_NBYTES = 3000  # a weight's step, patch, adapter tensors, turn and measures; 1,650 were measured with LoRA on 560 of 723
@@ -58,6 +59,7 @@ def batch(
     of: int | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
+    restart: bool = False,
     dry_run: bool = False,
     on_event: OnEvent = lambda event: None,
     **training: Any,
@@ -72,11 +74,10 @@ def batch(
 
     Returns a state for each job: one that fails does not cost the others. `on_event` gets a dict for each "event": those of
     `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no job can go on: for options and lists
-    that are wrong, a bad checkpoint, a full disk. Results that are complete by then stay.
+    that are wrong, a bad checkpoint, a full disk. What is finished by then stays, and the same call goes on with the rest.
     """
-    shard_nbytes, memory_nbytes = parse_nbytes(max_shard_size), parse_nbytes(memory_limit)
-    given: dict[str, Any] = {"max_shard_nbytes": shard_nbytes, "memory_nbytes": memory_nbytes, "adapter_scale": adapter_scale}
-    given["allow_nonfinite"] = allow_nonfinite
+    given: dict[str, Any] = {"max_shard_nbytes": parse_nbytes(max_shard_size), "memory_nbytes": parse_nbytes(memory_limit)}
+    given |= {"adapter_scale": adapter_scale, "allow_nonfinite": allow_nonfinite}
     settings = Settings(dtype=dtype, device=device, base_quant=chosen_base_quant(**training), **given)
     if share not in SHARE_CHOICES:
         raise UsageError(f"share is {shown(share)}; expected one of {', '.join(SHARE_CHOICES)}.")
@@ -88,8 +89,8 @@ def batch(
     refuse_overlap(everything, root, ckpt_dir)
     with closing(Checkpoint(ckpt_dir)) as base, InputHashes(base, fspath(ckpt), []) as hashes:
         finished = Finished(root, settings, hashes.result)
-        call = Call(base, root, settings, overwrite, share, finished, on_event, deque(todo), dry_run)
-        one_pass = Pass(base, hashes.result, finished, share, overwrite, target, on_event, call.done, call.failed)
+        call = Call(base, fspath(ckpt), root, settings, target.type, overwrite, share, finished, on_event, deque(todo), dry_run)
+        one_pass = Pass(base, hashes.result, finished, share, overwrite, restart, target, on_event, call.done, call.failed)
         call.run(None if dry_run else one_pass.run)
     return [call.states[job.name] for job in todo]
 
@@ -99,8 +100,10 @@ class Call:
     """A batch under way: what is to do, and what became of what is done."""
 
     base: Checkpoint
+    ckpt_name: str
     root: Path
     settings: Settings
+    device: str
     overwrite: bool
     share: str
     finished: Finished
@@ -166,12 +169,15 @@ class Call:
             [lora] = stack.enter_context(opened([found]))
             inputs = adapter_hashes(lora)
             if self._is_there(out_dir, settings, inputs):
+                if not self.dry_run:
+                    clean_up(out_dir)
                 self._state(job, "skipped")
                 return None
             plan = make_plan(self.base, lora.adapter, settings, weights=self.weights)
-            files = InputFiles(self.base, fspath(self.base.path), [lora])
+            files = InputFiles(self.base, self.ckpt_name, [lora])
             files.refuse_nonfinite()
-            return Member(job, settings, found, out_dir, plan, inputs, files, lora.adapter.nbytes, stack.pop_all().close)
+            attempt, nbytes = files.attempt(plan, settings, self.device), lora.adapter.nbytes
+            return Member(job, settings, found, out_dir, plan, inputs, files, attempt, nbytes, stack.pop_all().close)
 
     def _is_there(self, out_dir: Path, settings: Settings, inputs: Inputs) -> bool:
         try:
@@ -214,7 +220,7 @@ class Call:
         folder = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
         disk, needed = os.statvfs(folder), sum(wanted.values())
         free = disk.f_bavail * disk.f_frsize
-        if needed <= free:
+        if needed <= free or needed <= (free := free + left_nbytes(member.out_dir for member in members)):
             return None
         names = listed(member.job.name for member in members)
         return StorageError(f"{shown(self.root)}: {needed / 1e6:,.0f} MB are needed for {names}, {free / 1e6:,.0f} MB are free.")

@@ -15,9 +15,10 @@ import torch
 
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.errors import LorafuseError
-from lorafuse.finished import Finished, Inputs, shard_key
+from lorafuse.finished import Finished, Inputs, Shared, shard_key
 from lorafuse.inputs import InputFiles
 from lorafuse.jobs import Job
+from lorafuse.journal import Attempt
 from lorafuse.merge import merge
 from lorafuse.outputs import OnEvent, Output, Written
 from lorafuse.pipeline import LocalAdapter, complete
@@ -42,6 +43,7 @@ class Member:
     plan: Plan
     inputs: Inputs  # of the adapter alone
     files: InputFiles
+    attempt: Attempt
     adapter_nbytes: int  # what the adapter holds in memory
     close: Callable[[], None]
     keys: dict[str, str] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class Pass:
     finished: Finished
     share: str
     overwrite: bool
+    restart: bool
     device: torch.device
     on_event: OnEvent
     on_done: Callable[[Job, dict[str, Any]], None]
@@ -94,28 +97,36 @@ class Pass:
 
     @contextmanager
     def _staged(self, members: Sequence[Member]) -> Iterator[list[Making]]:
-        """The members that get a staging directory."""
+        """The members that get a staging directory, be it one that a call that was cut off has begun to fill."""
         makings = []
         with ExitStack() as stack:
             for member in members:
+                options = {"overwrite": self.overwrite, "restart": self.restart}
+                staging = Staging(member.out_dir, member.plan.plan_id, member.attempt, **options, on_event=self._events_of(member))
                 try:
-                    staging = stack.enter_context(Staging(member.out_dir, member.plan.plan_id, overwrite=self.overwrite))
+                    stack.enter_context(staging)
                 except LorafuseError as e:
                     self.on_failed(member.job, e)
                     continue
-                output = Output(member.plan, staging.path, self._events_of(member), skip=member.keys)
-                makings.append(Making(member, staging, output))
+                makings.append(Making(member, staging, staging.output(member.plan, member.keys)))
             yield makings
 
     def _events_of(self, member: Member) -> OnEvent:
         return lambda event: self.on_event(event | {"job": member.job.name})
 
     def _divide(self, makings: Sequence[Making]) -> None:
-        """Of the files that several results may need: take each from a finished result, or let one output make it for all."""
+        """Of the files that several results may need: take each from a result, finished or resumed, or let one output make it for
+        all."""
+        resumed = {
+            key: Shared(making.staging.path / file, making.staging.finished[file].written, checked=True)
+            for making in makings
+            for file, key in making.member.keys.items()
+            if file in making.staging.finished
+        }
         takers: dict[str, list[tuple[Making, str]]] = {}
         for making in makings:
             for file, key in making.member.keys.items():
-                if not self._taken(making, file, key):
+                if file not in making.staging.finished and not self._taken(making, file, key, resumed.get(key)):
                     takers.setdefault(key, []).append((making, file))
         makes: dict[int, dict[str, list[tuple[Making, str]]]] = {}
         for first, *others in takers.values():
@@ -127,8 +138,8 @@ class Pass:
             if id(making) in makes:
                 making.commons = self._commons(making, makes[id(making)])
 
-    def _taken(self, making: Making, file: str, key: str) -> bool:
-        shared = self.finished.find(key)
+    def _taken(self, making: Making, file: str, key: str, resumed: Shared | None) -> bool:
+        shared = resumed or self.finished.find(key)
         if shared is None:
             return False
         try:
@@ -144,6 +155,7 @@ class Pass:
 
         def give(shard: PlannedShard, written: Written) -> None:
             maker.has(written, shard.file)
+            maker.staging.record(written, {})  # of one result only: the others would be hashed again when they are resumed
             for making, file in makes[shard.file]:
                 if making.main.error is None:
                     share_file(maker.staging.path / shard.file, making.staging.path / file, self.share)

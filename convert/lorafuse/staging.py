@@ -8,10 +8,12 @@ finished. The next run of the same command takes the directory over, under a nam
 import errno
 import os
 import shutil
+from collections import Counter
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from lorafuse.errors import OutDirError, StorageError, listed, shown
+from lorafuse.errors import HeldError, OutDirError, StorageError, listed, shown
 from lorafuse.hashing import hash_file
 from lorafuse.hold import HOLD
 from lorafuse.journal import Attempt, Finished, Journal, Record, fsync_dir, read_journal
@@ -35,13 +37,36 @@ def check_out_dir(out_dir: Path, inputs: list[Path], *, overwrite: bool) -> None
     if not out_dir.is_dir():
         raise OutDirError(f"{shown(out_dir)}: exists and is not a directory.")
     place = Place.of(out_dir)
-    if not place.lock.exists() and not place.folders():  # else it is seen later what a run that was cut off got done
-        _refuse_filled(place, out_dir, overwrite)
+    if (
+        not overwrite and not place.lock.exists() and not place.folders()
+    ):  # else it is seen later what a run that was cut off got done
+        _refuse_filled(place, out_dir)
 
 
-def _refuse_filled(place: Place, out_dir: Path, overwrite: bool) -> None:
-    if place.filled and not overwrite:
+def _refuse_filled(place: Place, out_dir: Path) -> None:
+    if place.filled:
         raise OutDirError(f"{shown(out_dir)}: exists and is not empty; --overwrite replaces it once the new one is complete.")
+
+
+def clean_up(out_dir: Path) -> None:
+    """Remove what a run left that was killed when its result had its name already."""
+    place = Place.of(out_dir)
+    if place.lock.exists() or place.folders():
+        with suppress(OutDirError, HeldError), Staging(out_dir, "00000000"):  # refused, after it has cleaned up
+            pass
+
+
+def left_nbytes(out_dirs: Iterable[Path]) -> int:
+    """What runs for these that were cut off left on disk, and the next ones use or remove. A file that has a name elsewhere too
+    stays, and does not count."""
+    names = Counter[tuple[int, int]]()
+    found = {}
+    for folder in (folder for out_dir in out_dirs for folder in Place.of(out_dir).folders()):
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            one = path.lstat()
+            names[one.st_dev, one.st_ino] += 1
+            found[one.st_dev, one.st_ino] = one
+    return sum(one.st_blocks * 512 for which, one in found.items() if names[which] == one.st_nlink)
 
 
 class Staging:
@@ -87,7 +112,8 @@ class Staging:
 
     def _open(self) -> None:
         left = self._leftovers()
-        _refuse_filled(self._place, self._out_dir, self._overwrite)
+        if not self._overwrite:
+            _refuse_filled(self._place, self._out_dir)
         found = next((folder for folder, record in left.items() if self._resumes(record)), None)
         for folder in left:
             if folder != found:
@@ -161,14 +187,15 @@ class Staging:
             if path.name not in self.finished:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def output(self, plan: Plan) -> Output:
-        """Where the plan's tiles go: all but those of finished shards, of which each is put down when it is one."""
+    def output(self, plan: Plan, elsewhere: Collection[str] = ()) -> Output:
+        """Where the plan's tiles go: all but those of finished shards, of which each is put down when it is one, and of files that
+        come from `elsewhere`."""
 
         def record(shard: PlannedShard, written: Written) -> None:
             measures = output.outcome.measures
             self.record(written, {step.name: measures[step.name] for step in shard.steps if step.name in measures})
 
-        output = Output(plan, self.path, self._on_event, skip=self.finished, on_shard=record)
+        output = Output(plan, self.path, self._on_event, skip={*self.finished, *elsewhere}, on_shard=record)
         for one in self.finished.values():
             output.outcome.written.append(one.written)
             output.outcome.measures |= one.measures
@@ -191,7 +218,8 @@ class Staging:
             for folder, _, _ in os.walk(self.path):
                 fsync_dir(Path(folder))
             if self._place.inside:
-                _refuse_filled(self._place, self._out_dir, self._overwrite)
+                if not self._overwrite:
+                    _refuse_filled(self._place, self._out_dir)
                 self._moving = os.listdir(self.path)
                 if self._journal:
                     self._journal.moving(self._moving)

@@ -35,6 +35,7 @@ from lorafuse.sharing import SHARE_CHOICES
 @click.option("--allow-nonfinite", is_flag=True, help="Keep values of the base that are not finite, instead of refusing them.")
 @click.option("--overwrite", is_flag=True, help="Replace results that are there but not what this call makes, once the new ones "
               "are complete.")  # fmt: skip
+@click.option("--restart", is_flag=True, help="Discard what earlier calls that were cut off have finished of a result.")
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also which jobs share a pass.")
 @click.version_option(__version__, prog_name="lorafuse")
@@ -47,7 +48,7 @@ def batch(ckpt: str, jobs: str, out_root: str, *, as_json: bool, quiet: bool, ve
     skipped, and one that fails does not cost the others.
     """
     show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose)
-    with exit_codes("finished results stay, and the same command makes the others"):
+    with exit_codes("what is finished stays, and the same command goes on"):
         Settings(**{name: options[name] for name in ("device", "adapter_scale")})  # refuses them, as click does the others
         check_base_options(options)
         checked_share(options["index"], options["of"], os.environ)
@@ -90,6 +91,8 @@ class ShowBatch:
             self._pass(event)
         elif kind == "progress" and self._bar is not None:
             self._bar.update(event["nbytes"])
+        elif kind == "resumed":
+            self._resumed(event)
         elif kind == "job":
             self._job(event)
 
@@ -104,6 +107,13 @@ class ShowBatch:
 
             self.close_bar()
             self._bar = tqdm(total=nbytes, unit="B", unit_scale=True, dynamic_ncols=True, desc=f"pass {self._n_passes}")
+
+    def _resumed(self, event: dict[str, Any]) -> None:
+        if not self._quiet:
+            done = f"{event['n_shards']} of {len(self._plans[event['job']]['shards'])} files"
+            click.echo(f"{shown(event['job'])}: going on after {done} that an earlier call finished.", err=True)
+        if self._bar is not None:
+            self._bar.update(event["nbytes"])
 
     def _job(self, event: dict[str, Any]) -> None:
         name, state = event["job"], event["state"]
