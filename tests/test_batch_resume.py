@@ -7,7 +7,7 @@ import pytest
 
 import lorafuse
 from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
-from faults import Disk, Killed
+from faults import Disk, Killed, Power
 from lorafuse import batching
 from lorafuse.errors import OutDirError, StorageError
 from lorafuse.staging import left_nbytes
@@ -170,3 +170,31 @@ def test_space_that_a_call_left_counts_as_free(inputs, clean, tmp_path, monkeypa
     shutil.rmtree(out)
     with pytest.raises(StorageError, match="MB are needed for"):
         call(inputs, out)
+
+
+def test_the_power_goes_before_any_call(inputs, clean, tmp_path, monkeypatch):
+    """What is there under a result's name is complete, whatever of the unsynced is lost; and the next call makes the rest."""
+    disk, out, states = Disk(monkeypatch), tmp_path / "out", tmp_path / "states"
+    out.mkdir()
+    states.mkdir()
+    power = Power(out, disk)
+
+    def before(n, name):
+        disk._watched = False
+        if n % 3 == 0:
+            power.lost(n, states / f"{n:03}")
+        disk._watched = True
+
+    disk.before = before
+    with disk.watched():
+        call(inputs, out)
+    for seed in range(10):
+        power.lost(seed, tmp_path / "after")
+        check(tmp_path / "after", clean)  # what a call has reported stays
+    assert len(list(states.iterdir())) > 40
+    for state in sorted(states.iterdir()):
+        there = [path.name for path in state.iterdir() if not path.name.startswith(".")]
+        check(state, clean, there)
+        call(inputs, state)
+        check(state, clean)
+        assert not [path for path in state.iterdir() if path.name.startswith(".")]
