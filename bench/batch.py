@@ -95,13 +95,12 @@ def marginal(runs: dict[int, Run]) -> list[str]:
 
 
 def prediction(runs: dict[int, Run], small: Llama, title: str) -> list[str]:
-    """T(n) = pass + n · adapter, each in proportion to its elements."""
+    """T(n) = pass + n · adapter, each in proportion to its elements; single runs are passes with one adapter."""
     first, last = runs[COUNTS[0]].usage.wall_s, runs[COUNTS[-1]].usage.wall_s
-    adapter_s = (last - first) / (COUNTS[-1] - COUNTS[0])
+    small_s = (last - first) / (COUNTS[-1] - COUNTS[0])
     n_passes, changed = math.ceil(N_LARGE / MOST), LARGE.changed[title]
-    passes_s = n_passes * (first - adapter_s) * LARGE.numel / small.numel
-    hours = (passes_s + N_LARGE * adapter_s * changed / small.changed[title]) / 3600
-    alone = N_LARGE * first * LARGE.numel / small.numel / 3600
+    pass_s, adapter_s = (first - small_s) * LARGE.numel / small.numel, small_s * changed / small.changed[title]
+    hours, alone = ((n * pass_s + N_LARGE * adapter_s) / 3600 for n in (n_passes, N_LARGE))
     disk = 2 * (LARGE.numel - changed + N_LARGE * changed) / 1e12  # bfloat16
     return [str(n_passes), f"{hours:,.0f}", f"{alone:,.0f}", f"{disk:.1f}", f"{2 * LARGE.numel * N_LARGE / 1e12:.1f}"]
 

@@ -2,25 +2,27 @@
 
     python bench/run.py --work build/bench [--only compute] [--docs docs/benchmarks.md]
 
-Nothing else should run meanwhile. The work directory needs about 12 GB; the inputs in it are kept for the next run.
+Nothing else should run meanwhile. The work directory needs about 50 GB; the inputs in it are kept for the next run.
 """
 
 import argparse
 from pathlib import Path
 
 import base_quant
+import batch
 import compute
 import measure
 import memory
 import peers
 
 LAYERS = 16
-BENCHMARKS = {"compute": compute, "base_quant": base_quant, "memory": memory, "peers": peers}
+BENCHMARKS = {"compute": compute, "base_quant": base_quant, "memory": memory, "peers": peers, "batch": batch}
 TITLES = {
     "compute": "CPU time of the arithmetic",
     "base_quant": "CPU time of --base-quant",
     "memory": "Memory",
     "peers": "The whole merge",
+    "batch": "Many adapters",
 }
 PREAMBLE = """# Benchmarks
 
