@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 from types import SimpleNamespace
@@ -319,13 +320,19 @@ def test_a_full_disk_ends_the_call(ckpt, jobs, run, out, monkeypatch):
     write = os.write
 
     def full(fd, data):
-        if (out / "b").exists():
+        if (out / "b").exists() and os.readlink(f"/proc/self/fd/{fd}").endswith(".part"):
+            monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=3, f_frsize=4096))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, data)
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError) as caught:
         run(ckpt, jobs, out)
+    message, missing = str(caught.value), int(re.search(r"full; (\d+) bytes", str(caught.value))[1])
+    way_on = "Give the same command again when that is mended."
+    assert message == f"{out}: the file system is full; {missing} bytes more than it has are needed. {way_on}"
+    files = [path.stat().st_size for name in "ab" for path in (out / name).iterdir()]
+    assert sum(files) < missing < sum(files) + 600_000
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == ["a", "b"]
     monkeypatch.undo()
     assert run(ckpt, jobs, out) == {"a": "skipped", "b": "skipped", "c": "done", "d": "done"}

@@ -120,6 +120,22 @@ def test_a_disk_that_fills_up_meanwhile(code, inputs, disk, tmp_path, monkeypatc
     assert first < total + 300_000 - 4096 * len(kept)
 
 
+def test_no_room_for_the_journal(inputs, tmp_path, monkeypatch):
+    """Writes do not say where they fail."""
+    real_write = os.write
+
+    def write(fd, data):
+        if "journal" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real_write(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(OSError, match="No space left") as caught:
+        lorafuse.convert(*inputs, tmp_path / "work/out")
+    assert caught.value.filename == str(tmp_path / "work/out")
+    assert [*(tmp_path / "work").iterdir()] == []
+
+
 def test_a_really_full_file_system(inputs, tmp_path):
     """A tmpfs of its own, as small as no result, then one that a stranger fills while the run writes."""
     lorafuse.convert(*inputs, tmp_path / "clean", max_shard_size=SHARD)

@@ -98,6 +98,12 @@ class Output:
         """Those that are to be made."""
         return (step for shard in self._shards for step in shard.steps)
 
+    @property
+    def lacking(self) -> list[PlannedShard]:
+        """Files that are to be made and are not complete."""
+        written = {one.file for one in self.outcome.written}
+        return [shard for shard in self._shards if shard.file not in written]
+
     def write(self, name: str, data: memoryview) -> None:
         """Append a tile to the weight's shard. The order of calls must be that of the shard's weights."""
         began = time.perf_counter()
@@ -111,10 +117,8 @@ class Output:
 
     def finish(self) -> None:
         """Complete the files that no tile completed: those without a single byte of data."""
-        written = {one.file for one in self.outcome.written}
-        for shard in self._shards:
-            if shard.file not in written:
-                self._finish(shard, self._writers.get(shard.file) or self._open(shard))
+        for shard in self.lacking:
+            self._finish(shard, self._writers.get(shard.file) or self._open(shard))
         self.outcome.written.sort(key=lambda one: one.file)
 
     def _open(self, shard: PlannedShard) -> ShardWriter:

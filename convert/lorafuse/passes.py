@@ -6,7 +6,7 @@ How a pass is put together, and how many there are, is `batching.py`'s; where it
 import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from lorafuse.outputs import OnEvent, Output, Written
 from lorafuse.pipeline import LocalAdapter, complete
 from lorafuse.settings import Settings
 from lorafuse.sharing import share_file
+from lorafuse.sidecars import copied_files
+from lorafuse.space import told_when_full
 from lorafuse.staging import Staging
 from lorafuse.steps import Memory, Plan, PlannedShard
 
@@ -90,10 +92,14 @@ class Pass:
         with self._staged(members) as makings:
             self._divide(makings)
             mains = [making.main for making in makings]
-            commons = [making.commons for making in makings if making.commons]
             # Commons first: their files are complete before an output that waits for one is.
-            merge([*commons, *mains], memory, self.device, allow_nonfinite=members[0].settings.allow_nonfinite)
-            return [making.member.job for making in makings if not self._conclude(making, began)]
+            outputs = [*(making.commons for making in makings if making.commons), *mains]
+            with told_when_full(outputs, self._side_files(members)) if outputs else nullcontext():
+                merge(outputs, memory, self.device, allow_nonfinite=members[0].settings.allow_nonfinite)
+                return [making.member.job for making in makings if not self._conclude(making, began)]
+
+    def _side_files(self, members: Sequence[Member]) -> Iterator[Path]:
+        return (path for one in members for _, path in copied_files(one.plan, self.base.path, one.found.folders))
 
     @contextmanager
     def _staged(self, members: Sequence[Member]) -> Iterator[list[Making]]:

@@ -106,6 +106,8 @@ class Staging:
         try:
             self._open()
         except BaseException as e:
+            if isinstance(e, OSError) and e.filename is None:
+                e.filename = os.fspath(self._out_dir)
             self.__exit__(type(e), e, None)
             raise
         return self
