@@ -19,7 +19,7 @@ import pytest
 import lorafuse
 from lorafuse.checkpoint import RECEIPT
 from soak import SHARE_S
-from work import SHARD, Work, content, five_shards
+from work import SHARD, Work, content, five_shards, uninterrupted
 
 N_KILLS = 150
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(lorafuse.__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -54,8 +54,7 @@ def inputs(tmp_path):
 
 @pytest.fixture
 def clean(inputs, tmp_path):
-    lorafuse.convert(*inputs, tmp_path / "clean", max_shard_size=SHARD)
-    return content(tmp_path / "clean")
+    return uninterrupted(inputs, tmp_path / "clean")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from faults import Disk, Killed, Power
 from lorafuse import merge, outputs
 from lorafuse.errors import CheckpointError, OutDirError, StorageError
 from lorafuse.staging import Staging
-from work import N_SHARDS, SHARD, WAYS, Work, content, five_shards
+from work import N_SHARDS, SHARD, WAYS, Work, content, five_shards, uninterrupted
 
 
 @pytest.fixture
@@ -32,10 +32,7 @@ def inputs(tmp_path):
 
 @pytest.fixture
 def clean(inputs, tmp_path):
-    lorafuse.convert(*inputs, tmp_path / "clean", max_shard_size=SHARD)
-    result = content(tmp_path / "clean")
-    assert sum(name.endswith(".safetensors") for name in result) == N_SHARDS
-    return result
+    return uninterrupted(inputs, tmp_path / "clean")
 
 
 def finish(work, clean, complete):

@@ -34,6 +34,14 @@ def content(out):
     return files
 
 
+def uninterrupted(inputs, out):
+    """The content of what a run makes that nothing happens to."""
+    lorafuse.convert(*inputs, out, max_shard_size=SHARD)
+    result = content(out)
+    assert sum(name.endswith(".safetensors") for name in result) == N_SHARDS
+    return result
+
+
 class Work:
     """A directory with an OUT_DIR in it, which is committed one of four ways; `again` is the command."""
 
