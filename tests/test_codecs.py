@@ -161,6 +161,8 @@ BROKEN = [
     (rewrite(shape="20x64"), "shape or block size is not a positive whole number"),
     (rewrite(blocksize=128), "absmax is U8 with 20 elements, expected U8 with 10 elements"),
     (rewrite(blocksize=63), "the block size 63 is odd"),
+    (rewrite(blocksize=1 << 40), "a block size is larger than 65536"),
+    (rewrite(nested_blocksize=1 << 63), "a block size is larger than 65536"),
     (rewrite(dtype="int4"), "the dtype is 'int4'"),
     (garble, "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
 ]

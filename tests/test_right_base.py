@@ -217,6 +217,14 @@ def test_a_copy_in_another_dtype_is_the_same(tmp_path, stored, trained):
     assert warnings(ckpt, other, tmp_path / "out2") == [expected]
 
 
+@pytest.mark.parametrize("init", [[], {}, 7])
+def test_an_odd_init_of_a_type_that_has_none(init, tmp_path):
+    """Found by the fuzzer: what a type does not read may be of any kind."""
+    tensors = {"base_model.model.lm_head.ia3_l": torch.ones(32, 1)}
+    adapter = write_adapter(tmp_path / "lora", tensors, peft_type="IA3", feedforward_modules=[], init_lora_weights=init)
+    lorafuse.convert(write_checkpoint(tmp_path / "ckpt"), adapter, tmp_path / "out", dry_run=True)
+
+
 def test_a_copy_is_compared_in_pieces(tmp_path):
     """Rows in the first and in the last of several pieces; NaN is equal to NaN, though it ends the run afterwards."""
     tensors = {EMBED: torch.randn(5000, 48)}

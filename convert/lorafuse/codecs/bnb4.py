@@ -24,6 +24,7 @@ from lorafuse.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
 MARKER = ".quant_state.bitsandbytes__"
 COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 MAX_STATE_NBYTES = 10_000
+MAX_BLOCKSIZE = 1 << 16  # bitsandbytes has blocks of up to 4096; they are decoded whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ def _read_state(name: str, ckpt: Checkpoint) -> QuantState:
     sizes = [*raw["shape"], raw["blocksize"]] + ([nested_blocksize] if "nested_blocksize" in raw else [])
     if not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError("shape or block size is not a positive whole number")
+    if max(raw["blocksize"], nested_blocksize) > MAX_BLOCKSIZE:
+        raise ValueError(f"a block size is larger than {MAX_BLOCKSIZE}")
     if raw["blocksize"] % 2:
         raise ValueError(f"the block size {raw['blocksize']} is odd")
     return QuantState(dtype, tuple(raw["shape"]), raw["blocksize"], nested_blocksize, float(raw.get("nested_offset", 0.0)))
