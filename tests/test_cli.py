@@ -388,7 +388,7 @@ def test_full_disk(run: Cli, ckpt: Path, adapter: Path, out: Path, untouched: No
 
     monkeypatch.setattr(os, "write", write)
     assert run(ckpt, adapter, out) == 5
-    assert run.err == "Error: the output: No space left on device.\n"
+    assert run.err == f"Error: {out}: No space left on device.\n"
 
 
 def test_hub_unreachable(run: Cli, adapter: Path, out: Path, untouched: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,23 @@ def decoded(path, name, start=0, stop=None):
 
 
 @settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 150)),
+    blocksize=st.sampled_from([64, 128, 2048]),
+    kind=st.sampled_from(["nf4", "fp4"]),
+)
+def test_the_judge_is_right(shape, blocksize, kind):
+    """bitsandbytes' kernel, as these tests call it, agrees with the code that it has for processors without one."""
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+
+    torch.manual_seed(0)
+    packed, state = bnb.quantize_4bit(torch.randn(shape), blocksize=blocksize, quant_type=kind)
+    column = packed.reshape(-1, 1)
+    expected = _dequantize_4bit_compute(column.view(-1), state.absmax, state.code, blocksize, shape, torch.float32)
+    assert torch.equal(bnb.dequantize_4bit(column, state), expected)
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_four_bit_decodes_any_rows_as_bitsandbytes(data):
     """NF4 and FP4, double-quantized or not, every block size and storage dtype, odd element counts, rows that share blocks."""
