@@ -6,7 +6,7 @@ How a pass is put together, and how many there are, is `batching.py`'s; where it
 import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,13 @@ class Pass:
         then stays. Returns jobs that waited for a file of one that failed: there are fewer of them each time."""
         began = time.perf_counter()
         with self._staged(members) as makings:
+            if not makings:
+                return []
             self._divide(makings)
             mains = [making.main for making in makings]
             # Commons first: their files are complete before an output that waits for one is.
             outputs = [*(making.commons for making in makings if making.commons), *mains]
-            with told_when_full(outputs, self._side_files(members)) if outputs else nullcontext():
+            with told_when_full(outputs, self._side_files(members)):
                 merge(outputs, memory, self.device, allow_nonfinite=members[0].settings.allow_nonfinite)
                 return [making.member.job for making in makings if not self._conclude(making, began)]
 
