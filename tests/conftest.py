@@ -27,6 +27,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=MARKED_GPU))
 
 
+@pytest.fixture(scope="session")
+def share_s(request):
+    """Seconds that a test marked `soak` goes on for: its share of LORAFUSE_SOAK hours."""
+    n_tests = sum("soak" in item.keywords for item in request.session.items)
+    return float(os.environ.get("LORAFUSE_SOAK", "0")) * 3600 / n_tests
+
+
 def tiny_llama(*, tied=False, dtype=torch.float32, hidden=64, inter=96, bias=True):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -8,6 +8,7 @@ N rounds and so many seconds, and prints how they ended.
 
 import os
 import random
+import shutil
 import sys
 import time
 from collections import Counter
@@ -22,10 +23,8 @@ from work import SHARD, content
 class Filler:
     """A file that takes all space but a few bytes, at some event of a run."""
 
-    N_EVENTS = 18  # of a run
-
-    def __init__(self, path, rng):
-        self.path, self.moment, self.left = path, rng.randrange(1, self.N_EVENTS), rng.choice([0, rng.randrange(40_000)])
+    def __init__(self, path, n_events, rng):
+        self.path, self.moment, self.left = path, rng.randrange(1, n_events), rng.choice([0, rng.randrange(40_000)])
         self.n_events = 0
 
     def __call__(self, event):
@@ -41,9 +40,9 @@ class Filler:
             os.fsync(f.fileno())
 
 
-def one_round(ckpt, adapter, work, clean, rng):
+def one_round(ckpt, adapter, work, clean, n_events, rng):
     """How it ended: files that were finished then, or that it succeeded."""
-    out, filler = work / "out", Filler(work / "filler", rng)
+    out, filler = work / "out", Filler(work / "filler", n_events, rng)
     try:
         lorafuse.convert(ckpt, adapter, out, max_shard_size=SHARD, on_event=filler)
         end = "done"
@@ -55,19 +54,19 @@ def one_round(ckpt, adapter, work, clean, rng):
     filler.path.unlink(missing_ok=True)
     assert [path.name for path in work.iterdir() if path.name != "lost+found"] == ["out"]
     assert content(out) == clean
-    for path in sorted(out.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    out.rmdir()
+    shutil.rmtree(out)
     return end
 
 
 def main():
     ckpt, adapter, work, clean = map(Path, sys.argv[1:5])
     n, until = int(sys.argv[5]), time.monotonic() + float(sys.argv[6])
-    rng = random.Random(0 if sys.argv[6] == "0" else None)
-    expected, ends = content(clean), Counter()
+    rng = random.Random(None if float(sys.argv[6]) else 0)
+    expected, ends, events = content(clean), Counter(), []
+    lorafuse.convert(ckpt, adapter, work / "out", max_shard_size=SHARD, on_event=events.append)
+    shutil.rmtree(work / "out")
     while ends.total() < n or time.monotonic() < until:
-        ends[one_round(ckpt, adapter, work, expected, rng)] += 1
+        ends[one_round(ckpt, adapter, work, expected, len(events), rng)] += 1
     assert len(ends) > 3 and ends["done"] < ends.total() / 2, ends
     sys.stdout.write(f"{ends.total()} runs ({', '.join(f'{end}: {n}' for end, n in sorted(ends.items()))})\n")
 

@@ -14,7 +14,7 @@ import torch
 import lorafuse
 from build import adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint
 from conftest import LINEARS
-from lorafuse import batching, receipt
+from lorafuse import batching, inputs, receipt
 from lorafuse.adapters.lowrank import LowRank
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.codecs import open_weights
@@ -216,13 +216,16 @@ def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(base, ada
         n_decoded += stop - start
         return decode(self, raw, start, stop, arena)
 
-    monkeypatch.setattr(receipt, "hash_file", lambda path, *go_on: paths.append(path) or hash_file(path, *go_on))
+    for module in (receipt, inputs):
+        monkeypatch.setattr(module, "hash_file", lambda path, *go_on: paths.append(path) or hash_file(path, *go_on))
     monkeypatch.setattr(FourBitSources, "decode", count)
     monkeypatch.setattr(batching, "MAX_MEMBERS", 2)
     run(base("nf4_dq"), tmp_path / "jobs", out, **SHARDS)
     assert len(run.passes) == 2
-    inputs = [path for path in paths if out not in path.parents]
-    assert sorted(inputs) == sorted({*inputs}) and len(inputs) > 2 + 4 * 2
+    # Each job looks at the small config.json of the checkpoint too, to know it again.
+    hashed = [path for path in paths if out not in path.parents and path != base("nf4_dq") / "config.json"]
+    assert sorted(hashed) == sorted({*hashed}) and len(hashed) == 2 + 4 * 2
+    assert paths.count(base("nf4_dq") / "config.json") == 1 + 4
     sizes = torch.tensor([s.spec.numel for s in open_weights(Checkpoint(base("nf4_dq"))).values() if isinstance(s, FourBitSources)])
     # DoRA reads its weights once more, for their norms.
     assert sizes.sum() < n_decoded <= 2 * sizes.sum() + 2 * 64 * 64

@@ -125,6 +125,16 @@ def test_a_single_run_goes_on_with_a_job_and_the_reverse(inputs, clean, tmp_path
     call(inputs, tmp_path / "out")
     check(tmp_path / "out", clean)
 
+    def stop(event):
+        if event["event"] == "shard":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lorafuse.convert(inputs[0], inputs[1] / "b", tmp_path / "new" / "b", max_shard_size=SHARD, on_event=stop)
+    _, events = call(inputs, tmp_path / "new")
+    assert [(event["job"], event["n_shards"]) for event in events if event["event"] == "resumed"] == [("b", 1)]
+    check(tmp_path / "new", clean)
+
 
 def test_other_settings_are_refused_for_each_job(inputs, clean, tmp_path):
     out = tmp_path / "out"

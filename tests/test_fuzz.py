@@ -1,6 +1,6 @@
 """Damaged inputs, drawn by Hypothesis: a merge succeeds or ends with a documented exit, in bounded time and memory.
 
-Short and always the same in a normal run; `make soak` goes on (soak.py), and says how many inputs were tried and how they ended.
+Short and always the same in a normal run; `make soak` goes on, and says how many inputs were tried and how they ended.
 """
 
 import json
@@ -24,7 +24,6 @@ from lorafuse.adapters import ADAPTERS
 from lorafuse.errors import LorafuseError
 from lorafuse.shardfile import FormatError, Shard
 from mutate import file_of, mutated_bytes, mutated_header, mutated_json, mutated_tensors, tensors_of
-from soak import SHARE_S
 
 pytestmark = pytest.mark.soak
 MAX_CPU_S = 10
@@ -65,27 +64,27 @@ def types(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
 
 
 @pytest.fixture
-def fuzz(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., None]]:
+def fuzz(share_s: float, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., None]]:
     """fuzz(strategy, check): many examples of it; `check` says in a word how each ended."""
     ends: Counter[object] = Counter()
 
     def run(strategy: st.SearchStrategy[object], check: Callable[..., object], n_examples: int = 40) -> None:
         phases = [Phase.explicit, Phase.generate, Phase.shrink]
         bounds = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "phases": phases}
-        soak = SHARE_S > 0
+        soak = share_s > 0
 
         @settings(max_examples=200 if soak else n_examples, derandomize=not soak, **bounds)
         @given(example=strategy)
         def trial(example: object) -> None:
             ends[check(example)] += 1
 
-        until = time.monotonic() + SHARE_S
+        until = time.monotonic() + share_s
         trial()
         while time.monotonic() < until:
             trial()
 
     yield run
-    if SHARE_S:
+    if share_s:
         said = ", ".join(f"{end}: {n}" for end, n in sorted(ends.items(), key=str))
         with capsys.disabled():
             sys.stdout.write(f"\n{request.node.name}: {ends.total()} inputs ({said})\n")

@@ -14,8 +14,7 @@ from build import files_of, write_adapter, write_checkpoint
 from faults import run_with_mount
 from lorafuse.checkpoint import RECEIPT
 from lorafuse.errors import StorageError
-from soak import SHARE_S
-from work import five_shards
+from work import five_shards, uninterrupted
 
 SHARD = 1400
 
@@ -181,13 +180,13 @@ os.system(f"cp -r {work}/out {sys.argv[4]}")
     ],
     ids=["tmpfs", "ext4"],
 )
-def test_a_disk_that_fills_up_at_any_moment(mount, namespace, tmp_path, request, capsys):
+def test_a_disk_that_fills_up_at_any_moment(mount, namespace, tmp_path, share_s, request, capsys):
     """fill.py."""
     inputs, work, clean = five_shards(tmp_path), tmp_path / "work", tmp_path / "clean"
     work.mkdir()
-    lorafuse.convert(*inputs, clean, max_shard_size=SHARD)
-    script = [sys.executable, Path(__file__).with_name("fill.py"), *inputs, work, clean, "40", str(SHARE_S)]
-    said = run_with_mount(mount, work, tmp_path / "image", "--", *script, namespace=namespace, timeout=180 + SHARE_S)
-    if SHARE_S:
+    uninterrupted(inputs, clean)
+    script = [sys.executable, Path(__file__).with_name("fill.py"), *inputs, work, clean, "40", str(share_s)]
+    said = run_with_mount(mount, work, tmp_path / "image", "--", *script, namespace=namespace, timeout=180 + share_s)
+    if share_s:
         with capsys.disabled():
             sys.stdout.write(f"\n{request.node.name}: {said}")

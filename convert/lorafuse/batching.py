@@ -89,7 +89,7 @@ def batch(
     refuse_overlap(everything, root, ckpt_dir)
     with closing(Checkpoint(ckpt_dir)) as base, InputHashes(base, fspath(ckpt), []) as hashes:
         finished = Finished(root, settings, hashes.result)
-        call = Call(base, fspath(ckpt), root, settings, target.type, overwrite, share, finished, on_event, deque(todo), dry_run)
+        call = Call(base, fspath(ckpt), root, settings, overwrite, share, finished, on_event, deque(todo), dry_run)
         one_pass = Pass(base, hashes.result, finished, share, overwrite, restart, target, on_event, call.done, call.failed)
         call.run(None if dry_run else one_pass.run)
     return [call.states[job.name] for job in todo]
@@ -103,7 +103,6 @@ class Call:
     ckpt_name: str
     root: Path
     settings: Settings
-    device: str
     overwrite: bool
     share: str
     finished: Finished
@@ -167,16 +166,16 @@ class Call:
         check_out_dir(out_dir, [self.base.path, found.root], overwrite=True)
         with ExitStack() as stack:
             [lora] = stack.enter_context(opened([found]))
-            inputs = adapter_hashes(lora)
+            files = InputFiles(self.base, self.ckpt_name, [lora])
+            inputs = adapter_hashes(lora, files.hashed)
             if self._is_there(out_dir, settings, inputs):
                 if not self.dry_run:
                     clean_up(out_dir)
                 self._state(job, "skipped")
                 return None
             plan = make_plan(self.base, lora.adapter, settings, weights=self.weights)
-            files = InputFiles(self.base, self.ckpt_name, [lora])
             files.refuse_nonfinite()
-            attempt, nbytes = files.attempt(plan, settings, self.device), lora.adapter.nbytes
+            attempt, nbytes = files.attempt(plan, settings, pick_device(settings.device).type), lora.adapter.nbytes
             return Member(job, settings, found, out_dir, plan, inputs, files, attempt, nbytes, stack.pop_all().close)
 
     def _is_there(self, out_dir: Path, settings: Settings, inputs: Inputs) -> bool:
@@ -220,7 +219,9 @@ class Call:
         folder = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
         disk, needed = os.statvfs(folder), sum(wanted.values())
         free = disk.f_bavail * disk.f_frsize
-        if needed <= free or needed <= (free := free + left_nbytes(member.out_dir for member in members)):
+        if needed > free:  # not before: it lists OUT_ROOT for each member
+            free += left_nbytes(member.out_dir for member in members)
+        if needed <= free:
             return None
         names = listed(member.job.name for member in members)
         return StorageError(f"{shown(self.root)}: {needed / 1e6:,.0f} MB are needed for {names}, {free / 1e6:,.0f} MB are free.")

@@ -11,7 +11,7 @@ from lorafuse._version import __version__
 from lorafuse.adapters.check import refuse_nonfinite
 from lorafuse.checkpoint import Checkpoint, ShardedStore
 from lorafuse.errors import CheckpointError, shown
-from lorafuse.hashing import hash_file
+from lorafuse.hashing import FileHash, hash_file
 from lorafuse.journal import Attempt
 from lorafuse.settings import Settings
 from lorafuse.several import Weighted
@@ -28,6 +28,7 @@ class InputFiles:
         self._weights = {f"weight {i}": one.weight for i, one in enumerate(adapters[1:], 2)}  # the first has adapter_scale
         self._shards, self._adapters = ckpt.shards, [one.adapter for one in adapters]
         self._whole = [ckpt.path / "config.json", *(path for one in adapters for path in one.adapter.files)]
+        self._hashes: dict[Path, FileHash] = {}
         self._stamps = {path: Stamp.of(path.stat()) for path in self._whole}
         stores = [ckpt, *(one.adapter.store for one in adapters)]
         self._stamps |= {shard.path: shard.stamp for store in stores if isinstance(store, ShardedStore) for shard in store.shards}
@@ -37,10 +38,16 @@ class InputFiles:
         for adapter in self._adapters:
             refuse_nonfinite(adapter)
 
+    def hashed(self, path: Path) -> FileHash:
+        """Of a file, which is read once."""
+        if path not in self._hashes:
+            self._hashes[path] = hash_file(path)
+        return self._hashes[path]
+
     def contents(self) -> dict[str, Any]:
         """Path → sha256; of a checkpoint's shard that of its header, with size, time and inode for the data. Reads the rest."""
         found: dict[str, Any] = {str(shard.path): [shard.header_sha256, *shard.stamp] for shard in self._shards}
-        return found | {str(path): hash_file(path).sha256 for path in self._whole}
+        return found | {str(path): self.hashed(path).sha256 for path in self._whole}
 
     def attempt(self, plan: Plan, settings: Settings, device: str) -> Attempt:
         """What a run is about to do, on a device of this kind. Reads small files whole."""

@@ -15,7 +15,7 @@ import torch
 
 from lorafuse.checkpoint import Checkpoint
 from lorafuse.errors import LorafuseError
-from lorafuse.finished import Finished, Inputs, Shared, shard_key
+from lorafuse.finished import Finished, Inputs, shard_key
 from lorafuse.inputs import InputFiles
 from lorafuse.jobs import Job
 from lorafuse.journal import Attempt
@@ -109,8 +109,14 @@ class Pass:
         makings = []
         with ExitStack() as stack:
             for member in members:
-                options = {"overwrite": self.overwrite, "restart": self.restart}
-                staging = Staging(member.out_dir, member.plan.plan_id, member.attempt, **options, on_event=self._events_of(member))
+                staging = Staging(
+                    member.out_dir,
+                    member.plan.plan_id,
+                    member.attempt,
+                    overwrite=self.overwrite,
+                    restart=self.restart,
+                    on_event=self._events_of(member),
+                )
                 try:
                     stack.enter_context(staging)
                 except LorafuseError as e:
@@ -125,16 +131,14 @@ class Pass:
     def _divide(self, makings: Sequence[Making]) -> None:
         """Of the files that several results may need: take each from a result, finished or resumed, or let one output make it for
         all."""
-        resumed = {
-            key: Shared(making.staging.path / file, making.staging.finished[file].written, checked=True)
-            for making in makings
-            for file, key in making.member.keys.items()
-            if file in making.staging.finished
-        }
+        for making in makings:
+            for file, one in making.staging.finished.items():
+                if file in making.member.keys:
+                    self.finished.offer(making.member.keys[file], making.staging.path / file, one.written)
         takers: dict[str, list[tuple[Making, str]]] = {}
         for making in makings:
             for file, key in making.member.keys.items():
-                if file not in making.staging.finished and not self._taken(making, file, key, resumed.get(key)):
+                if file not in making.staging.finished and not self._taken(making, file, key):
                     takers.setdefault(key, []).append((making, file))
         makes: dict[int, dict[str, list[tuple[Making, str]]]] = {}
         for first, *others in takers.values():
@@ -146,8 +150,8 @@ class Pass:
             if id(making) in makes:
                 making.commons = self._commons(making, makes[id(making)])
 
-    def _taken(self, making: Making, file: str, key: str, resumed: Shared | None) -> bool:
-        shared = resumed or self.finished.find(key)
+    def _taken(self, making: Making, file: str, key: str) -> bool:
+        shared = self.finished.find(key)
         if shared is None:
             return False
         try:

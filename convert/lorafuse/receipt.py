@@ -7,7 +7,7 @@ does not import torch, so that reading a receipt does not either.
 import os
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -58,9 +58,9 @@ class InputHashes:
             raise CancelledError
 
 
-def adapter_hashes(one: "Weighted") -> list[dict[str, Any]]:
+def adapter_hashes(one: "Weighted", hashed: Callable[[Path], FileHash]) -> list[dict[str, Any]]:
     """The same for the files of one adapter, at once."""
-    return [entry | hash_file(path)._asdict() for path, entry in _adapter_files(one, {})]
+    return [entry | hashed(path)._asdict() for path, entry in _adapter_files(one, {})]
 
 
 def _adapter_files(one: "Weighted", facts: dict[str, float]) -> list[tuple[Path, dict[str, Any]]]:

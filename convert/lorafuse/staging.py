@@ -36,15 +36,15 @@ def check_out_dir(out_dir: Path, inputs: list[Path], *, overwrite: bool) -> None
         return
     if not out_dir.is_dir():
         raise OutDirError(f"{shown(out_dir)}: exists and is not a directory.")
+    if overwrite:
+        return
     place = Place.of(out_dir)
-    if (
-        not overwrite and not place.lock.exists() and not place.folders()
-    ):  # else it is seen later what a run that was cut off got done
-        _refuse_filled(place, out_dir)
+    if not place.lock.exists() and not place.folders():  # else it is seen later what a run that was cut off got done
+        _refuse_filled(place, out_dir, overwrite)
 
 
-def _refuse_filled(place: Place, out_dir: Path) -> None:
-    if place.filled:
+def _refuse_filled(place: Place, out_dir: Path, overwrite: bool) -> None:
+    if not overwrite and place.filled:
         raise OutDirError(f"{shown(out_dir)}: exists and is not empty; --overwrite replaces it once the new one is complete.")
 
 
@@ -52,21 +52,18 @@ def clean_up(out_dir: Path) -> None:
     """Remove what a run left that was killed when its result had its name already."""
     place = Place.of(out_dir)
     if place.lock.exists() or place.folders():
-        with suppress(OutDirError, HeldError), Staging(out_dir, "00000000"):  # refused, after it has cleaned up
-            pass
+        with suppress(HeldError):
+            Staging(out_dir, plan_id="").clean_up()
 
 
 def left_nbytes(out_dirs: Iterable[Path]) -> int:
     """What runs for these that were cut off left on disk, and the next ones use or remove. A file that has a name elsewhere too
     stays, and does not count."""
-    names = Counter[tuple[int, int]]()
-    found = {}
-    for folder in (folder for out_dir in out_dirs for folder in Place.of(out_dir).folders()):
-        for path in (path for path in folder.rglob("*") if path.is_file()):
-            one = path.lstat()
-            names[one.st_dev, one.st_ino] += 1
-            found[one.st_dev, one.st_ino] = one
-    return sum(one.st_blocks * 512 for which, one in found.items() if names[which] == one.st_nlink)
+    folders = [folder for out_dir in out_dirs for folder in Place.of(out_dir).folders()]
+    found = [path.lstat() for folder in folders for path in folder.rglob("*") if path.is_file()]
+    n_names = Counter((one.st_dev, one.st_ino) for one in found)
+    sizes = {(one.st_dev, one.st_ino): one.st_blocks * 512 for one in found if n_names[one.st_dev, one.st_ino] == one.st_nlink}
+    return sum(sizes.values())
 
 
 class Staging:
@@ -114,8 +111,7 @@ class Staging:
 
     def _open(self) -> None:
         left = self._leftovers()
-        if not self._overwrite:
-            _refuse_filled(self._place, self._out_dir)
+        _refuse_filled(self._place, self._out_dir, self._overwrite)
         found = next((folder for folder, record in left.items() if self._resumes(record)), None)
         for folder in left:
             if folder != found:
@@ -131,6 +127,14 @@ class Staging:
         if self._attempt:
             self._journal = Journal(self._folder, self._attempt, self.finished)
             fsync_dir(self._place.home)
+
+    def clean_up(self) -> None:
+        """Remove what is only to be cleaned up, and change nothing else. Raises HeldError."""
+        self._lock.acquire()
+        try:
+            self._leftovers()
+        finally:
+            self._lock.release()
 
     def _leftovers(self) -> dict[Path, Record]:
         """What runs that were cut off left, without what is only to be cleaned up."""
@@ -220,8 +224,7 @@ class Staging:
             for folder, _, _ in os.walk(self.path):
                 fsync_dir(Path(folder))
             if self._place.inside:
-                if not self._overwrite:
-                    _refuse_filled(self._place, self._out_dir)
+                _refuse_filled(self._place, self._out_dir, self._overwrite)
                 self._moving = os.listdir(self.path)
                 if self._journal:
                     self._journal.moving(self._moving)

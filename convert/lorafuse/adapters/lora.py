@@ -127,6 +127,7 @@ def _init(config: dict[str, Any]) -> Any:
 
 def changes_base(adapter: AdapterDir) -> bool:
     """Whether training took a part of the base weights out before its first step, so that a weight that it saved lacks it."""
+    # A list: what the config of a type that has no such field holds there may not be hashable.
     return _init(adapter.config) in list(PARTS) or any("lora_diag" in key for key in adapter.store.tensors)
 
 
