@@ -163,20 +163,19 @@ def test_space_that_a_call_left_counts_as_free(inputs, clean, tmp_path, monkeypa
     (tmp_path / "elsewhere").unlink()
     real = os.statvfs
 
-    def free(n):
-        def statvfs(path):
-            found = list(real(path))
-            found[4] = n // found[1]  # f_bavail in units of f_frsize
-            return os.statvfs_result(found)
+    def full(path):
+        found = list(real(path))
+        found[4] = 0  # f_bavail
+        return os.statvfs_result(found)
 
-        return statvfs
-
-    # Room for what is missing, not for everything.
-    needed = sum(len(data) for files in clean.values() for name, data in files.items() if name.endswith(".safetensors"))
-    monkeypatch.setattr(os, "statvfs", free(needed - sum(once.values()) // 2))
+    # No byte is free, but what was left takes more blocks than all files have bytes.
+    shutil.rmtree(out)
+    _, events = call(inputs, out)
+    shutil.rmtree(out)
+    cut_off(inputs, out, len(shards_made(events)) - 1)
+    monkeypatch.setattr(os, "statvfs", full)
     call(inputs, out)
     check(out, clean)
-    monkeypatch.setattr(os, "statvfs", free(0))
     shutil.rmtree(out)
     with pytest.raises(StorageError, match="MB are needed for"):
         call(inputs, out)
