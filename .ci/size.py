@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     too_long = []
     total = 0
-    for path in sorted(p for folder in ("convert", "bench", "fixtures", ".ci") for p in (ROOT / folder).rglob("*.py")):
+    for path in sorted(
+        p for folder in ("convert", "bench", "fixtures", ".ci") for p in (ROOT / folder).rglob("*.py")
+    ):
         text = path.read_text(encoding="utf-8")
         n_lines = len(text.splitlines())
         total += n_lines
@@ -19,8 +21,13 @@ def main() -> int:
         if n_lines > MAX_FILE:
             too_long.append(f"{path.relative_to(ROOT)} has {n_lines} lines, at most {MAX_FILE} are allowed")
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= MAX_FUNCTION:
-                too_long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has more than {MAX_FUNCTION} lines")
+            if (
+                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                and node.end_lineno - node.lineno >= MAX_FUNCTION
+            ):
+                too_long.append(
+                    f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has more than {MAX_FUNCTION} lines"
+                )
     print(f"{total:5}  in all")
     print("\n".join(too_long), file=sys.stderr, end="\n" if too_long else "")
     return bool(too_long)

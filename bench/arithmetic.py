@@ -1,9 +1,10 @@
-"""compute.py's side of lorafuse: every NF4 weight of a checkpoint is decoded, updated and rounded, tile by tile.
+"""compute.py's side of lorafuse: every NF4 weight of a checkpoint is decoded, updated and rounded, tile by
+tile.
 
     python bench/arithmetic.py BASE ADAPTER
 
-Prints the CPU seconds of the arithmetic alone: the tiles of a merge, computed by the code of a merge, in as many threads
-as there are cores. They are read too, which is not counted, but not measured, hashed or written.
+Prints the CPU seconds of the arithmetic alone: the tiles of a merge, computed by the code of a merge, in as
+many threads as there are cores. They are read too, which is not counted, but not measured, hashed or written.
 """
 
 import os
@@ -16,13 +17,13 @@ from pathlib import Path
 import torch
 
 from lorafuse.adapters import open_adapter
-from lorafuse.adapters.patch import Base
-from lorafuse.checkpoint import Checkpoint
 from lorafuse.codecs import Arena
-from lorafuse.merge import compute_tile
-from lorafuse.plan import make_plan
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.merge.workers import compute_tile
+from lorafuse.patches.patch import Base
+from lorafuse.planning.make_plan import make_plan
+from lorafuse.planning.plan import Step
 from lorafuse.settings import Settings
-from lorafuse.steps import Step
 
 
 @torch.inference_mode()

@@ -1,4 +1,5 @@
-"""A bar chart on a logarithmic axis as an SVG file, by hand: no plotting library is worth being a dependency for one plot."""
+"""A bar chart on a logarithmic axis as an SVG file, by hand: no plotting library is worth being a dependency
+for one plot."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,8 +8,8 @@ from xml.sax.saxutils import escape
 
 WIDTH, LABELS, VALUES, LINE = 860, 330, 80, 22  # px: the whole, left and right of the bars, a bar's row
 SPAN = WIDTH - LABELS - VALUES
-# A background of its own: the page around it may be dark where the reader's system is not. No CSS variables: not every
-# program that shows SVG knows them.
+# A background of its own: the page around it may be dark where the reader's system is not. No CSS variables:
+# not every program that shows SVG knows them.
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328; }
 .title { font-weight: 600; } .small { font-size: 11px; } .end { text-anchor: end; } .middle { text-anchor: middle; }
@@ -29,7 +30,8 @@ class Bar:
 
 
 def decades(values: Sequence[float]) -> tuple[int, int]:
-    """The powers of ten that the axis goes from and to. It starts below the least value, so that each bar has a length."""
+    """The powers of ten that the axis goes from and to. It starts below the least value, so that each bar has
+    a length."""
     positive = [value for value in values if value > 0]
     return math.ceil(math.log10(min(positive))) - 1, math.ceil(math.log10(max(positive)))
 
@@ -55,8 +57,12 @@ def svg(title: str, panels: Mapping[str, Sequence[Bar]]) -> str:
             y = top + LINE * (i + 1)
             width = max(x(bar.value) - LABELS, 0) if bar.value > 0 else 0
             out.append(f'<text class="end" x="{LABELS - 8}" y="{y + 15}">{escape(bar.label)}</text>')
-            out.append(f'<rect class="{bar.colour}" x="{LABELS}" y="{y + 3}" width="{width:.1f}" height="{LINE - 6}"/>')
-            out.append(f'<text class="small" x="{LABELS + width + 6:.1f}" y="{y + 15}">{bar.value:.1e}</text>')
+            out.append(
+                f'<rect class="{bar.colour}" x="{LABELS}" y="{y + 3}" width="{width:.1f}" height="{LINE - 6}"/>'
+            )
+            out.append(
+                f'<text class="small" x="{LABELS + width + 6:.1f}" y="{y + 15}">{bar.value:.1e}</text>'
+            )
         top = bottom + 30
     size = f'viewBox="0 0 {WIDTH} {top}" width="{WIDTH}" height="{top}"'
     head = [

@@ -1,11 +1,13 @@
-"""CPU time of `--base-quant`: lorafuse's quantization and dequantization against bitsandbytes' quantization alone.
+"""CPU time of `--base-quant`: lorafuse's quantization and dequantization against bitsandbytes' quantization
+alone.
 
     python bench/base_quant.py --work build/bench
 
-The same bfloat16 weight of 4096 x 4096, one thread each, in turns in one process, quantize.py and simulated.py against
-quantize_4bit and int8_vectorwise_quant. lorafuse's time includes what double quantization takes beforehand, the pass over the
-weight, and dequantizing afterwards; that of bitsandbytes, which needs it too, is in the last column. Each figure is the least of 9
-runs, since others on the machine only add to it.
+The same bfloat16 weight of 4096 x 4096, one thread each, in turns in one process, quantize.py and
+simulated.py against quantize_4bit and int8_vectorwise_quant. lorafuse's time includes what double
+quantization takes beforehand, the pass over the weight, and dequantizing afterwards; that of bitsandbytes,
+which needs it too, is in the last column. Each figure is the least of 9 runs, since others on the machine
+only add to it.
 """
 
 import json
@@ -22,7 +24,9 @@ KINDS = ("nf4", "nf4 single", "fp4", "int8")
 def report(work: Path, layers: int) -> str:
     rows = []
     for kind in KINDS:
-        done = subprocess.run([sys.executable, measure.BENCH / "quantizers.py", *kind.split()], check=True, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, measure.BENCH / "quantizers.py", *kind.split()], check=True, capture_output=True
+        )
         ours, theirs, both = json.loads(done.stdout)
         rows.append((kind, f"{ours:.1f}", f"{theirs:.1f}", f"**{theirs / ours:.1f}**", f"{both:.1f}"))
     header = ("ns for each element", "lorafuse", "bitsandbytes", "ratio", "bitsandbytes, dequantized too")

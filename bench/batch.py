@@ -1,10 +1,12 @@
-"""Many adapters in one call of `lorafuse batch`, against as many runs of `lorafuse convert`, and what the next adapter costs.
+"""Many adapters in one call of `lorafuse batch`, against as many runs of `lorafuse convert`, and what the
+next adapter costs.
 
     python bench/batch.py --work build/bench
 
-The base is a Llama of 1.2 B parameters in NF4 (--layers makes it smaller), the adapters are rank 16 over all linear layers, or on
-q_proj and v_proj. Wall and CPU time are those of whole commands, one run each; disk is what results take, a file with several
-names counted once. The last table is a prediction for a model that was not merged here, and says from what.
+The base is a Llama of 1.2 B parameters in NF4 (--layers makes it smaller), the adapters are rank 16 over all
+linear layers, or on q_proj and v_proj. Wall and CPU time are those of whole commands, one run each; disk is
+what results take, a file with several names counted once. The last table is a prediction for a model that was
+not merged here, and says from what.
 """
 
 import json
@@ -57,9 +59,12 @@ class Run:
 
 
 def jobs(work: Path, adapter: Path, n: int) -> Path:
-    """A list of n jobs with the same adapter. Nothing that an adapter changes is shared, whether it is the same or not."""
+    """A list of n jobs with the same adapter. Nothing that an adapter changes is shared, whether it is the
+    same or not."""
     path = work / f"{adapter.name}-{n}.jsonl"
-    path.write_text("".join(json.dumps({"adapter": str(adapter.resolve()), "name": f"job-{i}"}) + "\n" for i in range(n)))
+    path.write_text(
+        "".join(json.dumps({"adapter": str(adapter.resolve()), "name": f"job-{i}"}) + "\n" for i in range(n))
+    )
     return path
 
 
@@ -85,24 +90,45 @@ def singles(base: Path, adapter: Path, out_dir: Path, n: int) -> tuple[float, fl
 def figures(n: int, run: Run, floor: float) -> list[str]:
     usage = run.usage
     beyond = (usage.peak_rss - floor) / MB
-    return [str(n), str(run.n_passes), f"{usage.wall_s:.1f}", f"{usage.cpu_s:.1f}", f"{run.disk_nbytes / GB:.2f}", f"{beyond:.0f}"]
+    return [
+        str(n),
+        str(run.n_passes),
+        f"{usage.wall_s:.1f}",
+        f"{usage.cpu_s:.1f}",
+        f"{run.disk_nbytes / GB:.2f}",
+        f"{beyond:.0f}",
+    ]
 
 
 def marginal(runs: dict[int, Run]) -> list[str]:
     first, last, more = runs[COUNTS[0]], runs[COUNTS[-1]], COUNTS[-1] - COUNTS[0]
     wall_s, cpu_s = last.usage.wall_s - first.usage.wall_s, last.usage.cpu_s - first.usage.cpu_s
-    return [f"{wall_s / more:.2f}", f"{cpu_s / more:.2f}", f"{(last.disk_nbytes - first.disk_nbytes) / more / MB:.0f}"]
+    return [
+        f"{wall_s / more:.2f}",
+        f"{cpu_s / more:.2f}",
+        f"{(last.disk_nbytes - first.disk_nbytes) / more / MB:.0f}",
+    ]
 
 
 def prediction(runs: dict[int, Run], small: Llama, title: str) -> list[str]:
-    """T(n) = pass + n · adapter, each in proportion to its elements; single runs are passes with one adapter."""
+    """T(n) = pass + n · adapter, each in proportion to its elements; single runs are passes with one
+    adapter."""
     first, last = runs[COUNTS[0]].usage.wall_s, runs[COUNTS[-1]].usage.wall_s
     small_s = (last - first) / (COUNTS[-1] - COUNTS[0])
     n_passes, changed = math.ceil(N_LARGE / MOST), LARGE.changed[title]
-    pass_s, adapter_s = (first - small_s) * LARGE.numel / small.numel, small_s * changed / small.changed[title]
+    pass_s, adapter_s = (
+        (first - small_s) * LARGE.numel / small.numel,
+        small_s * changed / small.changed[title],
+    )
     hours, alone = ((n * pass_s + N_LARGE * adapter_s) / 3600 for n in (n_passes, N_LARGE))
     disk = 2 * (LARGE.numel - changed + N_LARGE * changed) / 1e12  # bfloat16
-    return [str(n_passes), f"{hours:,.0f}", f"{alone:,.0f}", f"{disk:.1f}", f"{2 * LARGE.numel * N_LARGE / 1e12:.1f}"]
+    return [
+        str(n_passes),
+        f"{hours:,.0f}",
+        f"{alone:,.0f}",
+        f"{disk:.1f}",
+        f"{2 * LARGE.numel * N_LARGE / 1e12:.1f}",
+    ]
 
 
 def report(work: Path, layers: int) -> str:
@@ -120,16 +146,30 @@ def report(work: Path, layers: int) -> str:
             next_rows.append([title, limit, *marginal(runs)])
         with measure.scratch(work) as outputs:
             wall_s, cpu_s = singles(base, adapter.with_name(name), outputs / "merged", COUNTS[-1])
-        rows.append([title, "single runs", str(COUNTS[-1]), str(COUNTS[-1]), f"{wall_s:.1f}", f"{cpu_s:.1f}", "", ""])
+        rows.append(
+            [title, "single runs", str(COUNTS[-1]), str(COUNTS[-1]), f"{wall_s:.1f}", f"{cpu_s:.1f}", "", ""]
+        )
         predicted.append([title, *prediction(runs, small, title)])
-    head = ("adapters on", "limit", "jobs", "passes", "wall, s", "CPU, s", "disk, GB", "MB beyond `import torch`")
+    head = (
+        "adapters on",
+        "limit",
+        "jobs",
+        "passes",
+        "wall, s",
+        "CPU, s",
+        "disk, GB",
+        "MB beyond `import torch`",
+    )
     said = (
-        f"Predicted, not measured: {N_LARGE} adapters on Llama-3.1-70B on one machine such as this, from the walls of "
-        f"{COUNTS[0]} and {COUNTS[-1]} jobs with {LIMITS[-1]}: what a pass costs grows with the model's elements, what an adapter "
-        "costs with the elements that it changes."
+        f"Predicted, not measured: {N_LARGE} adapters on Llama-3.1-70B on one machine such as this, from the "
+        f"walls of {COUNTS[0]} and {COUNTS[-1]} jobs with {LIMITS[-1]}: what a pass costs grows with the "
+        "model's elements, what an adapter costs with the elements that it changes."
     )
     large = ("adapters on", "passes", "hours", "hours of single runs", "disk, TB", "without sharing, TB")
-    tables = [table(head, rows), table(("the next adapter, on", "limit", "wall, s", "CPU, s", "disk, MB"), next_rows)]
+    tables = [
+        table(head, rows),
+        table(("the next adapter, on", "limit", "wall, s", "CPU, s", "disk, MB"), next_rows),
+    ]
     return "\n\n".join([*tables, said, table(large, predicted)])
 
 

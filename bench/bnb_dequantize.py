@@ -1,10 +1,11 @@
-"""The yardstick of compute.py: bitsandbytes dequantizes each NF4 weight of a safetensors file, as a user would call it.
+"""The yardstick of compute.py: bitsandbytes dequantizes each NF4 weight of a safetensors file, as a user
+would call it.
 
     python bench/bnb_dequantize.py FILE
 
-Prints the CPU seconds (every thread) of the calls of dequantize_4bit alone. A pass over all weights goes before the
-timed one, since load_file maps the file: what is timed finds the weights in memory and the library warm. Nothing is
-done with the results, and the number of threads is the default.
+Prints the CPU seconds (every thread) of the calls of dequantize_4bit alone. A pass over all weights goes
+before the timed one, since load_file maps the file: what is timed finds the weights in memory and the library
+warm. Nothing is done with the results, and the number of threads is the default.
 """
 
 import os

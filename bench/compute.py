@@ -2,10 +2,11 @@
 
     python bench/compute.py --work build/bench
 
-Both work on the same NF4 weights, read from the same file, each in a process of its own, in turns, with one thread for
-each core. arithmetic.py and bnb_dequantize.py say what they count; neither counts reading. The figure within a merge is
-`timing.compute_cpu_s` of the receipt: the same arithmetic, while other threads hash and write and take the cache from
-it. Once with the machine idle, and once beside as many endless loops as there are cores.
+Both work on the same NF4 weights, read from the same file, each in a process of its own, in turns, with one
+thread for each core. arithmetic.py and bnb_dequantize.py say what they count; neither counts reading. The
+figure within a merge is `timing.compute_cpu_s` of the receipt: the same arithmetic, while other threads hash
+and write and take the cache from it. ComputedOnce with the machine idle, and once beside as many endless
+loops as there are cores.
 """
 
 import json
@@ -46,13 +47,24 @@ def report(work: Path, layers: int) -> str:
     for state, n_loops in (("idle", 0), ("busy", os.cpu_count() or 1)):
         with measure.scratch(roomy(work, base)) as outputs, measure.busy(n_loops):
             rounds = [
-                (arithmetic_cpu_s(base, adapter), bitsandbytes_cpu_s(base), within_merge_cpu_s(base, adapter, outputs / "merged"))
+                (
+                    arithmetic_cpu_s(base, adapter),
+                    bitsandbytes_cpu_s(base),
+                    within_merge_cpu_s(base, adapter, outputs / "merged"),
+                )
                 for _ in range(ROUNDS)
             ]
         ours, theirs, merging = (list(column) for column in zip(*rounds, strict=True))
         ratio, within = (f"**{median(figures) / median(theirs):.2f}**" for figures in (ours, merging))
         rows.append((state, each(ours), each(theirs), ratio, each(merging), within))
-    header = ("machine", "lorafuse, CPU s", "bitsandbytes, CPU s", "ratio of medians", "within a merge, CPU s", "ratio")
+    header = (
+        "machine",
+        "lorafuse, CPU s",
+        "bitsandbytes, CPU s",
+        "ratio of medians",
+        "within a merge, CPU s",
+        "ratio",
+    )
     return measure.table(header, rows)
 
 

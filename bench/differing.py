@@ -1,4 +1,5 @@
-"""Do two merged directories hold the same weights? Checked after the peers' race, which would mean little otherwise.
+"""Do two merged directories hold the same weights? Checked after the peers' race, which would mean little
+otherwise.
 
     python bench/differing.py DIR DIR
 

@@ -1,7 +1,8 @@
 """How far a merged model is from the unmerged one.
 
-The unmerged model is the quantized base decoded by bitsandbytes, with PEFT's adapter beside it. What is compared with it
-is a directory, which transformers loads without complaint; both run with float32 activations on 40 × 128 held-out tokens.
+The unmerged model is the quantized base decoded by bitsandbytes, with PEFT's adapter beside it. What is
+compared with it is a directory, which transformers loads without complaint; both run with float32 activations
+on 40 × 128 held-out tokens.
 
 * KL: mean over tokens of KL(unmerged ‖ row), from logits in float64.
 * loss: mean next-token cross-entropy. top-1: share of tokens whose likeliest successor is the unmerged model's.
@@ -64,10 +65,14 @@ def compare(model: PreTrainedModel, logits_dir: Path) -> tuple[float, float, flo
     return kl / n_sequences, loss / n_sequences, agree / n_sequences
 
 
-def merged_in_float64(adapter: Adapter, base: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(name, W, W + Δ) in float64 [out, in] for each weight that the adapter updates; base(name) is W in any dtype.
+def merged_in_float64(
+    adapter: Adapter, base: Callable[[str], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name, W, W + Δ) in float64 [out, in] for each weight that the adapter updates; base(name) is W in any
+    dtype.
 
-    LoRA: W + Δ = V = W + alpha / r · B A. DoRA (arXiv:2402.09353, equation 5): W + Δ = m · V / ‖V‖, a norm for each row.
+    LoRA: W + Δ = V = W + alpha / r · B A. DoRA (arXiv:2402.09353, equation 5): W + Δ = m · V / ‖V‖, a norm
+    for each row.
     """
     config = json.loads((adapter.path / "adapter_config.json").read_text())
     tensors = load_file(adapter.path / "adapter_model.safetensors")
@@ -75,7 +80,9 @@ def merged_in_float64(adapter: Adapter, base: Callable[[str], torch.Tensor]) -> 
         if key.endswith(".lora_A.weight"):
             name = key.removeprefix("base_model.model.").replace(".lora_A.", ".")
             W = base(name).double()
-            V = W + config["lora_alpha"] / config["r"] * (tensors[key.replace("lora_A", "lora_B")].double() @ A.double())
+            V = W + config["lora_alpha"] / config["r"] * (
+                tensors[key.replace("lora_A", "lora_B")].double() @ A.double()
+            )
             if config["use_dora"]:
                 m = tensors[key.replace("lora_A.weight", "lora_magnitude_vector")].double()  # [out]
                 V *= (m / V.norm(dim=1))[:, None]
@@ -97,7 +104,8 @@ def kept_and_noise(path: Path, decoded: Path, adapter: Adapter) -> tuple[float, 
 
 
 def relative_sizes(adapter: Adapter, work: Work) -> tuple[float, float]:
-    """(‖Δ‖ / ‖W‖, ‖W₁₆ − W‖ / ‖W‖) over the weights that the adapter updates: the update, and what quantizing the base did."""
+    """(‖Δ‖ / ‖W‖, ‖W₁₆ − W‖ / ‖W‖) over the weights that the adapter updates: the update, and what quantizing
+    the base did."""
     update = error = norm = 0.0
     with (
         safe_open(work.decoded(adapter.base) / "model.safetensors", "pt") as base,
@@ -110,7 +118,8 @@ def relative_sizes(adapter: Adapter, work: Work) -> tuple[float, float]:
     return (update / norm) ** 0.5, (error / norm) ** 0.5
 
 
-# ------------------------------------------------------------------------------------------------------ the report
+# ------------------------------------------------------------------------------------------------------ the
+# report
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,10 @@ class Row:
 
 
 def measure(path: Path, work: Work, adapter: Adapter) -> Row:
-    return Row(*compare(load(path), unmerged(work, adapter)), *kept_and_noise(path, work.decoded(adapter.base), adapter))
+    return Row(
+        *compare(load(path), unmerged(work, adapter)),
+        *kept_and_noise(path, work.decoded(adapter.base), adapter),
+    )
 
 
 def figures(row: Row) -> list[str]:
@@ -138,7 +150,8 @@ def versions() -> str:
 
 
 def around_block(path: Path, word: str) -> tuple[str, str]:
-    """What stays of `path` before and after the block; asked for before the work, so that a bad file costs no minutes."""
+    """What stays of `path` before and after the block; asked for before the work, so that a bad file costs no
+    minutes."""
     begin, end = f"<!-- {word}:begin -->", f"<!-- {word}:end -->"
     text = path.read_text()
     if any(text.count(marker) != 1 for marker in (begin, end)):

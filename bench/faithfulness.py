@@ -1,10 +1,12 @@
-"""Three adapters trained on a quantized base, merged in every common way: how far each result is from what was trained.
+"""Three adapters trained on a quantized base, merged in every common way: how far each result is from what
+was trained.
 
     python bench/faithfulness.py --work DIR [--docs docs/accuracy.md]      every row of docs/accuracy.md, and its plot
     python bench/faithfulness.py --work DIR --adapter smollm2-dora --row float16                    one row
 
-smollm2.py says what the inputs are and how each row is merged, distance.py what is measured. It takes about half an hour on
-two busy cores, 2.6 GB of memory and 11 GB of disk; inputs, PEFT's merges and the unmerged logits are kept in DIR.
+smollm2.py says what the inputs are and how each row is merged, distance.py what is measured. It takes about
+half an hour on two busy cores, 2.6 GB of memory and 11 GB of disk; inputs, PEFT's merges and the unmerged
+logits are kept in DIR.
 """
 
 import argparse
@@ -30,13 +32,16 @@ def same_weights(a: Path, b: Path) -> bool:
             sides.append({name: handle for handle in handles for name in handle.keys()})  # noqa: SIM118 (not a dict)
         ours, theirs = sides
         return ours.keys() == theirs.keys() and all(
-            torch.equal(ours[name].get_tensor(name).view(torch.uint8), theirs[name].get_tensor(name).view(torch.uint8))
+            torch.equal(
+                ours[name].get_tensor(name).view(torch.uint8), theirs[name].get_tensor(name).view(torch.uint8)
+            )
             for name in ours
         )
 
 
 def measured(work: Work, adapter: Adapter, rows: list[str]) -> tuple[dict[str, Row], str]:
-    """The figures of each row, and a sentence on `base-quant`, which is not measured when its weights are those of `bfloat16`."""
+    """The figures of each row, and a sentence on `base-quant`, which is not measured when its weights are
+    those of `bfloat16`."""
     found: dict[str, Row] = {}
     paths: dict[str, Path] = {}
     sentence = ""
@@ -55,19 +60,38 @@ def section(adapter: Adapter, found: dict[str, Row], sentence: str, sizes: tuple
     names, runs = titles(adapter.base), merges(adapter.base)
     lines = [[f"`{row}`", names[row], *figures(figure)] for row, figure in found.items()]
     commands = [
-        " ".join(["lorafuse-convert", f"DIR/{runs[row].ckpt}", f"fixtures/{adapter.name}", "OUT", *runs[row].options])
+        " ".join(
+            [
+                "lorafuse-convert",
+                f"DIR/{runs[row].ckpt}",
+                f"fixtures/{adapter.name}",
+                "OUT",
+                *runs[row].options,
+            ]
+        )
         for row in found
         if row in runs
     ]
-    parts = [f"### {adapter.what} (`fixtures/{adapter.name}/`)", table(["row", "what is loaded", *HEADER], lines, n_words=2)]
+    parts = [
+        f"### {adapter.what} (`fixtures/{adapter.name}/`)",
+        table(["row", "what is loaded", *HEADER], lines, n_words=2),
+    ]
     update, error = sizes
-    size = f"The update is {update:.2%} of the norm of the weights that it is added to; quantizing them moved them by {error:.2%}."
+    size = (
+        f"The update is {update:.2%} of the norm of the weights that it is added to; quantizing them moved "
+        f"them by {error:.2%}."
+    )
     parts += [f"{size} {sentence}".rstrip()]
     parts += ["```\n" + "\n".join(commands) + "\n```"] if commands else []
     return "\n\n".join(parts)
 
 
-RIGHT = ("float32", "float16", "bfloat16", "base-quant")  # the rows that merge into the base that training saw, and keep it
+RIGHT = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "base-quant",
+)  # the rows that merge into the base that training saw, and keep it
 
 
 def plot(results: dict[Adapter, dict[str, Row]]) -> str:
@@ -85,9 +109,17 @@ def plot(results: dict[Adapter, dict[str, Row]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory for checkpoints, reused by the next run")
-    parser.add_argument("--docs", type=Path, help="page whose block between the faithfulness: markers is rewritten, and FILE.svg")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="directory for checkpoints, reused by the next run"
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        help="page whose block between the faithfulness: markers is rewritten, and FILE.svg",
+    )
     parser.add_argument("--adapter", choices=[adapter.name for adapter in ADAPTERS], help="only this one")
     parser.add_argument("--row", choices=list(titles("nf4")), help="only this one")
     args = parser.parse_args()

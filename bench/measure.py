@@ -1,9 +1,10 @@
-"""What the benchmarks share: running a command and reading what the kernel says of it, medians, inputs, tables.
+"""What the benchmarks share: running a command and reading what the kernel says of it, medians, inputs,
+tables.
 
-Wall time, CPU time (user + system, every thread and every child that was waited for) and peak resident memory come from
-wait4 of a process of its own for each run. Linux starts a child's peak at that of the process it was forked from, so
-this module and the scripts that measure import the standard library alone, and `run` refuses to measure from a process
-that has grown; what needs torch runs in children.
+Wall time, CPU time (user + system, every thread and every child that was waited for) and peak resident memory
+come from wait4 of a process of its own for each run. Linux starts a child's peak at that of the process it
+was forked from, so this module and the scripts that measure import the standard library alone, and `run`
+refuses to measure from a process that has grown; what needs torch runs in children.
 """
 
 import argparse
@@ -52,7 +53,9 @@ def run(argv: Sequence[str | Path]) -> Usage:
     """Runs a command to its end; a failure is an error, never a measurement."""
     own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
     if own_peak > LARGEST_PARENT:
-        raise RuntimeError(f"this process has grown to {own_peak / MB:.0f} MB, which a child's peak would include")
+        raise RuntimeError(
+            f"this process has grown to {own_peak / MB:.0f} MB, which a child's peak would include"
+        )
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.perf_counter()
         process = subprocess.Popen([str(word) for word in argv], stdout=out, stderr=err)
@@ -61,9 +64,17 @@ def run(argv: Sequence[str | Path]) -> Usage:
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
-        usage = Usage(wall_s, used.ru_utime + used.ru_stime, used.ru_maxrss * KIB, out.read().decode(), err.read().decode())
+        usage = Usage(
+            wall_s,
+            used.ru_utime + used.ru_stime,
+            used.ru_maxrss * KIB,
+            out.read().decode(),
+            err.read().decode(),
+        )
     if process.returncode:
-        raise ChildError(f"{' '.join(map(str, argv))} exited with {process.returncode}:\n{usage.stderr[-2000:]}")
+        raise ChildError(
+            f"{' '.join(map(str, argv))} exited with {process.returncode}:\n{usage.stderr[-2000:]}"
+        )
     return usage
 
 
@@ -122,14 +133,17 @@ def inputs(work: Path, shape: str, layers: int = 16) -> tuple[Path, Path]:
 def main(doc: str, report: Callable[[Path, int], str]) -> None:
     """The command line of each benchmark."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory for inputs (kept) and outputs (removed)")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="directory for inputs (kept) and outputs (removed)"
+    )
     parser.add_argument("--layers", type=int, default=16, help="layers of the 1B checkpoint (16)")
     args = parser.parse_args()
     print(watched(report, args.work, args.layers))
 
 
 def watched(report: Callable[[Path, int], str], work: Path, layers: int) -> str:
-    """The report, and how idle the machine was apart from it: what others took makes every figure worse, and not alike."""
+    """The report, and how idle the machine was apart from it: what others took makes every figure worse, and
+    not alike."""
     # A plain SIGTERM would leave gigabytes of outputs behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     wall_began, others_began = time.monotonic(), others_cpu_s()
@@ -139,9 +153,13 @@ def watched(report: Callable[[Path, int], str], work: Path, layers: int) -> str:
 
 
 def others_cpu_s() -> float:
-    """CPU seconds of the whole machine since it started, less those of this process and the children it waited for."""
+    """CPU seconds of the whole machine since it started, less those of this process and the children it
+    waited for."""
     user, nice, system, _, _, irq, softirq, *_ = (int(ticks) for ticks in _lines("/proc/stat")[0].split()[1:])
-    own = sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    own = sum(
+        used.ru_utime + used.ru_stime
+        for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - own
 
 
@@ -162,7 +180,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], n_words: int = 1
 
 def machine() -> str:
     """What the figures were measured on, as one Markdown table."""
-    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    models = [
+        line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")
+    ]
     total_kib = next(int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
     packages = ("torch", "bitsandbytes", "transformers", "peft", "safetensors")
     facts = [

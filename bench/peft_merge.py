@@ -16,8 +16,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(ckpt)
     model = model.dequantize()
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    # transformers 5.23 cannot save a model that was loaded quantized and then dequantized: save_pretrained undoes the
-    # conversions that loading recorded, and for bitsandbytes' raises NotImplementedError. A user has to clear them.
+    # transformers 5.23 cannot save a model that was loaded quantized and then dequantized: save_pretrained
+    # undoes the conversions that loading recorded, and for bitsandbytes' raises NotImplementedError. A user
+    # has to clear them.
     merged._weight_conversions = None
     merged.save_pretrained(out_dir)
 

@@ -2,7 +2,8 @@
 
     python bench/quantizers.py nf4|fp4|int8 [single]
 
-Prints nanoseconds of CPU time for each element: lorafuse's, bitsandbytes' quantization, and with its dequantization.
+Prints nanoseconds of CPU time for each element: lorafuse's, bitsandbytes' quantization, and with its
+dequantization.
 """
 
 import json
@@ -18,16 +19,17 @@ import bitsandbytes.functional as bnb
 import torch
 from safetensors.torch import save_file
 
-from lorafuse.checkpoint import Checkpoint
 from lorafuse.codecs import Arena, open_weights
-from lorafuse.codecs.simulated import simulated
+from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.settings import BaseQuant
+from lorafuse.trained_base.simulated import simulated
 
 SIDE, TILE_NUMEL, ROUNDS = 4096, 1 << 19, 9
 
 
 def decode_all(weight: torch.Tensor, quant: BaseQuant, directory: Path) -> Callable[[], None]:
-    """A function that decodes the whole weight, tile by tile, without reading it again: reading is not what is measured."""
+    """A function that decodes the whole weight, tile by tile, without reading it again: reading is not what
+    is measured."""
     save_file({"w": weight}, directory / "model.safetensors")
     (directory / "config.json").write_text("{}")
     inner = open_weights(Checkpoint(directory))["w"]
@@ -43,7 +45,9 @@ def decode_all(weight: torch.Tensor, quant: BaseQuant, directory: Path) -> Calla
     return run
 
 
-def by_bitsandbytes(weight: torch.Tensor, quant: BaseQuant) -> tuple[Callable[[], object], Callable[[], object]]:
+def by_bitsandbytes(
+    weight: torch.Tensor, quant: BaseQuant
+) -> tuple[Callable[[], object], Callable[[], object]]:
     """Functions that quantize, and that dequantize as well."""
     if quant.kind == "int8":
         half = weight.half()
@@ -52,7 +56,9 @@ def by_bitsandbytes(weight: torch.Tensor, quant: BaseQuant) -> tuple[Callable[[]
             lambda: bnb.int8_vectorwise_dequant(*bnb.int8_vectorwise_quant(half)[:2]),
         )
     settings = {"quant_type": quant.kind, "compress_statistics": quant.double_quant}
-    return lambda: bnb.quantize_4bit(weight, **settings), lambda: bnb.dequantize_4bit(*bnb.quantize_4bit(weight, **settings))
+    return lambda: bnb.quantize_4bit(weight, **settings), lambda: bnb.dequantize_4bit(
+        *bnb.quantize_4bit(weight, **settings)
+    )
 
 
 @torch.inference_mode()

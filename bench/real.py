@@ -2,8 +2,8 @@
 
     python bench/real.py --work DIR [--readme README.md]
 
-The table of the README: the rows of bench/faithfulness.py that matter most, for one adapter, and what each model writes.
-smollm2.py says what the inputs are, distance.py what is measured.
+The table of the README: the rows of bench/faithfulness.py that matter most, for one adapter, and what each
+model writes. smollm2.py says what the inputs are, distance.py what is measured.
 
 It takes 5 to 13 minutes on two cores, 2.6 GB of memory and 3.5 GB of disk.
 """
@@ -44,13 +44,18 @@ def run(work: Work) -> str:
     return (
         f"{table(['what is loaded', *HEADER], lines)}\n\n"
         f"SmolLM2-135M-Instruct, NF4 with double quantization; 40 × 128 held-out tokens; {versions()}. "
-        f"Rows that continue `{PROMPT.strip()}` with the unmerged model's 32 tokens: {'; '.join(same) or 'none'}."
+        f"Rows that continue `{PROMPT.strip()}` with the unmerged model's 32 tokens: "
+        f"{'; '.join(same) or 'none'}."
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory for checkpoints, reused by the next run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="directory for checkpoints, reused by the next run"
+    )
     parser.add_argument("--readme", type=Path, help="file whose block between the real: markers is rewritten")
     args = parser.parse_args()
     torch.set_num_threads(2)

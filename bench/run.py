@@ -2,7 +2,8 @@
 
     python bench/run.py --work build/bench [--only compute] [--docs docs/benchmarks.md]
 
-Nothing else should run meanwhile. The work directory needs about 50 GB; the inputs in it are kept for the next run.
+Nothing else should run meanwhile. The work directory needs about 50 GB; the inputs in it are kept for the
+next run.
 """
 
 import argparse
@@ -26,13 +27,14 @@ TITLES = {
 }
 PREAMBLE = """# Benchmarks
 
-Written by `python bench/run.py --work build/bench --docs docs/benchmarks.md`; each table by the command above it.
+Written by `python bench/run.py --work build/bench --docs docs/benchmarks.md`; each table by the command above
+it.
 
-The inputs are synthetic (`bench/synthetic.py`): a checkpoint with the shapes of Llama-3.2-1B in double-quantized NF4,
-one matrix of 16384 x 53248 in the same format, and a rank-16 LoRA adapter over every linear layer of either. What is
-compared runs in alternation, each run in a process of its own, and what counts is the ratio of the medians. Seconds
-depend on the machine, and on a rented one on its neighbours; only ratios should be carried over to another. 1 MB is
-10^6 bytes."""
+The inputs are synthetic (`bench/synthetic.py`): a checkpoint with the shapes of Llama-3.2-1B in
+double-quantized NF4, one matrix of 16384 x 53248 in the same format, and a rank-16 LoRA adapter over every
+linear layer of either. What is compared runs in alternation, each run in a process of its own, and what
+counts is the ratio of the medians. Seconds depend on the machine, and on a rented one on its neighbours; only
+ratios should be carried over to another. 1 MB is 10^6 bytes."""
 
 
 def section(name: str, work: Path) -> str:
@@ -44,8 +46,12 @@ def section(name: str, work: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory for inputs (kept) and outputs (removed)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="directory for inputs (kept) and outputs (removed)"
+    )
     parser.add_argument("--only", choices=BENCHMARKS, help="run one benchmark")
     parser.add_argument("--docs", type=Path, help="write the page here too")
     args = parser.parse_args()

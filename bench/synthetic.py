@@ -3,11 +3,11 @@
     python bench/synthetic.py llama DIR [--layers 16] [--shards 1]   a Llama of 1.2 B parameters in double-quantized NF4
     python bench/synthetic.py wide DIR                               one NF4 matrix of 16384 x 53248 beside an embedding
 
-DIR/base is the checkpoint, DIR/adapter a rank-16 LoRA over every linear layer, DIR/adapter-qv one on q_proj and v_proj
-(llama alone). Every tensor is written in pieces of a few MB: nothing here ever holds one. The storage scheme, and the two
-tables in it, are those of bitsandbytes; transformers loads the result. The codes are drawn uniformly (a trained weight has
-more of the middle ones, which costs the same to decode), scaled so that a weight's standard deviation is 0.02 and the
-update is 3 % of it.
+DIR/base is the checkpoint, DIR/adapter a rank-16 LoRA over every linear layer, DIR/adapter-qv one on q_proj
+and v_proj (llama alone). Every tensor is written in pieces of a few MB: nothing here ever holds one. The
+storage scheme, and the two tables in it, are those of bitsandbytes; transformers loads the result. The codes
+are drawn uniformly (a trained weight has more of the middle ones, which costs the same to decode), scaled so
+that a weight's standard deviation is 0.02 and the update is 3 % of it.
 """
 
 import argparse
@@ -30,7 +30,9 @@ BLOCK, NESTED_BLOCK = 64, 256
 RANK, ALPHA = 16, 32
 W_STD, DELTA_REL = 0.02, 0.03
 
-Draw = Callable[[np.random.Generator, int], np.ndarray]  # (generator, how many) -> that many values, as stored
+Draw = Callable[
+    [np.random.Generator, int], np.ndarray
+]  # (generator, how many) -> that many values, as stored
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,9 @@ def write_checkpoint(directory: Path, entries: list[Entry], config: dict[str, ob
 
 def write_adapter(directory: Path, linears: dict[str, tuple[int, int]]) -> None:
     directory.mkdir(parents=True)
-    entries = [entry for module, (rows, cols) in linears.items() for entry in lora_entries(module, rows, cols)]
+    entries = [
+        entry for module, (rows, cols) in linears.items() for entry in lora_entries(module, rows, cols)
+    ]
     write_shard(directory / "adapter_model.safetensors", entries)
     config = {
         "peft_type": "LORA",
@@ -220,11 +224,15 @@ def llama(directory: Path, layers: int, shards: int) -> None:
     entries.append(Entry("model.norm.weight", "BF16", (hidden,), norm))
     write_checkpoint(directory / "base", entries, llama_config(hidden, inter, layers, vocab), shards)
     write_adapter(directory / "adapter", linears)
-    write_adapter(directory / "adapter-qv", {name: shape for name, shape in linears.items() if name.endswith(("q_proj", "v_proj"))})
+    write_adapter(
+        directory / "adapter-qv",
+        {name: shape for name, shape in linears.items() if name.endswith(("q_proj", "v_proj"))},
+    )
 
 
 def wide(directory: Path, shards: int) -> None:
-    """A feed-forward matrix of Llama-3.1-405B and the embedding of an 8B: made for their sizes, not to be loaded."""
+    """A feed-forward matrix of Llama-3.1-405B and the embedding of an 8B: made for their sizes, not to be
+    loaded."""
     rows, cols, vocab, dim = 16384, 53248, 128256, 4096
     module = "model.layers.0.mlp.down_proj"
     entries = [
@@ -236,7 +244,9 @@ def wide(directory: Path, shards: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shape", choices=("llama", "wide"))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, default=16)

@@ -2,9 +2,9 @@
 
     python bench/tiles.py --work build/bench
 
-The tiles of an eighth of the 1B checkpoint's layers, in this process, by one worker: no writing, no hashing. A size in the
-package is a compromise between the fixed cost of an op and the cache; it is a constant, since the bytes written must not
-depend on it.
+The tiles of an eighth of the 1B checkpoint's layers, in this process, by one worker: no writing, no hashing.
+A size in the package is a compromise between the fixed cost of an op and the cache; it is a constant, since
+the bytes written must not depend on it.
 """
 
 import argparse
@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 
 import measure
-from lorafuse import steps
 from lorafuse.adapters import open_adapter
-from lorafuse.adapters.patch import Base
-from lorafuse.checkpoint import Checkpoint
 from lorafuse.codecs import Arena
-from lorafuse.merge import make_pieces
-from lorafuse.plan import make_plan
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.merge.workers import make_pieces
+from lorafuse.patches.patch import Base
+from lorafuse.planning import plan as steps
+from lorafuse.planning.make_plan import make_plan
+from lorafuse.planning.shared_weights import shared_weights
 from lorafuse.settings import Settings
-from lorafuse.turns import turns
 
 SIZES = [1 << 16, 1 << 17, 1 << 18, 1 << 19, 3 << 18, 1 << 20, 1 << 21]
 
@@ -32,7 +32,7 @@ def nanoseconds(planned: list[steps.Step]) -> tuple[float, float]:
     arena, loader = Arena(torch.device("cpu")), Arena(torch.device("cpu"))
     buffer = torch.empty(max(step.tile_nbytes for step in planned), dtype=torch.uint8)
     compute = stats = 0.0
-    for step, turn in zip(planned, turns([planned]), strict=True):
+    for step, turn in zip(planned, shared_weights([planned]), strict=True):
         for patch in step.patches:
             patch.prepare(Base(step.sources, loader), loader)
         for start, stop in step.tiles():
@@ -45,7 +45,9 @@ def nanoseconds(planned: list[steps.Step]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="directory for inputs, which are kept")
     base, adapter = measure.inputs(parser.parse_args().work, "llama", 16)
     torch.set_num_threads(1)

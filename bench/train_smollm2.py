@@ -2,14 +2,15 @@
 
     python bench/train_smollm2.py --work DIR [NAME ...]
 
-As smollm2-qlora was: rank 8, alpha 16, the q, k, v and o projections, 90 steps of AdamW (lr 1e-3) on batches of 4 × 128
-tokens, dropout 0. The base is the quantized one, decoded by bitsandbytes (smollm2.py) and frozen in float32: the
-same values as in a quantized layer, and activations that no layer rounds. bitsandbytes' int8 layer would round those to
-8 bits too, which is a property of that kernel and not of the weights that a merge starts from.
+As smollm2-qlora was: rank 8, alpha 16, the q, k, v and o projections, 90 steps of AdamW (lr 1e-3) on batches
+of 4 × 128 tokens, dropout 0. The base is the quantized one, decoded by bitsandbytes (smollm2.py) and frozen
+in float32: the same values as in a quantized layer, and activations that no layer rounds. bitsandbytes' int8
+layer would round those to 8 bits too, which is a property of that kernel and not of the weights that a merge
+starts from.
 
-Left out of training is every module that shares a line of 40 characters with the held-out tokens, and no window that is
-drawn may share a run of 12 tokens with them. It was run by hand, once for each adapter: 6 to 15 minutes. Other versions
-of Python or torch, or another number of threads, give other bytes.
+Left out of training is every module that shares a line of 40 characters with the held-out tokens, and no
+window that is drawn may share a run of 12 tokens with them. It was run by hand, once for each adapter: 6 to
+15 minutes. Other versions of Python or torch, or another number of threads, give other bytes.
 """
 
 import argparse
@@ -32,9 +33,15 @@ LINE, RUN = 40, 12
 
 
 def training_text(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    seen = {line for row in load_file(HELD_OUT)["input_ids"] for line in map(str.strip, tokenizer.decode(row).splitlines())}
+    seen = {
+        line
+        for row in load_file(HELD_OUT)["input_ids"]
+        for line in map(str.strip, tokenizer.decode(row).splitlines())
+    }
     seen = {line for line in seen if len(line) >= LINE}
-    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
+    texts = [
+        path.read_text(encoding="utf-8") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    ]
     kept = [text for text in texts if seen.isdisjoint(map(str.strip, text.splitlines()))]
     print(f"{len(kept)} of {len(texts)} modules share no line of {LINE} characters with the held-out tokens")
     return kept
@@ -51,7 +58,9 @@ def windows(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))[: STEPS * BATCH]
     drawn = torch.stack([rows[i] for i in order])
     if runs(drawn) & runs(load_file(HELD_OUT)["input_ids"]):
-        sys.exit(f"a window of the training text shares a run of {RUN} tokens with the held-out ones: draw others")
+        sys.exit(
+            f"a window of the training text shares a run of {RUN} tokens with the held-out ones: draw others"
+        )
     return drawn.view(STEPS, BATCH, LENGTH)
 
 
@@ -61,7 +70,9 @@ def runs(rows: torch.Tensor) -> set[tuple[int, ...]]:
 
 def train(adapter: Adapter, work: Work) -> None:
     torch.manual_seed(2)  # lora_A
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM", use_dora="dora" in adapter.name)
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM", use_dora="dora" in adapter.name
+    )
     model = get_peft_model(load(work.decoded(adapter.base)), config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for step, ids in enumerate(windows(AutoTokenizer.from_pretrained(work.dense()))):
@@ -76,7 +87,8 @@ def train(adapter: Adapter, work: Work) -> None:
 
 
 def tidy(saved: Path, out: Path) -> None:
-    """Factors in bfloat16, which halves the file (a magnitude of 8 bits would move a row by more than training did)."""
+    """Factors in bfloat16, which halves the file (a magnitude of 8 bits would move a row by more than
+    training did)."""
     tensors = load_file(saved / "adapter_model.safetensors")
     rounded = {key: t if "magnitude" in key else t.bfloat16() for key, t in tensors.items()}
     out.mkdir(exist_ok=True)
@@ -89,8 +101,12 @@ def tidy(saved: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory for checkpoints, as that of bench/faithfulness.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="directory for checkpoints, as that of bench/faithfulness.py"
+    )
     parser.add_argument("names", nargs="*", default=["smollm2-dora", "smollm2-int8"], metavar="NAME")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

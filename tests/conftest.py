@@ -9,13 +9,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import bitsandbytes.functional as bnb
+import fix_bnb_avx512
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import mended
-
-mended.mend()
+fix_bnb_avx512.mend()
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MARKED_GPU = "needs a CUDA device, and torch sees none here"
 
@@ -49,7 +48,9 @@ def tiny_gpt2(dtype=torch.float32):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(
+        vocab_size=96, n_positions=32, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    )
     return _spread(GPT2LMHeadModel(config)).to(dtype)
 
 
@@ -101,10 +102,18 @@ QUANTIZED = {
     "nf4_dq": ("bf16", by_transformers, NF4 | {"bnb_4bit_use_double_quant": True}),
     "nf4_fp16": ("fp16", by_transformers, NF4 | {"bnb_4bit_use_double_quant": True}),
     "nf4_tied": ("bf16_tied", by_transformers, NF4),
-    "fp4_dq": ("bf16", by_transformers, NF4 | {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True}),
+    "fp4_dq": (
+        "bf16",
+        by_transformers,
+        NF4 | {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+    ),
     "nf4_bs256": ("bf16", by_hand, {"quant_type": "nf4", "blocksize": 256, "compress_statistics": True}),
     "nf4_bf16storage": ("bf16", by_hand, {"quant_type": "nf4", "storage": torch.bfloat16}),
-    "fp4_fp32storage": ("fp32", by_hand, {"quant_type": "fp4", "storage": torch.float32, "compress_statistics": True}),
+    "fp4_fp32storage": (
+        "fp32",
+        by_hand,
+        {"quant_type": "fp4", "storage": torch.float32, "compress_statistics": True},
+    ),
     "nf4_odd": ("bf16_odd", by_hand, {"quant_type": "nf4", "compress_statistics": True}),
     "int8": ("bf16", by_transformers, {"load_in_8bit": True}),
     "gpt2_nf4": ("gpt2_bf16", by_transformers, NF4),
@@ -132,7 +141,8 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def adapter(base, tmp_path):
-    """adapter(kind, …LoraConfig) → an adapter that PEFT wrote for the dense twin of that checkpoint, no factor zero."""
+    """adapter(kind, …LoraConfig) → an adapter that PEFT wrote for the dense twin of that checkpoint, no
+    factor zero."""
 
     def make(kind, *, name="adapter", model=None, save=None, **settings):
         from peft import LoraConfig, get_peft_model
@@ -141,7 +151,9 @@ def adapter(base, tmp_path):
         dense = QUANTIZED[kind][0] if kind in QUANTIZED else kind
         model = model or AutoModelForCausalLM.from_pretrained(base(dense), dtype=torch.float32)
         torch.manual_seed(1)
-        peft = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | settings))
+        peft = get_peft_model(
+            model, LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | settings)
+        )
         with torch.no_grad():
             for p in peft.parameters():
                 if p.requires_grad:

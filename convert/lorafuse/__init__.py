@@ -12,10 +12,10 @@ from lorafuse._version import __version__
 from lorafuse.errors import LorafuseError
 
 if TYPE_CHECKING:
-    from lorafuse.audit import verify
-    from lorafuse.batching import batch
+    from lorafuse.batching.batch import batch
     from lorafuse.inspection import inspect
     from lorafuse.pipeline import convert
+    from lorafuse.verification.verify import verify
 
 __all__ = ["LorafuseError", "__version__", "batch", "convert", "inspect", "verify"]
 
@@ -31,11 +31,11 @@ def __getattr__(name: str) -> Any:
 
         return inspect
     if name == "batch":
-        from lorafuse.batching import batch
+        from lorafuse.batching.batch import batch
 
         return batch
     if name == "verify":
-        from lorafuse.audit import verify
+        from lorafuse.verification.verify import verify
 
         return verify
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """One exception per exit code.
 
-A message is one or two sentences: which file and tensor, what was expected, what was found, what to do. Anything that came
-out of an input goes through `shown` first, since a tensor name may hold terminal escapes.
+A message is one or two sentences: which file and tensor, what was expected, what was found, what to do.
+Anything that came out of an input goes through `shown` first, since a tensor name may hold terminal escapes.
 """
 
 import difflib
@@ -27,7 +27,8 @@ class CheckpointError(LorafuseError):
 
 
 class AdapterError(LorafuseError):
-    """The adapter is bad, unsupported, or, `misfit`, does not fit the checkpoint: the plan adds which base its config names."""
+    """The adapter is bad, unsupported, or, `misfit`, does not fit the checkpoint: the plan adds which base
+    its config names."""
 
     exit_code = 4
 
@@ -49,7 +50,8 @@ class HeldError(LorafuseError):
 
 
 class OutDirError(LorafuseError):
-    """OUT_DIR exists, is not empty, is unsafe, or an interrupted run with other settings waits to be resumed into it."""
+    """OUT_DIR exists, is not empty, is unsafe, or an interrupted run with other settings waits to be resumed
+    into it."""
 
     exit_code = 7
 
@@ -67,7 +69,8 @@ class BatchError(LorafuseError):
 
 
 def shown(text: object, limit: int = 200) -> str:
-    """`text` as it may be printed: control characters and lone surrogates escaped, at most `limit` characters."""
+    """`text` as it may be printed: control characters and lone surrogates escaped, at most `limit`
+    characters."""
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
     return escaped if len(escaped) <= limit else f"{escaped[: limit - 1]}…"
 
@@ -81,7 +84,8 @@ def listed(names: Iterable[object], most: int = 5) -> str:
 
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
     """The candidates closest to `name`, for "did you mean" in a refusal; empty when none is close."""
-    # A difflib ratio costs far more than a suffix test, and names of the same module are what people look for.
+    # A difflib ratio costs far more than a suffix test, and names of the same module are what people look
+    # for.
     leaf = ".".join(name.split(".")[-2:])
     pool = list(candidates)
     close = difflib.get_close_matches(name, [c for c in pool if leaf in c][:500] or pool[:500], most, 0.5)

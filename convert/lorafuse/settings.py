@@ -17,10 +17,12 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 @dataclass(frozen=True, kw_only=True)
 class BaseQuant:
-    """How training quantized a base that is stored in full precision, in the terms of transformers' BitsAndBytesConfig.
+    """How training quantized a base that is stored in full precision, in the terms of transformers'
+    BitsAndBytesConfig.
 
-    `skip` is its llm_int8_skip_modules: names or regular expressions of modules, which replace transformers' own choice; None is
-    that choice. `experts`: the experts of a mixture were quantized too, as transformers 4 did. Raises UsageError.
+    `skip` is its llm_int8_skip_modules: names or regular expressions of modules, which replace transformers'
+    own choice; None is that choice. `experts`: the experts of a mixture were quantized too, as transformers 4
+    did. Raises UsageError.
     """
 
     kind: str
@@ -31,33 +33,49 @@ class BaseQuant:
 
     def __post_init__(self) -> None:
         if self.kind not in BASE_QUANT_CHOICES[1:]:
-            raise UsageError(f"base_quant is {shown(self.kind)}; expected one of {', '.join(BASE_QUANT_CHOICES)}.")
+            raise UsageError(
+                f"base_quant is {shown(self.kind)}; expected one of {', '.join(BASE_QUANT_CHOICES)}."
+            )
         if self.blocksize not in QUANT_BLOCKSIZES:
             raise UsageError(
-                f"quant_blocksize is {shown(self.blocksize)}; expected one of {', '.join(map(str, QUANT_BLOCKSIZES))}."
+                f"quant_blocksize is {shown(self.blocksize)}; expected one of "
+                f"{', '.join(map(str, QUANT_BLOCKSIZES))}."
             )
         for name in self.skip or ():
             try:
                 re.compile(name)
             except re.error as e:
-                raise UsageError(f"quant_skip {shown(name)!r} is no name or regular expression of modules: {e}.") from None
+                raise UsageError(
+                    f"quant_skip {shown(name)!r} is no name or regular expression of modules: {e}."
+                ) from None
 
     @property
-    def decisive(self) -> dict[str, Any]:
+    def that_decide_bytes(self) -> dict[str, Any]:
         """The settings that the weights depend on; int8 has neither blocks nor double quantization."""
-        four_bit = {"double_quant": self.double_quant, "blocksize": self.blocksize} if self.kind != "int8" else {}
-        return {"kind": self.kind, **four_bit, "skip": None if self.skip is None else list(self.skip), "experts": self.experts}
+        four_bit = (
+            {"double_quant": self.double_quant, "blocksize": self.blocksize} if self.kind != "int8" else {}
+        )
+        return {
+            "kind": self.kind,
+            **four_bit,
+            "skip": None if self.skip is None else list(self.skip),
+            "experts": self.experts,
+        }
 
     def __str__(self) -> str:
         if self.kind == "int8":
             return "int8"
-        return f"{self.kind} in blocks of {self.blocksize}, {'double' if self.double_quant else 'single'} quantization"
+        return (
+            f"{self.kind} in blocks of {self.blocksize}, {'double' if self.double_quant else 'single'} "
+            "quantization"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Options of a conversion. `dtype`, `max_shard_nbytes`, `adapter_scale` and `base_quant` decide the bytes written;
-    `adapter_name` decides which files are read, `allow_nonfinite` what is refused; the rest none of it."""
+    """Options of a conversion. `dtype`, `max_shard_nbytes`, `adapter_scale` and `base_quant` decide the bytes
+    written; `adapter_name` decides which files are read, `allow_nonfinite` what is refused; the rest none of
+    it."""
 
     dtype: str = "auto"
     max_shard_nbytes: int = 5 * 10**9
@@ -85,21 +103,28 @@ class Settings:
         return self.n_threads or len(os.sched_getaffinity(0))
 
     @property
-    def decisive(self) -> dict[str, Any]:
+    def that_decide_bytes(self) -> dict[str, Any]:
         """The settings that the output depends on."""
-        found = {"dtype": self.dtype, "max_shard_size": self.max_shard_nbytes, "adapter_scale": self.adapter_scale}
-        return found | ({"base_quant": self.base_quant.decisive} if self.base_quant else {})
+        found = {
+            "dtype": self.dtype,
+            "max_shard_size": self.max_shard_nbytes,
+            "adapter_scale": self.adapter_scale,
+        }
+        return found | ({"base_quant": self.base_quant.that_decide_bytes} if self.base_quant else {})
 
     @classmethod
-    def of_receipt(cls, decisive: dict[str, Any], **others: Any) -> "Settings":
-        """The settings that a receipt's `settings` came from, as far as the output depends on them. Raises UsageError."""
+    def of_receipt(cls, that_decide_bytes: dict[str, Any], **others: Any) -> "Settings":
+        """The settings that a receipt's `settings` came from, as far as the output depends on them. Raises
+        UsageError."""
         try:
-            quant = decisive.get("base_quant")
+            quant = that_decide_bytes.get("base_quant")
             return cls(
-                dtype=decisive["dtype"],
-                max_shard_nbytes=decisive["max_shard_size"],
-                adapter_scale=float(decisive["adapter_scale"]),
-                base_quant=BaseQuant(**quant | {"skip": quant["skip"] and tuple(quant["skip"])}) if quant else None,
+                dtype=that_decide_bytes["dtype"],
+                max_shard_nbytes=that_decide_bytes["max_shard_size"],
+                adapter_scale=float(that_decide_bytes["adapter_scale"]),
+                base_quant=BaseQuant(**quant | {"skip": quant["skip"] and tuple(quant["skip"])})
+                if quant
+                else None,
                 **others,
             )
         except (KeyError, TypeError, ValueError) as e:
@@ -107,11 +132,14 @@ class Settings:
 
 
 # Not everything that float() takes: no underscores, and nan and inf are refused by name.
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE
+)
 
 
 def parse_weighted(text: str) -> tuple[str, float]:
-    """`PATH[:WEIGHT]` → (path, weight), 1 where none is given. Raises UsageError for a weight that is no finite number.
+    """`PATH[:WEIGHT]` → (path, weight), 1 where none is given. Raises UsageError for a weight that is no
+    finite number.
 
     A directory of the whole name wins, and a colon before a slash or backslash belongs to the path.
     """
@@ -119,7 +147,10 @@ def parse_weighted(text: str) -> tuple[str, float]:
     if not colon or "/" in weight or "\\" in weight or os.path.isdir(text):
         return text, 1.0
     if not path or not _NUMBER.fullmatch(weight):
-        raise UsageError(f"{shown(text)}: {shown(weight)!r} is no weight; expected PATH or PATH:WEIGHT, such as my-adapter:0.5.")
+        raise UsageError(
+            f"{shown(text)}: {shown(weight)!r} is no weight; expected PATH or PATH:WEIGHT, such as "
+            "my-adapter:0.5."
+        )
     return path, checked_weight(path, float(weight))
 
 
@@ -134,7 +165,9 @@ def parse_nbytes(text: str | int) -> int:
     """`5GB` → 5·10⁹. Decimal units, as everywhere in the Hugging Face libraries. Raises UsageError."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?B?)\s*", str(text).upper())
     if not match or match[2] not in _UNITS:
-        raise UsageError(f"{shown(text)!r} is no size; expected a number with a decimal unit, such as 100MB or 5GB.")
+        raise UsageError(
+            f"{shown(text)!r} is no size; expected a number with a decimal unit, such as 100MB or 5GB."
+        )
     nbytes = float(match[1]) * _UNITS[match[2]]
     if not 1 <= nbytes < 2**63:
         raise UsageError(f"{shown(text)!r} is no size; expected at least 1 byte and less than 2^63.")

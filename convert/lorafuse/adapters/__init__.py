@@ -1,14 +1,15 @@
 """Adapters: one file per PEFT type, one for MLX-LM, and `open_adapter`, which reads any of them.
 
-An adapter module has one function, `updates(adapter, scale, warn)`, which returns a list of Update (or Choice) and the ignored
-tensors with reasons. A type is added by one file and one word in ADAPTERS.
+An adapter module has one function, `updates(adapter, scale, warn)`, which returns a list of Update (or
+Choice) and the ignored tensors with reasons. A type is added by one file and one word in ADAPTERS.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from lorafuse.adapters import (
+from lorafuse.adapters.reading.directory import CONFIG, AdapterDir, adapter_folder, is_mlx
+from lorafuse.adapters.types import (
     adalora,
     beft,
     boft,
@@ -42,9 +43,10 @@ from lorafuse.adapters import (
     vera,
     waveft,
 )
-from lorafuse.adapters.patch import Choice, Edit, Patch, Target, Update
-from lorafuse.adapters.store import CONFIG, AdapterDir, adapter_folder, is_mlx
+from lorafuse.adapters.updates import Choice, Edit, Update
 from lorafuse.errors import AdapterError, listed, shown
+from lorafuse.patches.patch import Patch
+from lorafuse.patches.target import Target
 
 ADAPTERS: dict[str, ModuleType] = {
     "ADALORA": adalora,
@@ -82,9 +84,11 @@ ADAPTERS: dict[str, ModuleType] = {
 }
 
 _PROMPT = "it trains inputs of the model, not weights"
-# Types that no change of weights equals, or whose update cannot be known from the files: type → why, in plain words.
+# Types that no change of weights equals, or whose update cannot be known from the files: type → why, in plain
+# words.
 REFUSED_TYPES: dict[str, str] = {
-    "ADAMSS": "its subspaces are found by clustering singular vectors of the base weight, and the clusters are not in the file",
+    "ADAMSS": "its subspaces are found by clustering singular vectors of the base weight, and the clusters "
+    "are not in the file",
     "ADAPTION_PROMPT": "it adds attention to trained inputs, which no weight holds",
     "CARTRIDGE": "it trains a key-value cache, not weights",
     "CPT": _PROMPT,
@@ -94,7 +98,8 @@ REFUSED_TYPES: dict[str, str] = {
     "POLY": "a router chooses between skills for each task, so no merged weight equals it",
     "PREFIX_TUNING": "it trains a key-value cache, not weights",
     "PROMPT_TUNING": _PROMPT,
-    "PSOFT": "its factors A and B come from an SVD of the base weight and are not in the file, and the sign of a singular vector "
+    "PSOFT": "its factors A and B come from an SVD of the base weight and are not in the file, and the sign "
+    "of a singular vector "
     "is each library's choice, so the update depends on where it was trained",
     "P_TUNING": _PROMPT,
     "SHADOW": "a second network runs beside the model, so no merged weight equals it",
@@ -117,8 +122,8 @@ __all__ = [
 
 
 def open_adapter(path: Path, name: str | None = None, root: Path | None = None) -> AdapterDir:
-    """An adapter directory of a type that is known here, what the user called it, perhaps a sub-folder of `root`. Raises
-    AdapterError."""
+    """An adapter directory of a type that is known here, what the user called it, perhaps a sub-folder of
+    `root`. Raises AdapterError."""
     adapter = AdapterDir(path, name, root)
     try:
         module_of(adapter)
@@ -131,7 +136,8 @@ def open_adapter(path: Path, name: str | None = None, root: Path | None = None) 
 def updates_of(
     adapter: AdapterDir, scale: float, model_type: object, warn: Callable[[str], None]
 ) -> tuple[list[Update | Choice], dict[str, str]]:
-    """What the adapter says of a base of that type, and the tensors that it ignores, with reasons. Raises AdapterError."""
+    """What the adapter says of a base of that type, and the tensors that it ignores, with reasons. Raises
+    AdapterError."""
     module = module_of(adapter)
     if module is mlx:
         mlx.refuse_rescaled(adapter, model_type)
@@ -142,10 +148,17 @@ def updates_of(
 def module_of(adapter: AdapterDir) -> ModuleType:
     kind = "MLX" if is_mlx(adapter.config) else adapter.config.get("peft_type")
     if kind is None:
-        raise AdapterError(f"{adapter.path / CONFIG}: has no peft_type; it was written neither by PEFT nor by MLX-LM.")
+        raise AdapterError(
+            f"{adapter.path / CONFIG}: has no peft_type; it was written neither by PEFT nor by MLX-LM."
+        )
     module = ADAPTERS.get(kind) if isinstance(kind, str) else None
     if isinstance(kind, str) and kind in REFUSED_TYPES:
-        raise AdapterError(f"{adapter.path / CONFIG}: peft_type {kind} cannot be merged: {REFUSED_TYPES[kind]}.")
+        raise AdapterError(
+            f"{adapter.path / CONFIG}: peft_type {kind} cannot be merged: {REFUSED_TYPES[kind]}."
+        )
     if module is None:
-        raise AdapterError(f"{adapter.path / CONFIG}: peft_type {shown(kind)} is not supported; known are {listed(ADAPTERS)}.")
+        raise AdapterError(
+            f"{adapter.path / CONFIG}: peft_type {shown(kind)} is not supported; known are "
+            f"{listed(ADAPTERS)}."
+        )
     return module

@@ -10,12 +10,12 @@ from typing import Any
 import click
 
 from lorafuse._version import __version__
+from lorafuse.batching.jobs import checked_share, read_jobs
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import CONTEXT, base_options, check_base_options, output_options, run_options
 from lorafuse.errors import BatchError, shown
-from lorafuse.jobs import checked_share, read_jobs
+from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.settings import Settings
-from lorafuse.sharing import SHARE_CHOICES
 
 
 @click.command(context_settings=CONTEXT)
@@ -27,34 +27,54 @@ from lorafuse.sharing import SHARE_CHOICES
               help="Multiplies the update of every adapter for which JOBS gives no scale.")  # fmt: skip
 @base_options
 @click.option("--share", type=click.Choice(SHARE_CHOICES), default="auto", show_default=True,
-              help="How results share files that no adapter changes; auto takes the first of these that works. Hard-linked "
-                   "files are read-only.")  # fmt: skip
-@click.option("--index", type=int, metavar="I", help="Do share I (from 0) of the jobs; with --of. Default: the task of a Slurm "
-              "array or of a Kubernetes Indexed Job, if this is one, else all.")  # fmt: skip
+              help="How results share files that no adapter changes; auto takes the first of these that "
+                   "works. Hard-linked files are read-only.")  # fmt: skip
+@click.option("--index", type=int, metavar="I",
+              help="Do share I (from 0) of the jobs; with --of. Default: the task of a Slurm array or of a "
+                   "Kubernetes Indexed Job, if this is one, else all.")  # fmt: skip
 @click.option("--of", type=int, metavar="N", help="Into how many shares the jobs are divided.")
-@click.option("--allow-nonfinite", is_flag=True, help="Keep values of the base that are not finite, instead of refusing them.")
-@click.option("--overwrite", is_flag=True, help="Replace results that are there but not what this call makes, once the new ones "
-              "are complete.")  # fmt: skip
-@click.option("--restart", is_flag=True, help="Discard what earlier calls that were cut off have finished of a result.")
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Keep values of the base that are not finite, instead of refusing them.",
+)
+@click.option("--overwrite", is_flag=True,
+              help="Replace results that are there but not what this call makes, once the new ones are "
+                   "complete.")  # fmt: skip
+@click.option(
+    "--restart", is_flag=True, help="Discard what earlier calls that were cut off have finished of a result."
+)
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also which jobs share a pass.")
 @click.version_option(__version__, prog_name="lorafuse")
-def batch(ckpt: str, jobs: str, out_root: str, *, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **options: Any) -> None:
+def batch(
+    ckpt: str,
+    jobs: str,
+    out_root: str,
+    *,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
     """Merge many adapters into CKPT, each into a directory OUT_ROOT/NAME.
 
-    JOBS is a directory whose sub-directories are adapters, or a JSONL file of {"adapter": PATH, "name": NAME, "scale"?,
-    "dtype"?}; relative paths start at the file. CKPT and adapters are directories or hub ids org/name[@revision]. Each
-    result is what `lorafuse convert` makes; the base is read and decoded once for many. One that is there already is
-    skipped, and one that fails does not cost the others.
+    JOBS is a directory whose sub-directories are adapters, or a JSONL file of {"adapter": PATH, "name": NAME,
+    "scale"?, "dtype"?}; relative paths start at the file. CKPT and adapters are directories or hub ids
+    org/name[@revision]. Each result is what `lorafuse convert` makes; the base is read and decoded once for
+    many. One that is there already is skipped, and one that fails does not cost the others.
     """
     show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose)
     with exit_codes("what is finished stays, and the same command goes on"):
-        Settings(**{name: options[name] for name in ("device", "adapter_scale")})  # refuses them, as click does the others
+        Settings(
+            **{name: options[name] for name in ("device", "adapter_scale")}
+        )  # refuses them, as click does the others
         check_base_options(options)
         checked_share(options["index"], options["of"], os.environ)
         read_jobs(Path(jobs))
         gc.disable()  # as for convert
-        from lorafuse.batching import batch as run  # imports torch: not before the options are known to be right
+        from lorafuse.batching.batch import batch as run
 
         gc.freeze()
         gc.enable()
@@ -69,7 +89,8 @@ def batch(ckpt: str, jobs: str, out_root: str, *, as_json: bool, quiet: bool, ve
 
 
 class ShowBatch:
-    """Shows events: JSON lines, or finished results, one a line, on stdout; warnings, progress and the table of jobs on stderr."""
+    """Shows events: JSON lines, or finished results, one a line, on stdout; warnings, progress and the table
+    of jobs on stderr."""
 
     def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
         self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
@@ -101,17 +122,25 @@ class ShowBatch:
         names = event["jobs"]
         nbytes = sum(self._plans[name]["nbytes"] for name in names)
         if self._verbose and not self._quiet:
-            click.echo(f"Pass {self._n_passes}: {len(names)} jobs, {nbytes / 1e6:,.1f} MB: {' '.join(map(shown, names))}", err=True)
+            click.echo(
+                f"Pass {self._n_passes}: {len(names)} jobs, {nbytes / 1e6:,.1f} MB: "
+                f"{' '.join(map(shown, names))}",
+                err=True,
+            )
         if sys.stderr.isatty() and not self._quiet:
             from tqdm import tqdm
 
             self.close_bar()
-            self._bar = tqdm(total=nbytes, unit="B", unit_scale=True, dynamic_ncols=True, desc=f"pass {self._n_passes}")
+            self._bar = tqdm(
+                total=nbytes, unit="B", unit_scale=True, dynamic_ncols=True, desc=f"pass {self._n_passes}"
+            )
 
     def _resumed(self, event: dict[str, Any]) -> None:
         if not self._quiet:
             done = f"{event['n_shards']} of {len(self._plans[event['job']]['shards'])} files"
-            click.echo(f"{shown(event['job'])}: going on after {done} that an earlier call finished.", err=True)
+            click.echo(
+                f"{shown(event['job'])}: going on after {done} that an earlier call finished.", err=True
+            )
         if self._bar is not None:
             self._bar.update(event["nbytes"])
 

@@ -8,7 +8,14 @@ import click
 
 from lorafuse._version import __version__
 from lorafuse.cli.exits import exit_codes
-from lorafuse.cli.options import CONTEXT, base_options, check_base_options, output_options, run_options, weighted
+from lorafuse.cli.options import (
+    CONTEXT,
+    base_options,
+    check_base_options,
+    output_options,
+    run_options,
+    weighted,
+)
 from lorafuse.cli.show import Show, plan_text, summary_text, weights_text
 from lorafuse.settings import Settings
 
@@ -19,24 +26,41 @@ from lorafuse.settings import Settings
 @click.argument("out_dir")
 @output_options
 @click.option("--adapter", "adapters", callback=weighted, multiple=True, metavar="PATH[:WEIGHT]",
-              help="A further adapter, whose update times WEIGHT (or 1) is added; may be repeated, in any order.")  # fmt: skip
-@click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Multiplies the update of ADAPTER.")
-@click.option("--adapter-name", metavar="NAME", help="Which adapter of a directory that holds several, in sub-folders.")
+              help="A further adapter, whose update times WEIGHT (or 1) is added; may be repeated, in any "
+                   "order.")  # fmt: skip
+@click.option(
+    "--adapter-scale", type=float, default=1.0, show_default=True, help="Multiplies the update of ADAPTER."
+)
+@click.option(
+    "--adapter-name", metavar="NAME", help="Which adapter of a directory that holds several, in sub-folders."
+)
 @base_options
-@click.option("--allow-nonfinite", is_flag=True, help="Keep values of the base that are not finite, instead of refusing them.")
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Keep values of the base that are not finite, instead of refusing them.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR, once the new one is complete.")
 @click.option("--restart", is_flag=True, help="Discard what an earlier run that was cut off has finished.")
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also what happens to each weight that changes.")
 @click.version_option(__version__, prog_name="lorafuse")
 def convert(
-    ckpt: str, adapter: str, out_dir: str, *, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **options: Any
+    ckpt: str,
+    adapter: str,
+    out_dir: str,
+    *,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    dry_run: bool,
+    **options: Any,
 ) -> None:
     """Merge ADAPTER into CKPT and write the result to OUT_DIR.
 
-    CKPT is a safetensors checkpoint (bitsandbytes NF4, FP4, int8, or full precision), ADAPTER a PEFT or MLX-LM adapter;
-    each a directory or a hub id org/name[@revision]. OUT_DIR gets full-precision shards that transformers, vLLM and others
-    load, and lorafuse_receipt.json.
+    CKPT is a safetensors checkpoint (bitsandbytes NF4, FP4, int8, or full precision), ADAPTER a PEFT or
+    MLX-LM adapter; each a directory or a hub id org/name[@revision]. OUT_DIR gets full-precision shards that
+    transformers, vLLM and others load, and lorafuse_receipt.json.
     """
     show = Show(as_json=as_json, quiet=quiet)
     with exit_codes("OUT_DIR is as it was, and the same command goes on from what is finished"):
@@ -44,7 +68,7 @@ def convert(
         Settings(**{name: options[name] for name in checked})  # refuses them, as click does the others
         check_base_options(options)
         gc.disable()  # what importing torch makes stays: looking for garbage in it only takes time
-        from lorafuse.pipeline import convert as run  # imports torch: not before the options are known to be right
+        from lorafuse.pipeline import convert as run
 
         gc.freeze()
         gc.enable()
@@ -58,6 +82,8 @@ def convert(
         if verbose and not quiet:
             click.echo(weights_text(receipt), err=True)
         if not quiet:
-            click.echo(summary_text(receipt, ckpt, [adapter, *(path for path, _ in options["adapters"])]), err=True)
+            click.echo(
+                summary_text(receipt, ckpt, [adapter, *(path for path, _ in options["adapters"])]), err=True
+            )
         if not as_json:
             click.echo(os.fsencode(out_dir))  # a path is bytes, perhaps no UTF-8

@@ -21,13 +21,15 @@ MANY = 10  # names that are listed in a line
 @click.argument("path")
 @click.option("--top", type=click.IntRange(min=0), default=20, show_default=True, metavar="N",
               help="Of a merged directory, how many of its weights to list, worst first.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text, with all weights.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text, with all weights."
+)
 def inspect(path: str, *, top: int, as_json: bool) -> None:
     """Say what PATH is: a checkpoint, an adapter, or the result of a merge.
 
-    PATH is a directory or a hub id org/name[@revision]. Of a checkpoint on the hub only the config and the headers of its files
-    are fetched, of an adapter its files. Of a merged directory the receipt is shown: what was merged into what, and for each
-    weight how much of the update was kept.
+    PATH is a directory or a hub id org/name[@revision]. Of a checkpoint on the hub only the config and the
+    headers of its files are fetched, of an adapter its files. Of a merged directory the receipt is shown:
+    what was merged into what, and for each weight how much of the update was kept.
     """
     with exit_codes():
         facts = run(path)
@@ -43,7 +45,12 @@ def inspect_text(facts: Facts, top: int) -> str:
         ]
         return "\n\n".join(["\n".join(head), *(inspect_text(adapter, top) for adapter in facts["adapters"])])
     lines = {"checkpoint": _checkpoint, "adapter": _adapter, "merged": _merged}[facts["kind"]](facts)
-    text = "\n".join([f"{facts['kind']}: {shown(facts['path'])}", *(f"  {label:13} {text}".rstrip() for label, text in lines)])
+    text = "\n".join(
+        [
+            f"{facts['kind']}: {shown(facts['path'])}",
+            *(f"  {label:13} {text}".rstrip() for label, text in lines),
+        ]
+    )
     return "\n".join([text, *_table(facts["weights"], top)]) if facts["kind"] == "merged" else text
 
 
@@ -98,14 +105,19 @@ def _merged(facts: Facts) -> Lines:
     for adapter in facts["adapters"]:
         weight = "" if adapter["weight"] is None else f", weight {shown(adapter['weight'])}"
         yield "adapter", f"{shown(adapter['path'])}{weight}"
-    yield from _names("settings", [f"{shown(name)} {shown(_plain(value))}" for name, value in facts["settings"].items()])
+    yield from _names(
+        "settings", [f"{shown(name)} {shown(_plain(value))}" for name, value in facts["settings"].items()]
+    )
     yield "size", f"{_size(facts)} {_counts(facts['dtypes'])}{_in_files(facts)}"
     yield "weights", ", ".join(f"{n} {shown(action)}" for action, n in sorted(facts["actions"].items()))
     yield from _notes("ignored", (f"{key}: {reason}" for key, reason in facts["ignored"].items()))
     update = facts["update"]
     if update["kept"] is not None:
         least = percent(update["least"])
-        yield "update", f"{percent(update['kept'])} kept in all, {least} where it is least; noise {update['noise']:.3g}"
+        yield (
+            "update",
+            f"{percent(update['kept'])} kept in all, {least} where it is least; noise {update['noise']:.3g}",
+        )
     yield from _notes("warning", too_little_text(update))
 
 

@@ -9,30 +9,46 @@ from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import CONTEXT, Size
 from lorafuse.cli.show import Show
 from lorafuse.errors import ResultError, shown
-from lorafuse.relations import EXPLAINED, GOOD
+from lorafuse.verification.relations import EXPLAINED, GOOD
 
 N_WORST = 20
 
 
 @click.command(context_settings=CONTEXT)
 @click.argument("out_dir")
-@click.option("--ckpt", help="The checkpoint that was merged into: make the merge again and compare every byte.")
-@click.option("--adapter", "adapters", multiple=True, help="The adapter that was merged; repeated when there were several.")
-@click.option("--sample", type=click.IntRange(min=1), default=None, metavar="N", help="Compare N weights instead of all.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="As of the merge.")
+@click.option(
+    "--ckpt", help="The checkpoint that was merged into: make the merge again and compare every byte."
+)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    help="The adapter that was merged; repeated when there were several.",
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="N",
+    help="Compare N weights instead of all.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="As of the merge."
+)
 @click.option("--memory-limit", type=Size(), default="100MB", show_default=True, help="As of the merge.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 def verify(out_dir: str, *, as_json: bool, quiet: bool, sample: int | None, **options: Any) -> None:
     """Check a merged directory against its receipt.
 
-    Sizes and hashes of all files, headers, index and config; with --ckpt and --adapter the merge is made again, and compared
-    instead of written. Ends with 8 at the first difference. A directory that another tool made has no receipt: --ckpt and --adapter
-    then show how each of its weights relates to the base and to base + update. OUT_DIR is not changed.
+    Sizes and hashes of all files, headers, index and config; with --ckpt and --adapter the merge is made
+    again, and compared instead of written. Ends with 8 at the first difference. A directory that another tool
+    made has no receipt: --ckpt and --adapter then show how each of its weights relates to the base and to
+    base + update. OUT_DIR is not changed.
     """
     show = Show(as_json=False, quiet=quiet)
     with exit_codes():
-        from lorafuse.audit import verify as run  # imports torch
+        from lorafuse.verification.verify import verify as run
 
         checked = run(out_dir, sample=sample or 0, on_event=show, **options)
         show.close()
@@ -42,20 +58,31 @@ def verify(out_dir: str, *, as_json: bool, quiet: bool, sample: int | None, **op
             click.echo(related_text(checked) if "related" in checked else verified_text(out_dir, checked))
         lost = sum(n for kind, n in checked.get("relations", {}).items() if kind not in GOOD)
         if lost:
-            raise ResultError(f"{shown(out_dir)}: {lost} of {len(checked['related'])} weights are not base + update.")
+            raise ResultError(
+                f"{shown(out_dir)}: {lost} of {len(checked['related'])} weights are not base + update."
+            )
 
 
 def verified_text(out_dir: str, checked: dict[str, Any]) -> str:
-    text = f"{shown(out_dir)}: {checked['files']} files, {checked['nbytes'] / 1e6:,.1f} MB, are what the receipt says."
+    text = (
+        f"{shown(out_dir)}: {checked['files']} files, {checked['nbytes'] / 1e6:,.1f} MB, are what the "
+        "receipt says."
+    )
     return text + (f"\n{checked['weights']} weights are what the inputs make." if checked["weights"] else "")
 
 
 def related_text(checked: dict[str, Any]) -> str:
     """How many weights are what, then the worst of those that should have changed."""
     lines = [f"{n:6} {kind:14} {EXPLAINED[kind]}" for kind, n in checked["relations"].items()]
-    updated = {name: facts for name, facts in checked["related"].items() if facts["relation"] not in GOOD or "kept" in facts}
+    updated = {
+        name: facts
+        for name, facts in checked["related"].items()
+        if facts["relation"] not in GOOD or "kept" in facts
+    }
     for name, facts in list(updated.items())[:N_WORST]:
-        figures = "  ".join(f"{k} {facts[k]:.3g}" for k in ("kept", "noise", "delta_rel") if facts.get(k) is not None)
+        figures = "  ".join(
+            f"{k} {facts[k]:.3g}" for k in ("kept", "noise", "delta_rel") if facts.get(k) is not None
+        )
         lines.append(f"{facts['relation']:14} {shown(name)}  {figures}".rstrip())
     if len(updated) > N_WORST:
         lines.append(f"and {len(updated) - N_WORST} more; --json lists them.")

@@ -8,7 +8,7 @@ from typing import NoReturn
 import click
 
 from lorafuse.errors import LorafuseError, shown
-from lorafuse.hold import HOLD
+from lorafuse.outdir.interrupts import UNINTERRUPTED
 
 # What torch (on the CPU, on a GPU) and Python say in a RuntimeError when the system gives no more.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "can't start new thread")
@@ -19,7 +19,8 @@ class Terminated(BaseException):
 
 
 class exit_codes:  # noqa: N801 (reads as a statement)
-    """Turns exceptions into the contract's exit codes and one line on stderr. Anything unforeseen keeps its traceback."""
+    """Turns exceptions into the contract's exit codes and one line on stderr. Anything unforeseen keeps its
+    traceback."""
 
     def __init__(self, interrupted: str = "nothing was changed") -> None:
         self._interrupted = interrupted
@@ -41,10 +42,11 @@ class exit_codes:  # noqa: N801 (reads as a statement)
 
 
 def _interrupt(number: int, _: object) -> None:
-    """The first signal stops the run within a tile, or when what must not be interrupted is done; a second one at once."""
+    """The first signal stops the run within a tile, or when what must not be interrupted is done; a second
+    one at once."""
     for any_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(any_number, lambda number, _: os._exit(128 + number))
-    HOLD.interrupt(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
+    UNINTERRUPTED.interrupt(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from lorafuse.base_options import BASE_OPTIONS, chosen_base_quant, refuse_beside_file
 from lorafuse.errors import UsageError
 from lorafuse.settings import BASE_QUANT_CHOICES, DTYPE_CHOICES, parse_nbytes, parse_weighted
+from lorafuse.trained_base.options import BASE_OPTIONS, chosen_base_quant, refuse_beside_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -55,7 +55,8 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 # What decides the bytes that are written, and what it costs.
 output_options = _all(
     click.option("--dtype", type=click.Choice(DTYPE_CHOICES), default="auto", show_default=True,
-                 help="dtype of the output's floating-point weights; auto keeps, per weight, the dtype it decodes to."),
+                 help="dtype of the output's floating-point weights; auto keeps, per weight, the dtype it "
+                      "decodes to."),
     click.option("--max-shard-size", type=Size(), default="5GB", show_default=True,
                  help="Largest output file, in decimal units; a larger tensor gets a file of its own."),
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]",
@@ -72,22 +73,26 @@ run_options = _all(
 # How training quantized the base.
 base_options = _all(
     click.option("--base-quant", type=click.Choice(BASE_QUANT_CHOICES), default="none", show_default=True,
-                 help="Treat a full-precision CKPT as training saw it: quantized, and dequantized, as bitsandbytes does."),
+                 help="Treat a full-precision CKPT as training saw it: quantized, and dequantized, as "
+                      "bitsandbytes does."),
     click.option("--double-quant/--no-double-quant", default=True, show_default=True,
                  help="Whether training quantized the scales of nf4 and fp4 as well."),
-    click.option("--quant-blocksize", type=int, default=64, show_default=True, help="Elements to a scale of nf4 and fp4."),
+    click.option("--quant-blocksize", type=int, default=64, show_default=True,
+                 help="Elements to a scale of nf4 and fp4."),
     click.option("--quant-skip", multiple=True, metavar="NAME",
-                 help="Modules that training did not quantize, instead of those that transformers skips; repeatable."),
+                 help="Modules that training did not quantize, instead of those that transformers skips; "
+                      "repeatable."),
     click.option("--quant-experts", is_flag=True,
                  help="Training quantized the experts of a mixture too: transformers 4 did, 5 does not."),
     click.option("--base-quant-from", metavar="FILE",
-                 help="Take --base-quant and its details from a config.json, BitsAndBytesConfig, training config of axolotl, "
-                      "LLaMA-Factory or TRL, or README.md."),
+                 help="Take --base-quant and its details from a config.json, BitsAndBytesConfig, training "
+                      "config of axolotl, LLaMA-Factory or TRL, or README.md."),
 )  # fmt: skip
 
 
 def check_base_options(options: dict[str, Any]) -> None:
-    """Refuse base_options that say nothing or contradict each other, before torch is imported. Raises UsageError."""
+    """Refuse base_options that say nothing or contradict each other, before torch is imported. Raises
+    UsageError."""
     if options["base_quant_from"] is not None:
         refuse_beside_file(given("base_quant", "double_quant", "quant_skip"))
     chosen_base_quant(**{name: options[name] for name in BASE_OPTIONS})

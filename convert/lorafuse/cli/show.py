@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from lorafuse.errors import listed, shown
-from lorafuse.summary import ENOUGH_KEPT, kept_in_sum
+from lorafuse.receipt.read import ENOUGH_KEPT, kept_in_sum
 
 
 class Show:
@@ -32,14 +32,20 @@ class Show:
             self._open_bar(event["nbytes"])
         elif kind == "resumed":
             self._n_done = event["n_shards"]
-            click.echo(f"Going on after {self._n_done} of {self._n_shards} files that an earlier run finished.", err=True)
+            click.echo(
+                f"Going on after {self._n_done} of {self._n_shards} files that an earlier run finished.",
+                err=True,
+            )
             if self._bar is not None:
                 self._bar.update(event["nbytes"])
         elif kind == "progress" and self._bar is not None:
             self._bar.update(event["nbytes"])
         elif kind == "shard" and self._bar is None:
             self._n_done += 1
-            click.echo(f"{event['file']}: {event['nbytes'] / 1e6:,.1f} MB ({self._n_done} of {self._n_shards})", err=True)
+            click.echo(
+                f"{event['file']}: {event['nbytes'] / 1e6:,.1f} MB ({self._n_done} of {self._n_shards})",
+                err=True,
+            )
 
     def _open_bar(self, nbytes: int) -> None:
         if sys.stderr.isatty():
@@ -57,10 +63,18 @@ def plan_text(plan: dict[str, Any]) -> str:
     weights = ", ".join(f"{n} {action}" for action, n in sorted(plan["weights"].items()))
     lines = [f"{plan['nbytes'] / 1e6:,.1f} MB in {len(plan['shards'])} shards; weights: {weights}"]
     lines += [f"  {s['file']}  {s['nbytes'] / 1e6:,.1f} MB  {s['n_weights']} weights" for s in plan["shards"]]
-    lines.append(f"adapter tensors: {plan['adapter_tensors']['used']} used, {len(plan['adapter_tensors']['ignored'])} ignored")
-    lines += [f"  ignored {shown(key)}: {shown(reason)}" for key, reason in plan["adapter_tensors"]["ignored"].items()]
+    lines.append(
+        f"adapter tensors: {plan['adapter_tensors']['used']} used, {len(plan['adapter_tensors']['ignored'])} "
+        "ignored"
+    )
+    lines += [
+        f"  ignored {shown(key)}: {shown(reason)}"
+        for key, reason in plan["adapter_tensors"]["ignored"].items()
+    ]
     if plan["held_whole"]:
-        lines.append(f"held whole in memory, one after the other, for a decomposition: {listed(plan['held_whole'])}")
+        lines.append(
+            f"held whole in memory, one after the other, for a decomposition: {listed(plan['held_whole'])}"
+        )
     lines += [f"config.json: {name} = {json.dumps(value)}" for name, value in plan["config_changes"].items()]
     return "\n".join(lines)
 
@@ -82,16 +96,21 @@ def weights_text(receipt: dict[str, Any]) -> str:
 
 
 def summary_text(receipt: dict[str, Any], ckpt: str, adapters: list[str]) -> str:
-    """One line: what was merged into what, how much of the update was kept, and what it cost; and one more where a weight keeps too
-    little."""
+    """One line: what was merged into what, how much of the update was kept, and what it cost; and one more
+    where a weight keeps too little."""
     n_merged = sum(entry["action"] == "merged" for entry in receipt["tensors"].values())
     update = kept_in_sum(receipt["tensors"])
-    share = "" if update["least"] is None else f", {percent(update['least'])} of the update kept where it is least"
+    share = (
+        ""
+        if update["least"] is None
+        else f", {percent(update['least'])} of the update kept where it is least"
+    )
     nbytes = sum(output["size"] for output in receipt["outputs"])
     line = (
         f"Merged {listed(adapters)} into {shown(ckpt)} ({shown(receipt['base_semantics'])}): "
         f"{n_merged} of {len(receipt['tensors'])} weights updated{share}; "
-        f"{nbytes / 1e6:,.1f} MB in {receipt['timing']['wall_s']:.1f} s, peak {receipt['peak_rss'] / 1e6:,.0f} MB."
+        f"{nbytes / 1e6:,.1f} MB in {receipt['timing']['wall_s']:.1f} s, peak "
+        f"{receipt['peak_rss'] / 1e6:,.0f} MB."
     )
     return "\n".join([line, *too_little_text(update)])
 

@@ -1,19 +1,20 @@
 """Knowledge of storage schemes: how a weight of the output is made from stored tensors.
 
-A codec is a module with three functions. `claim(stored)` says which weights it makes and from which stored tensors; every stored
-tensor is claimed exactly once. `scheme(names)` says what the names of these tell of the storage. `open_sources(weight, names,
-ckpt)` reads small tensors and returns Sources, which decode any run of elements. A codec is added by one file and one word in
-CODECS; the contract tests run over the table.
+A codec is a module with three functions. `claim(stored)` says which weights it makes and from which stored
+tensors; every stored tensor is claimed exactly once. `scheme(names)` says what the names of these tell of the
+storage. `open_sources(weight, names, ckpt)` reads small tensors and returns Sources, which decode any run of
+elements. A codec is added by one file and one word in CODECS; the contract tests run over the table.
 """
 
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 
-from lorafuse.checkpoint import Checkpoint
+from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs import bnb4, bnb8, dense
-from lorafuse.codecs.sources import Arena, Scheme, Sources
+from lorafuse.codecs.sources import Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
-from lorafuse.tensors import TensorInfo
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.tensors import TensorInfo
 
 # In order: a codec claims from what those before it left, dense takes the rest.
 CODECS: tuple[ModuleType, ...] = (bnb4, bnb8, dense)
@@ -33,7 +34,8 @@ def claims(stored: Mapping[str, TensorInfo]) -> Iterator[tuple[ModuleType, str, 
 
 
 def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
-    """Every weight of a checkpoint with its sources. Raises CheckpointError when a stored tensor is missing or left over."""
+    """Every weight of a checkpoint with its sources. Raises CheckpointError when a stored tensor is missing
+    or left over."""
     weights: dict[str, Sources] = {}
     for codec, weight, names in claims(ckpt.tensors):
         if weight in weights:
@@ -44,9 +46,12 @@ def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
 
 
 def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint) -> None:
-    """In a quantized checkpoint, integers called `weight` that no codec claimed are codes whose companions are missing."""
+    """In a quantized checkpoint, integers called `weight` that no codec claimed are codes whose companions
+    are missing."""
     if not ckpt.config.get("quantization_config"):
         return
     for name, sources in weights.items():
         if name.endswith(".weight") and sources.spec.dtype in ("U8", "I8"):
-            raise CheckpointError(f"{shown(ckpt.path)}: {shown(name)} is quantized, but its quant_state or SCB is missing.")
+            raise CheckpointError(
+                f"{shown(ckpt.path)}: {shown(name)} is quantized, but its quant_state or SCB is missing."
+            )

@@ -1,10 +1,11 @@
 """bitsandbytes 4-bit: NF4 and FP4, single and double quantization, any block size, any storage dtype.
 
-For a weight X of n elements in blocks of `blocksize`: `X` holds ceil(n/2) bytes, two codes each, high nibble first, viewed as
-any dtype; `X.absmax` one scale per block, fp32, or uint8 when double-quantized, then with `X.nested_absmax` (fp32, one per
-`nested_blocksize` scales) and `X.nested_quant_map` (fp32 [256]); `X.quant_map` the 16 values; and
-`X.quant_state.bitsandbytes__nf4` (or fp4) a JSON with shape, dtype, block sizes and nested_offset. The format is that of
-bitsandbytes 0.50 functional.py, QuantState.as_dict; dequantize.py has the formula.
+For a weight X of n elements in blocks of `blocksize`: `X` holds ceil(n/2) bytes, two codes each, high nibble
+first, viewed as any dtype; `X.absmax` one scale per block, fp32, or uint8 when double-quantized, then with
+`X.nested_absmax` (fp32, one per `nested_blocksize` scales) and `X.nested_quant_map` (fp32 [256]);
+`X.quant_map` the 16 values; and `X.quant_state.bitsandbytes__nf4` (or fp4) a JSON with shape, dtype, block
+sizes and nested_offset. The format is that of bitsandbytes 0.50 functional.py, QuantState.as_dict;
+dequantize.py has the formula.
 """
 
 import json
@@ -15,11 +16,14 @@ from typing import Any
 
 import torch
 
-from lorafuse.checkpoint import Checkpoint, read_all
-from lorafuse.codecs.dequantize import NARROW, byte_pairs, look_up, nested_absmax
-from lorafuse.codecs.sources import DECODED_FP32, Arena, Scheme, Sources, is_conv1d
+from lorafuse.arithmetic.arena import DECODED_FP32, Arena
+from lorafuse.arithmetic.dequantize import NARROW, byte_pairs, look_up, nested_absmax
+from lorafuse.codecs.conv1d import is_conv1d
+from lorafuse.codecs.sources import Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
-from lorafuse.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.stores import read_all
+from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
 
 MARKER = ".quant_state.bitsandbytes__"
 COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
@@ -57,7 +61,9 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> "Four
         state = _read_state(names[1], ckpt)
         _check_companions(weight, state, ckpt)
     except (KeyError, TypeError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{shown(ckpt.path)}: the quant_state of {shown(weight)} is broken: {shown(e)}.") from None
+        raise CheckpointError(
+            f"{shown(ckpt.path)}: the quant_state of {shown(weight)} is broken: {shown(e)}."
+        ) from None
     return FourBitSources(weight, names, state, ckpt)
 
 
@@ -76,7 +82,9 @@ def _read_state(name: str, ckpt: Checkpoint) -> QuantState:
         raise ValueError(f"a block size is larger than {MAX_BLOCKSIZE}")
     if raw["blocksize"] % 2:
         raise ValueError(f"the block size {raw['blocksize']} is odd")
-    return QuantState(dtype, tuple(raw["shape"]), raw["blocksize"], nested_blocksize, float(raw.get("nested_offset", 0.0)))
+    return QuantState(
+        dtype, tuple(raw["shape"]), raw["blocksize"], nested_blocksize, float(raw.get("nested_offset", 0.0))
+    )
 
 
 def _check_companions(weight: str, state: QuantState, ckpt: Checkpoint) -> None:
@@ -112,7 +120,8 @@ def _pairs(quant_map: bytes) -> torch.Tensor:
 
 
 class FourBitSources(Sources):
-    """The packed codes and scales of one weight. `transposed`: an HF Conv1D weight, stored (out, in), made (in, out)."""
+    """The packed codes and scales of one weight. `transposed`: an HF Conv1D weight, stored (out, in), made
+    (in, out)."""
 
     def __init__(self, weight: str, names: tuple[str, ...], state: QuantState, ckpt: Checkpoint) -> None:
         self.store, self.names, self._weight, self._state = ckpt, names, weight, state
@@ -123,7 +132,9 @@ class FourBitSources(Sources):
         self._n_blocks = -(-self.spec.numel // state.blocksize)
         self.nbytes = self.spec.numel if self.transposed else 0
         self._pairs = _pairs(bytes(read_all(ckpt, weight + ".quant_map")))
-        self._nested_map = _floats(bytes(read_all(ckpt, weight + ".nested_quant_map"))) if state.nested_blocksize else None
+        self._nested_map = (
+            _floats(bytes(read_all(ckpt, weight + ".nested_quant_map"))) if state.nested_blocksize else None
+        )
 
     def _blocks(self, start: int, stop: int) -> tuple[int, int]:
         if self.transposed:
@@ -137,20 +148,25 @@ class FourBitSources(Sources):
         self.store.will_need(self._weight, first * half, min(last * half, nbytes) - first * half)
 
     def fetch(self, start: int, stop: int, arena: Arena) -> tuple[torch.Tensor, ...]:
-        """Packed codes, absmax, and with double quantization nested_absmax, of the blocks that [start, stop) touches."""
+        """Packed codes, absmax, and with double quantization nested_absmax, of the blocks that [start, stop)
+        touches."""
         state = self._state
         first, last = self._blocks(start, stop)
         half = state.blocksize // 2
         end = min(last * half, -(-self.spec.numel // 2))
         packed = arena.fetch("bnb4.packed", self.store, self._weight, first * half, end - first * half)
         if not state.nested_blocksize:
-            absmax = arena.fetch("bnb4.absmax", self.store, self._weight + ".absmax", first * 4, (last - first) * 4)
+            absmax = arena.fetch(
+                "bnb4.absmax", self.store, self._weight + ".absmax", first * 4, (last - first) * 4
+            )
             return packed, absmax.view(torch.float32)
         # Whole nested blocks: a tile may start inside one.
         outer, outer_end = first // state.nested_blocksize, -(-last // state.nested_blocksize)
         begin, end = outer * state.nested_blocksize, min(outer_end * state.nested_blocksize, self._n_blocks)
         codes = arena.fetch("bnb4.absmax", self.store, self._weight + ".absmax", begin, end - begin)
-        nested = arena.fetch("bnb4.nested", self.store, self._weight + ".nested_absmax", outer * 4, (outer_end - outer) * 4)
+        nested = arena.fetch(
+            "bnb4.nested", self.store, self._weight + ".nested_absmax", outer * 4, (outer_end - outer) * 4
+        )
         return packed, codes, nested.view(torch.float32)
 
     def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
@@ -161,7 +177,8 @@ class FourBitSources(Sources):
             values = self._decode_transposed(packed, absmax, start, stop, arena)
         else:
             blocksize = self._state.blocksize
-            # Room for whole blocks: the last one may be short, and the pad nibble of an odd count is decoded and cut off.
+            # Room for whole blocks: the last one may be short, and the pad nibble of an odd count is decoded
+            # and cut off.
             values = arena.get(DECODED_FP32, (last - first) * blocksize, torch.float32)
             look_up(packed, self._pairs, values, arena)
             values.view(-1, blocksize).mul_(absmax[:, None])
@@ -178,11 +195,16 @@ class FourBitSources(Sources):
             return arena.place(raw[1])
         codes, nested = arena.place(raw[1]), arena.place(raw[2])
         outer = nested[:, None].expand(-1, state.nested_blocksize).reshape(-1)[: codes.numel()]
-        scales = nested_absmax(codes, arena.place(self._nested_map), outer, state.nested_offset, first % state.nested_blocksize)
+        scales = nested_absmax(
+            codes, arena.place(self._nested_map), outer, state.nested_offset, first % state.nested_blocksize
+        )
         return scales[: last - first]
 
-    def _decode_transposed(self, packed: torch.Tensor, absmax: torch.Tensor, start: int, stop: int, arena: Arena) -> torch.Tensor:
-        """Rows of the transposed weight are columns of the stored one: element by element, since a byte may span two."""
+    def _decode_transposed(
+        self, packed: torch.Tensor, absmax: torch.Tensor, start: int, stop: int, arena: Arena
+    ) -> torch.Tensor:
+        """Rows of the transposed weight are columns of the stored one: element by element, since a byte may
+        span two."""
         n_stored_rows, n_stored_cols = self._state.shape
         rows = torch.arange(start // n_stored_rows, stop // n_stored_rows, device=arena.device)
         flat = (rows[:, None] + torch.arange(n_stored_rows, device=arena.device) * n_stored_cols).view(-1)

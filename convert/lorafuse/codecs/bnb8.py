@@ -1,4 +1,5 @@
-"""bitsandbytes LLM.int8: `X.weight` int8 (out, in), `X.SCB` fp32 (out,), `X.weight_format` uint8 scalar, 0 = "row".
+"""bitsandbytes LLM.int8: `X.weight` int8 (out, in), `X.SCB` fp32 (out,), `X.weight_format` uint8 scalar, 0 =
+"row".
 
 The weight is fp32, uncast: dequantize.py. Outlier columns are a matter of run time; the weights are complete.
 """
@@ -7,11 +8,14 @@ from collections.abc import Mapping
 
 import torch
 
-from lorafuse.checkpoint import Checkpoint, read_all
-from lorafuse.codecs.dequantize import decode_int8
-from lorafuse.codecs.sources import DECODED_FP32, Arena, Scheme, Sources, is_conv1d
+from lorafuse.arithmetic.arena import DECODED_FP32, Arena
+from lorafuse.arithmetic.dequantize import decode_int8
+from lorafuse.codecs.conv1d import is_conv1d
+from lorafuse.codecs.sources import Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
-from lorafuse.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.stores import read_all
+from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
 
 
 def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
@@ -32,12 +36,14 @@ def scheme(names: tuple[str, ...]) -> Scheme:
 def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> "Int8Sources":
     if len(names) == 3 and any(read_all(ckpt, names[2])):
         raise CheckpointError(
-            f"{shown(ckpt.path)}: {shown(weight)} has a weight_format other than 0 (row), which is not supported."
+            f"{shown(ckpt.path)}: {shown(weight)} has a weight_format other than 0 (row), which is not "
+            "supported."
         )
     q, scb = ckpt.tensors[weight].spec, ckpt.tensors[names[1]].spec
     if len(q.shape) != 2 or scb != TensorSpec("F32", q.shape[:1]):
         raise CheckpointError(
-            f"{shown(ckpt.path)}: {shown(weight)} is {q}, its SCB {scb}; expected SCB F32 [{q.shape[0] if q.shape else 1}]."
+            f"{shown(ckpt.path)}: {shown(weight)} is {q}, its SCB {scb}; expected SCB F32 "
+            f"[{q.shape[0] if q.shape else 1}]."
         )
     return Int8Sources(weight, names, ckpt)
 

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 
 import torch
 
-from lorafuse.checkpoint import Checkpoint, Store
-from lorafuse.codecs.sources import Arena, Scheme, Sources
-from lorafuse.shardfile import Buffer
-from lorafuse.tensors import DTYPES, TensorInfo, TensorSpec
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.codecs.sources import Scheme, Sources
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.safetensors_file import Buffer
+from lorafuse.files.stores import Store
+from lorafuse.files.tensors import DTYPES, TensorInfo, TensorSpec
 
 
 class DenseSources(Sources):

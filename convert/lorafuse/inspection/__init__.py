@@ -1,24 +1,26 @@
-"""What a directory or a hub id holds: a checkpoint, an adapter, or the result of a merge, as one JSON-able dict.
+"""What a directory or a hub id holds: a checkpoint, an adapter, or the result of a merge, as one JSON-able
+dict.
 
-Headers, configs and small tensors are read, no weight. Of a hub id, the files of an adapter are fetched, of a checkpoint only its
-config and the headers of its shards.
+Headers, configs and small tensors are read, no weight. Of a hub id, the files of an adapter are fetched, of a
+checkpoint only its config and the headers of its shards.
 """
 
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from lorafuse.checkpoint import INDEX, RECEIPT, SINGLE
 from lorafuse.errors import CheckpointError, shown
+from lorafuse.files.names import INDEX, RECEIPT, SINGLE
 from lorafuse.inspection.merged import inspect_merged
 
 __all__ = ["inspect"]
 
 
 def inspect(path: str | PathLike[str]) -> dict[str, Any]:
-    """What `path`, a directory or a hub id `org/name[@revision]`, holds; "kind" is "merged", "adapter", "adapters" (one in each of
-    several sub-folders) or "checkpoint". What keeps it from being merged is in "problems". Raises CheckpointError,
-    AdapterError or, for a damaged receipt, ResultError where there is nothing that could be shown, and StorageError.
+    """What `path`, a directory or a hub id `org/name[@revision]`, holds; "kind" is "merged", "adapter",
+    "adapters" (one in each of several sub-folders) or "checkpoint". What keeps it from being merged is in
+    "problems". Raises CheckpointError, AdapterError or, for a damaged receipt, ResultError where there is
+    nothing that could be shown, and StorageError.
     """
     name = fspath(path)
     is_local = Path(name).is_dir()
@@ -26,9 +28,9 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
     if (folder / RECEIPT).exists():
         return inspect_merged(folder, name)
     # These import torch.
-    from lorafuse.adapters.store import adapters_in
+    from lorafuse.adapters.reading.directory import adapters_in
     from lorafuse.inspection.adapter import inspect_adapters
-    from lorafuse.inspection.base import inspect_checkpoint, inspect_remote
+    from lorafuse.inspection.checkpoint import inspect_checkpoint, inspect_remote
 
     at_root, names = adapters_in(folder)
     has_config = (folder / "config.json").exists()
@@ -38,12 +40,13 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
     if has_config or has_weights:
         return inspect_checkpoint(folder, name) if is_local else inspect_remote(folder, name)
     raise CheckpointError(
-        f"{shown(name)}: holds no checkpoint (config.json, {SINGLE}), no adapter (adapter_config.json) and no result of a "
-        f"merge ({RECEIPT})."
+        f"{shown(name)}: holds no checkpoint (config.json, {SINGLE}), no adapter (adapter_config.json) and "
+        f"no result of a merge ({RECEIPT})."
     )
 
 
 def _configs_of(name: str) -> Path:
-    from lorafuse.hub import KIND_FILES, local_dir
+    from lorafuse.files.hub import local_dir
+    from lorafuse.inputs.located import KIND_FILES
 
     return local_dir(name, KIND_FILES, CheckpointError)

@@ -1,4 +1,5 @@
-"""An adapter by its config and its headers: what kind it is, how large, what it updates, and what keeps it from being merged."""
+"""An adapter by its config and its headers: what kind it is, how large, what it updates, and what keeps it
+from being merged."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,19 +7,35 @@ from contextlib import closing
 from typing import Any
 
 from lorafuse.adapters import AdapterDir, Choice, Update, updates_of
-from lorafuse.adapters.keys import unusual_prefixes
-from lorafuse.adapters.store import adapters_in, is_mlx
+from lorafuse.adapters.reading.directory import adapters_in, is_mlx
+from lorafuse.adapters.reading.keys import unusual_prefixes
 from lorafuse.errors import AdapterError
-from lorafuse.hub import adapter_files, local_dir
+from lorafuse.files.hub import local_dir
+from lorafuse.inputs.located import adapter_files
 
 # Fields that have entries of their own, or that only training or loading needs.
-_ELSEWHERE = ("peft_type", "base_model_name_or_path", "revision", "task_type", "target_modules", "modules_to_save", "model")
-_UNIMPORTANT = ("auto_mapping", "inference_mode", "peft_version", "lora_dropout", "megatron_core", "qalora_group_size")
+_ELSEWHERE = (
+    "peft_type",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "target_modules",
+    "modules_to_save",
+    "model",
+)
+_UNIMPORTANT = (
+    "auto_mapping",
+    "inference_mode",
+    "peft_version",
+    "lora_dropout",
+    "megatron_core",
+    "qalora_group_size",
+)
 
 
 def inspect_adapters(name: str, folders: Sequence[str | None]) -> dict[str, Any]:
-    """The adapter in the directory or hub id itself (None), or those in its sub-folders. Raises AdapterError where none can
-    be read, StorageError."""
+    """The adapter in the directory or hub id itself (None), or those in its sub-folders. Raises AdapterError
+    where none can be read, StorageError."""
     found, errors = [], []
     for folder in folders:
         try:
@@ -36,7 +53,10 @@ def _inspect(name: str, folder: str | None) -> dict[str, Any]:
     root = local_dir(name, adapter_files(folder), AdapterError)
     where = name if folder is None else f"{name.rstrip('/')}/{folder}"
     with closing(AdapterDir(root / (folder or ""), where, root)) as adapter:
-        return _facts(adapter) | {"path": where, "sub_folders": adapters_in(root)[1] if folder is None else []}
+        return _facts(adapter) | {
+            "path": where,
+            "sub_folders": adapters_in(root)[1] if folder is None else [],
+        }
 
 
 def _facts(adapter: AdapterDir) -> dict[str, Any]:
@@ -60,7 +80,12 @@ def _facts(adapter: AdapterDir) -> dict[str, Any]:
 
 
 def _matters(name: str, value: Any) -> bool:
-    return name not in _ELSEWHERE + _UNIMPORTANT and value is not None and value is not False and value not in ([], {}, "")
+    return (
+        name not in _ELSEWHERE + _UNIMPORTANT
+        and value is not None
+        and value is not False
+        and value not in ([], {}, "")
+    )
 
 
 def _updates(adapter: AdapterDir) -> dict[str, Any]:
@@ -75,10 +100,14 @@ def _updates(adapter: AdapterDir) -> dict[str, Any]:
         problems.append(str(e))
     unusual = unusual_prefixes(adapter)
     updates = [one for one in said if not (isinstance(one, Update) and one.replaced)]
-    scales = Counter((one.facts["rank"], one.facts["scale"]) for one in updates if isinstance(one, Update) and one.facts)
+    scales = Counter(
+        (one.facts["rank"], one.facts["scale"]) for one in updates if isinstance(one, Update) and one.facts
+    )
     return {
         "n_updates": len(updates),
-        "scales": [{"rank": rank, "scale": scale, "n_updates": n} for (rank, scale), n in sorted(scales.items())],
+        "scales": [
+            {"rank": rank, "scale": scale, "n_updates": n} for (rank, scale), n in sorted(scales.items())
+        ],
         "replaced": [one.parameter for one in said if isinstance(one, Update) and one.replaced],
         "ignored": ignored,
         "warnings": [*warnings, unusual] if unusual else warnings,

@@ -1,4 +1,5 @@
-"""The result of a merge, by its receipt: what was merged into what, and how much of each update was kept. Needs no torch."""
+"""The result of a merge, by its receipt: what was merged into what, and how much of each update was kept.
+Needs no torch."""
 
 import math
 from collections import Counter
@@ -6,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorafuse.checkpoint import read_json_dict
-from lorafuse.shardfile import FormatError
-from lorafuse.summary import kept_in_sum, read_receipt, worst_first
-from lorafuse.tensors import FLOATS, SAFETENSORS_NAMES
+from lorafuse.files.json_yaml import read_json_dict
+from lorafuse.files.safetensors_file import FormatError
+from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES
+from lorafuse.receipt.read import kept_in_sum, read_receipt, worst_first
 
 _FIGURES = ("kept", "noise", "delta_rel", "delta_norm", "changed")
 
@@ -46,12 +47,18 @@ def inspect_merged(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _inputs(receipt: dict[str, Any], role: str, config: str) -> list[dict[str, Any]]:
-    """The inputs of a role as the user named them, each with its weight if it has one: every one has a config, whose path is the
-    input's and the file's."""
+    """The inputs of a role as the user named them, each with its weight if it has one: every one has a
+    config, whose path is the input's and the file's."""
     found = [one for one in receipt["inputs"] if one["role"] == role and one["path"].endswith(f"/{config}")]
     return [{"path": one["path"].removesuffix(f"/{config}"), "weight": one.get("weight")} for one in found]
 
 
 def _weight(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     figures = {figure: entry.get(figure) for figure in _FIGURES}
-    return {"name": name, "dtype": entry["dtype"], "shape": entry["shape"], "rank": entry.get("rank"), **figures}
+    return {
+        "name": name,
+        "dtype": entry["dtype"],
+        "shape": entry["shape"],
+        "rank": entry.get("rank"),
+        **figures,
+    }

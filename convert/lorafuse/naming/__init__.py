@@ -1,7 +1,8 @@
 """Adapter parameter name → weights of this checkpoint.
 
-`names.py`: the weights of one checkpoint, and its tied pair · `resolve.py`: one rule for all of an adapter's names · `aliases.py`:
-names in memory, and how weights make up parameters · `table.py`, `renames.json`: how transformers renames.
+`names.py`: the weights of one checkpoint, and its tied pair · `resolve.py`: one rule for all of an adapter's
+names · `aliases.py`: names in memory, and how weights make up parameters · `table.py`, `renames.json`: how
+transformers renames.
 """
 
 from lorafuse.naming.names import Names, TiedPair

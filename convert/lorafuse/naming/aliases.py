@@ -1,33 +1,38 @@
-"""The weights of a checkpoint under other names: those that transformers 5 or 4 gives its parameters in memory.
+"""The weights of a checkpoint under other names: those that transformers 5 or 4 gives its parameters in
+memory.
 
-A naming maps the name of a weight to names in memory. `find` collects the weights that lie behind the names asked for, and tells
-how they make up each parameter.
+A naming maps the name of a weight to names in memory. `find` collects the weights that lie behind the names
+asked for, and tells how they make up each parameter.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from lorafuse.adapters.patch import Parameter, Part
 from lorafuse.errors import shown
 from lorafuse.naming.table import Component
+from lorafuse.patches.target import Parameter, Part
 
 Shape = tuple[int, ...]
 MemoryNames = Callable[[str], list[tuple[str, Component | None]]]
-# Model types whose stacks of experts are (E, in, out) in memory, from `grep is_transposed=True` in transformers 5.23 models.
+# Model types whose stacks of experts are (E, in, out) in memory, from `grep is_transposed=True` in
+# transformers 5.23 models.
 _IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """A parameter whose weights are there, but whose update cannot be brought to them; `why` completes a sentence."""
+    """A parameter whose weights are there, but whose update cannot be brought to them; `why` completes a
+    sentence."""
 
     why: str
 
 
-Found = Parameter | Unsupported
+FoundAs = Parameter | Unsupported
 
 
-def find(shapes: Mapping[str, Shape], wanted: Iterable[str], memory_names: MemoryNames, model_type: str) -> dict[str, Found]:
+def find(
+    shapes: Mapping[str, Shape], wanted: Iterable[str], memory_names: MemoryNames, model_type: str
+) -> dict[str, FoundAs]:
     """Those of the wanted parameters that the weights (name → shape) make up."""
     wanted = frozenset(wanted)
     behind: dict[str, list[tuple[str, Component | None]]] = {}
@@ -38,7 +43,9 @@ def find(shapes: Mapping[str, Shape], wanted: Iterable[str], memory_names: Memor
     return {name: _make_up(weights, shapes, model_type) for name, weights in behind.items()}
 
 
-def _make_up(weights: list[tuple[str, Component | None]], shapes: Mapping[str, Shape], model_type: str) -> Found:
+def _make_up(
+    weights: list[tuple[str, Component | None]], shapes: Mapping[str, Shape], model_type: str
+) -> FoundAs:
     first, component = weights[0]
     if any(other is not component and (other is None or component is None) for _, other in weights):
         return Unsupported(f"is made from {_few(weights)} in two ways")
@@ -58,7 +65,9 @@ def _make_up(weights: list[tuple[str, Component | None]], shapes: Mapping[str, S
     if component.ops in (("transpose12",), ("transpose01",)) and component.n_sources == 1:
         # The shape stays that of the weight, since orientation is decided by what is stored.
         return Parameter(shapes[first], (Part(first, transposed=True),), model_type in _IN_OUT)
-    return Unsupported(f"is made from {_few(weights)} by {' and '.join(component.ops)}, which is not supported")
+    return Unsupported(
+        f"is made from {_few(weights)} by {' and '.join(component.ops)}, which is not supported"
+    )
 
 
 def whole(weight: str, shape: Shape, *, in_out: bool = False) -> Parameter:
@@ -66,39 +75,51 @@ def whole(weight: str, shape: Shape, *, in_out: bool = False) -> Parameter:
     return Parameter(shape, (Part(weight),), in_out and len(shape) == 3)
 
 
-def _stacked(parts: Mapping[tuple[int | None, int], str], n_sources: int, shapes: Mapping[str, Shape], model_type: str) -> Found:
+def _stacked(
+    parts: Mapping[tuple[int | None, int], str], n_sources: int, shapes: Mapping[str, Shape], model_type: str
+) -> FoundAs:
     """[E, rows of all sources, n_cols] from one matrix for each expert and source."""
     n_experts = 1 + max(index or 0 for index, _ in parts)
     some = next(iter(parts.values()))
     for expert in range(n_experts):
         for source in range(n_sources):
             if (expert, source) not in parts:
-                return Unsupported(f"is made from {shown(some)} and others, but one of expert {expert} is missing")
+                return Unsupported(
+                    f"is made from {shown(some)} and others, but one of expert {expert} is missing"
+                )
     rows = [shapes[parts[0, source]] for source in range(n_sources)]
-    if any(len(shapes[weight]) != 2 or shapes[weight] != rows[source] for (_, source), weight in parts.items()):
+    if any(
+        len(shapes[weight]) != 2 or shapes[weight] != rows[source] for (_, source), weight in parts.items()
+    ):
         return Unsupported(f"is made from {shown(some)} and others, whose shapes differ")
     found = []
-    for (expert_or_none, source), weight in sorted(parts.items(), key=lambda item: (item[0][0] or 0, item[0][1])):
+    for (expert_or_none, source), weight in sorted(
+        parts.items(), key=lambda item: (item[0][0] or 0, item[0][1])
+    ):
         before = sum(shape[0] for shape in rows[:source])
         found.append(Part(weight, rows[source][0], row=before, expert=expert_or_none))
     shape = (n_experts, sum(shape[0] for shape in rows), rows[0][1])
     return Parameter(shape, tuple(found), model_type in _IN_OUT)
 
 
-def _joined(parts: Mapping[tuple[int | None, int], str], n_sources: int, shapes: Mapping[str, Shape]) -> Found:
+def _joined(
+    parts: Mapping[tuple[int | None, int], str], n_sources: int, shapes: Mapping[str, Shape]
+) -> FoundAs:
     """Rows of all sources, one after another."""
     weights = [parts.get((None, source)) for source in range(n_sources)]
     found: list[Part] = []
     row = 0
     for weight in weights:
         if weight is None or not shapes[weight]:
-            return Unsupported(f"is made from {shown(next(iter(parts.values())))} and others, of which one is missing")
+            return Unsupported(
+                f"is made from {shown(next(iter(parts.values())))} and others, of which one is missing"
+            )
         found.append(Part(weight, shapes[weight][0], row=row))
         row += shapes[weight][0]
     return Parameter((row, *shapes[found[0].weight][1:]), tuple(found))
 
 
-def _cut(weight: str, component: Component, shape: Shape) -> Found:
+def _cut(weight: str, component: Component, shape: Shape) -> FoundAs:
     """An equal share of the rows."""
     n_rows, rest = divmod(shape[0], component.n_targets) if shape else (0, 1)
     if rest:

@@ -1,7 +1,7 @@
 """The weights of one checkpoint by name, and which embeddings are tied.
 
-The output carries the checkpoint's own names. A weight that is not stored because it is tied to the input embedding can be
-named all the same: it exists as soon as an adapter makes it differ.
+The output carries the checkpoint's own names. A weight that is not stored because it is tied to the input
+embedding can be named all the same: it exists as soon as an adapter makes it differ.
 """
 
 import re
@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorafuse.adapters.patch import Parameter
 from lorafuse.codecs import Sources
 from lorafuse.errors import AdapterError, shown
 from lorafuse.naming.resolve import Resolver, Warn
+from lorafuse.patches.target import Parameter
 
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed")
 OUTPUT_EMBEDDINGS = {"gpt_neox": "embed_out"}  # by model_type; lm_head elsewhere
 # transformers' classes with an output embedding end in one of these.
 HEADED = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|DoubleHeadsModel|LMHead)$")
-# These share one matrix between encoder, decoder and head, and T5 scales its logits when the head is tied: untying changes more
-# than the weight.
+# These share one matrix between encoder, decoder and head, and T5 scales its logits when the head is tied:
+# untying changes more than the weight.
 _SHARED_BY_MORE_THAN_TWO = frozenset(
     {"t5", "mt5", "umt5", "longt5", "switch_transformers", "bart", "mbart", "pegasus", "marian", "m2m_100"}
 )
@@ -44,15 +44,17 @@ class Names:
         self.tied = self._find_pair()
 
     def resolve(self, wanted: Mapping[str, str], file: object, warn: Warn) -> dict[str, Parameter]:
-        """The parameters that an adapter names (parameter → the tensor that names it), found in the checkpoint by one rule for
-        all. Raises AdapterError naming the adapter's tensor and what was looked for."""
+        """The parameters that an adapter names (parameter → the tensor that names it), found in the
+        checkpoint by one rule for all. Raises AdapterError naming the adapter's tensor and what was looked
+        for."""
         shapes = {name: sources.spec.shape for name, sources in self.weights.items()}
         if self.tied:
             shapes.setdefault(self.tied.head, shapes[self.tied.embed])
         return Resolver(shapes, self.config).resolve(wanted, file, warn)
 
     def base_of(self, weight: str) -> Sources:
-        """What a weight is before any edit: an output embedding that is not stored is the input embedding that it is tied to."""
+        """What a weight is before any edit: an output embedding that is not stored is the input embedding
+        that it is tied to."""
         return self.weights.get(weight) or self.weights[self.embed or ""]
 
     def may_resize(self, weight: str) -> bool:
@@ -65,16 +67,21 @@ class Names:
         if self.config.get("model_type") in _SHARED_BY_MORE_THAN_TWO:
             kind = shown(self.config["model_type"])
             raise AdapterError(
-                f"{file}: changes an embedding that {kind} shares between encoder, decoder and head; that is not supported."
+                f"{file}: changes an embedding that {kind} shares between encoder, decoder and head; that is "
+                "not supported."
             )
 
     def _find_embed(self) -> str | None:
         found = [
             name
             for name, sources in self.weights.items()
-            if name.endswith(".weight") and name.split(".")[-2] in INPUT_EMBEDDINGS and len(sources.spec.shape) == 2
+            if name.endswith(".weight")
+            and name.split(".")[-2] in INPUT_EMBEDDINGS
+            and len(sources.spec.shape) == 2
         ]
-        text = [name for name in found if not re.search(r"vision|visual|audio|(en|de)coder\.embed_tokens", name)]
+        text = [
+            name for name in found if not re.search(r"vision|visual|audio|(en|de)coder\.embed_tokens", name)
+        ]
         return min(text or found, key=len, default=None)
 
     def _head_of(self, embed: str) -> str:
@@ -94,7 +101,9 @@ class Names:
 
     def _stores_another_like_embed(self) -> bool:
         shape = self.weights[self.embed or ""].spec.shape
-        return any(name != self.embed and sources.spec.shape == shape for name, sources in self.weights.items())
+        return any(
+            name != self.embed and sources.spec.shape == shape for name, sources in self.weights.items()
+        )
 
     @property
     def has_head(self) -> bool:

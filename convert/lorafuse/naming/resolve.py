@@ -1,19 +1,20 @@
-"""Adapter parameters → weights, all of them by one rule: a naming of the checkpoint's weights, and perhaps one edit of prefixes.
+"""Adapter parameters → weights, all of them by one rule: a naming of the checkpoint's weights, and perhaps
+one edit of prefixes.
 
-The rules are tried in tiers: first the namings as they are, then with the base model's prefix added or taken off, which
-transformers does too, then with the prefixes by which the same text model is found in other models. In the first tier in which a
-rule finds every parameter, all rules that do must agree. A rule never drops the name of a tower, so text and vision are not
-confused.
+The rules are tried in tiers: first the namings as they are, then with the base model's prefix added or taken
+off, which transformers does too, then with the prefixes by which the same text model is found in other
+models. In the first tier in which a rule finds every parameter, all rules that do must agree. A rule never
+drops the name of a tower, so text and vision are not confused.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from lorafuse.adapters.patch import Parameter
 from lorafuse.errors import AdapterError, listed, nearest, shown
-from lorafuse.naming.aliases import Found, MemoryNames, Shape, Unsupported, find
+from lorafuse.naming.aliases import FoundAs, MemoryNames, Shape, Unsupported, find
 from lorafuse.naming.table import Renames, v4_name
+from lorafuse.patches.target import Parameter
 
 # Under these a text model lies in a model that has more than text, or in none.
 _TEXT_PREFIXES = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
@@ -23,7 +24,8 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Naming:
-    """Names in memory for the names of weights, and what to do to an adapter's names before they are looked up."""
+    """Names in memory for the names of weights, and what to do to an adapter's names before they are looked
+    up."""
 
     title: str
     memory_names: MemoryNames
@@ -32,8 +34,8 @@ class Naming:
 
 @dataclass(frozen=True)
 class PrefixEdit:
-    """Take `old` off a name and put `new` before it. Names without `old` stay as they are, such as heads; but not those of
-    layers, which would mix two kinds of names."""
+    """Take `old` off a name and put `new` before it. Names without `old` stay as they are, such as heads; but
+    not those of layers, which would mix two kinds of names."""
 
     old: str = ""
     new: str = ""
@@ -46,12 +48,12 @@ class PrefixEdit:
 
 
 @dataclass
-class Attempt:
+class NameAttempt:
     """One rule and what it finds."""
 
     naming: Naming
     edit: PrefixEdit
-    found: dict[str, Found]
+    found: dict[str, FoundAs]
     n_wanted: int
 
     @property
@@ -68,7 +70,7 @@ class Resolver:
 
     def resolve(self, wanted: Mapping[str, str], file: object, warn: Warn) -> dict[str, Parameter]:
         """`wanted` maps parameters to the adapter tensors that name them. Raises AdapterError."""
-        attempts: list[Attempt] = []
+        attempts: list[NameAttempt] = []
         for tier in self._tiers():
             attempts += (tried := list(self._attempts(tier, wanted)))
             complete = [attempt for attempt in tried if attempt.complete]
@@ -84,7 +86,7 @@ class Resolver:
         prefixes = dict.fromkeys((*_TEXT_PREFIXES, base))
         yield [PrefixEdit(old, new, remarkable=True) for old in prefixes for new in prefixes if old != new]
 
-    def _attempts(self, edits: list[PrefixEdit], wanted: Mapping[str, str]) -> Iterator[Attempt]:
+    def _attempts(self, edits: list[PrefixEdit], wanted: Mapping[str, str]) -> Iterator[NameAttempt]:
         for naming in self._namings():
             prepared = {parameter: naming.prepare(parameter) for parameter in wanted}
             edited = [{parameter: edit.apply(name) for parameter, name in prepared.items()} for edit in edits]
@@ -92,7 +94,7 @@ class Resolver:
             found = find(self._shapes, asked, naming.memory_names, self._model_type)
             for edit, names in zip(edits, edited, strict=True):
                 hits = {parameter: found[name] for parameter, name in names.items() if name and name in found}
-                yield Attempt(naming, edit, hits, len(wanted))
+                yield NameAttempt(naming, edit, hits, len(wanted))
 
     def _namings(self) -> list[Naming]:
         namings = [Naming("the checkpoint's", lambda name: [(name, None)])]
@@ -106,57 +108,75 @@ class Resolver:
         return namings
 
     def _stored_as_in_memory(self) -> bool:
-        """Transformers 5 can save its own names; then an adapter with the older ones is renamed, not the weights."""
-        return not self._renames.trivial and all(self._renames.memory_names(name) == [(name, None)] for name in self._shapes)
+        """Transformers 5 can save its own names; then an adapter with the older ones is renamed, not the
+        weights."""
+        return not self._renames.trivial and all(
+            self._renames.memory_names(name) == [(name, None)] for name in self._shapes
+        )
 
     def _name_in_memory(self, name: str) -> str:
         (renamed, component), *_ = self._renames.memory_names(name)
         return name if component else renamed
 
-    def _refuse_ambiguity(self, complete: list[Attempt], wanted: Mapping[str, str], file: object) -> None:
+    def _refuse_ambiguity(self, complete: list[NameAttempt], wanted: Mapping[str, str], file: object) -> None:
         first = complete[0]
         for other in complete[1:]:
             for parameter, found in first.found.items():
                 if other.found[parameter] != found:
                     one, two = _weights(found), _weights(other.found[parameter])
                     raise AdapterError(
-                        f"{file}: {shown(wanted[parameter])} may belong to {one}, by {first.naming.title} names, or to {two}, by "
-                        f"{other.naming.title} names; which is meant?"
+                        f"{file}: {shown(wanted[parameter])} may belong to {one}, by {first.naming.title} "
+                        f"names, or to {two}, by {other.naming.title} names; which is meant?"
                     )
 
 
-def _weights(found: Found) -> str:
-    return f"one that {found.why}" if isinstance(found, Unsupported) else listed((part.weight for part in found.parts), most=1)
+def _weights(found: FoundAs) -> str:
+    return (
+        f"one that {found.why}"
+        if isinstance(found, Unsupported)
+        else listed((part.weight for part in found.parts), most=1)
+    )
 
 
-def _supported(attempt: Attempt, wanted: Mapping[str, str], file: object, warn: Warn) -> dict[str, Parameter]:
+def _supported(
+    attempt: NameAttempt, wanted: Mapping[str, str], file: object, warn: Warn
+) -> dict[str, Parameter]:
     result = {}
     for parameter, found in attempt.found.items():
         if isinstance(found, Unsupported):
-            raise AdapterError(f"{file}: {shown(wanted[parameter])} belongs to {shown(parameter)}, which {found.why}.")
+            raise AdapterError(
+                f"{file}: {shown(wanted[parameter])} belongs to {shown(parameter)}, which {found.why}."
+            )
         result[parameter] = found
     if attempt.edit.remarkable:
         some = next(iter(wanted))
         warn(
-            f"{file}: the adapter's names are those of a model with other prefixes; {shown(some)} is taken for "
-            f"{_weights(attempt.found[some])}."
+            f"{file}: the adapter's names are those of a model with other prefixes; {shown(some)} is taken "
+            f"for {_weights(attempt.found[some])}."
         )
     return result
 
 
-def _unresolved(attempts: list[Attempt], wanted: Mapping[str, str], shapes: Mapping[str, Shape], file: object) -> AdapterError:
+def _unresolved(
+    attempts: list[NameAttempt], wanted: Mapping[str, str], shapes: Mapping[str, Shape], file: object
+) -> AdapterError:
     """The rule that found most says what is missing."""
-    best = max(attempts, key=lambda attempt: len(attempt.found))  # the first of equals, which changes names least
+    best = max(
+        attempts, key=lambda attempt: len(attempt.found)
+    )  # the first of equals, which changes names least
     missing = [parameter for parameter in wanted if parameter not in best.found]
     elsewhere = [a for a in attempts if a.edit == PrefixEdit() and missing[0] in a.found]
     if elsewhere:
         one, other = next(iter(best.found)), missing[0]
         return AdapterError(
-            f"{file}: {shown(one)} is one of {best.naming.title} names and {shown(other)} one of {elsewhere[0].naming.title}; an "
-            "adapter's names must all be of one kind."
+            f"{file}: {shown(one)} is one of {best.naming.title} names and {shown(other)} one of "
+            f"{elsewhere[0].naming.title}; an adapter's names must all be of one kind."
         )
     parameter = missing[0]
-    message = f"{file}: {shown(wanted[parameter])} belongs to {shown(parameter)}, which the checkpoint does not have"
+    message = (
+        f"{file}: {shown(wanted[parameter])} belongs to {shown(parameter)}, which the checkpoint does not "
+        "have"
+    )
     more = missing[1:]
     also = f" The same is true of {len(more)} more: {listed(more)}." if more else ""
     return AdapterError(f"{message}{nearest(parameter, shapes)}.{also}", misfit=True)

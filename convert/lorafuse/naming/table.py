@@ -1,8 +1,8 @@
 """How transformers renames the tensors of a checkpoint when it loads them, as data.
 
-`renames.json` (made by fixtures/make_renames.py, which says what is in it) and this module together do what transformers 5.23
-core_model_loading.py does in rename_source_key: every renaming in order, then at most one converter. Adding or removing
-base_model_prefix, which needs the model, is left to the caller.
+`renames.json` (made by fixtures/make_renames.py, which says what is in it) and this module together do what
+transformers 5.23 core_model_loading.py does in rename_source_key: every renaming in order, then at most one
+converter. Adding or removing base_model_prefix, which needs the model, is left to the caller.
 """
 
 import json
@@ -22,8 +22,8 @@ def load_table() -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """Which part of which conversion a stored weight is: source `source` of `n_sources`, target `target` of `n_targets`;
-    `index` is the number that stood for `*` in the source."""
+    """Which part of which conversion a stored weight is: source `source` of `n_sources`, target `target` of
+    `n_targets`; `index` is the number that stood for `*` in the source."""
 
     ops: tuple[str, ...]
     source: int
@@ -34,7 +34,8 @@ class Component:
 
 
 class Rule:
-    """One transform of transformers' registry, within `scopes`: prefixes that are set aside while it is applied."""
+    """One transform of transformers' registry, within `scopes`: prefixes that are set aside while it is
+    applied."""
 
     def __init__(self, entry: dict[str, Any], scopes: tuple[str, ...]) -> None:
         self.sources: list[str] = entry["from"]
@@ -56,7 +57,8 @@ class Rule:
             return None
         source = next(int(group[1:]) for group, text in match.groupdict().items() if text is not None)
         if self._guarded:
-            # The later pairs count only in a checkpoint that has the first, since their names overlap with new ones.
+            # The later pairs count only in a checkpoint that has the first, since their names overlap with
+            # new ones.
             self._active |= source == 0
             if not self._active:
                 return None
@@ -74,7 +76,9 @@ class Rule:
     def _component(self, source: int, matched: str) -> Component:
         numbered = re.fullmatch(self.sources[source].replace("*.", r"(?P<index>\d{1,18})\."), matched)
         index = numbered.groupdict().get("index") if numbered else None
-        return Component(self.ops, source, len(self.sources), 0, len(self.targets), int(index) if index else None)
+        return Component(
+            self.ops, source, len(self.sources), 0, len(self.targets), int(index) if index else None
+        )
 
 
 def _alternatives(sources: list[str]) -> re.Pattern[str]:
@@ -97,15 +101,17 @@ class Renames:
         table = load_table()
         architectures = config.get("architectures")
         self.model_class = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-        by_type = table["prefixes"].get(self.model_class) or table["prefixes"].get(str(config.get("model_type")), "model")
+        by_type = table["prefixes"].get(self.model_class) or table["prefixes"].get(
+            str(config.get("model_type")), "model"
+        )
         self.base_prefix = str(table["classes"].get(self.model_class, {}).get("prefix", by_type))
         self._rules = list(self._collect(self.model_class, "", config, frozenset()))
         self.trivial = not self._rules
         self._rules += [Rule(entry, ("",)) for entry in table["rules"]["legacy"]]
 
     def _collect(self, name: str, path: str, config: dict[str, Any], seen: frozenset[str]) -> Iterator[Rule]:
-        """The rules of a model and then of those inside it; what an outer model has claimed is not claimed again
-        (transformers 5.23 conversion_mapping.py, get_model_conversion_mapping)."""
+        """The rules of a model and then of those inside it; what an outer model has claimed is not claimed
+        again (transformers 5.23 conversion_mapping.py, get_model_conversion_mapping)."""
         rules, classes = load_table()["rules"], load_table()["classes"]
         entry = classes.get(name, {})
         model_type = str(entry.get("type") or config.get("model_type"))
@@ -117,7 +123,9 @@ class Renames:
         for inner_path, inner_name, section in entry.get("parts", ()):
             inner = config.get(section) if section else config
             inner = inner if isinstance(inner, dict) else {}
-            yield from self._collect(_class_for(inner_name, inner), f"{path}.{inner_path}".strip("."), inner, seen)
+            yield from self._collect(
+                _class_for(inner_name, inner), f"{path}.{inner_path}".strip("."), inner, seen
+            )
 
     def _scopes(self, path: str) -> tuple[str, ...]:
         """A checkpoint of a base model lacks the base model's prefix."""
@@ -138,7 +146,12 @@ class Renames:
                     (
                         target,
                         Component(
-                            component.ops, component.source, component.n_sources, number, component.n_targets, component.index
+                            component.ops,
+                            component.source,
+                            component.n_sources,
+                            number,
+                            component.n_targets,
+                            component.index,
                         ),
                     )
                     for number, target in enumerate(rule.names_of_targets(made[0]))
@@ -154,8 +167,8 @@ def _class_for(default: str, config: dict[str, Any]) -> str:
 
 
 def v4_name(model_class: str, name: str) -> str:
-    """The name in memory of transformers 4.52 to 4.57: the first pattern of the class that matches (modeling_utils.py,
-    _get_key_renaming_mapping)."""
+    """The name in memory of transformers 4.52 to 4.57: the first pattern of the class that matches
+    (modeling_utils.py, _get_key_renaming_mapping)."""
     for pattern, replacement in load_table()["v4"]["classes"].get(model_class, {}).items():
         renamed, n_replaced = re.subn(pattern, replacement, name)
         if n_replaced:

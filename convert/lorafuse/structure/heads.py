@@ -1,8 +1,10 @@
-"""Task heads that an adapter brings: `score`, `classifier`, `qa_outputs`, trained on a checkpoint that has none.
+"""Task heads that an adapter brings: `score`, `classifier`, `qa_outputs`, trained on a checkpoint that has
+none.
 
-PEFT saves them whole (modules_to_save of the task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS). The output becomes a checkpoint of
-the class with that head: the head is added, the heads of other classes are left out. `models.json` says which tensors each class
-has; an adapter that brings only some of them is refused, since the others were random when training began and are nowhere.
+PEFT saves them whole (modules_to_save of the task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS). The output
+becomes a checkpoint of the class with that head: the head is added, the heads of other classes are left out.
+`models.json` says which tensors each class has; an adapter that brings only some of them is refused, since
+the others were random when training began and are nowhere.
 """
 
 from collections.abc import Mapping
@@ -10,21 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafuse.adapters import AdapterDir, Choice, Update
-from lorafuse.adapters.store import CONFIG
-from lorafuse.adapters.walk import Warn
-from lorafuse.checkpoint import read_json_dict
+from lorafuse.adapters.reading.directory import CONFIG
+from lorafuse.adapters.reading.modules import Warn
 from lorafuse.codecs import Sources
 from lorafuse.errors import AdapterError, listed, shown
+from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.naming.table import Renames
 from lorafuse.structure.models import load_table
 
 Whole = Mapping[str, Update]
-InMemory = Mapping[str, str]  # weight → its name once transformers has loaded it; a converter's parts have that of the whole
+InMemory = Mapping[
+    str, str
+]  # weight → its name once transformers has loaded it; a converter's parts have that of the whole
 
 
 @dataclass(frozen=True)
 class NewHead:
-    """The weights that the head adds, the names of those that go, and the fields of config.json that change."""
+    """The weights that the head adds, the names of those that go, and the fields of config.json that
+    change."""
 
     updates: dict[str, Update]
     dropped: frozenset[str]
@@ -32,10 +37,14 @@ class NewHead:
 
 
 def new_head(
-    weights: Mapping[str, Sources], config: dict[str, Any], adapter: AdapterDir, said: list[Update | Choice], warn: Warn
+    weights: Mapping[str, Sources],
+    config: dict[str, Any],
+    adapter: AdapterDir,
+    said: list[Update | Choice],
+    warn: Warn,
 ) -> NewHead | None:
-    """The head that the adapter brings and the checkpoint lacks, if there is one. Raises AdapterError for a head that is not whole
-    or does not fit."""
+    """The head that the adapter brings and the checkpoint lacks, if there is one. Raises AdapterError for a
+    head that is not whole or does not fit."""
     kind = load_table()["types"].get(str(config.get("model_type")))
     # Remote code has classes of its own.
     if kind is None or config.get("auto_map"):
@@ -67,39 +76,48 @@ def _module(name: str) -> str:
 def _task(tasks: Mapping[str, Any], offered: Whole, adapter: AdapterDir) -> dict[str, Any]:
     """The class that the head belongs to: by task_type, and where it says nothing, by the names."""
     stated = tasks.get(str(adapter.config.get("task_type")))
-    fitting = [stated] if stated else [task for task in tasks.values() if task["head"].keys() == offered.keys()]
+    fitting = (
+        [stated] if stated else [task for task in tasks.values() if task["head"].keys() == offered.keys()]
+    )
     if len(fitting) == 1:
         task: dict[str, Any] = fitting[0]
         strange = offered.keys() - task["head"].keys()
         if not strange:
             return task
         raise AdapterError(
-            f"{adapter.file}: {shown(offered[min(strange)].keys[0])} is no part of the head of {task['class']}, which has "
-            f"{listed(task['head'])}; task_type in {CONFIG} says which head is meant."
+            f"{adapter.file}: {shown(offered[min(strange)].keys[0])} is no part of the head of "
+            f"{task['class']}, which has {listed(task['head'])}; task_type in {CONFIG} says which head is "
+            "meant."
         )
     keys = [update.keys[0] for update in offered.values()]
     if fitting:
         raise AdapterError(
-            f"{adapter.file}: {listed(keys)} may be the head of {' or '.join(task['class'] for task in fitting)}; set task_type in "
-            f"{CONFIG} to {' or '.join(name for name, task in tasks.items() if task in fitting)}."
+            f"{adapter.file}: {listed(keys)} may be the head of "
+            f"{' or '.join(task['class'] for task in fitting)}; set task_type in {CONFIG} to "
+            f"{' or '.join(name for name, task in tasks.items() if task in fitting)}."
         )
     known = "; ".join(f"{task['class']} has {listed(task['head'])}" for task in tasks.values())
     raise AdapterError(f"{adapter.file}: {listed(keys)} are not one head that transformers knows: {known}.")
 
 
-def _check_prefix(kind: Mapping[str, Any], task: Mapping[str, Any], in_memory: InMemory, adapter: AdapterDir) -> None:
-    """Some classes keep the model under another name, so that transformers finds none of its weights in this checkpoint."""
+def _check_prefix(
+    kind: Mapping[str, Any], task: Mapping[str, Any], in_memory: InMemory, adapter: AdapterDir
+) -> None:
+    """Some classes keep the model under another name, so that transformers finds none of its weights in this
+    checkpoint."""
     usual = f"{kind['prefix']}."
     if task["prefix"] != kind["prefix"] and any(name.startswith(usual) for name in in_memory.values()):
         raise AdapterError(
-            f"{adapter.file}: holds the head of {task['class']}, which keeps the model under {task['prefix']!r}, while the "
-            f"checkpoint has {kind['prefix']!r}: transformers loads none of its weights into that class, so the adapter was "
-            "trained on another base.",
+            f"{adapter.file}: holds the head of {task['class']}, which keeps the model under "
+            f"{task['prefix']!r}, while the checkpoint has {kind['prefix']!r}: transformers loads none of "
+            "its weights into that class, so the adapter was trained on another base.",
             misfit=True,
         )
 
 
-def _collect(task: Mapping[str, Any], in_memory: InMemory, whole: Whole, adapter: AdapterDir) -> dict[str, Update]:
+def _collect(
+    task: Mapping[str, Any], in_memory: InMemory, whole: Whole, adapter: AdapterDir
+) -> dict[str, Update]:
     """What the class has and the checkpoint has not, from the adapter."""
     prefix = f"{task['prefix']}."
     there = set(in_memory.values())
@@ -107,14 +125,18 @@ def _collect(task: Mapping[str, Any], in_memory: InMemory, whole: Whole, adapter
     missing = [name for name in [*task["head"], *lacking] if name not in there and name not in whole]
     if missing:
         raise AdapterError(
-            f"{adapter.file}: {task['class']} also has {listed(missing)}, which neither the checkpoint nor the adapter holds: it "
-            "was random when training began, and was not saved. Train with it in modules_to_save."
+            f"{adapter.file}: {task['class']} also has {listed(missing)}, which neither the checkpoint nor "
+            "the adapter holds: it was random when training began, and was not saved. Train with it in "
+            "modules_to_save."
         )
     return {name: whole[name] for name in [*task["head"], *lacking] if name in whole}
 
 
-def _check_shapes(task: Mapping[str, Any], updates: Whole, config: Mapping[str, Any], adapter: AdapterDir) -> int | None:
-    """Compares the head with the config. Returns the number of labels, None for a class with a fixed number of outputs."""
+def _check_shapes(
+    task: Mapping[str, Any], updates: Whole, config: Mapping[str, Any], adapter: AdapterDir
+) -> int | None:
+    """Compares the head with the config. Returns the number of labels, None for a class with a fixed number
+    of outputs."""
     n_labels: int | None = None
     for name, dims in task["head"].items():
         update = updates.get(name)
@@ -141,12 +163,14 @@ def _dropped(kind: Mapping[str, Any], task: Mapping[str, Any], in_memory: InMemo
     return frozenset(
         weight
         for weight, name in in_memory.items()
-        if (_module(name) in kind["outside"] and name not in task["head"]) or name.removeprefix(f"{task['prefix']}.") in unneeded
+        if (_module(name) in kind["outside"] and name not in task["head"])
+        or name.removeprefix(f"{task['prefix']}.") in unneeded
     )
 
 
 def _labels(n_labels: int, config: Mapping[str, Any], adapter: AdapterDir) -> dict[str, Any]:
-    """id2label and label2id: those of a config.json beside the adapter or of the checkpoint, if they are as many."""
+    """id2label and label2id: those of a config.json beside the adapter or of the checkpoint, if they are as
+    many."""
     beside = adapter.path / "config.json"
     try:
         shipped = read_json_dict(beside) if beside.exists() else {}
@@ -172,4 +196,7 @@ def _notice(
 ) -> str:
     named = "" if n_labels is None else f" with {n_labels} labels ({listed(changes['id2label'].values(), 3)})"
     gone = f"; {listed(sorted(dropped))} {'is' if len(dropped) == 1 else 'are'} left out" if dropped else ""
-    return f"{adapter.file}: brings {listed(updates)}, which the checkpoint lacks; the output is a {task['class']}{named}{gone}."
+    return (
+        f"{adapter.file}: brings {listed(updates)}, which the checkpoint lacks; the output is a "
+        f"{task['class']}{named}{gone}."
+    )

@@ -1,4 +1,5 @@
-"""What models consist of, by model type: `models.json`, which fixtures/make_structure.py makes from transformers and explains."""
+"""What models consist of, by model type: `models.json`, which fixtures/make_structure.py makes from
+transformers and explains."""
 
 import json
 from functools import cache

@@ -1,0 +1,177 @@
+"""An adapter directory: which one is meant, its config, and its tensors, from safetensors or, with
+weights_only, from `.bin`."""
+
+import errno
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafuse.errors import AdapterError, StorageError, listed, shown
+from lorafuse.files.json_yaml import read_json_dict
+from lorafuse.files.safetensors_file import LFS_HINT, LFS_MAGIC, Buffer, FormatError, open_regular
+from lorafuse.files.stores import ShardedStore, Store
+from lorafuse.files.tensors import SAFETENSORS_NAMES, TensorInfo, TensorSpec
+
+CONFIG = "adapter_config.json"
+SAFETENSORS = "adapter_model.safetensors"
+INDEX = f"{SAFETENSORS}.index.json"
+BIN = "adapter_model.bin"
+MLX = "adapters.safetensors"
+DEFAULT_NAME = "default"  # of the adapter that PEFT saves into the directory itself
+
+
+def is_mlx(config: dict[str, Any]) -> bool:
+    """Whether a config was written by MLX-LM, which knows no `peft_type`."""
+    return "peft_type" not in config and not {"fine_tune_type", "lora_parameters"}.isdisjoint(config)
+
+
+def adapters_in(root: Path) -> tuple[bool, list[str]]:
+    """Whether a directory itself holds an adapter, and the names of those in its sub-folders."""
+    at_root = any((root / file).exists() for file in (CONFIG, SAFETENSORS, INDEX, BIN, MLX))
+    return at_root, sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+
+
+def adapter_folder(root: Path, name: str | None) -> Path:
+    """The directory of the adapter that is meant: `root`, or a sub-folder, where PEFT saves every adapter not
+    called "default".
+
+    Without a name it is `root` if that holds an adapter, whatever its sub-folders (a trainer's checkpoints)
+    hold, else the only sub-folder with one. Raises AdapterError when there are several, or none of that name.
+    """
+    at_root, names = adapters_in(root)
+    if name is None:
+        if len(names) > 1 and not at_root:
+            raise AdapterError(
+                f"{shown(root)}: holds several adapters: {listed(names)}; choose one by its name "
+                "(--adapter-name)."
+            )
+        return root if at_root or not names else root / names[0]
+    if name == DEFAULT_NAME and at_root:
+        return root
+    if name not in names:
+        found = [DEFAULT_NAME, *names] if at_root else names
+        has = f"it has {listed(found)}" if found else "it has none"
+        raise AdapterError(f"{shown(root)}: has no adapter named {shown(name)}; {has}.")
+    return root / name
+
+
+class AdapterDir:
+    """An adapter in the directory `path`, which is `root`, what the user named as `name`, or a sub-folder of
+    it.
+
+    `config` is adapter_config.json as a dict, `file` what messages about tensors name, `files` all that is
+    read, `nbytes` what the store keeps in memory as long as it is open.
+    """
+
+    def __init__(self, path: Path, name: str | None = None, root: Path | None = None) -> None:
+        self.path, self.root, self.name = path, root or path, str(path) if name is None else name
+        try:
+            self.config = read_json_dict(path / CONFIG)
+            self.store: Store
+            self.nbytes = 0
+            single = MLX if is_mlx(self.config) else SAFETENSORS
+            index = path / f"{single}.index.json"
+            self.file = index if index.exists() else path / single
+            if self.file.exists():
+                self.store = ShardedStore(path, single)
+            elif single == MLX:
+                raise AdapterError(f"{path / CONFIG}: is an MLX-LM config, but {_missing_mlx(path)}")
+            elif (path / BIN).exists():
+                self.file = path / BIN
+                self.store = BinStore(self.file)
+                self.nbytes = self.file.stat().st_size
+            else:
+                raise AdapterError(f"{shown(path)}: holds neither {SAFETENSORS} nor {BIN}.")
+        except FileNotFoundError as e:
+            raise AdapterError(f"{e.filename}: not found; {shown(path)} is no PEFT adapter.") from None
+        except (FormatError, ValueError) as e:
+            raise AdapterError(str(e)) from None
+        except OSError as e:
+            raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether an update of one of two tied embeddings is one of the other too: by the config, and in MLX,
+        where the two are one module unless the head has an update of its own."""
+        if is_mlx(self.config):
+            return not any("lm_head." in key for key in self.store.tensors)
+        return bool(self.config.get("ensure_weight_tying"))
+
+    @property
+    def base_name(self) -> str | None:
+        """What the config calls the base that the adapter was trained on: a repository or a path, if
+        anything."""
+        name = self.config.get("model" if is_mlx(self.config) else "base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
+    @property
+    def files(self) -> list[Path]:
+        shards = [shard.path for shard in self.store.shards] if isinstance(self.store, ShardedStore) else []
+        return list(dict.fromkeys([self.path / CONFIG, self.file, *shards]))
+
+    def close(self) -> None:
+        if isinstance(self.store, ShardedStore):
+            self.store.close()
+
+
+def _missing_mlx(path: Path) -> str:
+    if (path / "adapters.npz").exists():
+        return f"the adapter is in adapters.npz, which is not supported; save its arrays as {MLX}."
+    return f"{MLX} is not beside it."
+
+
+class BinStore:
+    """A `.bin` adapter as a Store. The whole file is loaded: the format of torch.save offers no ranged
+    reads."""
+
+    def __init__(self, path: Path) -> None:
+        _refuse_bad_archive(path)
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:
+            # A damaged pickle is another program, which may end in any way; EINVAL is a seek to before the
+            # file.
+            if isinstance(e, OSError) and e.errno != errno.EINVAL:
+                raise
+            reason = shown(str(e).partition("\n")[0] or type(e).__name__, 300)
+            raise AdapterError(f"{path}: cannot be loaded safely (weights_only): {reason}") from None
+        if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+            raise AdapterError(f"{path}: does not hold a dict of tensors.")
+        self._data: dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, tensor in loaded.items():
+            dtype = SAFETENSORS_NAMES.get(str(tensor.dtype).removeprefix("torch."))
+            if dtype is None:
+                raise AdapterError(
+                    f"{path}: {shown(name)} has the dtype {tensor.dtype}, which is not supported."
+                )
+            self._data[name] = tensor.contiguous().reshape(-1).view(torch.uint8)
+            self.tensors[name] = TensorInfo(TensorSpec(dtype, tuple(tensor.shape)), 0, 0)
+
+    def read_into(self, name: str, start: int, buffer: Buffer) -> None:
+        data: Any = self._data[name].numpy()
+        memoryview(buffer)[:] = memoryview(data)[start : start + len(buffer)]
+
+    def will_need(self, name: str, start: int, nbytes: int) -> None:
+        """Everything is in memory."""
+
+
+def _refuse_bad_archive(path: Path) -> None:
+    """torch.load unpacks whatever size the archive declares, so sizes are compared with the file's before."""
+    with open(open_regular(path), "rb") as f:
+        head = f.read(len(LFS_MAGIC))
+    if head == LFS_MAGIC:
+        raise AdapterError(f"{path}: {LFS_HINT}")
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as e:
+        raise AdapterError(f"{path}: is no valid archive of torch.save: {shown(e)}.") from None
+    if unpacked > path.stat().st_size:
+        raise AdapterError(
+            f"{path}: unpacks to {unpacked} bytes from {path.stat().st_size}; torch.save does not compress."
+        )

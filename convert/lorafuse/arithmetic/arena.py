@@ -1,0 +1,54 @@
+"""Where arrays live: the device, and the scratch memory of each worker."""
+
+import torch
+
+from lorafuse.errors import UsageError
+from lorafuse.files.stores import Store
+
+
+def host_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a uint8 tensor on the host, writable, not copied."""
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers, their stubs do not say so
+
+
+# The scratch that a codec decodes to fp32 in. Once the tile is in the narrower dtype of its quant_state, the
+# sum may use it: a buffer less that has to stay in cache.
+DECODED_FP32 = "decoded.fp32"
+
+
+class Arena:
+    """Named scratch tensors of one worker, made once and grown when a larger one is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def get(self, name: str, numel: int, dtype: torch.dtype, *, host: bool = False) -> torch.Tensor:
+        """An uninitialised 1-D tensor [numel]; the one of the last call with that name is no longer valid."""
+        tensor = self._pool.get((name, dtype))
+        if tensor is None or tensor.numel() < numel:
+            tensor = torch.empty(numel, dtype=dtype, device="cpu" if host else self.device)
+            self._pool[name, dtype] = tensor
+        return tensor[:numel]
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor on the arena's device."""
+        # Not `to` on the CPU: for the small tensors of a tile the call would cost as much as the work.
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+
+    def fetch(self, name: str, store: Store, key: str, start: int, nbytes: int) -> torch.Tensor:
+        """Bytes [start, start + nbytes) of a stored tensor, uint8 [nbytes] on the host."""
+        buffer = self.get(name, nbytes, torch.uint8, host=True)
+        if nbytes:
+            store.read_into(key, start, host_view(buffer))
+        return buffer
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA when torch sees it. Raises UsageError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here.")
+    return device

@@ -1,0 +1,47 @@
+"""What bitsandbytes' codes stand for: the formulas that stored and simulated quantization share.
+
+bitsandbytes 0.50 functional.py, dequantize_4bit, dequantize_blockwise and int8_vectorwise_dequant, with which
+the results are bit-identical:
+
+    absmax = nested_quant_map[absmax_u8] * nested_absmax[block // nested_blocksize] + nested_offset   (nested)
+    W      = dtype(quant_map[code] * absmax[i // blocksize])                    (fp32, then one cast)
+    W      = q · SCB · fp32(1/127)                                              (int8: fp32, uncast)
+
+bitsandbytes itself is not imported: a 256-entry table from byte to its two values does the look-up.
+"""
+
+import torch
+
+from lorafuse.arithmetic.arena import Arena
+
+INV_127 = 7.874015718698502e-3  # fp32(1/127), as bitsandbytes spells it
+# The scratch of the indexes, and then of the decoded weight: they never live at once, and less has to stay in
+# cache.
+NARROW = "bnb4.narrow"
+
+
+def byte_pairs(quant_map: torch.Tensor) -> torch.Tensor:
+    """float64 [256]: the two values (of quant_map, fp32 [16]) of each byte, high nibble first, viewed as one
+    number, so that index_select copies a pair at a time."""
+    byte = torch.arange(256)
+    return torch.stack([quant_map[byte >> 4], quant_map[byte & 15]], dim=1).view(torch.float64).view(-1)
+
+
+def look_up(packed: torch.Tensor, pairs: torch.Tensor, values: torch.Tensor, arena: Arena) -> None:
+    """values[:2 * len(packed)] = the two values of each byte."""
+    index = arena.get(NARROW, 2 * packed.numel(), torch.int16).view(torch.int32).copy_(packed)
+    torch.index_select(arena.place(pairs), 0, index, out=values[: 2 * packed.numel()].view(torch.float64))
+
+
+def nested_absmax(
+    codes: torch.Tensor, nested_map: torch.Tensor, nested: torch.Tensor, offset: float, skip: int = 0
+) -> torch.Tensor:
+    """float32 [blocks]: the scales that codes stand for, given the scale of each (`nested`, expanded to
+    blocks, of which the first `skip` are not wanted)."""
+    # Allocated: for so few elements that costs less than looking for scratch.
+    return nested_map.index_select(0, codes.int()).mul_(nested).add_(offset)[skip:]
+
+
+def decode_int8(tile: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:
+    """Makes q in `tile` (fp32) the weight, in place; `scb` (fp32) is broadcast against it."""
+    return tile.mul_(scb).mul_(INV_127)

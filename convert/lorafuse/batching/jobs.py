@@ -1,0 +1,219 @@
+"""The jobs of a batch: which adapters, under which names, and which of them a worker takes. Nothing here
+knows how a job is done.
+
+JOBS is a directory whose sub-directories are adapters, or a JSONL file with a {"adapter", "name", "scale"?,
+"dtype"?} in each line.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, shown
+from lorafuse.settings import DTYPE_CHOICES, HUB_ID, Settings
+
+KEYS = ("adapter", "name", "scale", "dtype")
+MAX_NAME_NBYTES = 200  # a directory entry has 255, and the staging directory's name is longer
+# What tells a worker its number, and how many there are.
+SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
+KUBERNETES = ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One adapter and the name of its result. `scale` and `dtype` take the place of the call's, where they
+    are given."""
+
+    adapter: str  # a directory or a hub id
+    name: str
+    scale: float | None = None
+    dtype: str | None = None
+
+    def settings(self, of_call: Settings) -> Settings:
+        """The settings of a single run that makes the same."""
+        scale = of_call.adapter_scale if self.scale is None else self.scale
+        return replace(of_call, adapter_scale=scale, dtype=self.dtype or of_call.dtype)
+
+
+@dataclass(slots=True)
+class JobState:
+    """What became of a job: "done", "skipped" (its result was there already), "failed" with an error, or in a
+    dry run "planned"."""
+
+    name: str
+    state: str
+    out_dir: Path
+    error: LorafuseError | None = None
+
+
+def read_jobs(path: Path) -> list[Job]:
+    """All jobs: sub-directories by name, lines in their order. Raises UsageError, with the line's number."""
+    if path.is_dir():
+        jobs = [Job(str(folder), folder.name) for folder in sorted(path.iterdir()) if _is_job(folder)]
+        empty = "has no sub-directory"
+    else:
+        jobs = _read_lines(path)
+        empty = "has no line"
+    if not jobs:
+        raise UsageError(
+            f"{shown(path)}: {empty}; expected a directory of adapters, or a JSONL file with a job in each "
+            "line."
+        )
+    return jobs
+
+
+def _is_job(path: Path) -> bool:
+    """Directories are jobs, whatever they hold: one that is no adapter is reported. Hidden ones are other
+    programs'."""
+    return not path.name.startswith(".") and path.is_dir()
+
+
+def _read_lines(path: Path) -> list[Job]:
+    if not path.is_file():
+        raise UsageError(
+            f"{shown(path)}: {'is no regular file' if path.exists() else 'no such file or directory'}."
+        )
+    jobs: list[Job] = []
+    line_of: dict[str, int] = {}
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                job = _parse(line, path.parent)
+                if job.name in line_of:
+                    raise ValueError(f"the name {shown(job.name)} is also that of line {line_of[job.name]}")
+            except (ValueError, RecursionError) as e:
+                raise UsageError(f"{shown(path)}, line {number}: {shown(e) or type(e).__name__}.") from None
+            line_of[job.name] = number
+            jobs.append(job)
+    return jobs
+
+
+def _parse(line: bytes, folder: Path) -> Job:
+    """One line. Raises ValueError."""
+    try:
+        found = json.loads(line)
+    except ValueError as e:
+        raise ValueError(f"is not valid JSON: {e}") from None
+    if not isinstance(found, dict) or not {"adapter", "name"} <= found.keys():
+        raise ValueError('is not an object with "adapter" and "name"')
+    if found.keys() - set(KEYS):
+        raise ValueError(
+            f"has the unknown key {listed(sorted(found.keys() - set(KEYS)))}; known are {listed(KEYS)}"
+        )
+    adapter, name, scale, dtype = (found.get(key) for key in KEYS)
+    if not isinstance(adapter, str) or not adapter or "\0" in adapter:
+        raise ValueError(f"the adapter is {shown(adapter)}; expected a directory or a hub id")
+    if scale is not None and (
+        isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale)
+    ):
+        raise ValueError(f"the scale is {shown(scale)}; expected a finite number")
+    if dtype is not None and dtype not in DTYPE_CHOICES:
+        raise ValueError(f"the dtype is {shown(dtype)}; expected one of {', '.join(DTYPE_CHOICES)}")
+    return Job(_located(adapter, folder), _checked_name(name), None if scale is None else float(scale), dtype)
+
+
+def _located(adapter: str, folder: Path) -> str:
+    """A relative path starts at the file. What is no directory there may be a hub id."""
+    beside = folder / adapter
+    # One that is a directory here, but not there, is neither.
+    return (
+        str(beside) if beside.is_dir() or Path(adapter).is_dir() or not HUB_ID.fullmatch(adapter) else adapter
+    )
+
+
+def _checked_name(name: Any) -> str:
+    """The name of a result is one visible directory in OUT_ROOT. Raises ValueError."""
+    plain = (
+        isinstance(name, str)
+        and name.isprintable()
+        and not set(name) & set("/\\")
+        and not name.startswith(".")
+    )
+    if not plain or not 0 < len(name.encode("utf-8", "replace")) <= MAX_NAME_NBYTES:
+        raise ValueError(
+            f"the name is {shown(name)!r}; expected the name of a directory in OUT_ROOT, not hidden and no "
+            "path"
+        )
+    return str(name)
+
+
+def refuse_overlap(jobs: Sequence[Job], out_root: Path, ckpt_dir: Path) -> None:
+    """Raises OutDirError when a result would take the place of an input: OUT_ROOT is, or lies in, the
+    checkpoint, or one job's name is where the adapter or the checkpoint of another lies."""
+    root, real_ckpt = (Path(os.path.realpath(path)) for path in (out_root, ckpt_dir))
+    if out_root.exists() and not out_root.is_dir():
+        raise OutDirError(f"{shown(out_root)}: exists and is not a directory.")
+    if real_ckpt in (root, *root.parents):
+        raise OutDirError(
+            f"{shown(out_root)}: is or lies inside the input {shown(ckpt_dir)}; choose another directory."
+        )
+    names = {job.name for job in jobs}
+    for path in (ckpt_dir, *(Path(job.adapter) for job in jobs)):
+        real = Path(os.path.realpath(path))
+        name = real.relative_to(root).parts[0] if root in real.parents else None
+        if name in names and path.is_dir():
+            raise OutDirError(
+                f"{shown(out_root)}: the result {shown(name)} would take the place of the input "
+                f"{shown(path)}."
+            )
+
+
+def share_of(jobs: Sequence[Job], index: int, of: int) -> list[Job]:
+    """The jobs of worker `index` (from 0) of `of`: every job is in exactly one share, and shares differ by
+    one job at most."""
+    return list(jobs[index::of])
+
+
+def checked_share(index: int | None, of: int | None, environ: Mapping[str, str]) -> tuple[int, int]:
+    """Which share a call takes: the one asked for, else that of a Slurm array or a Kubernetes Indexed Job,
+    else all. Raises UsageError."""
+    if (index is None) != (of is None):
+        raise UsageError("index and of go together: --index I --of N takes share I (from 0) of N.")
+    if index is None or of is None:
+        index, of = _slurm(environ) or _kubernetes(environ) or (0, 1)
+    if not 0 <= index < of:
+        raise UsageError(
+            f"index is {index} of {of}; expected 0 to {of - 1}."
+            if of > 0
+            else f"of is {of}; expected at least 1."
+        )
+    return index, of
+
+
+def _slurm(environ: Mapping[str, str]) -> tuple[int, int] | None:
+    """Arrays may start anywhere and go in steps; a list with holes does not say which task is the
+    how-manieth."""
+    if SLURM[0] not in environ:
+        return None
+    task, count = (_number(environ, name) for name in SLURM)
+    first, step = _number(environ, "SLURM_ARRAY_TASK_MIN", 0), _number(environ, "SLURM_ARRAY_TASK_STEP", 1)
+    last = _number(environ, "SLURM_ARRAY_TASK_MAX", first + (count - 1) * step)
+    if step < 1 or (task - first) % step or last != first + (count - 1) * step:
+        raise UsageError(
+            "The Slurm array is a list with holes, which does not tell a task's share; give --index and --of."
+        )
+    return (task - first) // step, count
+
+
+def _kubernetes(environ: Mapping[str, str]) -> tuple[int, int] | None:
+    if KUBERNETES[0] not in environ:
+        return None
+    return _number(environ, KUBERNETES[0]), _number(environ, KUBERNETES[1])
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not (text.isascii() and text.isdigit()):
+        raise UsageError(
+            f"{name} is {'not set' if text is None else shown(text)}; expected a number, or give --index and "
+            "--of."
+        )
+    return int(text)

@@ -1,0 +1,225 @@
+"""What one pass over the base does: several adapters' plans, each tile decoded once for all of them, and each
+result committed.
+
+How a pass is put together, and how many there are, is `batching.py`'s; where it runs, whoever called that.
+"""
+
+import errno
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafuse.batching.existing_results import ExistingResults, Inputs, shard_key
+from lorafuse.batching.jobs import Job
+from lorafuse.errors import LorafuseError
+from lorafuse.events import OnEvent
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.sharing import share_file
+from lorafuse.inputs.located import LocalAdapter
+from lorafuse.inputs.unchanged import UnchangedInputs
+from lorafuse.merge.destination import Written
+from lorafuse.merge.loop import merge
+from lorafuse.outdir.free_space import told_when_full
+from lorafuse.outdir.journal import Attempt
+from lorafuse.outdir.output import Output
+from lorafuse.outdir.sidecars import copied_files
+from lorafuse.outdir.staging import Staging
+from lorafuse.pipeline import complete
+from lorafuse.planning.plan import Memory, Plan, PlannedShard
+from lorafuse.settings import Settings
+
+# A tokenizer that cannot be read is its adapter's fault; other errors of the file system are those of
+# OUT_ROOT.
+UNREADABLE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP}
+
+
+@dataclass
+class PlannedJob:
+    """A job that is planned: its adapter is open until `close`. `keys`: the files that other results may need
+    too, with what `shard_key` says of them."""
+
+    job: Job
+    settings: Settings
+    found: LocalAdapter
+    out_dir: Path
+    plan: Plan
+    inputs: Inputs  # of the adapter alone
+    files: UnchangedInputs
+    attempt: Attempt
+    adapter_nbytes: int  # what the adapter holds in memory
+    close: Callable[[], None]
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        found = ((shard.file, shard_key(shard)) for shard in self.plan.shards)
+        self.keys = {file: key for file, key in found if key}
+
+
+@dataclass
+class JobInProgress:
+    """A member in its staging directory. `main` makes what is its own alone, `commons` what it makes for
+    others as well."""
+
+    member: PlannedJob
+    staging: Staging
+    main: Output
+    commons: Output | None = None
+    waits: set[str] = field(default_factory=set)  # files that another one makes
+
+    def has(self, written: Written, file: str) -> None:
+        """A file that came from elsewhere."""
+        self.main.outcome.written.append(Written(file, written.nbytes, written.sha256))
+
+
+@dataclass
+class Pass:
+    """The base and the call that all passes share."""
+
+    base: Checkpoint
+    ckpt_inputs: Callable[[], Inputs]
+    finished: ExistingResults
+    share: str
+    overwrite: bool
+    restart: bool
+    device: torch.device
+    on_event: OnEvent
+    on_done: Callable[[Job, dict[str, Any]], None]
+    on_failed: Callable[[Job, LorafuseError | OSError], None]
+
+    def run(self, members: Sequence[PlannedJob], memory: Memory) -> list[Job]:
+        """Make the results of all members. An error of one member alone is reported, any other one raised;
+        what was committed by then stays. Returns jobs that waited for a file of one that failed: there are
+        fewer of them each time."""
+        began = time.perf_counter()
+        with self._staged(members) as makings:
+            if not makings:
+                return []
+            self._divide(makings)
+            mains = [making.main for making in makings]
+            # Commons first: their files are complete before an output that waits for one is.
+            outputs = [*(making.commons for making in makings if making.commons), *mains]
+            with told_when_full(outputs, self._side_files(members)):
+                merge(outputs, memory, self.device, allow_nonfinite=members[0].settings.allow_nonfinite)
+                return [making.member.job for making in makings if not self._conclude(making, began)]
+
+    def _side_files(self, members: Sequence[PlannedJob]) -> Iterator[Path]:
+        return (
+            path for one in members for _, path in copied_files(one.plan, self.base.path, one.found.folders)
+        )
+
+    @contextmanager
+    def _staged(self, members: Sequence[PlannedJob]) -> Iterator[list[JobInProgress]]:
+        """The members that get a staging directory, be it one that a call that was cut off has begun to
+        fill."""
+        makings = []
+        with ExitStack() as stack:
+            for member in members:
+                staging = Staging(
+                    member.out_dir,
+                    member.plan.plan_id,
+                    member.attempt,
+                    overwrite=self.overwrite,
+                    restart=self.restart,
+                    on_event=self._events_of(member),
+                )
+                try:
+                    stack.enter_context(staging)
+                except LorafuseError as e:
+                    self.on_failed(member.job, e)
+                    continue
+                makings.append(JobInProgress(member, staging, staging.output(member.plan, member.keys)))
+            yield makings
+
+    def _events_of(self, member: PlannedJob) -> OnEvent:
+        return lambda event: self.on_event(event | {"job": member.job.name})
+
+    def _divide(self, makings: Sequence[JobInProgress]) -> None:
+        """Of the files that several results may need: take each from a result, finished or resumed, or let
+        one output make it for all."""
+        for making in makings:
+            for file, one in making.staging.finished.items():
+                if file in making.member.keys:
+                    self.finished.offer(making.member.keys[file], making.staging.path / file, one.written)
+        takers: dict[str, list[tuple[JobInProgress, str]]] = {}
+        for making in makings:
+            for file, key in making.member.keys.items():
+                if file not in making.staging.finished and not self._taken(making, file, key):
+                    takers.setdefault(key, []).append((making, file))
+        makes: dict[int, dict[str, list[tuple[JobInProgress, str]]]] = {}
+        for first, *others in takers.values():
+            maker, file = first
+            makes.setdefault(id(maker), {})[file] = others
+            for making, own_file in others:
+                making.waits.add(own_file)
+        for making in makings:
+            if id(making) in makes:
+                making.commons = self._commons(making, makes[id(making)])
+
+    def _taken(self, making: JobInProgress, file: str, key: str) -> bool:
+        shared = self.finished.find(key)
+        if shared is None:
+            return False
+        try:
+            share_file(shared.path, making.staging.path / file, self.share)
+        except FileNotFoundError:  # removed meanwhile
+            self.finished.forget(key)
+            return False
+        making.has(shared.written, file)
+        return True
+
+    def _commons(self, maker: JobInProgress, makes: dict[str, list[tuple[JobInProgress, str]]]) -> Output:
+        """An output of the maker's files that `makes` names, in its staging directory. It goes on if the
+        maker's adapter fails."""
+
+        def give(shard: PlannedShard, written: Written) -> None:
+            maker.has(written, shard.file)
+            maker.staging.record(
+                written, {}
+            )  # of one result only: the others would be hashed again when they are resumed
+            for making, file in makes[shard.file]:
+                if making.main.error is None:
+                    share_file(maker.staging.path / shard.file, making.staging.path / file, self.share)
+                    making.has(written, file)
+                    making.waits.remove(file)
+
+        plan = maker.member.plan
+        skip = {shard.file for shard in plan.shards} - makes.keys()
+        return Output(plan, maker.staging.path, self._events_of(maker.member), skip=skip, on_shard=give)
+
+    def _conclude(self, making: JobInProgress, began: float) -> bool:
+        """Commit a finished member, or say why it is not one. False when it lacks a file through no fault of
+        its own."""
+        member, main, commons = making.member, making.main, making.commons
+        error = main.error or (commons.error if commons else None)
+        if making.waits and not error:
+            return False
+        try:
+            if error:
+                raise error
+            if commons:
+                main.outcome.timing.add(commons.outcome.timing)
+            receipt = complete(
+                main,
+                self.base,
+                member.found,
+                member.settings,
+                lambda: [*self.ckpt_inputs(), *member.inputs],
+                began,
+            )
+            member.files.refuse_changed()
+            making.staging.commit()
+        except (LorafuseError, OSError) as e:
+            if isinstance(e, OSError) and e.errno not in UNREADABLE:
+                raise
+            self.on_failed(member.job, e)
+            return True
+        for written in main.outcome.written:
+            if written.file in member.keys:
+                self.finished.offer(member.keys[written.file], member.out_dir / written.file, written)
+        self.on_done(member.job, receipt)
+        return True

@@ -1,0 +1,6 @@
+"""What a run says while it goes on."""
+
+from collections.abc import Callable
+from typing import Any
+
+OnEvent = Callable[[dict[str, Any]], None]

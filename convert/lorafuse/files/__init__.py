@@ -1,0 +1,2 @@
+"""Bytes that lie somewhere: tensors, safetensors files, checkpoints, names, JSON and YAML, hashes, the
+hub."""

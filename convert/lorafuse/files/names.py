@@ -1,0 +1,24 @@
+"""Names of files and tensors: the files of a checkpoint, which names stay inside a directory, the natural
+order."""
+
+import re
+
+SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
+RECEIPT = "lorafuse_receipt.json"  # of a checkpoint that lorafuse wrote
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a name from a file may be a path inside its directory, on any system."""
+    plain = name.isprintable() and not set(name) & set("\\:")
+    return (
+        plain
+        and not name.startswith("/")
+        and all(part != ".." and len(part.encode()) < 256 for part in name.split("/"))
+    )
+
+
+def natural_key(name: str) -> list[str | int]:
+    """Sorts layers.2 before layers.10: the order of a model's execution, and independent of how the input is
+    sharded."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]{1,18})", name))]

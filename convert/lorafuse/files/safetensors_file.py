@@ -1,0 +1,240 @@
+"""The safetensors format and nothing else: a strict reader and a streaming writer.
+
+It replaces `safetensors.safe_open`, whose mmap makes every page read count as resident memory and turns a
+truncated source into SIGBUS, and `safetensors.save_file`, which holds a whole shard. Format: 8 bytes of
+little-endian header length, a JSON header, then the data without holes
+(https://github.com/huggingface/safetensors, README, "Format").
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import stat
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorafuse.errors import CheckpointError, LorafuseError, StorageError, shown
+from lorafuse.files.tensors import DTYPES, TensorInfo, TensorSpec
+
+MAX_HEADER_NBYTES = 100_000_000  # the limit of the reference implementation
+LFS_MAGIC = b"version https://git-lfs"
+LFS_HINT = "is a git-LFS pointer, not the file itself; fetch it with `git lfs pull`."
+Buffer = bytearray | memoryview
+
+
+class Stamp(NamedTuple):
+    """What changes when a file is written to or replaced."""
+
+    nbytes: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> "Stamp":
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+class FormatError(LorafuseError):
+    """The file breaks the format; whoever opened it knows whether it is a checkpoint's or an adapter's and
+    says so."""
+
+
+class Shard:
+    """One safetensors file, open for ranged reads. `tensors` maps names to specs in file order."""
+
+    def __init__(self, path: Path, number: int = 0) -> None:
+        self.path = path
+        self._fd = open_regular(path)
+        try:
+            self.stamp = Stamp.of(os.fstat(self._fd))
+            self.nbytes = self.stamp.nbytes
+            header, data_start = _read_header(self._fd, self.nbytes, path)
+            self.header_sha256 = hashlib.sha256(header).hexdigest()
+            parsed = _parse_json(header, path)
+            del header  # tens of megabytes for a model of many experts
+            self.metadata = _check_metadata(_dict_of(parsed.pop("__metadata__", None)), path)
+            self.tensors = _check_entries(parsed, data_start, self.nbytes, number, path)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def read_into(self, info: TensorInfo, start: int, buffer: Buffer) -> None:
+        """Fill `buffer` with the bytes of a tensor from byte `start` on. Raises CheckpointError when the file
+        got shorter."""
+        view = memoryview(buffer)
+        offset = info.offset + start
+        while view:
+            try:
+                n = os.preadv(self._fd, [view], offset)
+            except OSError as e:
+                raise StorageError(f"{self.path}: reading at byte {offset} failed: {e.strerror}.") from e
+            if n == 0:
+                raise CheckpointError(
+                    f"{self.path}: ends at byte {offset}; it was changed or truncated during the run."
+                )
+            view = view[n:]
+            offset += n
+
+    def will_need(self, info: TensorInfo, start: int, nbytes: int) -> None:
+        """Ask the kernel to read ahead."""
+        os.posix_fadvise(self._fd, info.offset + start, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def open_regular(path: Path) -> int:
+    """Open a file for reading. A FIFO, a socket or a directory is refused instead of waited for."""
+    try:
+        # O_NONBLOCK: opening a FIFO without a writer would hang.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        if e.errno not in (errno.ENXIO, errno.ELOOP):  # a socket; a link that leads to itself
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+    raise FormatError(f"{shown(path)}: is not a regular file.")
+
+
+def _read_header(fd: int, nbytes: int, path: Path) -> tuple[bytes, int]:
+    head = os.pread(fd, len(LFS_MAGIC), 0)
+    if head == LFS_MAGIC:
+        raise FormatError(f"{path}: {LFS_HINT}")
+    if nbytes < 8:
+        raise FormatError(f"{path}: {nbytes} bytes are too few for a safetensors file.")
+    (n,) = struct.unpack("<Q", head[:8])
+    if n > MAX_HEADER_NBYTES or 8 + n > nbytes:
+        raise FormatError(
+            f"{path}: says that its header has {n} bytes, but the file has {nbytes}; it is truncated or no "
+            "safetensors file."
+        )
+    header = os.pread(fd, n, 8)
+    if not header.startswith(b"{"):
+        raise FormatError(f"{path}: the header does not start with '{{'; it is no safetensors file.")
+    return header, 8 + n
+
+
+class _Entry(NamedTuple):
+    """A tensor's entry in the header. Most of a large header's memory would be its dictionaries and lists."""
+
+    dtype: object
+    shape: object
+    data_offsets: object
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        n_times = Counter(name for name, _ in pairs)
+        raise ValueError(
+            f"the name {shown(next(name for name in n_times if n_times[name] > 1))} occurs twice"
+        )
+    return _Entry(**unique) if unique.keys() == set(_Entry._fields) else unique
+
+
+def _integer(text: str) -> int | float:
+    # Rust takes -0 for a float, and Python takes its time over a thousand digits; no field of a header takes
+    # NaN.
+    return int(text) if text.isdigit() and len(text) < 20 else math.nan
+
+
+def _parse_json(header: bytes, path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"{path}: the header is not valid: {shown(e) or type(e).__name__}.") from None
+    return _dict_of(parsed)  # type: ignore[no-any-return]
+
+
+def _dict_of(value: Any) -> Any:
+    """Undoes what _unique does to a dictionary that happens to have an entry's keys: three tensors may be
+    called like that."""
+    return value._asdict() if isinstance(value, _Entry) else value
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _overflows(shape: list[int]) -> bool:
+    """Whether the number of elements, multiplied up in order, leaves 63 bits, even if a later dimension is
+    0."""
+    numel = 1
+    for n in shape:
+        numel *= n
+        if not _is_count(numel):
+            return True
+    return False
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 can't
+        return False
+    return True
+
+
+def _check_metadata(metadata: object, path: Path) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ is not a dictionary of strings.")
+    if not all(map(_is_unicode, (*metadata, *metadata.values()))):
+        raise FormatError(f"{path}: __metadata__ is not valid Unicode.")
+    return metadata
+
+
+def _check_entries(
+    entries: dict[str, Any], data_start: int, nbytes: int, number: int, path: Path
+) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    specs: dict[TensorSpec, TensorSpec] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in entries.items():
+        if not _is_unicode(name):
+            raise FormatError(f"{path}: the tensor name {shown(name)} is not valid Unicode.")
+        if (
+            not isinstance(entry, _Entry)
+            or not isinstance(entry.data_offsets, list)
+            or len(entry.data_offsets) != 2
+        ):
+            raise FormatError(
+                f"{path}: the entry of {shown(name)} must have dtype, shape and two data_offsets, nothing "
+                "else."
+            )
+        dtype, shape = entry.dtype, entry.shape
+        begin, end = entry.data_offsets
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise FormatError(f"{path}: {shown(name)} has the dtype {shown(dtype)}, which is not known here.")
+        if not isinstance(shape, list) or not all(map(_is_count, [*shape, begin, end])) or _overflows(shape):
+            raise FormatError(f"{path}: {shown(name)} has an impossible shape or offset.")
+        spec = TensorSpec(dtype, tuple(shape))
+        spec = specs.setdefault(spec, spec)  # thousands of experts share a few
+        if end - begin != spec.nbytes:
+            raise FormatError(
+                f"{path}: {shown(name)} is {shown(spec)}, {spec.nbytes} bytes, but has {end - begin} bytes "
+                "of data."
+            )
+        tensors[name] = TensorInfo(spec, number, data_start + begin)
+        spans.append((begin, end, name))
+    at = 0
+    spans.sort()
+    for begin, end, name in spans:
+        if begin != at:
+            raise FormatError(
+                f"{path}: the data of {shown(name)} starts at {begin}, expected {at}; tensors overlap or "
+                "leave a hole."
+            )
+        at = end
+    if data_start + at != nbytes:
+        raise FormatError(
+            f"{path}: has {nbytes} bytes, its header describes {data_start + at}; it is truncated or damaged."
+        )
+    return tensors

@@ -1,0 +1,155 @@
+"""A checkpoint by its headers, its config and the small tensors of its codecs: which model, how its weights
+are stored, and what keeps it from being merged into. Of one on the hub only config and headers are read,
+which do not tell all."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafuse.codecs import Scheme, Sources, claims, open_weights
+from lorafuse.errors import CheckpointError
+from lorafuse.files.checkpoint import CONFIG_TYPES, Checkpoint, refuse_unknown_quantization
+from lorafuse.files.hub import remote_tensors
+from lorafuse.files.json_yaml import read_json_dict
+from lorafuse.files.names import SINGLE
+from lorafuse.files.safetensors_file import FormatError
+from lorafuse.files.stores import ShardedStore
+from lorafuse.files.tensors import DTYPES, FLOATS, TensorInfo
+from lorafuse.naming import Names
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight: how it is stored, in how many bytes, and how many elements it has. The dtypes, those that
+    it decodes to and that `--dtype auto` writes, are None where headers do not tell them."""
+
+    scheme: Scheme
+    numel: int
+    nbytes: int
+    dtype: str | None
+    out_dtype: str | None
+
+
+def inspect_checkpoint(folder: Path, name: str) -> dict[str, Any]:
+    """Of a directory. Raises CheckpointError where not even the headers can be read, StorageError."""
+    try:
+        with closing(Checkpoint(folder)) as ckpt:
+            return _facts(
+                name, ckpt.config, ckpt.tensors, [shard.path for shard in ckpt.shards], open_weights(ckpt), []
+            )
+    except CheckpointError as e:
+        problem = e
+    try:
+        store = ShardedStore(folder, SINGLE)
+    except (FormatError, ValueError, OSError):
+        raise problem from None
+    with closing(store):
+        return _facts(
+            name, _config(folder), store.tensors, [shard.path for shard in store.shards], {}, [str(problem)]
+        )
+
+
+def inspect_remote(folder: Path, name: str) -> dict[str, Any]:
+    """Of a hub id whose config is in `folder`. Raises CheckpointError, StorageError."""
+    if any(folder.glob("*.safetensors")):
+        with suppress(CheckpointError):  # all of it may have been fetched before, or a part
+            return inspect_checkpoint(folder, name)
+    files = remote_tensors(name)
+    config, problems = _config(folder), []
+    try:
+        refuse_unknown_quantization(config, folder)
+    except CheckpointError as e:
+        problems.append(str(e))
+    tensors = {tensor: info for part in files.values() for tensor, info in part.items()}
+    return _facts(name, config, tensors, [Path(file) for file in files], {}, problems)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The fields that are of the right type, of a config that may be broken or missing."""
+    config: dict[str, Any] = {}
+    with suppress(FormatError, OSError, ValueError):
+        config = read_json_dict(folder / "config.json")
+    return {
+        name: value for name, value in config.items() if isinstance(value, CONFIG_TYPES.get(name, object))
+    }
+
+
+def _facts(
+    name: str,
+    config: dict[str, Any],
+    stored: Mapping[str, TensorInfo],
+    files: list[Path],
+    opened: Mapping[str, Sources],
+    problems: list[str],
+) -> dict[str, Any]:
+    weights = list(_weights(stored, opened))
+    # What is decoded has no shape here without its sources; embeddings, the only ones that are asked for, are
+    # rarely quantized.
+    dense = {
+        weight: stored[weight]
+        for codec, weight, names in claims(stored)
+        if codec.scheme(names).kind == "dense"
+    }
+    names = Names({**dense, **opened}, config)  # type: ignore[dict-item]  # of a weight, only its spec is looked at
+    embed = opened.get(names.embed or "") or dense.get(names.embed or "")
+    out_dtypes = Counter(
+        weight.out_dtype for weight in weights if weight.out_dtype is None or weight.out_dtype in FLOATS
+    )
+    return {
+        "kind": "checkpoint",
+        "path": name,
+        "model_type": config.get("model_type"),
+        "architectures": config.get("architectures"),
+        "vocab_size": embed.spec.shape[0] if embed else None,
+        "tied": bool(names.tied) if embed else None,
+        "n_weights": len(weights),
+        "n_parameters": sum(
+            weight.numel for weight in weights if weight.dtype is None or weight.dtype in FLOATS
+        ),
+        "nbytes": sum(info.spec.nbytes for info in stored.values()),
+        "files": [file.name for file in files],
+        "storage": _storage(weights),
+        "auto_dtypes": None
+        if None in out_dtypes
+        else {DTYPES[str(dtype)][1]: n for dtype, n in out_dtypes.most_common()},
+        "problems": problems,
+    }
+
+
+def _weights(stored: Mapping[str, TensorInfo], opened: Mapping[str, Sources]) -> Iterator[Weight]:
+    for codec, name, names in claims(stored):
+        nbytes, spec, sources = (
+            sum(stored[one].spec.nbytes for one in names),
+            stored[name].spec,
+            opened.get(name),
+        )
+        if sources is not None:
+            yield Weight(sources.scheme, sources.spec.numel, nbytes, sources.spec.dtype, sources.out_dtype)
+        else:
+            scheme: Scheme = codec.scheme(names)
+            dtype = spec.dtype if scheme.kind == "dense" else None
+            yield Weight(scheme, scheme.numel_of(spec), nbytes, dtype, dtype)
+
+
+def _storage(weights: list[Weight]) -> list[dict[str, Any]]:
+    """Weights of one scheme and dtype together, the most bytes first."""
+    groups: dict[tuple[Scheme, str | None], list[Weight]] = {}
+    for weight in weights:
+        groups.setdefault((weight.scheme, weight.dtype), []).append(weight)
+    rows = [
+        {
+            "scheme": str(scheme),
+            "quantized": None if scheme.kind == "dense" else scheme.kind,
+            "double_quant": scheme.double_quant,
+            "blocksize": scheme.blocksize or None,
+            "dtype": DTYPES[dtype][1] if dtype else None,
+            "n_weights": len(group),
+            "n_parameters": sum(weight.numel for weight in group),
+            "nbytes": sum(weight.nbytes for weight in group),
+        }
+        for (scheme, dtype), group in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row["nbytes"])

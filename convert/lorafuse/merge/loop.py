@@ -1,0 +1,88 @@
+"""The loop: for every weight, for every tile: read, decode, then for every output patch, round once, write.
+
+Tiles are made ahead of the writer, within the plan's memory; they are hashed and written in order by the
+calling thread. The first error ends the run; an error of one output alone ends that output.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from lorafuse.arithmetic.arena import host_view
+from lorafuse.errors import ResultError, shown
+from lorafuse.merge.destination import Destination
+from lorafuse.merge.workers import Piece, TileWorkers
+from lorafuse.planning.plan import Memory
+from lorafuse.planning.shared_weights import Variant, shared_weights
+
+
+def merge(
+    outputs: Sequence[Destination], memory: Memory, device: torch.device, *, allow_nonfinite: bool = False
+) -> None:
+    """Make what the outputs need. Errors of reading and writing pass through; what is wrong with one output
+    alone ends up in its `error`, and when nothing else is left, ends the loop. Wrong are values that are not
+    finite, also the base's own in weights that are not copied bit for bit, unless `allow_nonfinite`."""
+    planned = shared_weights([output.steps() for output in outputs])
+    try:
+        with one_thread(), TileWorkers(planned, memory, device) as workshop:
+            for tile in workshop.tiles(outputs):
+                for variant, piece, buffer in zip(
+                    tile.weight.variants, tile.pieces, tile.buffers, strict=True
+                ):
+                    if piece.measures:
+                        variant.measures.add(piece.measures)
+                    if tile.last:
+                        piece.error = piece.error or _complaint(variant, allow_nonfinite)
+                    for number in variant.outputs:
+                        if outputs[number].error is None:
+                            _deliver(outputs[number], variant, piece, buffer)
+                workshop.give_back(tile.buffers)
+        for output in outputs:
+            if output.error is None:
+                output.finish()
+    finally:
+        for output in outputs:
+            output.close()
+
+
+def _deliver(output: Destination, variant: Variant, piece: Piece, buffer: torch.Tensor) -> None:
+    """A finished piece to one output: account for it and write it, or give the output up."""
+    if piece.error:
+        output.fail(piece.error)
+        return
+    output.outcome.timing.add(piece.timing)
+    if variant.step.patches:
+        output.outcome.measures[variant.step.name] = variant.measures
+    output.write(variant.step.name, host_view(buffer)[: piece.nbytes])
+
+
+def _complaint(variant: Variant, allow_nonfinite: bool) -> ResultError | None:
+    """What is wrong with the values of a weight that is finished."""
+    step, measures = variant.step, variant.measures
+    if measures.n_broken:
+        return ResultError(
+            f"{shown(step.name)}: {measures.n_broken} of {step.spec.numel} values are not finite in "
+            f"{step.spec.torch_name}, though the base's are: the update, the sum or the cast overflows. "
+            "--dtype bfloat16 or float32 has a wider range."
+        )
+    if measures.n_broken_base and not allow_nonfinite:
+        return ResultError(
+            f"{shown(step.name)}: {measures.n_broken_base} of {step.spec.numel} values are not finite in the "
+            "base; is the checkpoint damaged? --allow-nonfinite keeps them."
+        )
+    return None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread per op, and no reduced-precision matrix products, whatever the calling program chose;
+    restored afterwards."""
+    n_threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,94 @@
+"""A destination on disk: the shards of one plan in its staging directory."""
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from lorafuse.errors import LorafuseError
+from lorafuse.events import OnEvent
+from lorafuse.files.safetensors_writer import ShardWriter
+from lorafuse.merge.destination import Outcome, Written
+from lorafuse.outdir.interrupts import UNINTERRUPTED
+from lorafuse.planning.plan import Plan, PlannedShard, Step
+
+
+class Output:
+    """A destination on disk: one plan in the making. A shard's file is open from its first weight to its
+    last, so that at most two are: shards of what changes and of what does not follow each other side by side.
+
+    `skip` are files that are there already or come from elsewhere. `on_shard` is called when a file is
+    complete. An error that is this output's alone ends up in `error`; no more is written then, and the others
+    go on.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        staging: Path,
+        on_event: OnEvent,
+        *,
+        skip: Collection[str] = (),
+        on_shard: Callable[[PlannedShard, Written], None] = lambda shard, written: None,
+    ) -> None:
+        self.plan, self.staging = plan, staging
+        self.outcome = Outcome()
+        self.error: LorafuseError | None = None
+        self._on_event, self._on_shard = on_event, on_shard
+        self._shards = [shard for shard in plan.shards if shard.file not in skip]
+        self._shard_of = {step.name: shard for shard in self._shards for step in shard.steps}
+        self._writers: dict[str, ShardWriter] = {}
+
+    def steps(self) -> Iterator[Step]:
+        """Those that are to be made."""
+        return (step for shard in self._shards for step in shard.steps)
+
+    @property
+    def lacking(self) -> list[PlannedShard]:
+        """Files that are to be made and are not complete."""
+        written = {one.file for one in self.outcome.written}
+        return [shard for shard in self._shards if shard.file not in written]
+
+    def write(self, name: str, data: memoryview) -> None:
+        """Append a tile to the weight's shard. The order of calls must be that of the shard's weights."""
+        began = time.perf_counter()
+        shard = self._shard_of[name]
+        writer = self._writers.get(shard.file) or self._open(shard)
+        writer.write(data)
+        self.outcome.timing.write_s += time.perf_counter() - began
+        self._on_event({"event": "progress", "nbytes": len(data)})
+        if writer.is_complete:
+            self._finish(shard, writer)
+
+    def finish(self) -> None:
+        """Complete the files that no tile completed: those without a single byte of data."""
+        for shard in self.lacking:
+            self._finish(shard, self._writers.get(shard.file) or self._open(shard))
+        self.outcome.written.sort(key=lambda one: one.file)
+
+    def _open(self, shard: PlannedShard) -> ShardWriter:
+        writer = ShardWriter(self.staging / shard.file, [(step.name, step.spec) for step in shard.steps])
+        self._writers[shard.file] = writer
+        return writer
+
+    def _finish(self, shard: PlannedShard, writer: ShardWriter) -> None:
+        began = time.perf_counter()
+        with UNINTERRUPTED:
+            written = Written(shard.file, writer.nbytes, writer.finish())
+            self.outcome.timing.write_s += time.perf_counter() - began
+            del self._writers[shard.file]
+            self.outcome.written.append(written)
+            self._on_shard(shard, written)
+        self._on_event(
+            {"event": "shard", "file": written.file, "nbytes": written.nbytes, "sha256": written.sha256}
+        )
+
+    def fail(self, error: LorafuseError) -> None:
+        """Give this output up."""
+        self.error = self.error or error
+        self.close()
+
+    def close(self) -> None:
+        """Close files that are not complete."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()

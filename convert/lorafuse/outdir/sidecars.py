@@ -1,0 +1,160 @@
+"""Everything in OUT_DIR beside weights and receipt: config.json, the index, generation config, tokenizer,
+processor, remote code.
+
+Files are copied by a fixed list of names, never as links. The tokenizer's files are one set: the adapter's
+when it brings a vocabulary, else the checkpoint's; a mixture of both is a tokenizer that never existed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorafuse.errors import CheckpointError, shown
+from lorafuse.files.names import INDEX
+from lorafuse.files.safetensors_file import open_regular
+from lorafuse.files.tensors import FLOATS
+from lorafuse.planning.plan import Plan
+
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+)
+TOKENIZER = (
+    *VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "target.spm",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_preprocessor_config.json",
+)
+GENERATION = "generation_config.json"  # not for a model with another head
+ALWAYS = (GENERATION, "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
+MAX_NBYTES = 1_000_000_000
+
+
+def write_sidecars(
+    plan: Plan, ckpt_dir: Path, ckpt_config: dict[str, Any], adapter_dirs: Sequence[Path], staging: Path
+) -> None:
+    """Write them all into `staging` and sync them. `adapter_dirs` are where the adapter's may be, the first
+    first."""
+    for source, path in copied_files(plan, ckpt_dir, adapter_dirs):
+        _copy(path, source, staging / path.relative_to(source))
+    write_json(staging / "config.json", output_config(ckpt_config, plan.config_changes))
+    if len(plan.shards) > 1:
+        write_json(staging / INDEX, index_of(plan))
+
+
+def copied_files(plan: Plan, ckpt_dir: Path, adapter_dirs: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    """(directory, file in it) of each file that is copied as it is."""
+    tokenizer_dir = _first_with(VOCABULARIES, adapter_dirs) or ckpt_dir
+    processor_dir = _first_with(PROCESSOR, adapter_dirs) or ckpt_dir
+    always = [
+        pattern
+        for pattern in ALWAYS
+        if not ("architectures" in plan.config_changes and pattern == GENERATION)
+    ]
+    for source, patterns in ((ckpt_dir, always), (tokenizer_dir, TOKENIZER), (processor_dir, PROCESSOR)):
+        for pattern in patterns:
+            yield from ((source, path) for path in sorted(source.glob(pattern)) if not path.is_dir())
+
+
+def _first_with(names: Sequence[str], folders: Sequence[Path]) -> Path | None:
+    return next((folder for folder in folders if any((folder / name).exists() for name in names)), None)
+
+
+def output_config(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's config without quantization and with `changes`, each set where the config has the
+    field, else at the top."""
+    result = {name: _without_quantization(value) for name, value in _without_quantization(config).items()}
+    text = result.get("text_config") if isinstance(result.get("text_config"), dict) else None
+    if "dtype" in changes:
+        _set_dtype(result, changes["dtype"])
+    for name, value in changes.items():
+        if name != "dtype":
+            holders = [part for part in (result, text) if part is not None and name in part]
+            for part in holders or [result]:
+                part[name] = value
+    return result
+
+
+def _without_quantization(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    drop = ("quantization_config", "compression_config", "_load_in_4bit", "_load_in_8bit")
+    return {name: value for name, value in part.items() if name not in drop}
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Update `dtype` and `torch_dtype` where they stand, in sub-configs too. v4 writes and reads torch_dtype,
+    v5 reads both."""
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for part in parts:
+        for name in ("dtype", "torch_dtype"):
+            if part.get(name) is not None:
+                part[name] = dtype
+    if config.get("dtype") is None and config.get("torch_dtype") is None:
+        config["torch_dtype"] = dtype
+
+
+def index_of(plan: Plan) -> dict[str, Any]:
+    """The index as transformers writes it: total_size counts tensor bytes, headers not."""
+    weight_map = {step.name: shard.file for shard in plan.shards for step in shard.steps}
+    n_parameters = sum(step.spec.numel for step in plan.steps if step.spec.dtype in FLOATS)
+    return {
+        "metadata": {"total_parameters": n_parameters, "total_size": plan.nbytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Pretty-printed JSON, synced. As transformers writes it: ASCII, so that any path or string can be
+    spelled, and with Infinity and NaN, which some configs hold (Mamba's time_step_limit)."""
+    _write(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode("ascii")))
+
+
+def _copy(source: Path, root: Path, target: Path) -> None:
+    _refuse_escape(source, root)
+    target.parent.mkdir(exist_ok=True)
+    with os.fdopen(open_regular(source), "rb") as f:
+        nbytes = os.fstat(f.fileno()).st_size
+        if nbytes > MAX_NBYTES:
+            raise CheckpointError(f"{source}: has {nbytes} bytes, too many for a file of its kind.")
+        _write(target, lambda out: shutil.copyfileobj(f, out))
+
+
+def _refuse_escape(source: Path, root: Path) -> None:
+    """A link may point inside its directory, or, as in a hub cache (from a sub-folder too), into the `blobs`
+    beside `snapshots`; a stranger's `tokenizer.json` that is a link to a private file must not be copied into
+    a directory that will be published."""
+    real, real_root = Path(os.path.realpath(source)), Path(os.path.realpath(root))
+    blobs = [folder / "blobs" for folder in real_root.parents[1:3]]
+    if real_root not in real.parents and real.parent not in blobs:
+        raise CheckpointError(
+            f"{shown(source)}: is a link to {shown(real)}, outside its directory; replace it by the file."
+        )
+
+
+def _write(path: Path, fill: Callable[[Any], object]) -> None:
+    with open(path, "wb") as f:
+        fill(f)
+        f.flush()
+        os.fsync(f.fileno())

@@ -1,0 +1,156 @@
+"""Patches of stacks of experts' matrices: one for each expert's matrix, out of factors that all experts
+share."""
+
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.errors import AdapterError, shown
+from lorafuse.files.stores import Store
+from lorafuse.patches.factor import Factor
+from lorafuse.patches.lowrank import LowRank
+from lorafuse.patches.patch import Base, Patch
+from lorafuse.patches.target import Target
+
+
+class Stack:
+    """The factors of all experts: `matrix` gives those of one. `keys` are the tensors of lora_A and lora_B in
+    `store`, which lies in `file`."""
+
+    def __init__(
+        self,
+        store: Store,
+        file: Path,
+        keys: tuple[str, str],
+        *,
+        rank: int,
+        n_experts: int,
+        scale: float,
+        transposed: bool,
+    ) -> None:
+        self.store, self.file, self.keys, self.transposed = store, file, keys, transposed
+        self.rank, self.n_experts, self.scale = rank, n_experts, scale
+
+    def matrix(self, expert: int, rows: range) -> LowRank:
+        """The update of these rows of one expert's matrix."""
+        own_rows = range(expert * self.rank, (expert + 1) * self.rank)
+        own_cols = range(expert, self.rank * self.n_experts, self.n_experts)
+        store, (key_a, key_b) = self.store, self.keys
+        if self.transposed:
+            left = Factor(store, key_a, transposed=True, rows=own_rows, cols=rows)  # [rows, r]
+            right = Factor(store, key_b, transposed=True, cols=own_cols)  # [r, n_cols]
+        else:
+            left = Factor(store, key_b, rows=rows, cols=own_cols)
+            right = Factor(store, key_a, rows=own_rows)
+        return LowRank(left, right, self.scale)
+
+    def patch(self, target: Target) -> Patch:
+        part = target.part
+        if part is not None and part.expert is not None:
+            return Expert(self, part.expert, range(part.row, part.row + part.n_rows))
+        if part is None or part.whole:
+            return Experts(self, target.spec.shape[1])
+        raise AdapterError(
+            f"{self.file}: {shown(self.keys[0])} updates a part of {shown(target.name)}, which is not "
+            "supported."
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return {"rank": self.rank, "scale": self.scale}
+
+
+class Expert(Patch):
+    """The update of a weight that is one expert's matrix, or some rows of it; small until it is prepared,
+    since there are many."""
+
+    __slots__ = ("_expert", "_inner", "_rows", "_stack")
+
+    def __init__(self, stack: Stack, expert: int, rows: range) -> None:
+        self._stack, self._expert, self._rows = stack, expert, rows
+        self._inner: LowRank | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self._stack.facts()
+
+    @property
+    def reads_base(self) -> bool:
+        return False
+
+    @property
+    def additive(self) -> bool:
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        return self._stack.matrix(self._expert, self._rows).nbytes
+
+    def prepare(self, base: Base, arena: Arena) -> None:
+        self._inner = self._stack.matrix(self._expert, self._rows)
+        self._inner.prepare(base, arena)
+
+    def apply(self, tile: torch.Tensor, first_row: int, arena: Arena) -> None:
+        assert self._inner is not None, "apply outside prepare and release"
+        self._inner.apply(tile, first_row, arena)
+
+    def release(self) -> None:
+        self._inner = None
+
+
+class Experts(Patch):
+    """The update of a weight that is the whole stack [E, n_rows, n_cols]. The factors of the two experts that
+    were used last are kept: tiles come in order, so workers are at most at a boundary between two."""
+
+    def __init__(self, stack: Stack, n_rows: int) -> None:
+        self._stack, self._n_rows = stack, n_rows
+        self._loaded: dict[int, LowRank] = {}
+        self._base: Base | None = None
+        self._lock = Lock()
+
+    @property
+    def stacked(self) -> bool:
+        return True
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self._stack.facts()
+
+    @property
+    def reads_base(self) -> bool:
+        return False
+
+    @property
+    def additive(self) -> bool:
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.scratch_nbytes
+
+    @property
+    def scratch_nbytes(self) -> int:
+        return self._stack.matrix(0, range(self._n_rows)).nbytes
+
+    def prepare(self, base: Base, arena: Arena) -> None:
+        self._base = base
+
+    def apply(self, tile: torch.Tensor, first_row: int, arena: Arena) -> None:
+        expert, row = divmod(first_row, self._n_rows)
+        self._matrix(expert, arena).apply(tile, row, arena)
+
+    def _matrix(self, expert: int, arena: Arena) -> LowRank:
+        with self._lock:
+            if expert not in self._loaded:
+                assert self._base is not None, "apply outside prepare and release"
+                while len(self._loaded) > 1:
+                    del self._loaded[min(self._loaded)]
+                matrix = self._stack.matrix(expert, range(self._n_rows))
+                matrix.prepare(self._base, arena)
+                self._loaded[expert] = matrix
+            return self._loaded[expert]
+
+    def release(self) -> None:
+        self._loaded, self._base = {}, None

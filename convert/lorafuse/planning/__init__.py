@@ -1,0 +1,1 @@
+"""Everything is decided here: (checkpoint, adapters, settings) → Plan, or a refusal."""

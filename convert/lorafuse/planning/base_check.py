@@ -1,0 +1,170 @@
+"""Is the checkpoint the base that the adapter was trained on? What the files tell beyond shapes and names,
+which are refused where they do not fit: the name of the base in the adapter's config, copies of its weights
+in the adapter, the receipt of a merge."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafuse.adapters import AdapterDir, Edit
+from lorafuse.adapters.reading.directory import is_mlx
+from lorafuse.adapters.reading.keys import plain_name
+from lorafuse.adapters.reading.lora_config import changes_base
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.codecs import Sources
+from lorafuse.codecs.dense import DenseSources
+from lorafuse.errors import AdapterError, shown
+from lorafuse.files.hashing import hash_file
+from lorafuse.files.names import RECEIPT
+from lorafuse.files.safetensors_file import FormatError, open_regular
+from lorafuse.naming import Names
+from lorafuse.patches.patch import Base
+from lorafuse.trained_base.model_names import quantized_by_name
+
+# At most as many as torch's ops take in one thread: more threads would bring stacks and arenas of their own.
+_CHUNK_NUMEL = 1 << 15
+# What casts on loading and saving leave: half a step of bfloat16, and of float16's smallest numbers.
+_RTOL, _ATOL = 2.0**-8, 2.0**-25
+_RECEIPT_NBYTES = 1_000_000
+
+
+@contextmanager
+def naming_the_base(adapter: AdapterDir) -> Iterator[None]:
+    """Adds to the refusal of an adapter that does not fit the base that its config names."""
+    try:
+        yield
+    except AdapterError as e:
+        if not e.misfit or adapter.base_name is None:
+            raise
+        raise AdapterError(
+            f"{e} The adapter's config names {shown(adapter.base_name)} as its base."
+        ) from None
+
+
+def base_warnings(
+    path: Path, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
+) -> Iterator[str]:
+    """What to say about adapters that were trained on other weights than those of the checkpoint `path`, or
+    on what it was before they were merged into it."""
+    yield from _other_precision(path, weights, adapters)
+    yield from _merged_before(path, adapters)
+
+
+def _merged_before(path: Path, adapters: Sequence[AdapterDir]) -> Iterator[str]:
+    """By the checkpoint's own receipt: all files with tensors are the same. They are read only where the
+    receipt has one of that size."""
+    entries = _merged_files(path / RECEIPT)
+    for adapter in adapters:
+        files = adapter.files[1:]  # the first is the config, in which no tensor is
+        if all(any(_is_file(entry, file) for entry in entries) for file in files):
+            yield (
+                f"{adapter.file}: was merged into {shown(path)} already, as its {RECEIPT} says; now its "
+                "update is added once more. Merge into the checkpoint before that, unless this is what you "
+                "want."
+            )
+
+
+def _merged_files(receipt: Path) -> list[dict[str, Any]]:
+    """The inputs in a receipt. Only the beginning is read, where they stand: that of a large model has
+    megabytes. None where it cannot be read: nothing depends on it."""
+    try:
+        with os.fdopen(open_regular(receipt), "rb") as f:
+            text = f.read(_RECEIPT_NBYTES).decode("ascii")
+        inputs, _ = json.JSONDecoder().raw_decode(text.partition('"inputs": ')[2])
+    except (OSError, ValueError, RecursionError, FormatError):
+        return []
+    return [one for one in inputs if isinstance(one, dict)] if isinstance(inputs, list) else []
+
+
+def _is_file(entry: dict[str, Any], path: Path) -> bool:
+    """Whether a receipt's entry has the size, and then the hash, of a file."""
+    return entry.get("size") == path.stat().st_size and entry.get("sha256") == hash_file(path).sha256
+
+
+def _other_precision(
+    path: Path, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
+) -> Iterator[str]:
+    """Adapters whose base was quantized, going by its name, when the checkpoint's weights are not, nor taken
+    as if they were."""
+    if any(not isinstance(sources, DenseSources) for sources in weights.values()):
+        return
+    for adapter in adapters:
+        kind = quantized_by_name(adapter.base_name)
+        if kind is None:
+            continue
+        base, merged = shown(adapter.base_name), f"{shown(path)} is in full precision"
+        lost = (
+            "the update was trained on rounded weights, so on these the result is not the model that was "
+            "trained"
+        )
+        if kind in ("nf4", "fp4", "int8"):
+            yield (
+                f"{adapter.file}: was trained on {base}, whose weights are quantized ({kind}), but {merged}: "
+                f"{lost}. Merge into that checkpoint, or take --base-quant {kind}, or --base-quant-from its "
+                "config.json, which names the modules that it leaves out."
+            )
+        else:
+            yield (
+                f"{adapter.file}: was trained on {base}, whose weights are quantized ({kind}), but {merged}: "
+                f"{lost}. How {kind} rounds them cannot be repeated here."
+            )
+
+
+@dataclass(frozen=True)
+class BaseCopy:
+    """A weight of the base that an adapter holds whole without having trained it, and the checkpoint's
+    own."""
+
+    adapter: AdapterDir
+    key: str
+    weight: str
+    copy: Sources
+    base: Sources
+
+    def difference(self) -> str | None:
+        """What to say when the two are not the same in the rows that both have. Reads both, a few rows at a
+        time."""
+        n_rows = min(self.copy.spec.shape[0], self.base.spec.shape[0])
+        n_cols = max(self.base.spec.n_cols, 1)
+        ours, theirs = (Base(sources, Arena(torch.device("cpu"))) for sources in (self.copy, self.base))
+        step, n_differing = max(_CHUNK_NUMEL // n_cols, 1), 0
+        for start in range(0, n_rows, step):
+            stop = min(start + step, n_rows)
+            same = torch.isclose(
+                ours.rows(start, stop), theirs.rows(start, stop), _RTOL, _ATOL, equal_nan=True
+            )
+            n_differing += int((~same.all(dim=1)).sum())
+        if not n_differing:
+            return None
+        base = f", {shown(self.adapter.base_name)}" if self.adapter.base_name else ""
+        return (
+            f"{self.adapter.file}: {shown(self.key)} is the adapter's own copy of {shown(self.weight)}, and "
+            f"is taken; it differs from the checkpoint's in {n_differing} of {n_rows} rows: is this the base "
+            f"that it was trained on{base}?"
+        )
+
+
+def base_copies(adapter: AdapterDir, edits: Mapping[str, Edit], names: Names) -> list[BaseCopy]:
+    """The copies of base weights in an adapter. PEFT saves the weight below an adapted embedding, and whole
+    embeddings when the vocabulary was resized (save_embedding_layers); those in modules_to_save were trained,
+    and PiSSA's are no copies."""
+    if is_mlx(adapter.config) or changes_base(adapter):
+        return []
+    found: dict[str, BaseCopy] = {}
+    for weight, edit in edits.items():
+        base = names.weights.get(weight) or names.weights.get(names.embed or "")
+        if isinstance(edit.replaced, DenseSources) and isinstance(base, DenseSources):
+            (key,) = edit.replaced.names
+            if key.endswith(".base_layer.weight") or weight in (names.embed, names.head):
+                found.setdefault(key, BaseCopy(adapter, key, weight, edit.replaced, base))
+    trained = adapter.config.get("modules_to_save")
+    modules = tuple(name for name in trained if isinstance(name, str)) if isinstance(trained, list) else ()
+    if any(plain_name(key).removesuffix(".weight").endswith(modules) for key in found):
+        return [one for one in found.values() if one.key.endswith(".base_layer.weight")]
+    return list(found.values())

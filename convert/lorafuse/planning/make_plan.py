@@ -1,0 +1,151 @@
+"""(checkpoint, adapter, settings) → Plan, or a refusal. Nothing is written and no weight is read here.
+
+A plan is complete: the loop that carries it out decides nothing.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lorafuse._version import __version__
+from lorafuse.adapters import AdapterDir, Edit, updates_of
+from lorafuse.codecs import Sources
+from lorafuse.codecs.dense import DenseSources
+from lorafuse.errors import AdapterError, CheckpointError, listed, shown
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.names import natural_key
+from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, TensorSpec
+from lorafuse.naming import Names
+from lorafuse.planning.base_check import base_copies, base_warnings, naming_the_base
+from lorafuse.planning.combine import AdapterSays, WeightedAdapter, combine, common_model, in_order
+from lorafuse.planning.edits import own_edits
+from lorafuse.planning.memory import fit_memory
+from lorafuse.planning.plan import STORED_TENSOR_NBYTES, Plan, PlannedShard, Step
+from lorafuse.planning.shards import split_shards
+from lorafuse.planning.shared_weights import shared_weights
+from lorafuse.planning.tied import settle_tied
+from lorafuse.settings import Settings
+from lorafuse.structure import Structure, structure_of
+from lorafuse.trained_base.base_weights import base_weights
+
+
+def make_plan(
+    ckpt: Checkpoint,
+    adapter: AdapterDir,
+    settings: Settings,
+    others: Sequence[WeightedAdapter] = (),
+    weights: Mapping[str, Sources] | None = None,
+) -> Plan:
+    """Decide everything. `others` are adapters whose updates are added to those of `adapter`. Plans that get
+    the same `weights`, those of `ckpt`, can be carried out together. Raises CheckpointError, AdapterError, or
+    UsageError when the memory limit is too small."""
+    warnings = [*ckpt.warnings]
+    weights = weights or base_weights(ckpt, settings.base_quant, warnings.append)
+    adapters = in_order([WeightedAdapter(adapter, settings.adapter_scale), *others])
+    warnings += base_warnings(ckpt.path, weights, [one.adapter for one in adapters])
+    found = [_read(one, weights, ckpt.config, warnings.append) for one in adapters]
+    model = common_model(found)
+    names = Names(model.weights, model.config)
+    for one in found:
+        one.edits = own_edits(one, names, warnings.append)
+    copies = [copy for one in found for copy in base_copies(one.adapter, one.edits, names)]
+    edits, ignored = combine(found, model, names)
+    untied = settle_tied(names, edits, ignored)
+    steps = _steps(model, names, edits, untied, settings.dtype)
+    if not steps:
+        raise CheckpointError(f"{shown(ckpt.path)}: holds no weight.")
+    shards = split_shards(steps, settings.max_shard_nbytes)
+    n_entries = (
+        len(ckpt.tensors)
+        + max(len(steps) - len(weights), 0)
+        + sum(len(o.adapter.store.tensors) for o in others)
+    )
+    held_nbytes = sum(one.adapter.nbytes for one in adapters) + n_entries * STORED_TENSOR_NBYTES
+    memory = fit_memory(shared_weights([steps]), held_nbytes, settings)
+    config_changes = model.changes | _config_changes(
+        names, steps, untied, listed(one.adapter.file for one in adapters)
+    )
+    used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
+    plan_id = _plan_id(ckpt, adapter, adapters, settings, shards)
+    return Plan(shards, plan_id, memory, held_nbytes, config_changes, used, ignored, warnings, copies)
+
+
+def _read(
+    one: WeightedAdapter, weights: Mapping[str, Sources], config: dict[str, Any], warn: Callable[[str], None]
+) -> AdapterSays:
+    """What an adapter says, and of which model."""
+    said, ignored = updates_of(one.adapter, one.weight, config.get("model_type"), warn)
+    with naming_the_base(one.adapter):
+        return AdapterSays(
+            one.adapter, one.weight, structure_of(weights, config, one.adapter, said, warn), ignored
+        )
+
+
+def _steps(model: Structure, names: Names, edits: dict[str, Edit], untied: bool, dtype: str) -> list[Step]:
+    bases = dict(model.weights)
+    if untied and names.tied:
+        bases.setdefault(names.tied.head, bases[names.tied.embed])
+    steps = []
+    for name in sorted(bases, key=natural_key):
+        base, edit = bases[name], edits.get(name, Edit())
+        sources = edit.replaced or base
+        out = base.out_dtype if dtype == "auto" or base.out_dtype not in FLOATS else SAFETENSORS_NAMES[dtype]
+        action = _action(edit, base, out, stored=name in model.weights and name not in model.added)
+        steps.append(Step(name, TensorSpec(out, sources.spec.shape), sources, edit.patches, action))
+    return steps
+
+
+def _action(edit: Edit, base: Sources, out_dtype: str, *, stored: bool) -> str:
+    if edit.patches:
+        return "merged"
+    if edit.replaced:
+        return "replaced"
+    if not stored:
+        return "added"
+    # "decoded" also covers a dense weight that is quantized and dequantized, or only changes its dtype.
+    return "copied" if isinstance(base, DenseSources) and base.spec.dtype == out_dtype else "decoded"
+
+
+def _config_changes(names: Names, steps: list[Step], untied: bool, files: str) -> dict[str, Any]:
+    """Fields of config.json that the result needs: dtype, and vocab_size and tie_word_embeddings where they
+    change."""
+    totals: Counter[str] = Counter()
+    for step in steps:
+        if step.spec.dtype in FLOATS:
+            totals[step.spec.dtype] += step.spec.nbytes
+    changes: dict[str, Any] = {"dtype": DTYPES[totals.most_common(1)[0][0]][1]} if totals else {}
+    if untied:
+        changes["tie_word_embeddings"] = False
+    after = {step.name: step.spec.shape[0] for step in steps if step.name in (names.embed, names.head)}
+    before = {name: names.weights[name].spec.shape[0] for name in after if name in names.weights}
+    if any(after[name] != before[name] for name in before):
+        if len(set(after.values())) > 1:
+            both = " and ".join(f"{name} has {n} rows" for name, n in after.items())
+            raise AdapterError(f"{files}: resizes the vocabulary on one side only: {both}.")
+        changes["vocab_size"] = next(iter(after.values()))
+    return changes
+
+
+def _plan_id(
+    ckpt: Checkpoint,
+    adapter: AdapterDir,
+    adapters: Sequence[WeightedAdapter],
+    settings: Settings,
+    shards: list[PlannedShard],
+) -> str:
+    """sha256 of everything that the output depends on, inputs by their sizes and headers."""
+    identity: dict[str, Any] = {
+        "version": __version__,
+        "settings": settings.that_decide_bytes,
+        "checkpoint": [[shard.path.name, shard.nbytes, shard.header_sha256] for shard in ckpt.shards],
+        "adapter": [[[file.name, file.stat().st_size] for file in adapter.files], adapter.config],
+        "outputs": [
+            [shard.file, [[s.name, s.spec.dtype, s.spec.shape, s.action] for s in shard.steps]]
+            for shard in shards
+        ],
+    }
+    if len(adapters) > 1:
+        identity["adapters"] = [one.identity for one in adapters]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""`lorafuse_receipt.json`: written at the end of a merge, read by everything that looks at a result."""

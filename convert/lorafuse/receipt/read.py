@@ -1,0 +1,117 @@
+"""A receipt in sum: how much of the update was kept in all, where least, and what helps. Needs no torch.
+
+With Δ_i the update of weight i, and kept_i and noise_i as in measure.py, the figures of all weights are those
+of one long vector: kept = Σ kept_i ‖Δ_i‖² / Σ ‖Δ_i‖² and noise² = Σ noise_i² ‖Δ_i‖² / Σ ‖Δ_i‖².
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafuse.errors import ResultError, shown
+from lorafuse.files.json_yaml import read_json_dict
+from lorafuse.files.names import RECEIPT
+from lorafuse.files.safetensors_file import FormatError
+
+# Where a smaller share of the update is kept, another dtype is worth a word.
+ENOUGH_KEPT = 0.97
+# The dtype that was written → what keeps more.
+REMEDIES = {
+    "bfloat16": "--dtype float16 keeps 3 more bits (an overflow ends the run), --dtype float32 keeps "
+    "everything",
+    "float16": "--dtype float32 keeps everything",
+}
+_FIGURES = ("delta_norm", "delta_rel", "kept", "noise", "changed")
+_FIELDS: dict[str, type] = {"tool": dict, "settings": dict, "inputs": list, "outputs": list, "tensors": dict}
+_FIELDS |= {"adapter_tensors": dict, "base_semantics": str}
+
+Entries = Mapping[str, Mapping[str, Any]]  # what a receipt says of each weight
+
+
+def read_receipt(out_dir: Path) -> dict[str, Any]:
+    """The receipt of a merged directory, with everything that is read of it anywhere of the right type; empty
+    when it has none. Raises ResultError for one that is damaged."""
+    path = out_dir / RECEIPT
+    if not os.path.lexists(path):
+        return {}
+    try:
+        receipt = read_json_dict(path)
+    except (FormatError, ValueError) as e:
+        raise ResultError(str(e)) from None
+    if receipt.get("schema") != SCHEMA:
+        raise ResultError(
+            f"{shown(path)}: is no receipt of schema {SCHEMA}; a newer lorafuse may have written it."
+        )
+    broken = next(_broken(receipt), None)
+    if broken is not None:
+        raise ResultError(f"{shown(path)}: is damaged: {shown(broken)} is missing or of another kind.")
+    return receipt
+
+
+def _broken(receipt: dict[str, Any]) -> Iterator[str]:
+    """The fields that are not as they should be; a later one is looked at only when those before it are
+    right."""
+    yield from (name for name, kind in _FIELDS.items() if not isinstance(receipt.get(name), kind))
+    for name, fields in (("inputs", {"role": str, "path": str}), ("outputs", {"file": str, "size": int})):
+        yield from (name for one in receipt[name] if not _has(one, fields))
+    adapter_tensors = {"used": list, "ignored": dict}
+    yield from ["adapter_tensors"] * (not _has(receipt["adapter_tensors"], adapter_tensors))
+    for name, entry in receipt["tensors"].items():
+        right = _has(entry, {"action": str, "dtype": str, "shape": list}) and all(
+            type(n) is int for n in entry["shape"]
+        )
+        yield from [name] * (not right or not all(_is_figure(entry.get(figure)) for figure in _FIGURES))
+
+
+def _has(value: object, fields: Mapping[str, type]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in fields.items())
+
+
+def _is_figure(value: object) -> bool:
+    # The bound is that of their squares, and neither NaN nor Infinity, which Python's JSON knows, is within
+    # it.
+    return value is None or (isinstance(value, int | float) and -1e75 < value < 1e75)
+
+
+def worst_first(tensors: Entries) -> list[str]:
+    """The merged weights: those that keep the smallest share of their update first, of these those with more
+    noise; those without a figure (no update at all, or a base that is not finite) last."""
+    merged = [name for name, entry in tensors.items() if entry["action"] == "merged"]
+    return sorted(merged, key=lambda name: _badness(tensors[name]))
+
+
+def _badness(entry: Mapping[str, Any]) -> tuple[float, float]:
+    kept, noise = entry.get("kept"), entry.get("noise")
+    return math.inf if kept is None else kept, -(noise or 0.0)
+
+
+def kept_in_sum(tensors: Entries) -> dict[str, Any]:
+    """How much of the update is in the stored weights: `kept` and `noise` over all of them, `least` in the
+    weight `least_in`, the number `n_below` of those that keep less than ENOUGH_KEPT, and the `remedy`. None
+    where there is no figure or no remedy."""
+    names = [name for name in worst_first(tensors) if tensors[name].get("kept") is not None]
+    squares = [(tensors[name].get("delta_norm") or 0.0) ** 2 for name in names]
+    total = sum(squares)
+    kept = sum(square * tensors[name]["kept"] for square, name in zip(squares, names, strict=True))
+    noise = sum(
+        square * (tensors[name].get("noise") or 0.0) ** 2 for square, name in zip(squares, names, strict=True)
+    )
+    below = [name for name in names if tensors[name]["kept"] < ENOUGH_KEPT]
+    dtypes = {tensors[name]["dtype"] for name in below}
+    return {
+        "kept": kept / total if total else None,
+        "noise": math.sqrt(noise / total) if total else None,
+        "least": tensors[names[0]]["kept"] if names else None,
+        "least_in": names[0] if names else None,
+        "n_below": len(below),
+        "remedy": next((remedy for dtype, remedy in REMEDIES.items() if dtype in dtypes), None),
+    }
+
+
+if TYPE_CHECKING:
+    pass
+
+
+SCHEMA = 1

@@ -1,0 +1,214 @@
+"""NF4 and FP4 of a full-precision weight, quantized and dequantized as training saw it."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from lorafuse.arithmetic import quantize
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.dequantize import byte_pairs, look_up, nested_absmax
+from lorafuse.arithmetic.quantize import NESTED_BLOCKSIZE, Floats, block_absmax
+from lorafuse.codecs.sources import Sources
+from lorafuse.files.tensors import SAFETENSORS_NAMES, TensorSpec
+from lorafuse.settings import BaseQuant
+from lorafuse.trained_base import bnb_gpu
+from lorafuse.trained_base.passes import (
+    CHUNK_NBYTES_PER_ELEMENT,
+    CHUNK_NUMEL,
+    PASS_NUMEL,
+    ComputedOnce,
+    State,
+    as_loaded,
+    pieces,
+)
+
+
+class ScalesOfScales:
+    """Double quantization: the mean of all scales and the scale of each nested block, from scales fed in
+    order."""
+
+    def __init__(self, n_blocks: int) -> None:
+        self._sum, self._n_done = quantize.CascadeSum(n_blocks), 0
+        n_groups = -(-n_blocks // NESTED_BLOCKSIZE)
+        self._low, self._high = np.full(n_groups, np.inf, np.float32), np.full(n_groups, -np.inf, np.float32)
+
+    def add(self, absmax: Floats) -> None:
+        self._sum.add(absmax)
+        group = (self._n_done + np.arange(absmax.size)) // NESTED_BLOCKSIZE
+        starts = np.flatnonzero(np.diff(group, prepend=-1))
+        for extremes, largest in ((self._low, np.minimum), (self._high, np.maximum)):
+            found = largest.reduceat(absmax, starts)
+            extremes[group[starts]] = largest(extremes[group[starts]], found)
+        self._n_done += absmax.size
+
+    def result(self) -> State:
+        """(float32 [nested blocks], float32 []): their scales, and the mean. The largest distance from the
+        mean is that of the lowest or highest, since rounding keeps the order."""
+        mean = self._sum.mean()
+        return torch.from_numpy(np.maximum(self._high - mean, mean - self._low)), torch.tensor(mean)
+
+
+def double_quantized(
+    absmax: torch.Tensor, first: int, nested: torch.Tensor, mean: torch.Tensor
+) -> torch.Tensor:
+    """What is left of scales (fp32, of the blocks from `first` on) after their own quantization."""
+    outer = nested[(first + torch.arange(absmax.numel())) // NESTED_BLOCKSIZE]
+    codes = quantize.nested_codes(absmax.numpy(), np.float32(mean.item()), outer.numpy())
+    return nested_absmax(torch.from_numpy(codes), quantize.dynamic_map(), outer, mean.item())
+
+
+class FourBit(Sources):
+    """NF4 or FP4 of one weight."""
+
+    def __init__(self, inner: Sources, quant: BaseQuant, dtype: torch.dtype, *, transposed: bool) -> None:
+        self._inner, self._quant, self._dtype, self._transposed = inner, quant, dtype, transposed
+        self.spec = TensorSpec(SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")], inner.spec.shape)
+        self.out_dtype = self.spec.dtype
+        self.names, self.store, self.scheme = inner.names, inner.store, inner.scheme
+        self._n_blocks = -(-self.spec.numel // quant.blocksize)
+        self._levels = byte_pairs(quantize.levels(quant.kind))
+        self._state = ComputedOnce()
+        self.nbytes = CHUNK_NUMEL * CHUNK_NBYTES_PER_ELEMENT
+        self.held_nbytes = 8 * self._n_blocks if transposed else 8 * -(-self._n_blocks // NESTED_BLOCKSIZE)
+
+    def prepare(self, arena: Arena) -> None:
+        self._prepared(arena)
+
+    def release(self) -> None:
+        self._state.drop()
+
+    def will_need(self, start: int, stop: int) -> None:
+        self._inner.will_need(*self._span(start, stop))
+
+    def fetch(self, start: int, stop: int, arena: Arena) -> State:
+        """What the pass over the weight found, and the elements of the blocks that [start, stop) touches."""
+        state = self._prepared(arena)
+        if arena.device.type == "cuda":
+            return state
+        return (*self._inner.fetch(*self._span(start, stop), arena), *state)
+
+    def decode(self, raw: State, start: int, stop: int, arena: Arena) -> torch.Tensor:
+        if arena.device.type == "cuda":
+            return raw[0][start:stop]
+        first, last = self._span(start, stop)
+        values = self._inner.decode(raw[:1], first, last, arena)
+        out = arena.get("simulated", last - first, self._dtype)
+        if self._transposed:
+            quantized = self._transposed_chunks(values, first, raw[1:], arena)
+        else:
+            quantized = self._chunks(values, first, raw[1:], arena)
+        for at, chunk in quantized:
+            out[at : at + chunk.numel()].copy_(chunk)
+        return out[start - first : stop - first]
+
+    def _span(self, start: int, stop: int) -> tuple[int, int]:
+        """Whole blocks around [start, stop); a transposed weight's scales are known."""
+        if self._transposed:
+            return start, stop
+        blocksize = self._quant.blocksize
+        return start // blocksize * blocksize, min(-(-stop // blocksize) * blocksize, self.spec.numel)
+
+    def _prepared(self, arena: Arena) -> State:
+        if arena.device.type == "cuda":
+            return self._state.get(
+                lambda: bnb_gpu.four_bit(self._inner, self._quant, self._dtype, self._transposed, arena)
+            )
+        return self._state.get(lambda: self._pass_over(arena))
+
+    def _pass_over(self, arena: Arena) -> State:
+        if self._transposed:
+            absmax = self._transposed_absmax(arena)
+            if not self._quant.double_quant:
+                return absmax, absmax
+            scales = ScalesOfScales(self._n_blocks)
+            scales.add(absmax.numpy())
+            return absmax, double_quantized(absmax, 0, *scales.result())
+        if not self._quant.double_quant:
+            return ()
+        scales = ScalesOfScales(self._n_blocks)
+        for _, piece in pieces(self._inner, PASS_NUMEL, arena):
+            scales.add(self._absmax(piece, arena).numpy())
+        return scales.result()
+
+    def _absmax(self, values: torch.Tensor, arena: Arena) -> torch.Tensor:
+        """float32, the scale of each block of `values`."""
+        blocksize = self._quant.blocksize
+        absmax = arena.get("simulated.absmax", -(-values.numel() // blocksize), torch.float32)
+        for at in range(0, values.numel(), CHUNK_NUMEL):
+            chunk = as_loaded(values[at : at + CHUNK_NUMEL], self._dtype)
+            block_absmax(chunk, blocksize, absmax[at // blocksize : (at + CHUNK_NUMEL) // blocksize], arena)
+        return absmax
+
+    def _chunks(
+        self, values: torch.Tensor, first: int, state: State, arena: Arena
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(position, fp32) of each chunk of whole blocks, from element `first` on, quantized and
+        dequantized."""
+        blocksize = self._quant.blocksize
+        absmax = self._absmax(values, arena)
+        scales = double_quantized(absmax, first // blocksize, *state) if state else absmax
+        for at in range(0, values.numel(), CHUNK_NUMEL):
+            chunk = as_loaded(values[at : at + CHUNK_NUMEL], self._dtype)
+            scaled = arena.get("simulated.scaled", chunk.numel() + 1, torch.float32)
+            block = at // blocksize
+            quantize.scale_by_blocks(scaled[: chunk.numel()].copy_(chunk), absmax[block:], blocksize)
+            nearest = self._nearest(scaled, chunk.numel(), arena)
+            n_full = chunk.numel() // blocksize
+            nearest[: n_full * blocksize].view(-1, blocksize).mul_(scales[block : block + n_full, None])
+            if n_full * blocksize < chunk.numel():
+                nearest[n_full * blocksize :].mul_(scales[-1])
+            yield at, nearest
+
+    def _nearest(self, scaled: torch.Tensor, numel: int, arena: Arena) -> torch.Tensor:
+        """float32 [numel]: the level of each element; `scaled` has room for one more."""
+        even = numel + numel % 2
+        scaled[numel:even] = 0
+        packed = arena.get("simulated.packed", even // 2, torch.uint8)
+        mask, codes = (
+            arena.get(f"simulated.{name}", even, torch.uint8).numpy() for name in ("mask", "codes")
+        )
+        quantize.four_bit_codes(
+            scaled[:even].numpy(), self._quant.kind, packed.numpy(), mask.view(np.bool_), codes
+        )
+        values = arena.get("simulated.values", even, torch.float32)
+        look_up(packed, self._levels, values, arena)
+        return values[:numel]
+
+    def _blocks_of(self, start: int, numel: int) -> torch.Tensor:
+        """int64 [numel]: the blocks of a transposed weight's elements. It is stored (in, out) and quantized
+        (out, in)."""
+        n_in, n_out = self.spec.shape
+        row, col = (
+            torch.arange(start, start + numel).div(n_out, rounding_mode="floor"),
+            torch.arange(start, start + numel) % n_out,
+        )
+        return (col * n_in + row).div_(self._quant.blocksize, rounding_mode="floor")
+
+    def _transposed_absmax(self, arena: Arena) -> torch.Tensor:
+        """float32 [blocks]."""
+        absmax = torch.zeros(self._n_blocks)
+        for start, piece in pieces(self._inner, CHUNK_NUMEL, arena):
+            found = as_loaded(piece, self._dtype).abs().float()
+            absmax.scatter_reduce_(0, self._blocks_of(start, piece.numel()), found, "amax")
+        if self.spec.numel % self._quant.blocksize:
+            absmax[-1:].clamp_(min=quantize.TINY)
+        return absmax
+
+    def _transposed_chunks(
+        self, values: torch.Tensor, first: int, state: State, arena: Arena
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        absmax, scales = state
+        reciprocals = absmax.clamp(min=quantize.TINY).reciprocal_()
+        for at in range(0, values.numel(), CHUNK_NUMEL):
+            chunk = as_loaded(values[at : at + CHUNK_NUMEL], self._dtype)
+            block = self._blocks_of(first + at, chunk.numel())
+            scaled = arena.get("simulated.scaled", chunk.numel() + 1, torch.float32)
+            x = scaled[: chunk.numel()].copy_(chunk)
+            short = (
+                block == self.spec.numel // self._quant.blocksize
+            )  # a last block that is not whole divides
+            divided = x[short] / absmax[-1]
+            x.mul_(reciprocals[block])
+            x[short] = divided
+            yield at, self._nearest(scaled, chunk.numel(), arena).mul_(scales[block])

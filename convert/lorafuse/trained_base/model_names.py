@@ -1,0 +1,24 @@
+"""What the name of a checkpoint says of its quantization."""
+
+import re
+
+# What the last part of a repository's name says of how its weights are quantized. Names of other methods come
+# first: they also say 4bit (…-GPTQ-4bit).
+_OTHERS = (
+    "gptq|awq|gguf|exl2|exl3|hqq|aqlm|eetq|mlx|fp8|nvfp4|mxfp4|autoround|quanto|torchao|w4a16|w8a8|w8a16"
+)
+_BY_NAME = {
+    "fp4": re.compile(r"(?<![a-z0-9])(bnb[-_.]?)?fp4(?![a-z0-9])"),
+    "nf4": re.compile(r"(?<![a-z0-9])((bnb[-_.]?)?(4[-_]?bits?|nf4)|bnb[-_.]?int4)(?![a-z0-9])"),
+    "int8": re.compile(r"(?<![a-z0-9])((bnb[-_.]?)?8[-_]?bits?|bnb[-_.]?int8)(?![a-z0-9])"),
+}
+
+
+def quantized_by_name(name: object) -> str | None:
+    """How the weights of a repository or directory are quantized, going by its name: "nf4", "fp4", "int8",
+    another method in capitals ("GPTQ"), or None when the name does not say."""
+    owner, _, last = str(name).partition("@")[0].rstrip("/\\").lower().replace("\\", "/").rpartition("/")
+    other = re.search(rf"(?<![a-z0-9])({_OTHERS})(?![a-z0-9])", last)
+    if other or owner.endswith("mlx-community"):
+        return other[1].upper() if other else "MLX"
+    return next((kind for kind, pattern in _BY_NAME.items() if pattern.search(last)), None)

@@ -1,0 +1,83 @@
+"""How training quantized the base: what the options say, or the file that they name."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lorafuse.errors import UsageError
+from lorafuse.settings import BaseQuant
+from lorafuse.trained_base.trainer_configs import read_base_quant
+
+# As every command and function has them.
+BASE_OPTIONS = (
+    "base_quant",
+    "double_quant",
+    "quant_blocksize",
+    "quant_skip",
+    "quant_experts",
+    "base_quant_from",
+)
+
+
+def chosen_base_quant(
+    *,
+    base_quant: str = "none",
+    double_quant: bool = True,
+    quant_blocksize: int = 64,
+    quant_skip: Sequence[str] = (),
+    quant_experts: bool = False,
+    base_quant_from: str | PathLike[str] | None = None,
+) -> BaseQuant | None:
+    """How training quantized the base, by the file `base_quant_from` or by options; None where it did not.
+    The block size and whether experts were quantized stand in no file, so these options hold beside one.
+    Raises UsageError."""
+    if base_quant_from is None:
+        details: dict[str, Any] = {
+            "double_quant": double_quant,
+            "blocksize": quant_blocksize,
+            "experts": quant_experts,
+        }
+        return _by_options(base_quant, skip=quant_skip, **details)
+    said = {
+        "base_quant": base_quant != "none",
+        "no_double_quant": not double_quant,
+        "quant_skip": bool(quant_skip),
+    }
+    refuse_beside_file(name for name, given in said.items() if given)
+    return replace(read_base_quant(Path(base_quant_from)), blocksize=quant_blocksize, experts=quant_experts)
+
+
+def refuse_beside_file(options: Iterable[str]) -> None:
+    """Raises UsageError for options that say what the file says."""
+    for name in options:
+        raise UsageError(
+            f"base_quant_from and {name} both say how the base was quantized; give one of the two."
+        )
+
+
+def _by_options(
+    kind: str, *, double_quant: bool, blocksize: int, skip: Sequence[str], experts: bool
+) -> BaseQuant | None:
+    """What the options of a conversion ask for; None for "none". Raises UsageError for details without a
+    kind."""
+    if kind != "none":
+        return BaseQuant(
+            kind=kind,
+            double_quant=double_quant,
+            blocksize=blocksize,
+            skip=tuple(skip) or None,
+            experts=experts,
+        )
+    given = {
+        "no_double_quant": not double_quant,
+        "quant_blocksize": blocksize != 64,
+        "quant_skip": skip,
+        "quant_experts": experts,
+    }
+    for name in (name for name, value in given.items() if value):
+        raise UsageError(
+            f"{name} says how the base was quantized, but base_quant is none; expected nf4, fp4 or int8."
+        )
+    return None

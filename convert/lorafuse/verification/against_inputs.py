@@ -1,0 +1,101 @@
+"""A merged directory against the merge of its inputs, made again and compared byte by byte instead of
+written."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorafuse.errors import LorafuseError, ResultError, listed, shown
+from lorafuse.events import OnEvent
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.merge.destination import Destination, Outcome
+from lorafuse.merge.loop import merge
+from lorafuse.planning.plan import Plan, Step
+
+
+class Comparison:
+    """A destination that compares what it gets with what a directory holds. The first difference is a
+    ResultError."""
+
+    def __init__(self, found: Checkpoint, steps: Sequence[Step], on_event: OnEvent) -> None:
+        self.outcome = Outcome()
+        self.error: LorafuseError | None = None
+        self._found, self._steps, self._on_event = found, steps, on_event
+        self._at: dict[str, int] = {}
+        self._buffer = bytearray()
+
+    def steps(self) -> Iterable[Step]:
+        return self._steps
+
+    def write(self, name: str, data: memoryview) -> None:
+        if len(self._buffer) < len(data):
+            self._buffer = bytearray(len(data))
+        at, stored = self._at.get(name, 0), memoryview(self._buffer)[: len(data)]
+        self._found.read_into(name, at, stored)
+        if stored != data:
+            raise ResultError(self._difference(name, at, stored, data))
+        self._at[name] = at + len(data)
+        self._on_event({"event": "progress", "nbytes": len(data)})
+
+    def _difference(self, name: str, at: int, stored: memoryview, made: memoryview) -> str:
+        spec = self._found.tensors[name].spec
+        dtype = getattr(torch, spec.torch_name)
+        ours, theirs = (torch.frombuffer(bytearray(part), dtype=dtype) for part in (made, stored))
+        differing = np.flatnonzero(_differs(made, stored, ours.element_size()))
+        first = int(differing[0])
+        index = (
+            [int(i) for i in np.unravel_index(at // ours.element_size() + first, spec.shape)]
+            if spec.shape
+            else []
+        )
+        return (
+            f"{shown(self._found.path)}: {shown(name)} differs from the merge of the inputs: element {index} "
+            f"is {theirs[first].item()!r}, expected {ours[first].item()!r}; so are {len(differing)} of "
+            f"{len(ours)} around it."
+        )
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def fail(self, error: LorafuseError) -> None:
+        self.error = self.error or error
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _differs(a: memoryview, b: memoryview, itemsize: int) -> Any:
+    """bool [n]: which elements differ in a bit."""
+    rows = (np.frombuffer(part, np.uint8).reshape(-1, itemsize) for part in (a, b))
+    return np.any(next(rows) != next(rows), axis=1)
+
+
+def check_merge(found: Checkpoint, plan: Plan, n_sample: int, device: torch.device, on_event: OnEvent) -> int:
+    """Carry the plan out again and compare with `found`: all weights, or `n_sample` of them, the same ones
+    for the same plan. Returns how many. Raises ResultError at the first difference."""
+    steps = list(plan.steps)
+    if n_sample:
+        by_hash = sorted(
+            steps, key=lambda step: hashlib.sha256(f"{plan.plan_id} {step.name}".encode()).digest()
+        )
+        chosen = {step.name for step in by_hash[:n_sample]}
+        steps = [step for step in steps if step.name in chosen]
+    missing = [
+        step.name
+        for step in steps
+        if step.name not in found.tensors or found.tensors[step.name].spec != step.spec
+    ]
+    if missing:
+        raise ResultError(
+            f"{shown(found.path)}: {listed(missing)} should be there, with other shapes or dtypes than they "
+            "have."
+        )
+    on_event({"event": "plan", "nbytes": sum(step.spec.nbytes for step in steps), "shards": []})
+    comparison: Destination = Comparison(found, steps, on_event)
+    merge([comparison], plan.memory, device, allow_nonfinite=True)
+    if comparison.error:
+        raise comparison.error
+    return len(steps)

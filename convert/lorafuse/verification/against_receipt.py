@@ -1,0 +1,85 @@
+"""Directories are what they should be: a staged one what the plan said, a finished one what its receipt says.
+
+The first is a stage of every run, and reads as the reference implementation of the format does.
+"""
+
+from collections.abc import Callable, Collection
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from lorafuse.errors import CheckpointError, ResultError, StorageError, shown
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.names import INDEX, RECEIPT, stays_inside
+from lorafuse.files.safetensors_file import FormatError
+
+
+def verify_directory(out_dir: Path, receipt: dict[str, Any], on_nbytes: Callable[[int], object]) -> None:
+    """Compare a merged directory with its receipt: every file's size and sha256, headers and index, names,
+    dtypes and shapes of the weights, and that transformers would find a config. Raises ResultError at the
+    first difference."""
+    files: dict[str, FileHash] = {}
+    for entry in receipt["outputs"]:
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("file"), str)
+            or not stays_inside(entry["file"])
+        ):
+            raise ResultError(
+                f"{shown(out_dir / RECEIPT)}: has the output {shown(entry)}, which is no file of this "
+                "directory."
+            )
+        files[entry["file"]] = FileHash(entry.get("size", -1), entry.get("sha256", ""))
+    _refuse_strays(out_dir, files)
+    for name, expected in files.items():
+        _verify_file(out_dir / name, expected, on_nbytes)
+    try:
+        with closing(Checkpoint(out_dir)) as ckpt:
+            _verify_tensors(ckpt, receipt["tensors"])
+            if "quantization_config" in ckpt.config or not ckpt.config.get("model_type"):
+                raise ResultError(f"{shown(out_dir / 'config.json')}: is no config of a merged model.")
+    except (CheckpointError, StorageError) as e:
+        raise ResultError(str(e)) from None
+
+
+def _refuse_strays(out_dir: Path, files: Collection[str]) -> None:
+    """Files that a loader would take for weights, or for an adapter to apply once more."""
+    for path in sorted(out_dir.iterdir()):
+        loaded = path.suffix in (".safetensors", ".bin", ".gguf", ".pt", ".pth") or path.name in (
+            INDEX,
+            "adapter_config.json",
+        )
+        if loaded and path.name not in files:
+            raise ResultError(
+                f"{shown(path)}: is not in the receipt; a loader may take it for a part of the model."
+            )
+
+
+def _verify_file(path: Path, expected: FileHash, on_nbytes: Callable[[int], object]) -> None:
+    try:
+        # Before its bytes are read: a file that is too long may be very long.
+        nbytes = path.stat().st_size
+        if nbytes != expected.size:
+            raise ResultError(f"{shown(path)}: has {nbytes} bytes, the receipt says {shown(expected.size)}.")
+        found = hash_file(path, on_nbytes)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ResultError(f"{shown(path)}: is missing.") from None
+    except FormatError as e:
+        raise ResultError(str(e)) from None
+    if found != expected:
+        raise ResultError(
+            f"{shown(path)}: was changed: its sha256 is {found.sha256}, the receipt says "
+            f"{shown(expected.sha256)}."
+        )
+
+
+def _verify_tensors(ckpt: Checkpoint, planned: dict[str, Any]) -> None:
+    found = {name: (info.spec.torch_name, list(info.spec.shape)) for name, info in ckpt.tensors.items()}
+    expected = {name: (entry["dtype"], entry["shape"]) for name, entry in planned.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise ResultError(
+                f"{shown(ckpt.path)}: {shown(name)} is {shown(found.get(name, 'missing'))}; the receipt says "
+                f"{shown(expected.get(name, 'nothing of it'))}."
+            )

@@ -1,0 +1,178 @@
+"""Peak memory: a constant beyond `import torch`, whatever the size of a tensor."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
+
+# ru_maxrss of a child starts at its parent's, so a small process does the starting.
+LAUNCH = (
+    "import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:]); r = os.wait4(p.pid, 0); print(r[1], "
+    "r[2].ru_maxrss)"
+)
+
+
+def peak_nbytes(*command):
+    out = subprocess.run(
+        [sys.executable, "-S", "-c", LAUNCH, *command], capture_output=True, text=True, check=True
+    ).stdout
+    status, kilobytes = out.split()[-2:]
+    assert status == "0"
+    return int(kilobytes) * 1024
+
+
+def write(path, tensors):
+    """{name: (dtype, shape, piece, how often it is repeated)}, without holding any of it."""
+    header, at = {}, 0
+    for name, (dtype, shape, piece, n) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(piece) * n]}
+        at += len(piece) * n
+    text = json.dumps(header).encode()
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for _, _, piece, n in tensors.values():
+            for _ in range(n):
+                f.write(piece)
+
+
+def write_pair(tmp_path, weight, shape, rank, tensors):
+    """(checkpoint of `tensors`, adapter of zeros for one of them) and what the checkpoint needs beside its
+    weights."""
+    ckpt, lora = tmp_path / "ckpt", tmp_path / "lora"
+    ckpt.mkdir()
+    lora.mkdir()
+    write(ckpt / "model.safetensors", tensors)
+    (ckpt / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}'
+    )
+    key = f"base_model.model.{weight.removesuffix('.weight')}"
+    factors = {f"{key}.lora_A.weight": [rank, shape[1]], f"{key}.lora_B.weight": [shape[0], rank]}
+    write(
+        lora / "adapter_model.safetensors",
+        {k: ("F32", s, bytes(4 * s[0] * s[1]), 1) for k, s in factors.items()},
+    )
+    (lora / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": {rank}}}')
+    return ckpt, lora
+
+
+def beyond_torch(*arguments):
+    """Peak memory of the command line beyond that of `import torch`."""
+    floor = min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
+    return peak_nbytes(sys.executable, "-m", "lorafuse.cli", *map(str, arguments)) - floor
+
+
+def nf4_matrix(tmp_path):
+    """A checkpoint of an NF4 matrix of 268 M elements and an embedding of 268 MB, and an adapter for the
+    matrix."""
+    import bitsandbytes.functional as bnb
+
+    rows, cols = 8192, 32768
+    n, rng = rows * cols, np.random.default_rng(0)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [rows, cols]}
+    state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.05}
+    packed = json.dumps(state).encode()
+    w, piece = "model.layers.0.mlp.up_proj.weight", rng.integers(0, 256, 1 << 20, dtype=np.uint8).tobytes()
+    maps = [
+        bnb.create_dynamic_map().numpy().tobytes(),
+        bnb.get_4bit_type("nf4", device="cpu").numpy().tobytes(),
+    ]
+    tensors = {
+        "model.embed_tokens.weight": ("BF16", [32768, 4096], bytes(1 << 20), 256),
+        w: ("U8", [n // 2, 1], piece, n // 2 >> 20),
+        f"{w}.absmax": ("U8", [n // 64], piece, n // 64 >> 20),
+        f"{w}.nested_absmax": (
+            "F32",
+            [n // 64 // 256],
+            np.full(n // 64 // 256, 0.02, np.float32).tobytes(),
+            1,
+        ),
+        f"{w}.nested_quant_map": ("F32", [256], maps[0], 1),
+        f"{w}.quant_map": ("F32", [16], maps[1], 1),
+        f"{w}.quant_state.bitsandbytes__nf4": ("U8", [len(packed)], packed, 1),
+    }
+    return write_pair(tmp_path, w, (rows, cols), 64, tensors)
+
+
+def test_peak_memory_is_bounded(tmp_path):
+    """They take less than 100 MB beyond `import torch`."""
+    beyond = beyond_torch("convert", "-q", *nf4_matrix(tmp_path), tmp_path / "out")
+    assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
+
+
+@contextmanager
+def cgroup(nbytes):
+    """The command line's first words, for a command that may use so many bytes, page cache included."""
+    v1 = Path("/sys/fs/cgroup/memory")
+    group = (v1 if v1.is_dir() else v1.parent) / f"lorafuse-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if v1.is_dir() else "memory.max")).write_text(str(nbytes))
+    except OSError as e:
+        pytest.skip(f"may not make a memory cgroup here: {e}")
+    try:
+        yield ["sh", "-c", 'echo $$ > "$1/cgroup.procs" && shift && exec "$@"', "sh", str(group)]
+    finally:
+        group.rmdir()
+
+
+def test_in_a_container_with_little_memory(tmp_path):
+    """What `import torch` takes and 100 MB are enough, though much more is read and written. With less and
+    less the kernel kills the run at last, and nothing is under OUT_DIR's name; with more again the same
+    command does it all."""
+    inputs, out = nf4_matrix(tmp_path), tmp_path / "out"
+    floor = peak_nbytes(sys.executable, "-c", "import torch")
+
+    def status(nbytes):
+        command = [sys.executable, "-m", "lorafuse.cli", "convert", "-q", *map(str, inputs), str(out)]
+        with cgroup(nbytes) as limited:
+            return subprocess.run([*limited, *command], check=False).returncode
+
+    assert status(floor + 100_000_000) == 0
+    shutil.rmtree(out)
+    for nbytes in range(floor, floor // 2, -10_000_000):
+        if status(nbytes):
+            break
+        shutil.rmtree(out)
+    assert status(nbytes) == -signal.SIGKILL
+    assert not out.exists() and any(tmp_path.glob(".out.lorafuse-*/out/*.part"))
+    assert status(floor) == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "lora", "out"]
+
+
+def test_peak_memory_of_a_batch_is_bounded(tmp_path):
+    """However many jobs there are: what a pass held is gone before the next one."""
+    tensors = checkpoint_tensors(n_layers=1, hidden=1024)
+    ckpt = write_checkpoint(tmp_path / "ckpt", tensors)
+    own = {k: t for k, t in adapter_tensors(tensors).items() if "q_proj" in k}
+    adapter = write_adapter(tmp_path / "adapter", own, target_modules=["q_proj"])
+    lines = [json.dumps({"adapter": str(adapter), "name": str(i), "scale": i + 1}) for i in range(14)]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    limits = ("--memory-limit", "60MB", "--max-shard-size", "4MB")
+    beyond = beyond_torch("batch", "-v", ckpt, tmp_path / "jobs.jsonl", tmp_path / "out", *limits)
+    assert beyond < 60e6, f"{beyond / 1e6:.0f} MB beyond import torch"
+    assert len(list((tmp_path / "out").iterdir())) == 14
+
+
+def test_peak_memory_of_a_base_that_is_quantized_anew(tmp_path):
+    """So does a bfloat16 matrix of as many, with a pass over it for double quantization."""
+    rows, cols = 8192, 32768
+    piece = (
+        (np.random.default_rng(0).standard_normal(1 << 20, np.float32).view(np.uint32) >> 16)
+        .astype(np.uint16)
+        .tobytes()
+    )
+    w = "model.layers.0.mlp.up_proj.weight"
+    tensors = {w: ("BF16", [rows, cols], piece, rows * cols >> 20)}
+    ckpt, lora = write_pair(tmp_path, w, (rows, cols), 16, tensors)
+    beyond = beyond_torch(
+        "convert", "-q", ckpt, lora, tmp_path / "out", "--base-quant", "nf4", "--quant-blocksize", "32"
+    )
+    assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"

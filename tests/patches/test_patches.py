@@ -1,0 +1,298 @@
+"""What the patches of all types say of themselves is true: the memory that they take, and which of them are
+the same."""
+
+import json
+from contextlib import closing
+
+import peft
+import pytest
+import torch
+from oracle import config, read_tensors
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import save_file
+from test_naming import answers, tiny
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import lorafuse
+from conftest import _spread
+from lorafuse.adapters import ADAPTERS, open_adapter
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.errors import AdapterError
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.stores import ShardedStore
+from lorafuse.patches.patch import Base
+from lorafuse.patches.row_function import RowFunction, product_added
+from lorafuse.planning.make_plan import make_plan
+from lorafuse.settings import Settings
+
+CPU = torch.device("cpu")
+
+
+class Layer(nn.Module):
+    """A weight of more than one tile, and its bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(640, 1024)
+
+
+# PEFT type, perhaps with a variant → settings.
+CASES = {
+    "ADALORA": {"init_r": 6, "target_r": 3, "total_step": 10},
+    "BEFT": {},
+    "BOFT": {"boft_block_size": 8},
+    "C3A": {"block_size": 64},
+    "DEFT": {"r": 8},
+    "DEFT qr": {"r": 8, "decomposition_method": "qr"},
+    "DELORA": {"r": 8},
+    "FOURIERFT": {"n_frequency": 300},
+    "FOURIERFT many": {"n_frequency": 4000},
+    "FROD": {"progressbar": False},
+    "GLORA": {"r": 4},
+    "GRALORA": {"r": 8, "gralora_k": 2, "hybrid_r": 4},
+    "HIRA": {"r": 8},
+    "HRA": {"r": 8},
+    "HRA orthonormal": {"r": 8, "apply_GS": True},
+    "IA3": {"feedforward_modules": []},
+    "IA3 inputs": {"feedforward_modules": ["one"]},
+    "LN_TUNING": {},
+    "LOHA": {"r": 8, "alpha": 8},
+    "LOKR": {"r": 8, "alpha": 8},
+    "LOKR both": {"r": 2, "alpha": 8, "decompose_both": True},
+    "LORA": {"r": 8, "lora_bias": True},
+    "LORA dora": {"r": 8, "use_dora": True},
+    "LORA olora": {"r": 8, "init_lora_weights": "olora"},
+    "LORA pissa": {"r": 8, "init_lora_weights": "pissa"},
+    "MISS": {"r": 64},
+    "MISS bat": {"r": 64, "init_weights": "bat"},
+    "MISS mini": {"r": 64, "mini_r": 8, "init_weights": "mini"},
+    "OFT": {"oft_block_size": 32},
+    "OSF": {},
+    "PVERA": {"r": 8},
+    "RANDLORA": {"r": 8},
+    "ROAD": {"group_size": 64},
+    "SHIRA": {"r": 16},
+    "SUPERTUNING": {"sparsity": 0.9, "r": 4},
+    "TINYLORA": {},
+    "UNILORA": {"r": 8, "save_indices": True},
+    "VBLORA": {"r": 8, "num_vectors": 90, "vector_length": 64},
+    "VERA": {"r": 8},
+    "WAVEFT": {"n_frequency": 300, "wavelet_family": "db4"},
+    "WAVEFT many": {"n_frequency": 9000, "wavelet_family": "sym7"},
+}
+
+
+def save(model, path):
+    path.mkdir()
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path / "model.safetensors")
+    (path / "config.json").write_text('{"model_type": "none", "architectures": ["None"], "dtype": "float32"}')
+
+
+def tune(model, kind, settings, path, spread=0.05):
+    torch.manual_seed(1)
+    tuned = peft.get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**settings))
+    with torch.no_grad():
+        for p in tuned.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * spread)
+    tuned.save_pretrained(path, save_embedding_layers=False)
+    return tuned.eval()
+
+
+def measured(call):
+    """(bytes held afterwards, most bytes meanwhile) of what torch allocated, within its operations too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return held, most
+
+
+def test_what_is_measured_is_what_torch_allocates():
+    kept = []
+    call = lambda: kept.append((torch.ones(1 << 20) * 2 + 1).sum() + torch.ones(1 << 18))  # noqa: E731
+    held, most = measured(call)
+    assert 1 << 20 <= held < (1 << 20) + 1000
+    assert 8 << 20 <= most < (8 << 20) + 1000
+
+
+# In pieces of this many elements tensors are read; what that takes belongs to the loop, not to a patch.
+PIECE = 1 << 12
+
+
+def test_there_is_a_case_of_each_type():
+    assert {case.split()[0] for case in CASES} == ADAPTERS.keys() - {
+        "TRAINABLE_TOKENS",
+        "MLX",
+    }  # only rows of embeddings; LoRA's patches
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_patches_take_no_more_memory_than_they_say(case, tmp_path, monkeypatch):
+    """From prepare to release, and in each worker for a tile."""
+    for module in ("patches.factor", "adapters.types.randlora", "adapters.types.vera"):
+        monkeypatch.setattr(f"lorafuse.{module}.READ_NUMEL", PIECE)
+    model = Layer()
+    save(model, tmp_path / "ckpt")
+    tune(model, case.split()[0], {"target_modules": ["one"]} | CASES[case], tmp_path / "adapter")
+    scale = 0.5 if case == "LN_TUNING" else 1.0  # a layer trained whole needs no patch
+    with (
+        closing(Checkpoint(tmp_path / "ckpt")) as ckpt,
+        closing(open_adapter(tmp_path / "adapter")) as adapter,
+    ):
+        plan = make_plan(ckpt, adapter, Settings(memory_nbytes=1 << 30, adapter_scale=scale))
+        patched = [(step, patch) for step in plan.steps for patch in step.patches]
+        assert patched
+        for step, patch in patched:
+            arena, tile_nbytes = Arena(CPU), 4 * step.tile_numel
+            held, most = measured(lambda: patch.prepare(Base(step.sources, arena), arena))  # noqa: B023
+            assert held <= most <= patch.nbytes + 16 * PIECE
+            start, stop = next(step.tiles())
+            tile = torch.randn(stop - start).view(-1, step.row_numel)
+            _, scratch = measured(lambda: patch.apply(tile, 0, Arena(CPU)))  # noqa: B023
+            assert scratch <= patch.scratch_nbytes + 16 * PIECE
+            assert patch.scratch_nbytes <= 10 * tile_nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.int32, torch.int64])
+def test_tensors_are_counted_as_they_are_loaded(dtype, tmp_path):
+    """Floats as fp32, integers as int64, whatever they are stored as."""
+    save_file({"a": torch.ones(300, 5).to(dtype)}, tmp_path / "x.safetensors")
+    with closing(ShardedStore(tmp_path, "x.safetensors")) as store:
+        patch = RowFunction(store, {"a": "a"}, product_added)
+        held, _ = measured(lambda: patch.prepare(None, Arena(CPU)))
+        assert held == patch.nbytes == 1500 * (4 if dtype.is_floating_point else 8)
+
+
+# ---- the same update on both sides of a tied pair
+
+HEAD, EMBED = "base_model.model.lm_head", "base_model.model.model.embed_tokens"
+N = 96  # tokens; the width is 64
+SIDES = {
+    "C3A": {"c3a_kernel": (6, 4, 16)},
+    "GLORA": {"glora_A.Xd": (N, 3), "glora_A.Xu": (3, 64), "glora_B.X": (N,)},
+    "HIRA": {"hira_A": (3, 64), "hira_B": (N, 3)},
+    "HRA": {"hra_u": (64, 3)},
+    "LOHA": {"hada_w1_a": (N, 3), "hada_w1_b": (3, 64), "hada_w2_a": (N, 3), "hada_w2_b": (3, 64)},
+    "MISS": {"miss_block": (3, N)},
+    "WAVEFT": {"waveft_spectrum": (50,)},
+}
+
+
+def both_sides(kind, path, *, change=None):
+    """An adapter with equal tensors for the embedding and the head; in one of those of the head `change`
+    elements are others."""
+    torch.manual_seed(0)
+    own = {leaf: torch.randn(shape) * 0.1 for leaf, shape in SIDES[kind].items()}
+    tensors = {f"{side}.{leaf}": t.clone() for side in (HEAD, EMBED) for leaf, t in own.items()}
+    for i in change or ():
+        tensors[f"{HEAD}.{next(reversed(own))}"].flatten()[i] += 1
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    return path
+
+
+@pytest.mark.parametrize("kind", SIDES)
+def test_equal_updates_leave_a_tied_pair_tied(kind, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorafuse.patches.factor.READ_NUMEL", 16)
+    adapter = both_sides(kind, tmp_path / "adapter")
+    receipt = lorafuse.convert(base("fp32_tied"), adapter, tmp_path / "out")
+    found, before = read_tensors(tmp_path / "out"), read_tensors(base("fp32_tied"))
+    assert config(tmp_path / "out")["tie_word_embeddings"] and "lm_head.weight" not in found
+    assert not torch.equal(found["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert {key.rpartition(".")[0].startswith(HEAD) for key in receipt["adapter_tensors"]["ignored"]} == {
+        True
+    }
+
+
+@pytest.mark.parametrize("kind", SIDES)
+def test_updates_that_differ_in_one_element_untie_it(kind, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorafuse.patches.factor.READ_NUMEL", 16)
+    adapter = both_sides(kind, tmp_path / "adapter", change=[-1])
+    lorafuse.convert(base("fp32_tied"), adapter, tmp_path / "out")
+    found = read_tensors(tmp_path / "out")
+    assert not config(tmp_path / "out")["tie_word_embeddings"]
+    assert not torch.equal(found["model.embed_tokens.weight"], found["lm_head.weight"])
+
+
+def test_equal_tensors_scaled_differently_untie_a_pair(base, tmp_path):
+    """LoHa with an alpha of its own for the head."""
+    adapter = both_sides("LOHA", tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LOHA", "r": 3, "alpha_pattern": {"lm_head": 5}})
+    )
+    lorafuse.convert(base("fp32_tied"), adapter, tmp_path / "out")
+    assert not config(tmp_path / "out")["tie_word_embeddings"]
+
+
+def test_a_function_with_a_closure_is_not_taken():
+    """Two of them may look alike and compute different things."""
+    scale = 2.0
+    with pytest.raises(AssertionError, match="bind by partial"):
+        RowFunction(None, {}, lambda tile, first_row, tensors: tile.mul_(scale))
+
+
+# ---- weights that a checkpoint stores joined
+
+JOINED = {
+    "C3A": {"block_size": 16},
+    "DELORA": {"r": 3},
+    "FOURIERFT": {"n_frequency": 50, "scaling": 100.0},
+    "GRALORA": {"r": 4, "gralora_k": 2},
+    "HIRA": {"r": 4},
+    "HRA": {"r": 4},
+    "IA3": {"feedforward_modules": ["up_proj"]},
+    "LOHA": {"r": 4, "alpha": 8},
+    "LOKR": {"r": 2, "alpha": 8},
+    "MISS": {"r": 8},
+    "OFT": {"oft_block_size": 8},
+    "UNILORA": {"r": 4, "save_indices": True},
+    "VBLORA": {"r": 4, "num_vectors": 20, "vector_length": 16},
+    "VERA": {"r": 4},
+    "WAVEFT": {"n_frequency": 90},
+}
+
+
+@pytest.fixture(scope="module")
+def nomic(tmp_path_factory):
+    """A NomicBert as transformers writes it, whose query, key and value are one stored weight."""
+    path = tmp_path_factory.mktemp("joined") / "nomic_bert"
+    _spread(tiny("nomic_bert")).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_parameters_that_are_stored_joined(kind, nomic, tmp_path, monkeypatch):
+    """In tiles of a few rows, which begin and end within a parameter."""
+    monkeypatch.setattr("lorafuse.planning.plan.TILE_NUMEL", 160)
+    cls = type(tiny("nomic_bert"))
+    model = cls.from_pretrained(nomic, dtype=torch.float32)
+    before = answers(model)
+    tuned = tune(
+        model,
+        kind,
+        {"target_modules": ["q_proj", "v_proj", "up_proj"]} | JOINED[kind],
+        tmp_path / "adapter",
+        spread=0.2,
+    )
+    lorafuse.convert(nomic, tmp_path / "adapter", tmp_path / "out")
+    found = answers(cls.from_pretrained(tmp_path / "out", dtype=torch.float32))
+    assert (found - answers(tuned)).abs().max() < 1e-4 < (found - before).abs().max()
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("DEFT", {"r": 4}), ("ROAD", {"group_size": 8})])
+def test_an_update_of_the_whole_is_refused_where_it_is_stored_joined(kind, settings, nomic, tmp_path):
+    """One that reads the base, and one that mixes rows."""
+    model = type(tiny("nomic_bert")).from_pretrained(nomic, dtype=torch.float32)
+    tune(model, kind, {"target_modules": ["q_proj"]} | settings, tmp_path / "adapter")
+    with pytest.raises(
+        AdapterError,
+        match=r"changes .*q_proj\.weight as a whole, which the checkpoint stores in another form",
+    ):
+        lorafuse.convert(nomic, tmp_path / "adapter", tmp_path / "work" / "out")
+    assert not (tmp_path / "work").exists()

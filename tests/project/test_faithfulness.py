@@ -1,0 +1,184 @@
+"""What bench/faithfulness.py measures and writes: its formulas against PEFT and bitsandbytes, its page
+against itself."""
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from unmerged import train
+
+from bars import Bar, decades, svg
+from conftest import by_transformers, tiny_llama
+from distance import around_block, kept_and_noise, merged_in_float64
+from faithfulness import same_weights
+from lorafuse import cli
+from smollm2 import ADAPTERS, QLORA, Adapter, merges, quantize, save_decoded, titles
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "accuracy.md"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    path = tmp_path_factory.mktemp("faithfulness") / "dense"
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_update_that_kept_is_measured_against_is_what_peft_merges(tmp_path, use_dora):
+    model = tiny_llama()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    peft = train(model, tmp_path / "adapter", target_modules=["q_proj", "k_proj"], use_dora=use_dora)
+    after = dict(peft.merge_and_unload().named_parameters())
+    found = list(merged_in_float64(Adapter(str(tmp_path / "adapter"), "nf4", ""), before.__getitem__))
+    assert {name for name, _, _ in found} == {
+        name for name in before if "q_proj.weight" in name or "k_proj.weight" in name
+    }
+    for name, W, V in found:
+        assert torch.equal(W, before[name].double())
+        assert (V - W).norm() > 0.1 * W.norm()
+        torch.testing.assert_close(V, after[name].double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("share", "kept", "noise"), [(0.0, 0.0, 1.0), (1.0, 1.0, 0.0), (0.25, 0.25, 0.75), (-1.0, -1.0, 2.0)]
+)
+def test_a_share_of_the_update_is_kept_and_the_rest_is_noise(tmp_path, share, kept, noise):
+    W = torch.randn(8, 6, dtype=torch.float64)
+    A, B = torch.randn(2, 6), torch.randn(8, 2)
+    base, merged, adapter = tmp_path / "base", tmp_path / "merged", tmp_path / "adapter"
+    for path in (base, merged, adapter):
+        path.mkdir()
+    save_file({"q.weight": W}, base / "model.safetensors")
+    save_file({"q.weight": W + share * 3 * (B.double() @ A.double())}, merged / "model.safetensors")
+    factors = {"base_model.model.q.lora_A.weight": A, "base_model.model.q.lora_B.weight": B}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"lora_alpha": 6, "r": 2, "use_dora": false}')
+    assert kept_and_noise(merged, base, Adapter(str(adapter), "nf4", "")) == pytest.approx(
+        (kept, noise), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_naive_is_every_linear_layer_as_bitsandbytes_quantizes_it(dense, tmp_path, kind):
+    save_decoded(quantize(dense, kind), dense, tmp_path)
+    before, after = load_file(dense / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        want = weight
+        if "_proj.weight" in name and kind == "nf4":
+            want = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+        elif "_proj.weight" in name:
+            q, scb, _ = bnb.int8_vectorwise_quant(weight.half())
+            want = bnb.int8_vectorwise_dequant(q, scb)
+        assert torch.equal(after[name], want), name
+        assert torch.equal(after[name].float(), weight.float()) == ("_proj.weight" not in name), name
+
+
+def test_decoding_a_saved_checkpoint_gives_what_quantizing_gave(dense, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    by_transformers(dense, tmp_path / "nf4", **settings)
+    for name, model in (
+        ("saved", AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")),
+        ("fresh", quantize(dense, "nf4")),
+    ):
+        (tmp_path / name).mkdir()
+        save_decoded(model, dense, tmp_path / name)
+    assert same_weights(tmp_path / "saved", tmp_path / "fresh")
+    assert not same_weights(tmp_path / "saved", dense)
+
+
+def test_the_same_weights_are_the_same_bits_under_the_same_names(tmp_path):
+    def save(name, *shards):
+        (tmp_path / name).mkdir()
+        for i, tensors in enumerate(shards):
+            save_file(tensors, tmp_path / name / f"{i}.safetensors")
+        return tmp_path / name
+
+    a, zero = torch.arange(4.0), torch.zeros(3)
+    one = save("one", {"a": a, "b": zero})
+    assert same_weights(one, save("two shards", {"b": zero}, {"a": a}))
+    assert not same_weights(one, save("negative zero", {"a": a, "b": -zero}))
+    assert not same_weights(one, save("less", {"a": a}))
+    assert not same_weights(one, save("another dtype", {"a": a, "b": zero.bfloat16()}))
+
+
+def test_only_what_is_between_the_markers_is_rewritten(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before <!-- x:begin -->\nold\n<!-- x:end --> after")
+    assert around_block(page, "x") == ("before <!-- x:begin -->\n", "\n<!-- x:end --> after")
+    with pytest.raises(SystemExit, match="expected one <!-- y:begin --> and one <!-- y:end -->"):
+        around_block(page, "y")
+
+
+def test_the_axis_starts_below_the_least_value():
+    assert decades([3e-7, 0.2]) == (-7, 0)
+    assert decades([1e-7, 1.0]) == (-8, 0)
+    assert decades([0.0, 0.5, 20.0]) == (-1, 2)
+
+
+def test_a_bar_is_as_long_as_its_logarithm():
+    bars = [
+        Bar("a", 1e-4, "right"),
+        Bar("b < 1", 1e-2, "wrong"),
+        Bar("c", 1.0, "wrong"),
+        Bar("same", 0.0, "right"),
+    ]
+    root = ElementTree.fromstring(svg("title & more", {"panel": bars[:2], "another": bars[2:]}))
+    tag = "{http://www.w3.org/2000/svg}"
+    widths = [float(rect.get("width")) for rect in root.iter(f"{tag}rect") if rect.get("x")]
+    assert widths == pytest.approx([90, 270, 450, 0])  # 450 px for 5 decades, from 1e-5
+    texts = [text.text for text in root.iter(f"{tag}text")]
+    assert {"title & more", "panel", "another", "b < 1", "1.0e-02", "1e-4", "0.0e+00"} <= set(texts)
+
+
+def rows(text):
+    """{row: cells} of the tables whose first column names a row."""
+    return {match[1]: match[2] for match in re.finditer(r"^\| `([\w-]+)` \| (.*) \|$", text, re.M)}
+
+
+def sections():
+    """What the script wrote, adapter by adapter."""
+    block = (
+        PAGE.read_text(encoding="utf-8")
+        .split("<!-- faithfulness:begin -->")[1]
+        .split("<!-- faithfulness:end -->")[0]
+    )
+    return re.split(r"^### ", block, flags=re.M)[1:]
+
+
+def test_the_page_has_every_row_of_every_adapter():
+    found = {section.split("`")[1]: rows(section) for section in sections()}
+    assert found.keys() == {f"fixtures/{adapter.name}/" for adapter in ADAPTERS}
+    for adapter in ADAPTERS:
+        have = {row: cells.split(" | ")[0] for row, cells in found[f"fixtures/{adapter.name}/"].items()}
+        assert have == titles(adapter.base), adapter.name
+
+
+def test_the_readme_shows_rows_of_the_page():
+    page = rows(sections()[0]).values()
+    table = re.search(
+        r"<!-- real:begin -->\n(.*?)\n\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
+    )[1]
+    shown = [line.strip("| ") for line in table.splitlines()[2:]]
+    assert len(shown) == 6
+    assert set(shown) <= set(page)
+    assert sections()[0].startswith(QLORA.what)
+
+
+def test_the_commands_of_the_page_are_commands_of_lorafuse():
+    commands = [
+        line.split()[1:]
+        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        if line.startswith("lorafuse-convert ")
+    ]
+    assert len(commands) >= sum(len(merges(adapter.base)) for adapter in ADAPTERS)
+    for command in commands:
+        cli.convert.make_context("lorafuse-convert", command)

@@ -1,0 +1,216 @@
+"""The house rules that a test can see: who may import whom, and which file alone does what."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lorafuse
+from lorafuse.adapters import ADAPTERS
+from lorafuse.codecs import CODECS
+
+PACKAGE = Path(lorafuse.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+# A room may import from the rooms before it; rooms of one floor, joined by commas, do not know each other.
+FLOORS = """
+    _version, errors < settings, events < files < arithmetic < codecs < patches < adapters, naming < structure, trained_base
+    < planning < merge < outdir < receipt, inputs < pipeline, verification, inspection < batching < cli
+"""
+RANK = {room.strip(): rank for rank, floor in enumerate(FLOORS.split("<")) for room in floor.split(",")}
+# Of codecs/: the two interfaces, and what codecs share.
+CODEC_INTERFACES = {"conv1d", "sources"}
+
+
+def top(path: Path) -> str:
+    """The room that a file belongs to: a package or a module of the top level."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it, as a dotted name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(path: Path) -> set[str]:
+    """The rooms that a file imports from, its own left out."""
+    tops = {name.split(".")[1] for name in imports(path) if name.startswith("lorafuse.")}
+    return {
+        name
+        for name in tops
+        if name != top(path) and ((PACKAGE / name).exists() or (PACKAGE / f"{name}.py").exists())
+    }
+
+
+def used_names(path: Path) -> set[str]:
+    """What a file calls or refers to: `print`, `sys.exit`, `click.echo`."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return {ast.unparse(node) for node in nodes if isinstance(node, ast.Name | ast.Attribute)}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p != PACKAGE / "__init__.py"], ids=relative)
+def test_import_order(path: Path) -> None:
+    """A module imports only what comes before it."""
+    assert top(path) in RANK, f"{top(path)} has no place in the import order yet"
+    later = {name for name in own_imports(path) if RANK[name] >= RANK[top(path)]}
+    assert not later, f"{relative(path)} imports {later}, which come after it"
+
+
+def test_package_imports_little() -> None:
+    """`import lorafuse` brings names, not modules: everything else waits for the first use."""
+    code = "import sys, lorafuse; print(sorted(m for m in sys.modules if m.startswith('lorafuse')))"
+    assert in_a_process(code) == "['lorafuse', 'lorafuse._version', 'lorafuse.errors']\n"
+
+
+def test_codecs_know_no_adapters() -> None:
+    """A storage scheme knows nothing of what is merged into it."""
+    for path in (PACKAGE / "codecs").glob("*.py"):
+        assert "adapters" not in own_imports(path)
+
+
+def test_codecs_know_no_codec() -> None:
+    """A codec shares helpers with the others and nothing else, so that one can be taken out."""
+    codecs = {codec.__name__ for codec in CODECS}
+    for path in (PACKAGE / "codecs").glob("*.py"):
+        if path.name != "__init__.py":
+            assert not codecs & set(imports(path))
+
+
+def test_codecs_are_files() -> None:
+    """Every codec on disk is in the table, once, and the other way round."""
+    files = {path.stem for path in (PACKAGE / "codecs").glob("*.py")} - {"__init__"} - CODEC_INTERFACES
+    table = [codec.__name__.removeprefix("lorafuse.codecs.") for codec in CODECS]
+    assert sorted(table) == sorted(files)
+    assert table[-1] == "dense", "it takes what the others leave"
+
+
+def test_adapters_are_files() -> None:
+    """Every file of adapters/types/ is in the table, and the other way round; a file may serve several
+    types."""
+    files = {path.stem for path in (PACKAGE / "adapters/types").glob("*.py")} - {"__init__"}
+    assert {module.__name__.removeprefix("lorafuse.adapters.types.") for module in ADAPTERS.values()} == files
+    assert all(callable(module.updates) for module in ADAPTERS.values())
+    assert all(kind == kind.upper() for kind in ADAPTERS), "peft_type is in capitals"
+
+
+@pytest.mark.parametrize(
+    ("word", "file"),
+    [
+        ("data_offsets", "files/safetensors_file.py"),
+        (r"\.offset\b", "files/safetensors_file.py"),
+        ("the one rounding", "merge/workers.py"),
+        ("set_num_threads", "merge/loop.py"),
+        ("quant_state.bitsandbytes__", "codecs/bnb4.py"),
+        ("renameat2", "outdir/commit.py"),
+    ],
+)
+def test_one_file_knows(word: str, file: str) -> None:
+    """One place per fact: these words are in one file of the package."""
+    assert [relative(path) for path in FILES if re.search(word, path.read_text(encoding="utf-8"))] == [file]
+
+
+def test_one_rounding() -> None:
+    """The place where a result is rounded is marked, once; beside it only seconds, a number of groups and
+    int8 codes are."""
+    texts = {relative(path): path.read_text(encoding="utf-8") for path in FILES}
+    assert texts["merge/workers.py"].count("the one rounding") == 1
+    rounds = {
+        file for file in texts for name in used_names(PACKAGE / file) if re.fullmatch(r"(.*\.)?round_?", name)
+    }
+    assert rounds <= {"receipt/write.py", "adapters/types/tinylora.py", "trained_base/simulated.py"}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if top(p) != "cli"], ids=relative)
+def test_only_cli_prints_or_exits(path: Path) -> None:
+    """Nothing but the command line prints, exits, or knows click and tqdm: a program that calls convert()
+    decides for itself."""
+    names = used_names(path)
+    assert not names & {"print", "exit", "quit", "SystemExit", "input", "breakpoint"}
+    assert not {
+        name
+        for name in names
+        if re.fullmatch(r"sys\.(exit|stdout|stderr|argv)|os\.(_exit|abort)|warnings\.warn", name)
+    }
+    assert not {"click", "tqdm", "logging", "argparse"} & {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_no_model_class(path: Path) -> None:
+    """No module imports the libraries that know models, and one alone bitsandbytes, for its kernels on a
+    GPU."""
+    forbidden = {"transformers", "peft", "accelerate", "diffusers", "vllm"}
+    if relative(path) != "trained_base/bnb_gpu.py":
+        forbidden.add("bitsandbytes")
+    assert not forbidden & {name.split(".")[0] for name in imports(path)}
+
+
+def test_nothing_heavy_is_imported() -> None:
+    """The whole tool imports neither bitsandbytes (seconds, 120 MB) nor the libraries that know models."""
+    code = (
+        "import sys, lorafuse.pipeline, lorafuse.cli; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    loaded = set(ast.literal_eval(in_a_process(code)))
+    assert "torch" in loaded
+    assert not loaded & {"bitsandbytes", "transformers", "peft", "huggingface_hub", "scipy", "pandas"}
+
+
+def in_a_process(code: str) -> str:
+    """What a program prints that finds this copy of the package first."""
+    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); {code}"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_every_module_says_what_it_is(path: Path) -> None:
+    """Every module begins with a docstring, except the one with the version."""
+    assert path.name == "_version.py" or ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_plain_style(path: Path) -> None:
+    """No hasattr, and inheritance only from exceptions and protocols, or within the reading of
+    checkpoints."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert "hasattr" not in used_names(path)
+    allowed = {
+        "Protocol",
+        "Readable",
+        "NamedTuple",
+        "Patch",
+        "Sources",
+        "Exception",
+        "BaseException",
+        "LorafuseError",
+        "ShardedStore",
+        "click.ParamType[str]",
+    }
+    bases = {
+        ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases
+    }
+    assert bases <= allowed
+
+
+def test_one_exception_per_exit_code() -> None:
+    """No two kinds of error end with the same code, and every code is one of the contract's."""
+    from lorafuse import errors
+
+    kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.LorafuseError)]
+    codes = [kind.exit_code for kind in kinds]
+    assert len(set(codes)) == len(codes)
+    assert set(codes) <= {1, 2, 3, 4, 5, 6, 7, 8, 9}

@@ -1,0 +1,93 @@
+"""A checkpoint, an adapter, and a directory in which a result of theirs is made, disturbed and made again."""
+
+import json
+import shutil
+from pathlib import Path
+
+from build import CONFIG, adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint
+
+import lorafuse
+from lorafuse.files.names import RECEIPT
+from lorafuse.outdir import commit as place
+
+SHARD = "1400"
+N_SHARDS = 5
+TIMES = ("timing", "peak_rss", "tool")
+WAYS = ["beside", "inside", "exchange", "renames"]
+
+
+def five_shards(path: Path) -> tuple[Path, Path]:
+    """A checkpoint and an adapter that make five shards and a tokenizer."""
+    tensors = {
+        name: t for name, t in checkpoint_tensors().items() if ".1." not in name and "gate" not in name
+    }
+    ckpt = write_checkpoint(path / "ckpt", tensors, config=CONFIG | {"num_hidden_layers": 1})
+    (ckpt / "tokenizer.json").write_text("{}")
+    (ckpt / "additional_chat_templates").mkdir()
+    (ckpt / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    return ckpt, write_adapter(path / "adapter", adapter_tensors(tensors))
+
+
+def content(out):
+    """Every file of a result; of the receipt what does not differ from run to run."""
+    files = {name: data for name, data in files_of(out).items() if not name.startswith(".lorafuse")}
+    if RECEIPT in files:
+        receipt = json.loads(files[RECEIPT])
+        files[RECEIPT] = json.dumps(
+            {name: value for name, value in receipt.items() if name not in TIMES}
+        ).encode()
+    return files
+
+
+def uninterrupted(inputs, out):
+    """The content of what a run makes that nothing happens to."""
+    lorafuse.convert(*inputs, out, max_shard_size=SHARD)
+    result = content(out)
+    assert sum(name.endswith(".safetensors") for name in result) == N_SHARDS
+    return result
+
+
+class Work:
+    """A directory with an OUT_DIR in it, which is committed one of four ways; `again` is the command."""
+
+    def __init__(self, way, inputs, path, monkeypatch):
+        self.way, self._inputs, self.path, self.out = way, inputs, path, path / "out"
+        self.old = {}
+        if way == "inside":
+            monkeypatch.setattr(place, "_is_mount", lambda path: path == self.out)
+        if way == "renames":
+            monkeypatch.setattr(place.ctypes, "CDLL", lambda *args, **kw: object())
+        self.reset()
+
+    def reset(self):
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir()
+        if self.way != "beside":
+            self.out.mkdir()
+        if self.way in ("exchange", "renames"):
+            self.old = {"config.json": b"old", "model.safetensors": b"old", "mine.txt": b"old"}
+            for name, data in self.old.items():
+                (self.out / name).write_bytes(data)
+
+    def again(self, **options):
+        return lorafuse.convert(
+            *self._inputs, self.out, max_shard_size=SHARD, overwrite=bool(self.old), **options
+        )
+
+    def check_untouched(self, clean):
+        """OUT_DIR as it was, or complete. Returns whether it is complete."""
+        found = content(self.out)
+        if found == clean:
+            return True
+        if self.way == "inside":  # the weaker promise: with a config.json all weights are there
+            assert "config.json" not in found or clean.keys() - found.keys() <= {RECEIPT}
+            assert all(clean[name] == data for name, data in found.items())
+        elif self.way == "renames" and not self.out.exists():
+            pass  # for the time between two renames; the next run gives it its name again, or finishes
+        else:
+            assert found == self.old
+        return False
+
+    def check_finished(self, clean):
+        assert content(self.out) == clean and not (self.out / ".lorafuse.lock").exists()
+        assert [p.name for p in self.path.iterdir()] == ["out"]
