@@ -113,7 +113,7 @@ def test_adapters_are_files() -> None:
         ("data_offsets", "files/safetensors_file.py"),
         (r"\.offset\b", "files/safetensors_file.py"),
         ("the one rounding", "merge/workers.py"),
-        ("set_num_threads", "merge/loop.py"),
+        ("set_num_threads", "arithmetic/torch_state.py"),
         ("quant_state.bitsandbytes__", "codecs/bnb4.py"),
         ("renameat2", "outdir/commit.py"),
     ],
@@ -131,7 +131,7 @@ def test_one_rounding() -> None:
     rounds = {
         file for file in texts for name in used_names(PACKAGE / file) if re.fullmatch(r"(.*\.)?round_?", name)
     }
-    assert rounds <= {"receipt/write.py", "adapters/types/tinylora.py", "trained_base/simulated.py"}
+    assert rounds <= {"receipt/write.py", "adapters/types/tinylora.py", "trained_base/int8.py"}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if top(p) != "cli"], ids=relative)

@@ -14,6 +14,7 @@ import os
 import stat
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,3 +239,20 @@ def _check_entries(
             f"{path}: has {nbytes} bytes, its header describes {data_start + at}; it is truncated or damaged."
         )
     return tensors
+
+
+def header_of(tensors: Sequence[tuple[str, TensorSpec]]) -> bytes:
+    """The bytes before the data: length, JSON, padding to 8. Byte for byte what safetensors 0.8 writes for
+    that order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, spec in tensors:
+        entries[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.nbytes],
+        }
+        at += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

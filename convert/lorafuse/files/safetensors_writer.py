@@ -1,32 +1,13 @@
 """Writes one safetensors file."""
 
 import hashlib
-import json
 import os
-import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lorafuse.errors import StorageError
+from lorafuse.files.safetensors_file import header_of
 from lorafuse.files.tensors import TensorSpec
-
-
-def header_of(tensors: Sequence[tuple[str, TensorSpec]]) -> bytes:
-    """The bytes before the data: length, JSON, padding to 8. Byte for byte what safetensors 0.8 writes for
-    that order."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, spec in tensors:
-        entries[name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [at, at + spec.nbytes],
-        }
-        at += spec.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 class ShardWriter:

@@ -4,12 +4,12 @@ Tiles are made ahead of the writer, within the plan's memory; they are hashed an
 calling thread. The first error ends the run; an error of one output alone ends that output.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
 from lorafuse.arithmetic.arena import host_view
+from lorafuse.arithmetic.torch_state import one_thread
 from lorafuse.errors import ResultError, shown
 from lorafuse.merge.destination import Destination
 from lorafuse.merge.workers import Piece, TileWorkers
@@ -72,17 +72,3 @@ def _complaint(variant: Variant, allow_nonfinite: bool) -> ResultError | None:
             "base; is the checkpoint damaged? --allow-nonfinite keeps them."
         )
     return None
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread per op, and no reduced-precision matrix products, whatever the calling program chose;
-    restored afterwards."""
-    n_threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
-        torch.set_float32_matmul_precision(precision)

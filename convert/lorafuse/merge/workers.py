@@ -18,6 +18,7 @@ import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, host_view
 from lorafuse.arithmetic.measure import Measures, count_broken, measure_tile
+from lorafuse.arithmetic.torch_state import one_thread_here
 from lorafuse.codecs import Arena, Sources
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.errors import LorafuseError
@@ -75,7 +76,7 @@ class TileWorkers:
         self._buffers, self._loader = queue.LifoQueue(), Arena(self._device)
 
     def _start_worker(self) -> None:
-        torch.set_num_threads(1)  # OpenMP's number is each thread's own
+        one_thread_here()
         self._local.arena = Arena(self._device)
 
     def give_back(self, buffers: list[torch.Tensor]) -> None:

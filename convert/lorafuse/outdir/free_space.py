@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorafuse.errors import StorageError, shown
-from lorafuse.files.safetensors_writer import header_of
+from lorafuse.files.safetensors_file import header_of
 from lorafuse.outdir.output import Output
 from lorafuse.planning.plan import PlannedShard
 

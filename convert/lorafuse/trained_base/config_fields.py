@@ -23,8 +23,8 @@ def refuse_quantized(config: Config, field: str, where: str) -> None:
     kind = quantized_by_name(name) if isinstance(name, str) else None
     if kind:
         raise UsageError(
-            f"{where}: {field} is {plain_value(name)}, which by its name was quantized ({kind}) before training; "
-            "merge into that checkpoint, or take its config.json."
+            f"{where}: {field} is {plain_value(name)}, which by its name was quantized ({kind}) before "
+            "training; merge into that checkpoint, or take its config.json."
         )
 
 

@@ -179,8 +179,8 @@ def _axolotl(config: Config, where: str) -> BaseQuant:
     refuse_quantized(config, "base_model", where)
     if re.search(r"jamba|falcon-?_?h1", plain_value(config.get("base_model")), re.IGNORECASE):
         raise UsageError(
-            f"{where}: base_model is {plain_value(config['base_model'])}, of which axolotl leaves modules in full "
-            f"precision, others in other versions; {_SAY_IT} and --quant-skip."
+            f"{where}: base_model is {plain_value(config['base_model'])}, of which axolotl leaves modules in "
+            f"full precision, others in other versions; {_SAY_IT} and --quant-skip."
         )
     adapter, peft = config.get("adapter"), set_fields(config.get("peft"))
     bits = {
@@ -197,8 +197,8 @@ def _axolotl(config: Config, where: str) -> BaseQuant:
         if bits[field] and adapter != fitting:
             # adapter: lora with load_in_4bit was fp4 once, and is not quantized at all today.
             raise UsageError(
-                f"{where}: adapter is {plain_value(adapter)} with {field}, expected {fitting}; what this does "
-                f"depends on the version of axolotl: {_SAY_IT}."
+                f"{where}: adapter is {plain_value(adapter)} with {field}, expected {fitting}; what this "
+                f"does depends on the version of axolotl: {_SAY_IT}."
             )
     fields: dict[str, Any] = dict(bits)
     if bits["load_in_4bit"]:
@@ -224,7 +224,8 @@ def _llama_factory(config: Config, where: str) -> BaseQuant:
         raise UsageError(f"{where}: quantization_method is {plain_value(method)}; {ONLY_BNB}")
     if bits not in ("4", "8"):
         raise UsageError(
-            f"{where}: quantization_bit is {plain_value(config['quantization_bit'])}; bitsandbytes has 4 and 8."
+            f"{where}: quantization_bit is {plain_value(config['quantization_bit'])}; bitsandbytes has 4 and "
+            "8."
         )
     if flag(config, "use_unsloth", where):
         raise UsageError(

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from lorafuse.arithmetic.measure import Measures, measure_tile
+from lorafuse.arithmetic.torch_state import one_thread
 from lorafuse.codecs import Arena, Sources, open_weights
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.tensors import FLOATS
-from lorafuse.merge.loop import one_thread
 from lorafuse.merge.workers import compute_tile
 from lorafuse.patches.patch import Base
 from lorafuse.planning.plan import Plan, Step
