@@ -19,7 +19,7 @@ import torch
 from lorafuse.adapters import open_adapter
 from lorafuse.codecs import Arena
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.merge.workers import compute_tile
+from lorafuse.merge.tile import patched
 from lorafuse.patches.patch import Base
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.plan import Step
@@ -41,7 +41,7 @@ def compute_cpu_s(steps: list[Step]) -> float:
             raw = step.sources.fetch(start, stop, arena)
             began = time.thread_time()
             base = step.sources.decode(raw, start, stop, arena)
-            compute_tile(step, base, start, stop, finished[: stop - start], arena)
+            finished[: stop - start].copy_(patched(step, base, start, arena))
             cpu_s += time.thread_time() - began
         for patch in step.patches:
             patch.release()

@@ -52,10 +52,10 @@ def convert(
     of `adapter`. `adapters`: further ones, or pairs (adapter, weight), to be added in any order;
     `adapter_scale`: the weight of `adapter`, whose tokenizer is taken. `training`: how it quantized this
     full-precision base: `base_quant`, `double_quant`, `quant_blocksize`, `quant_skip`, `quant_experts`, or
-    the file `base_quant_from` (`trained_base.options.chosen_base_quant`). `allow_nonfinite` keeps such values of the
-    base. Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each "event": "warning",
-    "plan", "resumed", "progress", "shard" or "done". Raises a LorafuseError or an OSError; then `out_dir` is
-    as it was, and after an I/O error or an interruption the same call goes on, unless `restart`.
+    the file `base_quant_from` (`trained_base.options.chosen_base_quant`). `allow_nonfinite` keeps such values
+    of the base. Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each "event":
+    "warning", "plan", "resumed", "progress", "shard" or "done". Raises a LorafuseError or an OSError; then
+    `out_dir` is as it was, and after an I/O error or an interruption the same call goes on, unless `restart`.
     """
     began = time.perf_counter()
     given: dict[str, Any] = {

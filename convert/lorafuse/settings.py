@@ -73,9 +73,9 @@ class BaseQuant:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Options of a conversion. `dtype`, `max_shard_nbytes`, `adapter_scale` and `base_quant` decide the bytes
-    written; `adapter_name` decides which files are read, `allow_nonfinite` what is refused; the rest none of
-    it."""
+    """Options of a conversion. `dtype`, `format`, `max_shard_nbytes`, `adapter_scale` and `base_quant` decide
+    the bytes written; `adapter_name` decides which files are read, `allow_nonfinite` what is refused; the
+    rest none of it."""
 
     dtype: str = "auto"
     max_shard_nbytes: int = 5 * 10**9
@@ -85,6 +85,7 @@ class Settings:
     adapter_name: str | None = None
     base_quant: BaseQuant | None = None
     allow_nonfinite: bool = False
+    format: str = "dense"  # a word of codecs.FORMATS
     n_threads: int = 0  # 0: as many as this process may use
 
     def __post_init__(self) -> None:
@@ -110,7 +111,8 @@ class Settings:
             "max_shard_size": self.max_shard_nbytes,
             "adapter_scale": self.adapter_scale,
         }
-        return found | ({"base_quant": self.base_quant.that_decide_bytes} if self.base_quant else {})
+        others = {"format": self.format} if self.format != "dense" else {}
+        return found | others | ({"base_quant": self.base_quant.that_decide_bytes} if self.base_quant else {})
 
     @classmethod
     def of_receipt(cls, that_decide_bytes: dict[str, Any], **others: Any) -> "Settings":
@@ -122,6 +124,7 @@ class Settings:
                 dtype=that_decide_bytes["dtype"],
                 max_shard_nbytes=that_decide_bytes["max_shard_size"],
                 adapter_scale=float(that_decide_bytes["adapter_scale"]),
+                format=str(that_decide_bytes.get("format", "dense")),
                 base_quant=BaseQuant(**quant | {"skip": quant["skip"] and tuple(quant["skip"])})
                 if quant
                 else None,

@@ -21,10 +21,10 @@ from lorafuse.codecs.bnb4 import FourBitSources
 from lorafuse.errors import AdapterError, CheckpointError, OutDirError, ResultError, StorageError, UsageError
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.safetensors_file import Shard
+from lorafuse.inputs import hashes
 from lorafuse.inputs import unchanged as inputs
 from lorafuse.outdir.staging import Staging
 from lorafuse.patches.lowrank import LowRank
-from lorafuse.receipt import write as receipt
 
 RECEIPT = "lorafuse_receipt.json"
 KINDS = {
@@ -229,14 +229,14 @@ def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(
     for name, settings in KINDS.items():
         adapter("nf4_dq", name=f"jobs/{name}", **settings)
     paths, n_decoded = [], 0
-    hash_file, decode = receipt.hash_file, FourBitSources.decode
+    hash_file, decode = hashes.hash_file, FourBitSources.decode
 
     def count(self, raw, start, stop, arena):
         nonlocal n_decoded
         n_decoded += stop - start
         return decode(self, raw, start, stop, arena)
 
-    for module in (receipt, inputs):
+    for module in (hashes, inputs):
         monkeypatch.setattr(
             module, "hash_file", lambda path, *go_on: paths.append(path) or hash_file(path, *go_on)
         )

@@ -533,7 +533,7 @@ def test_interrupted(
     real_finish, finished_files = ShardWriter.finish, []
 
     def finish_and_signal(writer: ShardWriter) -> str:
-        finished_files.append(writer.path)
+        finished_files.append(writer)
         if len(finished_files) == 3:
             os.kill(os.getpid(), number)
         return real_finish(writer)

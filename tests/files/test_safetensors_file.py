@@ -22,7 +22,8 @@ from safetensors.torch import load, save, save_file
 from lorafuse.errors import CheckpointError, StorageError
 from lorafuse.files.safetensors_file import FormatError, Shard
 from lorafuse.files.safetensors_writer import ShardWriter
-from lorafuse.files.tensors import DTYPES, TensorSpec
+from lorafuse.files.tensors import DTYPES, StoredTensor, TensorSpec
+from lorafuse.outdir.local_file import LocalOutFile
 
 # The order of safetensors' Rust enum Dtype, which its writer sorts by, largest first; then by name.
 REFERENCE_ORDER = (
@@ -53,10 +54,17 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scratch") / "x.safetensors"
 
 
+A = StoredTensor("a", TensorSpec("U8", (3,)))
+
+
+def writer_of(path: Path, *tensors: StoredTensor) -> ShardWriter:
+    return ShardWriter(LocalOutFile(path), tensors)
+
+
 def write(path: Path, tensors: dict[str, tuple[TensorSpec, bytes]]) -> str:
-    writer = ShardWriter(path, [(name, spec) for name, (spec, _) in tensors.items()])
-    for _, data in tensors.values():
-        writer.write(data)
+    writer = writer_of(path, *(StoredTensor(name, spec) for name, (spec, _) in tensors.items()))
+    for name, (_, data) in tensors.items():
+        writer.write(name, 0, memoryview(data))
     return writer.finish()
 
 
@@ -158,8 +166,8 @@ def test_mode_follows_umask(tmp_path: Path, umask: int, mode: int) -> None:
 
 def test_part_until_finished(tmp_path: Path) -> None:
     """Nothing has the final name before finish, and nothing has the temporary one after."""
-    writer = ShardWriter(tmp_path / "x.safetensors", [("a", TensorSpec("U8", (3,)))])
-    writer.write(b"abc")
+    writer = writer_of(tmp_path / "x.safetensors", A)
+    writer.write("a", 0, memoryview(b"abc"))
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors.part"]
     writer.finish()
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
@@ -170,9 +178,9 @@ def test_part_until_finished(tmp_path: Path) -> None:
 def test_wrong_amount_is_not_finished(tmp_path: Path, data: bytes, found: int) -> None:
     """A file that got more or fewer bytes than its header says never gets its name."""
     path = tmp_path / "x.safetensors"
-    writer = ShardWriter(path, [("a", TensorSpec("U8", (3,)))])
+    writer = writer_of(path, A)
     header_nbytes = writer.nbytes
-    writer.write(data)
+    writer.write("a", 0, memoryview(data))
     with pytest.raises(StorageError) as caught:
         writer.finish()
     writer.close()
@@ -186,8 +194,8 @@ def test_wrong_amount_is_not_finished(tmp_path: Path, data: bytes, found: int) -
 def test_lost_bytes_are_noticed(tmp_path: Path) -> None:
     """A file that is shorter on disk than what was written to it is not finished."""
     path = tmp_path / "x.safetensors"
-    writer = ShardWriter(path, [("a", TensorSpec("U8", (3,)))])
-    writer.write(b"abc")
+    writer = writer_of(path, A)
+    writer.write("a", 0, memoryview(b"abc"))
     os.truncate(tmp_path / "x.safetensors.part", 5)
     with pytest.raises(StorageError, match="bytes were written"):
         writer.finish()
@@ -205,7 +213,7 @@ def test_a_writer_that_cannot_write_its_header_leaves_nothing_open(
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(os, "write", no_space)
     with pytest.raises(OSError, match="No space left") as caught:
-        ShardWriter(tmp_path / "x.safetensors", [("a", TensorSpec("U8", (3,)))])
+        writer_of(tmp_path / "x.safetensors", A)
     monkeypatch.undo()
     assert caught.value.errno == errno.ENOSPC
     assert len(os.listdir("/proc/self/fd")) == before
@@ -564,7 +572,7 @@ def agrees(path: Path) -> bool | None:
             found = {
                 name: (f.get_slice(name).get_dtype(), tuple(f.get_slice(name).get_shape()))
                 for name in f.keys()
-            }  # noqa: SIM118
+            }
             assert (f.metadata() or {}) == shard.metadata
     except SafetensorError as e:
         raise AssertionError(f"safetensors refuses what lorafuse accepts: {e}") from None

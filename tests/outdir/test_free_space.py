@@ -5,9 +5,9 @@ import errno
 import os
 import resource
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import fill_disk
 import pytest
 from build import files_of, write_adapter, write_checkpoint
 from faults import run_with_mount
@@ -152,7 +152,7 @@ def test_a_really_full_file_system(inputs, tmp_path):
     lorafuse.convert(*inputs, tmp_path / "clean", max_shard_size=SHARD)
     code = """
 import os, sys, lorafuse
-from lorafuse import outputs
+from lorafuse.outdir import output as outputs
 args, work = sys.argv[1:3], sys.argv[3]
 def run():
     try:
@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up_at_any_moment(mount, namespace, tmp_path, share_s,
     uninterrupted(inputs, clean)
     script = [
         sys.executable,
-        Path(__file__).with_name("fill_disk.py"),
+        fill_disk.__file__,
         *inputs,
         work,
         clean,

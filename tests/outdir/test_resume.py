@@ -21,8 +21,8 @@ from scenario import N_SHARDS, SHARD, WAYS, Work, content, five_shards, uninterr
 
 import lorafuse
 from lorafuse.errors import CheckpointError, OutDirError, StorageError
-from lorafuse.merge import destination as outputs
 from lorafuse.merge import workers as merge
+from lorafuse.outdir import output as outputs
 from lorafuse.outdir.staging import Staging
 
 
@@ -456,7 +456,7 @@ def test_a_killed_process(inputs, clean, tmp_path):
     import sys
 
     code = (
-        "import os, signal, sys, lorafuse\nfrom lorafuse import outputs\nreal, n = outputs.Output._finish, "
+        "import os, signal, sys, lorafuse\nfrom lorafuse.outdir import output as outputs\nreal, n = outputs.Output._finish, "
         "[]\ndef finish(self, shard, writer):\n    real(self, shard, writer)\n    n.append(1)\n"
         "    if len(n) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"outputs.Output._finish = finish\nlorafuse.convert(*sys.argv[1:], max_shard_size={SHARD!r})"

@@ -142,7 +142,7 @@ def test_types_may_be_mixed(kind, base, adapter, tuned, tmp_path, monkeypatch): 
 @pytest.mark.parametrize("turn", [1, -1])
 def test_a_type_that_reads_the_tile_goes_before_those_that_add(
     turn, base, adapter, tuned, tmp_path, monkeypatch
-):  # noqa: F811
+):
     """Wherever the order of the sum puts it, so that one such adapter needs no copy of the tile."""
     make, settings, formula = TYPES["ia3"]
     ia3, _ = tuned(make(target_modules=TARGETS, **settings))

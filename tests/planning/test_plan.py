@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import lorafuse
 from conftest import LINEARS
 from lorafuse.adapters import open_adapter
+from lorafuse.codecs.plain import PlainEncoder
 from lorafuse.errors import UsageError
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import natural_key
@@ -24,6 +25,11 @@ from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.plan import Step
 from lorafuse.planning.shards import split_shards
 from lorafuse.settings import Settings, parse_nbytes
+
+
+def step(name, spec, action):
+    """A step without sources, as far as sizes decide."""
+    return Step(name, spec, None, PlainEncoder(name, spec), action=action)
 
 
 def plan_of(ckpt, lora, **settings):
@@ -86,7 +92,7 @@ def test_shards_respect_their_limit(weights, limit):
     """Every weight once; a shard over the limit holds one weight; no two neighbours would fit together; what
     changes and what does not are in order and apart, unless all fits one file."""
     planned = [
-        Step(f"w{i}", TensorSpec("U8", (n,)), None, action="merged" if changes else "copied")
+        step(f"w{i}", TensorSpec("U8", (n,)), "merged" if changes else "copied")
         for i, (n, changes) in enumerate(weights)
     ]
     shards = split_shards(planned, limit)
@@ -117,18 +123,18 @@ def test_shards_respect_their_limit(weights, limit):
 )
 def test_what_is_worth_sharing_has_a_file_of_its_own(changed, unchanged, n_files):
     """Of a model that would fit one file: when it is more than 100 MB and more than half of the model."""
-    planned = [Step("a", TensorSpec("U8", (changed * 10**6,)), None, action="merged")] if changed else []
-    planned += [Step("b", TensorSpec("U8", (unchanged * 10**6,)), None)] if unchanged else []
+    planned = [step("a", TensorSpec("U8", (changed * 10**6,)), "merged")] if changed else []
+    planned += [step("b", TensorSpec("U8", (unchanged * 10**6,)), "copied")] if unchanged else []
     assert len(split_shards(planned, 10**9)) == n_files
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5), (0, 4), (1000, 700), (3, 40, 5000), (2, 1 << 19)])
 def test_tiles_cover_a_weight_in_whole_rows(shape):
-    step = Step("w", TensorSpec("F32", shape), None, [], "decoded")
-    tiles = list(step.tiles())
+    made = step("w", TensorSpec("F32", shape), "decoded")
+    tiles = list(made.tiles())
     assert [start for start, _ in tiles] == [0, *(stop for _, stop in tiles)][: len(tiles)]
-    assert (tiles[-1][1] if tiles else 0) == step.spec.numel
-    assert all(stop % step.row_numel == 0 for _, stop in tiles)
+    assert (tiles[-1][1] if tiles else 0) == made.spec.numel
+    assert all(stop % made.row_numel == 0 for _, stop in tiles)
 
 
 def test_the_memory_limit_decides_workers_not_tiles(base, adapter):

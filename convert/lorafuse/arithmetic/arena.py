@@ -36,6 +36,16 @@ class Arena:
         # Not `to` on the CPU: for the small tensors of a tile the call would cost as much as the work.
         return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
+    def beside(self, host: torch.Tensor, name: str) -> torch.Tensor:
+        """A tensor like `host` (1-D) on the arena's device: scratch, or `host` itself where that is the
+        host."""
+        return host if self.device.type == "cpu" else self.get(name, host.numel(), host.dtype)
+
+    def bring_back(self, values: torch.Tensor, host: torch.Tensor) -> None:
+        """Copies what was made `beside` a host tensor into it, where that is not the same."""
+        if values is not host:
+            host.copy_(values)
+
     def fetch(self, name: str, store: Store, key: str, start: int, nbytes: int) -> torch.Tensor:
         """Bytes [start, start + nbytes) of a stored tensor, uint8 [nbytes] on the host."""
         buffer = self.get(name, nbytes, torch.uint8, host=True)

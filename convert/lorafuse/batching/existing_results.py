@@ -1,4 +1,4 @@
-"""ExistingResults results of a batch, as their receipts tell: which jobs are done, and which files other
+"""Finished results of a batch, as their receipts tell: which jobs are done, and which files other
 results need too.
 
 Nothing is believed but the receipt and the bytes: a result that is to be skipped has all its inputs' hashes,
@@ -24,7 +24,7 @@ from lorafuse.files.safetensors_file import Shard
 from lorafuse.files.tensors import TensorSpec
 from lorafuse.merge.destination import Written
 from lorafuse.planning.plan import PlannedShard
-from lorafuse.receipt.read import read_receipt
+from lorafuse.receipt.read import read_receipt, stored_tensors
 from lorafuse.settings import Settings
 
 Inputs = list[dict[str, Any]]
@@ -36,10 +36,12 @@ UNTOUCHED = ("copied", "decoded")
 def shard_key(shard: PlannedShard) -> str | None:
     """What decides the bytes of a file that no adapter has a say in, beside the checkpoint; None for any
     other file."""
-    steps = shard.steps
-    if any(step.changes or step.patches or not isinstance(step.sources.store, Checkpoint) for step in steps):
+    if any(
+        step.changes or step.patches or not isinstance(step.sources.store, Checkpoint) for step in shard.steps
+    ):
         return None
-    return _key([(step.name, step.spec, step.sources.names[0]) for step in steps])
+    sources = [(tensor, step.sources.names[0]) for step in shard.steps for tensor in step.encoder.tensors]
+    return _key([(tensor.name, tensor.spec, source) for tensor, source in sources])
 
 
 def _key(weights: Sequence[tuple[str, TensorSpec, str]]) -> str:
@@ -237,10 +239,11 @@ def _key_of_file(path: Path, tensors: Mapping[str, Any]) -> str | None:
     except (OSError, LorafuseError):
         return None
     shard.close()
-    weights = []
+    stored, made_from = {stored.name: stored.weight for stored in stored_tensors(tensors)}, []
     for name, info in shard.tensors.items():
-        entry = tensors.get(name)
-        if not isinstance(entry, dict) or entry.get("action") not in UNTOUCHED:
+        weight = stored.get(name)
+        entry = tensors[weight] if weight else {}
+        if entry.get("action") not in UNTOUCHED:
             return None
-        weights.append((name, info.spec, str(entry.get("source", name))))
-    return _key(weights)
+        made_from.append((name, info.spec, str(entry.get("source", weight))))
+    return _key(made_from)

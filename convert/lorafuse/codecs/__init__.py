@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs import bnb4, bnb8, dense
+from lorafuse.codecs import bnb4, bnb8, dense, plain
+from lorafuse.codecs.encoder import EncoderOf
 from lorafuse.codecs.sources import Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -19,7 +20,10 @@ from lorafuse.files.tensors import TensorInfo
 # In order: a codec claims from what those before it left, dense takes the rest.
 CODECS: tuple[ModuleType, ...] = (bnb4, bnb8, dense)
 
-__all__ = ["CODECS", "Arena", "Scheme", "Sources", "claims", "open_weights"]
+# How the output is stored: the word of `--format` → what gives each weight its encoder.
+FORMATS: dict[str, EncoderOf] = {"dense": plain.encoder_of}
+
+__all__ = ["CODECS", "FORMATS", "Arena", "Scheme", "Sources", "claims", "open_weights"]
 
 
 def claims(stored: Mapping[str, TensorInfo]) -> Iterator[tuple[ModuleType, str, tuple[str, ...]]]:

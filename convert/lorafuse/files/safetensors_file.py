@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorafuse.errors import CheckpointError, LorafuseError, StorageError, shown
-from lorafuse.files.tensors import DTYPES, TensorInfo, TensorSpec
+from lorafuse.files.tensors import DTYPES, StoredTensor, TensorInfo, TensorSpec
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the reference implementation
 LFS_MAGIC = b"version https://git-lfs"
@@ -241,7 +241,7 @@ def _check_entries(
     return tensors
 
 
-def header_of(tensors: Sequence[tuple[str, TensorSpec]]) -> bytes:
+def header_of(tensors: Sequence[StoredTensor]) -> bytes:
     """The bytes before the data: length, JSON, padding to 8. Byte for byte what safetensors 0.8 writes for
     that order."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}

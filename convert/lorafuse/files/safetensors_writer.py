@@ -1,52 +1,75 @@
-"""Writes one safetensors file."""
+"""Writes one safetensors file: tensors in any order, each byte once, hashed on the way."""
 
 import hashlib
-import os
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Protocol
 
 from lorafuse.errors import StorageError
 from lorafuse.files.safetensors_file import header_of
-from lorafuse.files.tensors import TensorSpec
+from lorafuse.files.tensors import StoredTensor
+
+READ_NBYTES = 1 << 20  # read back at once, where bytes came before those that the hash waits for
+
+
+class OutFile(Protocol):
+    """A file in the making. It has its name once it is finished, and not before. Errors of the file system
+    pass through."""
+
+    name: str  # of the file in its directory, for messages
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Put bytes at a place of the file."""
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Bytes that were written."""
+
+    def finish(self, nbytes: int) -> None:
+        """Make the file, of `nbytes` bytes, durable and give it its name. Raises StorageError when it has
+        another size."""
+
+    def close(self) -> None:
+        """Give the file up, unless it is finished."""
 
 
 class ShardWriter:
-    """Writes one safetensors file front to back, hashing on the way.
+    """One safetensors file in the making. `nbytes`: written so far."""
 
-    The file is `PATH.part` until `finish`, which fsyncs it and gives it its name. Errors of the file system
-    pass through.
-    """
-
-    WRITEBACK_NBYTES = 32 << 20
-
-    def __init__(self, path: Path, tensors: Sequence[tuple[str, TensorSpec]]) -> None:
-        self.path = path
-        self._part = path.with_name(path.name + ".part")
-        # 0o666 less the umask, as every other program's files; save_file's 0600 surprises those who share a
-        # directory.
-        self._fd = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    def __init__(self, file: OutFile, tensors: Sequence[StoredTensor]) -> None:
+        self._file = file
         self._sha256 = hashlib.sha256()
         header = header_of(tensors)
+        self._starts: dict[str, int] = {}
+        self._expected = len(header)
+        for tensor in tensors:
+            self._starts[tensor.name] = self._expected
+            self._expected += tensor.nbytes
         self.nbytes = 0
-        self._flushed = 0
-        self._expected = len(header) + sum(spec.nbytes for _, spec in tensors)
+        self._hashed = 0  # bytes from the start
+        self._ahead: dict[int, int] = {}  # start → end of what was written further on
         try:
-            self.write(header)
+            self._put(0, header)
         except BaseException:
             self.close()
             raise
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append bytes. The order of calls must be the order of the tensors."""
-        self._sha256.update(data)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Put bytes of a tensor, from its byte `offset` on, into the file."""
+        self._put(self._starts[tensor] + offset, data)
+
+    def _put(self, start: int, data: bytes | memoryview) -> None:
+        self._file.write(start, data)
         self.nbytes += len(data)
-        if self.nbytes - self._flushed >= self.WRITEBACK_NBYTES:
-            # Starts the writeback of what is dirty, without waiting: the final fsync then finds little to do.
-            os.posix_fadvise(self._fd, self._flushed, self.nbytes - self._flushed, os.POSIX_FADV_DONTNEED)
-            self._flushed = self.nbytes
+        if start != self._hashed:
+            self._ahead[start] = start + len(data)
+            return
+        self._sha256.update(data)
+        self._hashed += len(data)
+        while self._hashed in self._ahead:
+            end = self._ahead.pop(self._hashed)
+            while self._hashed < end:
+                found = self._file.read(self._hashed, min(READ_NBYTES, end - self._hashed))
+                self._sha256.update(found)
+                self._hashed += len(found)
 
     @property
     def is_complete(self) -> bool:
@@ -54,17 +77,15 @@ class ShardWriter:
         return self.nbytes == self._expected
 
     def finish(self) -> str:
-        """fsync, close and rename. Returns the file's sha256."""
-        if not self.is_complete or os.fstat(self._fd).st_size != self._expected:
+        """Give the file its name. Returns its sha256. Raises StorageError unless every byte was written,
+        once."""
+        if not self.is_complete or self._hashed != self._expected:
             raise StorageError(
-                f"{self.path}: {self.nbytes} bytes were written, the plan has {self._expected}."
+                f"{self._file.name}: {self.nbytes} bytes were written, the plan has {self._expected}."
             )
-        os.fsync(self._fd)
-        self.close()
-        os.rename(self._part, self.path)
+        self._file.finish(self._expected)
         return self._sha256.hexdigest()
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Give the file up, unless it is finished."""
+        self._file.close()

@@ -6,6 +6,7 @@ use.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # safetensors name → (bytes per element, torch name); the torch name is also the one that config.json uses.
 DTYPES: dict[str, tuple[int, str]] = {
@@ -69,3 +70,14 @@ class TensorInfo:
     spec: TensorSpec
     file: int
     offset: int  # bytes from the start of that file; only shardfile makes and uses it
+
+
+class StoredTensor(NamedTuple):
+    """One entry of an output file's header."""
+
+    name: str
+    spec: TensorSpec
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes

@@ -51,8 +51,8 @@ class Destination(Protocol):
     def steps(self) -> Iterable[Step]:
         """Those that are to be made."""
 
-    def write(self, name: str, data: memoryview) -> None:
-        """The next bytes of a weight. Weights come in their natural order."""
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Bytes of a stored tensor, from its byte `offset` on. Weights come in their natural order."""
 
     def finish(self) -> None:
         """All steps are made."""

@@ -12,7 +12,8 @@ from lorafuse.arithmetic.arena import host_view
 from lorafuse.arithmetic.torch_state import one_thread
 from lorafuse.errors import ResultError, shown
 from lorafuse.merge.destination import Destination
-from lorafuse.merge.workers import Piece, TileWorkers
+from lorafuse.merge.tile import Made
+from lorafuse.merge.workers import TileWorkers
 from lorafuse.planning.plan import Memory
 from lorafuse.planning.shared_weights import Variant, shared_weights
 
@@ -25,19 +26,17 @@ def merge(
     finite, also the base's own in weights that are not copied bit for bit, unless `allow_nonfinite`."""
     planned = shared_weights([output.steps() for output in outputs])
     try:
-        with one_thread(), TileWorkers(planned, memory, device) as workshop:
-            for tile in workshop.tiles(outputs):
-                for variant, piece, buffer in zip(
-                    tile.weight.variants, tile.pieces, tile.buffers, strict=True
-                ):
-                    if piece.measures:
-                        variant.measures.add(piece.measures)
+        with one_thread(), TileWorkers(planned, memory, device) as workers:
+            for tile in workers.tiles(outputs):
+                for variant, made, buffer in zip(tile.weight.variants, tile.made, tile.buffers, strict=True):
+                    if made.measures:
+                        variant.measures.add(made.measures)
                     if tile.last:
-                        piece.error = piece.error or _complaint(variant, allow_nonfinite)
+                        made.error = made.error or _complaint(variant, allow_nonfinite)
                     for number in variant.outputs:
                         if outputs[number].error is None:
-                            _deliver(outputs[number], variant, piece, buffer)
-                workshop.give_back(tile.buffers)
+                            _deliver(outputs[number], variant, made, buffer)
+                workers.give_back(tile.buffers)
         for output in outputs:
             if output.error is None:
                 output.finish()
@@ -46,15 +45,17 @@ def merge(
             output.close()
 
 
-def _deliver(output: Destination, variant: Variant, piece: Piece, buffer: torch.Tensor) -> None:
-    """A finished piece to one output: account for it and write it, or give the output up."""
-    if piece.error:
-        output.fail(piece.error)
+def _deliver(output: Destination, variant: Variant, made: Made, buffer: torch.Tensor) -> None:
+    """A finished tile to one output: account for it and write it, or give the output up."""
+    if made.error:
+        output.fail(made.error)
         return
-    output.outcome.timing.add(piece.timing)
+    output.outcome.timing.add(made.timing)
     if variant.step.patches:
         output.outcome.measures[variant.step.name] = variant.measures
-    output.write(variant.step.name, host_view(buffer)[: piece.nbytes])
+    view = host_view(buffer)
+    for piece in made.pieces:
+        output.write(piece.tensor, piece.offset, view[piece.start : piece.start + piece.nbytes])
 
 
 def _complaint(variant: Variant, allow_nonfinite: bool) -> ResultError | None:

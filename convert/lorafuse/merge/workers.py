@@ -1,52 +1,37 @@
-"""How a tile is made: by one worker thread, in buffers that it reuses.
+"""The threads that make tiles, ahead of the writer.
 
-A tile belongs to one worker, whose torch ops are single-threaded; parallelism is over tiles, never inside
-one, so the variant does not depend on the number of threads.
+A tile belongs to one worker, whose torch ops are single-threaded and work in buffers that it reuses;
+parallelism is over tiles, never inside one, so the result does not depend on the number of threads.
 """
 
-import math
 import queue
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from threading import local
 
 import torch
 
-from lorafuse.arithmetic.arena import DECODED_FP32, host_view
-from lorafuse.arithmetic.measure import Measures, count_broken, measure_tile
 from lorafuse.arithmetic.torch_state import one_thread_here
 from lorafuse.codecs import Arena, Sources
-from lorafuse.codecs.dense import DenseSources
 from lorafuse.errors import LorafuseError
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.merge.destination import Destination, Timing
-from lorafuse.patches.patch import Base
-from lorafuse.planning.plan import Memory, Step
-from lorafuse.planning.shared_weights import SharedWeight, Variant
-
-
-@dataclass
-class Piece:
-    """What a finished tile holds for one variant."""
-
-    nbytes: int = 0
-    timing: Timing = field(default_factory=Timing)
-    measures: Measures | None = None
-    error: LorafuseError | None = None  # of these outputs alone
+from lorafuse.merge.destination import Destination
+from lorafuse.merge.tile import Made, make_tile, prepare, release
+from lorafuse.planning.plan import Memory
+from lorafuse.planning.shared_weights import SharedWeight
 
 
 @dataclass
 class Tile:
-    """A finished tile: a piece for each variant of its weight, in buffers that go back to the pool once they
+    """A finished tile: what each variant of its weight gets, in buffers that go back to the pool once they
     are written."""
 
     weight: SharedWeight
     buffers: list[torch.Tensor]
-    pieces: list[Piece]
+    made: list[Made]
     last: bool  # of its weight
 
 
@@ -60,7 +45,7 @@ class TileWorkers:
         # Last in, first out: the buffer that was written last is still in cache.
         self._buffers: queue.LifoQueue[torch.Tensor] = queue.LifoQueue()
         self._pending: deque[tuple[SharedWeight, bool, Future[Tile]]] = deque()
-        self._held_nbytes = 0  # by turns that are prepared and not released
+        self._held_nbytes = 0  # by weights that are prepared and not released
         self._loader = Arena(device)
 
     def __enter__(self) -> "TileWorkers":
@@ -88,6 +73,8 @@ class TileWorkers:
         for whole, following in pairwise([*self._planned, None]):
             assert whole is not None
             weight = whole.only({number for number, output in enumerate(outputs) if output.error is None})
+            if not weight.variants:
+                continue
             # What is held at once stays within the budget; a weight alone always fits, the plan saw to that.
             while self._pending and (
                 self._held_nbytes + weight.resident_nbytes > self._memory.resident_nbytes
@@ -95,18 +82,20 @@ class TileWorkers:
             ):
                 yield self._take()
             weight = self._prepared(weight, outputs)
+            if not weight.variants:
+                continue
             self._held_nbytes += weight.resident_nbytes
-            if following and weight.variants:
+            if following and following.needs_values:
                 # A pass over the next weight, if it needs one, beside the making of this one; tiles report
                 # its errors.
                 self._executor.submit(self._prepare, following.sources)
-            for start, stop in weight.tiles() if weight.variants else ():
+            for start, stop in weight.tiles():
                 while len(self._pending) >= self._memory.n_tiles:
                     yield self._take()
-                weight.sources.will_need(start, stop)
+                weight.will_need(start, stop)
                 buffers = [self._buffers.get() for _ in weight.variants]
                 future = self._executor.submit(self._make, weight, start, stop, buffers)
-                self._pending.append((weight, stop == weight.sources.spec.numel, future))
+                self._pending.append((weight, stop == weight.size, future))
         while self._pending:
             yield self._take()
 
@@ -115,11 +104,9 @@ class TileWorkers:
         failed: set[int] = set()
         for variant in weight.variants:
             try:
-                for patch in variant.step.patches:
-                    patch.prepare(Base(weight.sources, self._loader), self._loader)
+                prepare(variant.step, weight.sources, self._loader)
             except LorafuseError as e:
-                for patch in variant.step.patches:
-                    patch.release()
+                release(variant.step)
                 for number in variant.outputs:
                     outputs[number].fail(e)
                 failed |= {*variant.outputs}
@@ -139,9 +126,10 @@ class TileWorkers:
         weight, last, future = self._pending.popleft()
         tile = future.result()
         if last:
-            for patch in weight.patches:
-                patch.release()
-            weight.sources.release()
+            for variant in weight.variants:
+                release(variant.step)
+            if weight.needs_values:
+                weight.sources.release()
             self._held_nbytes -= weight.resident_nbytes
         return tile
 
@@ -149,98 +137,10 @@ class TileWorkers:
         sources.prepare(self._local.arena)
 
     def _make(self, weight: SharedWeight, start: int, stop: int, buffers: list[torch.Tensor]) -> Tile:
-        last = stop == weight.sources.spec.numel
         try:
-            if weight.verbatim:
-                pieces = [copy_tile(weight.variants[0].step, start, stop, buffers[0])]
-            else:
-                pieces = make_pieces(weight, start, stop, buffers, self._local.arena)
+            made = make_tile(weight, start, stop, buffers, self._local.arena)
         except LorafuseError as e:
             if isinstance(weight.sources.store, Checkpoint):  # which all outputs share
                 raise
-            pieces = [Piece(error=e) for _ in weight.variants]
-        return Tile(weight, buffers, pieces, last)
-
-
-def copy_tile(step: Step, start: int, stop: int, buffer: torch.Tensor) -> Piece:
-    """Stored bytes as they are."""
-    nbytes = (stop - start) * step.itemsize
-    assert isinstance(step.sources, DenseSources), "only a dense weight is copied"
-    began = time.perf_counter()
-    step.sources.copy_into(start, host_view(buffer)[:nbytes])
-    return Piece(nbytes, Timing(read_s=time.perf_counter() - began))
-
-
-@torch.inference_mode()
-def make_pieces(
-    weight: SharedWeight, start: int, stop: int, buffers: list[torch.Tensor], arena: Arena
-) -> list[Piece]:
-    """Elements [start, stop) of a weight: decoded once, then patched, rounded once and measured for each
-    variant, in its buffer. The time of reading and decoding counts for the first."""
-    began = time.perf_counter()
-    raw = weight.sources.fetch(start, stop, arena)
-    read_s, cpu_began = time.perf_counter() - began, time.thread_time()
-    base = weight.sources.decode(raw, start, stop, arena)
-    pieces = []
-    for variant, buffer in zip(weight.variants, buffers, strict=True):
-        piece = _make_piece(variant, base, start, stop, buffer, arena, cpu_began)
-        piece.timing.read_s, read_s = read_s, 0.0
-        pieces.append(piece)
-        cpu_began = time.thread_time()
-    return pieces
-
-
-def _make_piece(
-    variant: Variant,
-    base: torch.Tensor,
-    start: int,
-    stop: int,
-    buffer: torch.Tensor,
-    arena: Arena,
-    cpu_began: float,
-) -> Piece:
-    """One variant of a decoded tile; its time counts from `cpu_began` on."""
-    step = variant.step
-    piece = Piece((stop - start) * step.itemsize)
-    finished = buffer[: piece.nbytes].view(getattr(torch, step.spec.torch_name))
-    try:
-        total, stored = compute_tile(step, base, start, stop, finished, arena)
-    except LorafuseError as e:
-        piece.error = e
-        return piece
-    cpu_ended = time.thread_time()
-    piece.timing.compute_cpu_s = cpu_ended - cpu_began
-    piece.measures = (
-        measure_tile(base, total, stored, arena) if step.patches else _check_values(step, base, stored)
-    )
-    piece.timing.stats_cpu_s = time.thread_time() - cpu_ended
-    return piece
-
-
-def compute_tile(
-    step: Step, base: torch.Tensor, start: int, stop: int, finished: torch.Tensor, arena: Arena
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patch a decoded tile and round it into `finished`, 1-D on the host; `base` stays as it is. Returns, on
-    the arena's device, the sum in fp32 (the base itself without patches), and what is stored."""
-    on_host = arena.device.type == "cpu"
-    stored = finished if on_host else arena.get("merge.stored", stop - start, finished.dtype)
-    total = base
-    if step.patches:
-        name = "sum.fp32" if base.dtype == torch.float32 else DECODED_FP32
-        total = arena.get(name, stop - start, torch.float32).copy_(base)
-        for patch in step.patches:
-            patch.apply(total.view(-1, step.row_numel), start // step.row_numel, arena)
-    stored.copy_(total)  # the one rounding, to nearest even
-    if not on_host:
-        finished.copy_(stored)
-    return total, stored
-
-
-def _check_values(step: Step, base: torch.Tensor, stored: torch.Tensor) -> Measures | None:
-    """A cast to a narrower range can overflow, and a scale of a quantized weight can be NaN; what is copied
-    is not looked at."""
-    # One sum rather than isfinite: a hundredth of the time. It can overflow itself, so that elements are
-    # counted then.
-    if step.verbatim or math.isfinite(float(stored.sum())):
-        return None
-    return count_broken(base, stored)
+            made = [Made(error=e) for _ in weight.variants]
+        return Tile(weight, buffers, made, last=stop == weight.size)

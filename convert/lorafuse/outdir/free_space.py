@@ -77,7 +77,7 @@ def _check_room(output: Output, side_files: Sequence[Path]) -> None:
 
 
 def _file_nbytes(shard: PlannedShard) -> int:
-    return len(header_of([(step.name, step.spec) for step in shard.steps])) + shard.nbytes
+    return len(header_of(list(shard.tensors))) + shard.nbytes
 
 
 def _needed(outputs: Sequence[Output], side_files: Iterable[Path]) -> int:

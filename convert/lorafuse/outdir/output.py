@@ -9,6 +9,7 @@ from lorafuse.events import OnEvent
 from lorafuse.files.safetensors_writer import ShardWriter
 from lorafuse.merge.destination import Outcome, Written
 from lorafuse.outdir.interrupts import UNINTERRUPTED
+from lorafuse.outdir.local_file import LocalOutFile
 from lorafuse.planning.plan import Plan, PlannedShard, Step
 
 
@@ -35,7 +36,7 @@ class Output:
         self.error: LorafuseError | None = None
         self._on_event, self._on_shard = on_event, on_shard
         self._shards = [shard for shard in plan.shards if shard.file not in skip]
-        self._shard_of = {step.name: shard for shard in self._shards for step in shard.steps}
+        self._shard_of = {tensor.name: shard for shard in self._shards for tensor in shard.tensors}
         self._writers: dict[str, ShardWriter] = {}
 
     def steps(self) -> Iterator[Step]:
@@ -48,12 +49,12 @@ class Output:
         written = {one.file for one in self.outcome.written}
         return [shard for shard in self._shards if shard.file not in written]
 
-    def write(self, name: str, data: memoryview) -> None:
-        """Append a tile to the weight's shard. The order of calls must be that of the shard's weights."""
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Write bytes of a stored tensor, from its byte `offset` on, into its shard."""
         began = time.perf_counter()
-        shard = self._shard_of[name]
+        shard = self._shard_of[tensor]
         writer = self._writers.get(shard.file) or self._open(shard)
-        writer.write(data)
+        writer.write(tensor, offset, data)
         self.outcome.timing.write_s += time.perf_counter() - began
         self._on_event({"event": "progress", "nbytes": len(data)})
         if writer.is_complete:
@@ -66,7 +67,7 @@ class Output:
         self.outcome.written.sort(key=lambda one: one.file)
 
     def _open(self, shard: PlannedShard) -> ShardWriter:
-        writer = ShardWriter(self.staging / shard.file, [(step.name, step.spec) for step in shard.steps])
+        writer = ShardWriter(LocalOutFile(self.staging / shard.file), list(shard.tensors))
         self._writers[shard.file] = writer
         return writer
 

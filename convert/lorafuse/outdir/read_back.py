@@ -24,7 +24,7 @@ def verify_staging(plan: Plan, outcome: Outcome, staging: Path) -> None:
                 found = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as e:
             raise ResultError(f"{shard.file}: cannot be read back: {shown(e)}.") from None
-        planned = {step.name: step.spec.shape for step in shard.steps}
+        planned = {tensor.name: tensor.spec.shape for tensor in shard.tensors}
         if found != planned:
             name = next(iter(found.items() ^ planned.items()))[0]
             raise ResultError(f"{shard.file}: {shown(name)} is not what was planned.")

@@ -58,7 +58,7 @@ def write_sidecars(
     first."""
     for source, path in copied_files(plan, ckpt_dir, adapter_dirs):
         _copy(path, source, staging / path.relative_to(source))
-    write_json(staging / "config.json", output_config(ckpt_config, plan.config_changes))
+    write_json(staging / "config.json", output_config(ckpt_config, plan.config_changes, plan.stored_config))
     if len(plan.shards) > 1:
         write_json(staging / INDEX, index_of(plan))
 
@@ -81,9 +81,9 @@ def _first_with(names: Sequence[str], folders: Sequence[Path]) -> Path | None:
     return next((folder for folder in folders if any((folder / name).exists() for name in names)), None)
 
 
-def output_config(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def output_config(config: dict[str, Any], changes: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's config without quantization and with `changes`, each set where the config has the
-    field, else at the top."""
+    field, else at the top; then what readers need for the tensors as they are `stored`."""
     result = {name: _without_quantization(value) for name, value in _without_quantization(config).items()}
     text = result.get("text_config") if isinstance(result.get("text_config"), dict) else None
     if "dtype" in changes:
@@ -93,7 +93,7 @@ def output_config(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, 
             holders = [part for part in (result, text) if part is not None and name in part]
             for part in holders or [result]:
                 part[name] = value
-    return result
+    return result | stored
 
 
 def _without_quantization(part: Any) -> Any:
@@ -117,7 +117,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 def index_of(plan: Plan) -> dict[str, Any]:
     """The index as transformers writes it: total_size counts tensor bytes, headers not."""
-    weight_map = {step.name: shard.file for shard in plan.shards for step in shard.steps}
+    weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     n_parameters = sum(step.spec.numel for step in plan.steps if step.spec.dtype in FLOATS)
     return {
         "metadata": {"total_parameters": n_parameters, "total_size": plan.nbytes},

@@ -6,17 +6,17 @@ A plan is complete: the loop that carries it out decides nothing.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lorafuse._version import __version__
 from lorafuse.adapters import AdapterDir, Edit, updates_of
-from lorafuse.codecs import Sources
-from lorafuse.codecs.dense import DenseSources
-from lorafuse.errors import AdapterError, CheckpointError, listed, shown
+from lorafuse.codecs import FORMATS, Sources
+from lorafuse.codecs.encoder import EncoderOf, WeightToStore
+from lorafuse.errors import AdapterError, CheckpointError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import natural_key
-from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, TensorSpec
+from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, StoredTensor, TensorSpec
 from lorafuse.naming import Names
 from lorafuse.planning.base_check import base_copies, base_warnings, naming_the_base
 from lorafuse.planning.combine import AdapterSays, WeightedAdapter, combine, common_model, in_order
@@ -37,6 +37,7 @@ def make_plan(
     settings: Settings,
     others: Sequence[WeightedAdapter] = (),
     weights: Mapping[str, Sources] | None = None,
+    encoder_of: EncoderOf | None = None,
 ) -> Plan:
     """Decide everything. `others` are adapters whose updates are added to those of `adapter`. Plans that get
     the same `weights`, those of `ckpt`, can be carried out together. Raises CheckpointError, AdapterError, or
@@ -53,7 +54,7 @@ def make_plan(
     copies = [copy for one in found for copy in base_copies(one.adapter, one.edits, names)]
     edits, ignored = combine(found, model, names)
     untied = settle_tied(names, edits, ignored)
-    steps = _steps(model, names, edits, untied, settings.dtype)
+    steps = _steps(model, names, edits, untied, settings.dtype, encoder_of or _format(settings))
     if not steps:
         raise CheckpointError(f"{shown(ckpt.path)}: holds no weight.")
     shards = split_shards(steps, settings.max_shard_nbytes)
@@ -83,7 +84,9 @@ def _read(
         )
 
 
-def _steps(model: Structure, names: Names, edits: dict[str, Edit], untied: bool, dtype: str) -> list[Step]:
+def _steps(
+    model: Structure, names: Names, edits: dict[str, Edit], untied: bool, dtype: str, encoder_of: EncoderOf
+) -> list[Step]:
     bases = dict(model.weights)
     if untied and names.tied:
         bases.setdefault(names.tied.head, bases[names.tied.embed])
@@ -92,20 +95,28 @@ def _steps(model: Structure, names: Names, edits: dict[str, Edit], untied: bool,
         base, edit = bases[name], edits.get(name, Edit())
         sources = edit.replaced or base
         out = base.out_dtype if dtype == "auto" or base.out_dtype not in FLOATS else SAFETENSORS_NAMES[dtype]
-        action = _action(edit, base, out, stored=name in model.weights and name not in model.added)
-        steps.append(Step(name, TensorSpec(out, sources.spec.shape), sources, edit.patches, action))
+        action = _action(edit, stored=name in model.weights and name not in model.added)
+        spec = TensorSpec(out, sources.spec.shape)
+        encoder = encoder_of(WeightToStore(name, spec, sources, untouched=action is None))
+        action = action or ("decoded" if encoder.needs_values else "copied")
+        steps.append(Step(name, spec, sources, encoder, edit.patches, action))
     return steps
 
 
-def _action(edit: Edit, base: Sources, out_dtype: str, *, stored: bool) -> str:
+def _format(settings: Settings) -> EncoderOf:
+    encoder_of = FORMATS.get(settings.format)
+    if encoder_of is None:
+        raise UsageError(f"format is {shown(settings.format)}; expected one of {', '.join(FORMATS)}.")
+    return encoder_of
+
+
+def _action(edit: Edit, *, stored: bool) -> str | None:
+    """What the adapter does to a weight, in the receipt's words; None for nothing."""
     if edit.patches:
         return "merged"
     if edit.replaced:
         return "replaced"
-    if not stored:
-        return "added"
-    # "decoded" also covers a dense weight that is quantized and dequantized, or only changes its dtype.
-    return "copied" if isinstance(base, DenseSources) and base.spec.dtype == out_dtype else "decoded"
+    return None if stored else "added"
 
 
 def _config_changes(names: Names, steps: list[Step], untied: bool, files: str) -> dict[str, Any]:
@@ -128,6 +139,10 @@ def _config_changes(names: Names, steps: list[Step], untied: bool, files: str) -
     return changes
 
 
+def _stored(shard: PlannedShard) -> Iterator[tuple[Step, StoredTensor]]:
+    return ((step, tensor) for step in shard.steps for tensor in step.encoder.tensors)
+
+
 def _plan_id(
     ckpt: Checkpoint,
     adapter: AdapterDir,
@@ -142,7 +157,7 @@ def _plan_id(
         "checkpoint": [[shard.path.name, shard.nbytes, shard.header_sha256] for shard in ckpt.shards],
         "adapter": [[[file.name, file.stat().st_size] for file in adapter.files], adapter.config],
         "outputs": [
-            [shard.file, [[s.name, s.spec.dtype, s.spec.shape, s.action] for s in shard.steps]]
+            [shard.file, [[t.name, t.spec.dtype, t.spec.shape, step.action] for step, t in _stored(shard)]]
             for shard in shards
         ],
     }

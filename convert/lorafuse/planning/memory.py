@@ -41,7 +41,7 @@ def _spent(
     worker = max(weight.worker_nbytes for weight in planned)
     tile = max(weight.tile_nbytes for weight in planned)
     n_variants = max(len(weight.variants) for weight in planned)
-    held_nbytes += max(weight.sources.held_nbytes for weight in planned)  # prepared ahead of its weight
+    held_nbytes += max(weight.held_nbytes for weight in planned)  # prepared ahead of its weight
     n_tiles = n_workers * per_worker + MIN_TILES_AHEAD
     fixed = RUNTIME_NBYTES + held_nbytes + n_workers * worker + n_tiles * n_variants * tile
     return Memory(n_workers, n_tiles, n_variants, tile, settings.memory_nbytes - fixed)

@@ -8,7 +8,8 @@ from typing import Any
 from lorafuse.adapters import Patch
 from lorafuse.arithmetic import measure
 from lorafuse.codecs import Sources
-from lorafuse.files.tensors import DTYPES, TensorSpec
+from lorafuse.codecs.encoder import Encoder
+from lorafuse.files.tensors import StoredTensor, TensorSpec
 from lorafuse.patches.patch import TILE_NUMEL
 from lorafuse.planning.base_check import BaseCopy
 
@@ -21,23 +22,25 @@ STORED_TENSOR_NBYTES = 800  # a stored tensor's name and entries in the tables, 
 
 @dataclass
 class Step:
-    """One weight of the output: what it is made from and what is done to it."""
+    """One weight of the output: what it is made from, what is done to it, and how it is stored. `spec` is its
+    shape and the dtype that a reader gets."""
 
     name: str
     spec: TensorSpec
     sources: Sources
+    encoder: Encoder
     patches: list[Patch] = field(default_factory=list)
     action: str = "copied"
-
-    @property
-    def verbatim(self) -> bool:
-        """Stored bytes are output bytes."""
-        return self.action == "copied"
 
     @property
     def changes(self) -> bool:
         """An adapter has a say in it."""
         return self.action not in ("copied", "decoded")
+
+    @property
+    def nbytes(self) -> int:
+        """Of all stored tensors that it becomes."""
+        return sum(tensor.nbytes for tensor in self.encoder.tensors)
 
     @property
     def _stacked(self) -> bool:
@@ -51,48 +54,57 @@ class Step:
         return max(self.spec.n_cols if whole_rows else math.prod(self.spec.shape[-1:]), 1)
 
     @property
-    def itemsize(self) -> int:
-        return DTYPES[self.spec.dtype][0]
+    def size(self) -> int:
+        """What tiles divide: the weight's elements, or where these are not needed the bytes that are
+        copied."""
+        return self.spec.numel if self.encoder.needs_values else self.nbytes
 
     @property
-    def cut(self) -> tuple[int, bool]:
-        """What decides the tiles of a weight of this shape."""
-        return self.tile_numel, self._stacked
+    def _row_multiple(self) -> int:
+        return math.lcm(self.encoder.row_multiple, *(patch.row_multiple for patch in self.patches))
 
     @property
-    def tile_numel(self) -> int:
-        if self.verbatim:
-            return COPY_NBYTES // self.itemsize
-        rows = math.lcm(*(patch.row_multiple for patch in self.patches))  # 1 without patches
+    def cut(self) -> tuple[int, bool] | None:
+        """What decides the tiles of a weight of this shape; None where any tiles of whole rows will do."""
+        if self.encoder.needs_values and not self.patches and self.encoder.row_multiple == 1:
+            return None
+        return self.tile_size, self._stacked
+
+    @property
+    def tile_size(self) -> int:
+        """Of the tiles, in the units of `size`."""
+        if not self.encoder.needs_values:
+            return COPY_NBYTES
+        rows = self._row_multiple
         return max(TILE_NUMEL // (rows * self.row_numel), 1) * rows * self.row_numel
 
     def tiles(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) in elements, in order."""
-        step, numel = self.tile_numel, self.spec.numel
-        matrix = max(self.spec.n_cols, 1) if self._stacked else numel
-        for first in range(0, numel, max(matrix, 1)):
+        """(start, stop) in the units of `size`, in order."""
+        step, size = self.tile_size, self.size
+        matrix = max(self.spec.n_cols, 1) if self._stacked else size
+        for first in range(0, size, max(matrix, 1)):
             last = first + matrix
             yield from ((start, min(start + step, last)) for start in range(first, last, step))
 
     @property
     def resident_nbytes(self) -> int:
         """Held from the weight's first tile to its last."""
-        return sum(patch.nbytes for patch in self.patches)
+        return self.encoder.held_nbytes + sum(patch.nbytes for patch in self.patches)
 
     @property
     def worker_nbytes(self) -> int:
         """Held by each worker while it makes a tile."""
-        tile = min(self.tile_numel, self.spec.numel)
-        if self.verbatim:
+        if not self.encoder.needs_values:
             return 0
+        tile = min(self.tile_size, self.size)
         measures = min(tile, measure.CHUNK_NUMEL) * measure.NBYTES_PER_ELEMENT
-        patches = sum(patch.scratch_nbytes for patch in self.patches)
-        return tile * WORKER_NBYTES_PER_ELEMENT + measures + self.sources.nbytes + patches
+        scratch = self.encoder.scratch_nbytes(tile) + sum(patch.scratch_nbytes for patch in self.patches)
+        return tile * WORKER_NBYTES_PER_ELEMENT + measures + self.sources.nbytes + scratch
 
     @property
     def tile_nbytes(self) -> int:
         """Bytes of a finished tile."""
-        return min(self.tile_numel, self.spec.numel) * self.itemsize
+        return self.encoder.tile_nbytes(min(self.tile_size, self.size))
 
 
 @dataclass(frozen=True)
@@ -108,14 +120,18 @@ class Memory:
 
 @dataclass
 class PlannedShard:
-    """One output file and its weights in order."""
+    """One output file: its weights, and the stored tensors that these become, in order."""
 
     file: str
     steps: list[Step]
 
     @property
+    def tensors(self) -> Iterator[StoredTensor]:
+        return (tensor for step in self.steps for tensor in step.encoder.tensors)
+
+    @property
     def nbytes(self) -> int:
-        return sum(step.spec.nbytes for step in self.steps)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass
@@ -144,3 +160,11 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def stored_config(self) -> dict[str, Any]:
+        """The fields of config.json that readers of the stored tensors need."""
+        fields: dict[str, Any] = {}
+        for step in self.steps:
+            fields |= step.encoder.config
+        return fields

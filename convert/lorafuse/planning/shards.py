@@ -14,7 +14,7 @@ def split_shards(steps: list[Step], max_nbytes: int) -> list[PlannedShard]:
     few bytes.
     """
     changed, unchanged = [s for s in steps if s.changes], [s for s in steps if not s.changes]
-    nbytes, shared_nbytes = (sum(step.spec.nbytes for step in some) for some in (steps, unchanged))
+    nbytes, shared_nbytes = (sum(step.nbytes for step in some) for some in (steps, unchanged))
     if nbytes <= max_nbytes and shared_nbytes < max(nbytes / 2, MIN_SHARED_NBYTES):
         return [PlannedShard(SINGLE, steps)]
     groups = [*_filled(changed, max_nbytes), *_filled(unchanged, max_nbytes)]
@@ -31,9 +31,9 @@ def _filled(steps: list[Step], max_nbytes: int) -> list[list[Step]]:
     groups: list[list[Step]] = []
     room = -1
     for step in steps:
-        room -= step.spec.nbytes
+        room -= step.nbytes
         if not groups or room < 0:
             groups.append([])
-            room = max_nbytes - step.spec.nbytes
+            room = max_nbytes - step.nbytes
         groups[-1].append(step)
     return groups

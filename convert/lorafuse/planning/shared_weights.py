@@ -1,9 +1,8 @@
-"""What the loop makes in one weight: a weight for one output or for many, and how the memory limit is spent
-on that.
+"""Which weights of several outputs are made together.
 
-Outputs of one base differ in what their adapters change. A weight is one weight in all outputs that take it
-from the same sources and cut it into the same tiles, so that a tile is read and decoded once. One output
-alone has a weight for each of its steps.
+Outputs of one base differ in what their adapters change. A shared weight is one weight in all outputs that
+take it from the same sources and cut it into the same tiles, so that a tile is read and decoded once. One
+output alone has a shared weight for each of its steps.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -38,24 +37,29 @@ class SharedWeight:
 
     @property
     def _cutter(self) -> Step:
-        """Only patches see how a weight is cut into tiles."""
-        return next(
-            (variant.step for variant in self.variants if variant.step.patches), self.variants[0].step
-        )
+        """The step that decides the tiles of all."""
+        steps = [variant.step for variant in self.variants]
+        return next((step for step in steps if step.cut is not None), steps[0])
 
     @property
-    def verbatim(self) -> bool:
-        return all(variant.step.verbatim for variant in self.variants)
+    def needs_values(self) -> bool:
+        """Whether tiles are decoded; else stored bytes are copied."""
+        return self.variants[0].step.encoder.needs_values
+
+    @property
+    def size(self) -> int:
+        """What tiles divide: elements or, where no values are needed, bytes."""
+        return self.variants[0].step.size
 
     @property
     def patches(self) -> Iterator[Patch]:
         return (patch for variant in self.variants for patch in variant.step.patches)
 
     def add(self, output: int, step: Step) -> None:
-        """One more output. Those that take the weight without an update, in one dtype, share a variant."""
+        """One more output. Outputs that take the weight without an update, stored alike, share a variant."""
         if not step.patches:
             for variant in self.variants:
-                if not variant.step.patches and variant.step.spec == step.spec:
+                if not variant.step.patches and variant.step.encoder.key == step.encoder.key:
                     variant.outputs.append(output)
                     return
         self.variants.append(Variant(step, [output]))
@@ -69,13 +73,25 @@ class SharedWeight:
         return SharedWeight(self.sources, [variant for variant in kept if variant.outputs])
 
     def tiles(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) in elements, in order."""
+        """(start, stop) in the units of `size`, in order."""
         return self._cutter.tiles()
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Hint that a tile is made soon."""
+        if self.needs_values:
+            self.sources.will_need(start, stop)
+        else:
+            self.variants[0].step.encoder.will_need(start, stop)
+
+    @property
+    def held_nbytes(self) -> int:
+        """Held by the sources from the first tile to the last."""
+        return self.sources.held_nbytes if self.needs_values else 0
 
     @property
     def resident_nbytes(self) -> int:
         """Held from the first tile to the last."""
-        return self.sources.held_nbytes + sum(variant.step.resident_nbytes for variant in self.variants)
+        return self.held_nbytes + sum(variant.step.resident_nbytes for variant in self.variants)
 
     @property
     def worker_nbytes(self) -> int:
@@ -84,33 +100,38 @@ class SharedWeight:
 
     @property
     def tile_nbytes(self) -> int:
-        """Bytes of a finished tile in the largest of its dtypes."""
-        numel = min(self._cutter.tile_numel, self._cutter.spec.numel)
-        return max(numel * variant.step.itemsize for variant in self.variants)
+        """Bytes of a finished tile in the largest of its forms."""
+        size = min(self._cutter.tile_size, self.size)
+        return max(variant.step.encoder.tile_nbytes(size) for variant in self.variants)
 
 
 def shared_weights(outputs: Sequence[Iterable[Step]]) -> list[SharedWeight]:
-    """Every step of every output in one weight, the weights in their natural order."""
+    """Every step of every output in one shared weight, the weights in their natural order."""
     members: dict[str, list[tuple[int, Step]]] = {}
     for number, steps in enumerate(outputs):
         for step in steps:
             members.setdefault(step.name, []).append((number, step))
-    return [
-        weight for name in sorted(members, key=natural_key) for weight in _shared_weights_of(members[name])
-    ]
+    names = sorted(members, key=natural_key)
+    return [weight for name in names for weight in _made_together(members[name])]
 
 
-def _shared_weights_of(members: list[tuple[int, Step]]) -> list[SharedWeight]:
-    """The turns of one weight: steps with patches first, which decide how it is cut."""
-    found: dict[tuple[int, object], SharedWeight] = {}
+def _made_together(members: list[tuple[int, Step]]) -> list[SharedWeight]:
+    """The shared weights of one name: first the steps that decide how it is cut."""
+    weights: dict[tuple[object, ...], SharedWeight] = {}
     for number, step in members:
-        if step.patches:
-            found.setdefault((id(step.sources), step.cut), SharedWeight(step.sources)).add(number, step)
+        if step.cut is not None:
+            copied = None if step.encoder.needs_values else step.encoder.key
+            key = (id(step.sources), step.cut, copied)
+            weights.setdefault(key, SharedWeight(step.sources)).add(number, step)
     for number, step in members:
-        if not step.patches:
-            same = (weight for (sources, _), weight in found.items() if sources == id(step.sources))
-            weight = next(same, None) or found.setdefault(
+        if step.cut is None:
+            fitting = (
+                weight
+                for (sources, *_), weight in weights.items()
+                if sources == id(step.sources) and weight.needs_values
+            )
+            weight = next(fitting, None) or weights.setdefault(
                 (id(step.sources), None), SharedWeight(step.sources)
             )
             weight.add(number, step)
-    return list(found.values())
+    return list(weights.values())

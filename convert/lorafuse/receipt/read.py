@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafuse.errors import ResultError, shown
 from lorafuse.files.json_yaml import read_json_dict
@@ -48,6 +48,22 @@ def read_receipt(out_dir: Path) -> dict[str, Any]:
     if broken is not None:
         raise ResultError(f"{shown(path)}: is damaged: {shown(broken)} is missing or of another kind.")
     return receipt
+
+
+class StoredEntry(NamedTuple):
+    """A stored tensor of a merged directory, and the weight that it belongs to, as the receipt says."""
+
+    name: str
+    weight: str
+    dtype: object
+    shape: object
+
+
+def stored_tensors(tensors: Entries) -> Iterator[StoredEntry]:
+    """The stored tensors that a receipt's weights became: as a rule one, of the weight's own name."""
+    for weight, entry in tensors.items():
+        for name, spec in entry.get("stored", {weight: entry}).items():
+            yield StoredEntry(name, weight, spec["dtype"], spec["shape"])
 
 
 def _broken(receipt: dict[str, Any]) -> Iterator[str]:

@@ -84,6 +84,11 @@ def _tensor(step: "Step", outcome: "Outcome") -> dict[str, Any]:
         entry |= patch.facts
     if step.name in outcome.measures:
         entry |= outcome.measures[step.name].summary()
+    if step.encoder.tensors != ((step.name, step.spec),):
+        entry["stored"] = {
+            tensor.name: {"dtype": tensor.spec.torch_name, "shape": list(tensor.spec.shape)}
+            for tensor in step.encoder.tensors
+        }
     if not step.changes and step.sources.names[0] != step.name:
         entry["source"] = step.sources.names[0]  # of a replicated layer
     return entry

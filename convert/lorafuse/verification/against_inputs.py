@@ -24,20 +24,18 @@ class Comparison:
         self.outcome = Outcome()
         self.error: LorafuseError | None = None
         self._found, self._steps, self._on_event = found, steps, on_event
-        self._at: dict[str, int] = {}
         self._buffer = bytearray()
 
     def steps(self) -> Iterable[Step]:
         return self._steps
 
-    def write(self, name: str, data: memoryview) -> None:
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
         if len(self._buffer) < len(data):
             self._buffer = bytearray(len(data))
-        at, stored = self._at.get(name, 0), memoryview(self._buffer)[: len(data)]
-        self._found.read_into(name, at, stored)
+        stored = memoryview(self._buffer)[: len(data)]
+        self._found.read_into(tensor, offset, stored)
         if stored != data:
-            raise ResultError(self._difference(name, at, stored, data))
-        self._at[name] = at + len(data)
+            raise ResultError(self._difference(tensor, offset, stored, data))
         self._on_event({"event": "progress", "nbytes": len(data)})
 
     def _difference(self, name: str, at: int, stored: memoryview, made: memoryview) -> str:
@@ -83,17 +81,18 @@ def check_merge(found: Checkpoint, plan: Plan, n_sample: int, device: torch.devi
         )
         chosen = {step.name for step in by_hash[:n_sample]}
         steps = [step for step in steps if step.name in chosen]
+    made = [tensor for step in steps for tensor in step.encoder.tensors]
     missing = [
-        step.name
-        for step in steps
-        if step.name not in found.tensors or found.tensors[step.name].spec != step.spec
+        tensor.name
+        for tensor in made
+        if tensor.name not in found.tensors or found.tensors[tensor.name].spec != tensor.spec
     ]
     if missing:
         raise ResultError(
             f"{shown(found.path)}: {listed(missing)} should be there, with other shapes or dtypes than they "
             "have."
         )
-    on_event({"event": "plan", "nbytes": sum(step.spec.nbytes for step in steps), "shards": []})
+    on_event({"event": "plan", "nbytes": sum(tensor.nbytes for tensor in made), "shards": []})
     comparison: Destination = Comparison(found, steps, on_event)
     merge([comparison], plan.memory, device, allow_nonfinite=True)
     if comparison.error:

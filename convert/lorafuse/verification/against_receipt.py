@@ -13,6 +13,7 @@ from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.hashing import FileHash, hash_file
 from lorafuse.files.names import INDEX, RECEIPT, stays_inside
 from lorafuse.files.safetensors_file import FormatError
+from lorafuse.receipt.read import stored_tensors
 
 
 def verify_directory(out_dir: Path, receipt: dict[str, Any], on_nbytes: Callable[[int], object]) -> None:
@@ -37,7 +38,8 @@ def verify_directory(out_dir: Path, receipt: dict[str, Any], on_nbytes: Callable
     try:
         with closing(Checkpoint(out_dir)) as ckpt:
             _verify_tensors(ckpt, receipt["tensors"])
-            if "quantization_config" in ckpt.config or not ckpt.config.get("model_type"):
+            quantized = any("stored" in entry for entry in receipt["tensors"].values())
+            if ("quantization_config" in ckpt.config) != quantized or not ckpt.config.get("model_type"):
                 raise ResultError(f"{shown(out_dir / 'config.json')}: is no config of a merged model.")
     except (CheckpointError, StorageError) as e:
         raise ResultError(str(e)) from None
@@ -76,7 +78,7 @@ def _verify_file(path: Path, expected: FileHash, on_nbytes: Callable[[int], obje
 
 def _verify_tensors(ckpt: Checkpoint, planned: dict[str, Any]) -> None:
     found = {name: (info.spec.torch_name, list(info.spec.shape)) for name, info in ckpt.tensors.items()}
-    expected = {name: (entry["dtype"], entry["shape"]) for name, entry in planned.items()}
+    expected = {stored.name: (stored.dtype, stored.shape) for stored in stored_tensors(planned)}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise ResultError(

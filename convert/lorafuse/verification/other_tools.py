@@ -16,7 +16,7 @@ from lorafuse.arithmetic.torch_state import one_thread
 from lorafuse.codecs import Arena, Sources, open_weights
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.tensors import FLOATS
-from lorafuse.merge.workers import compute_tile
+from lorafuse.merge.tile import patched
 from lorafuse.patches.patch import Base
 from lorafuse.planning.plan import Plan, Step
 from lorafuse.settings import BaseQuant
@@ -79,7 +79,7 @@ def relate(plan: Plan, found: Checkpoint, on_event: Callable[[dict[str, Any]], N
     with torch.inference_mode(), one_thread():
         for step in plan.steps:
             weights[step.name] = _relation(step, stored.get(step.name), arena, loader)
-            on_event({"event": "progress", "nbytes": step.spec.nbytes})
+            on_event({"event": "progress", "nbytes": step.nbytes})
     order = list(EXPLAINED)
     worst_first = sorted(
         weights.items(), key=lambda item: (-order.index(item[1]["relation"]), item[1].get("kept") or 0.0)
@@ -104,8 +104,7 @@ def _relation(step: Step, stored: Sources | None, arena: Arena, loader: Arena) -
     for start, stop in step.tiles():
         w = _decoded(step.sources, start, stop, arena).float().clone()
         s = _decoded(stored, start, stop, arena).clone()
-        v = torch.empty(stop - start)
-        compute_tile(step, w, start, stop, v, arena)
+        v = patched(step, w, start, arena).clone()
         distance = _decoded(on_grid, start, stop, arena).float().sub_(s)
         relation.grid_sq += float(distance.square_().sum(dtype=torch.float64))
         relation.add(w, v, s, arena)

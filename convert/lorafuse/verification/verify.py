@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafuse.arithmetic.arena import pick_device
+from lorafuse.codecs.plain import values_of
 from lorafuse.errors import ResultError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import RECEIPT
@@ -70,7 +71,7 @@ def verify(
     located = [local_adapter(fspath(one), 1.0, None, on_event) for one in adapters]
     with closing(Checkpoint(path)) as found, closing(Checkpoint(base_dir)) as base, opened(located) as given:
         if not receipt:
-            plan = make_plan(base, given[0].adapter, settings, given[1:])
+            plan = make_plan(base, given[0].adapter, settings, given[1:], encoder_of=values_of)
             return checked | relate(plan, found, on_event)
         with InputHashes(base, str(base_dir), given) as inputs:
             weights = _weights(path, receipt, inputs.result(), given, settings)

@@ -1,0 +1,111 @@
+"""How a weight is stored in the output: the twin of Sources.
+
+A weight of the output becomes one or more stored tensors. An encoder says which, before a byte is made; then
+it turns the tiles of the weight into the bytes of these tensors, each with its place in them, so that tiles
+may come in any order.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.codecs.sources import Sources
+from lorafuse.files.tensors import StoredTensor, TensorSpec
+
+# (first element, values in fp32, 1-D) of every tile of a finished weight, in order; each is valid until the
+# next.
+FinishedTiles = Callable[[], Iterator[tuple[int, torch.Tensor]]]
+
+
+class Piece(NamedTuple):
+    """Bytes [start, start + nbytes) of a tile's buffer, and where they belong: byte `offset` of the stored
+    tensor `tensor`."""
+
+    tensor: str
+    offset: int
+    start: int
+    nbytes: int
+
+
+class Encoded(NamedTuple):
+    """An encoded tile. `raw` is what `decode` needs, on the arena's device; valid until the arena's next
+    use."""
+
+    pieces: tuple[Piece, ...]
+    raw: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WeightToStore:
+    """A weight of the output, as a format sees it before it says how the weight is stored. `spec` has the
+    dtype that `--dtype` asks for; `untouched`: no adapter has a say in it, so that `sources` are its values.
+    """
+
+    name: str
+    spec: TensorSpec
+    sources: Sources
+    untouched: bool
+
+
+class Encoder(Protocol):
+    """How one weight is stored. A class that lists it as its base takes the defaults below.
+
+    `tensors`: the stored tensors that the weight becomes, in the order of the file. `needs_values`: False
+    where stored bytes are copied; then a tile is a run of bytes of all tensors, one behind the other, and no
+    value of the weight is computed. `needs_pass`: `prepare` looks at the whole finished weight.
+    `row_multiple`: a tile covers whole multiples of so many rows. `held_nbytes`: held from the weight's first
+    tile to its last.
+    """
+
+    tensors: tuple[StoredTensor, ...]
+    needs_values: bool = True
+    needs_pass: bool = False
+    row_multiple: int = 1
+    held_nbytes: int = 0
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The fields of config.json that a reader of these tensors needs."""
+        return {}
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Two encoders of one weight with equal keys make the same bytes out of the same values."""
+
+    def tile_nbytes(self, n: int) -> int:
+        """Bytes of an encoded tile of `n` elements (of `n` bytes, where no values are needed)."""
+
+    def scratch_nbytes(self, n: int) -> int:
+        """Bytes that a worker holds while it encodes a tile of `n` elements, beyond the tile itself."""
+        return 0
+
+    def prepare(self, tiles: FinishedTiles) -> None:
+        """Compute what encoding needs of the whole finished weight. Called before the first tile where
+        `needs_pass`."""
+        return
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Hint that the tile [start, stop) is encoded soon."""
+        return
+
+    def encode(
+        self, values: torch.Tensor, start: int, stop: int, buffer: torch.Tensor, arena: Arena
+    ) -> Encoded:
+        """Fill `buffer` (uint8 on the host) with the bytes of elements [start, stop), whose `values` (1-D, in
+        fp32 or in the dtype that the weight was decoded to) are on the arena's device. Rounds once. `values`
+        is empty where none are needed."""
+
+    def decode(self, encoded: Encoded, arena: Arena) -> torch.Tensor:
+        """What a reader will decode from these bytes: 1-D, in any floating-point dtype, on the arena's
+        device."""
+
+    def release(self) -> None:
+        """Drop what prepare computed."""
+        return
+
+
+# How a format (`--format`) stores a weight.
+EncoderOf = Callable[[WeightToStore], Encoder]

@@ -1,0 +1,52 @@
+"""Weights of the output as they are computed: one tensor in a dtype of its own."""
+
+import torch
+
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.codecs.dense import DenseSources
+from lorafuse.codecs.encoder import Encoded, Encoder, Piece, WeightToStore
+from lorafuse.codecs.stored import StoredEncoder
+from lorafuse.files.tensors import DTYPES, StoredTensor, TensorSpec
+
+
+class PlainEncoder(Encoder):
+    """One stored tensor of the weight's own name: its values, cast to `spec.dtype`."""
+
+    def __init__(self, name: str, spec: TensorSpec) -> None:
+        self.tensors: tuple[StoredTensor, ...] = (StoredTensor(name, spec),)
+        self._name, self._spec = name, spec
+        self._itemsize, torch_name = DTYPES[spec.dtype]
+        self._dtype: torch.dtype = getattr(torch, torch_name)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return ("plain", self._spec)
+
+    def tile_nbytes(self, n: int) -> int:
+        return n * self._itemsize
+
+    def encode(
+        self, values: torch.Tensor, start: int, stop: int, buffer: torch.Tensor, arena: Arena
+    ) -> Encoded:
+        """The one rounding, to nearest even."""
+        nbytes = (stop - start) * self._itemsize
+        finished = buffer[:nbytes].view(self._dtype)
+        stored = arena.beside(finished, "plain.stored").copy_(values)
+        arena.bring_back(stored, finished)
+        return Encoded((Piece(self._name, start * self._itemsize, 0, nbytes),), (stored,))
+
+    def decode(self, encoded: Encoded, arena: Arena) -> torch.Tensor:
+        return encoded.raw[0]
+
+
+def values_of(weight: WeightToStore) -> Encoder:
+    """Every weight's values, also of bytes that would not change."""
+    return PlainEncoder(weight.name, weight.spec)
+
+
+def encoder_of(weight: WeightToStore) -> Encoder:
+    """The format `dense`: every weight in full precision. Bytes that would not change are copied."""
+    sources = weight.sources
+    if weight.untouched and isinstance(sources, DenseSources) and sources.spec == weight.spec:
+        return StoredEncoder(sources.store, {weight.name: sources.names[0]})
+    return values_of(weight)

@@ -1,0 +1,128 @@
+"""How one tile is made: decoded once, then patched, encoded and measured for each output that differs."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from lorafuse.arithmetic.arena import DECODED_FP32
+from lorafuse.arithmetic.measure import Measures, count_broken, measure_tile
+from lorafuse.codecs import Arena, Sources
+from lorafuse.codecs.encoder import Piece
+from lorafuse.errors import LorafuseError
+from lorafuse.merge.destination import Timing
+from lorafuse.patches.patch import Base
+from lorafuse.planning.plan import Step
+from lorafuse.planning.shared_weights import SharedWeight, Variant
+
+NO_VALUES = torch.empty(0)
+
+
+@dataclass
+class Made:
+    """What a finished tile holds for one variant. `pieces` say which bytes of the buffer belong where."""
+
+    pieces: tuple[Piece, ...] = ()
+    timing: Timing = field(default_factory=Timing)
+    measures: Measures | None = None
+    error: LorafuseError | None = None  # of these outputs alone
+
+
+def prepare(step: Step, sources: Sources, arena: Arena) -> None:
+    """What the tiles of a step need: its patches, then what its encoder wants to know of the finished
+    weight."""
+    for patch in step.patches:
+        patch.prepare(Base(sources, arena), arena)
+    if step.encoder.needs_pass:
+        step.encoder.prepare(lambda: _finished_tiles(step, sources, arena))
+
+
+def release(step: Step) -> None:
+    """Drop what `prepare` loaded or computed, as far as it came."""
+    for patch in step.patches:
+        patch.release()
+    step.encoder.release()
+
+
+def _finished_tiles(step: Step, sources: Sources, arena: Arena) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first element, values) of every tile of the weight, patched and not encoded."""
+    with torch.inference_mode():
+        for start, stop in step.tiles():
+            base = sources.decode(sources.fetch(start, stop, arena), start, stop, arena)
+            yield start, patched(step, base, start, arena)
+
+
+@torch.inference_mode()
+def make_tile(
+    weight: SharedWeight, start: int, stop: int, buffers: list[torch.Tensor], arena: Arena
+) -> list[Made]:
+    """The tile [start, stop) for each variant of the weight, in its buffer. The time of reading and decoding
+    counts for the first."""
+    if not weight.needs_values:
+        return [_copied(weight.variants[0].step, start, stop, buffers[0], arena)]
+    began = time.perf_counter()
+    raw = weight.sources.fetch(start, stop, arena)
+    read_s, cpu_began = time.perf_counter() - began, time.thread_time()
+    base = weight.sources.decode(raw, start, stop, arena)
+    results = []
+    for variant, buffer in zip(weight.variants, buffers, strict=True):
+        made = _made(variant, base, start, stop, buffer, arena, cpu_began)
+        made.timing.read_s, read_s = read_s, 0.0
+        results.append(made)
+        cpu_began = time.thread_time()
+    return results
+
+
+def _copied(step: Step, start: int, stop: int, buffer: torch.Tensor, arena: Arena) -> Made:
+    """Stored bytes as they are."""
+    began = time.perf_counter()
+    pieces, _ = step.encoder.encode(NO_VALUES, start, stop, buffer, arena)
+    return Made(pieces, Timing(read_s=time.perf_counter() - began))
+
+
+def _made(
+    variant: Variant,
+    base: torch.Tensor,
+    start: int,
+    stop: int,
+    buffer: torch.Tensor,
+    arena: Arena,
+    cpu_began: float,
+) -> Made:
+    """One variant of a decoded tile; its time counts from `cpu_began` on. What a reader decodes is
+    measured."""
+    step, made = variant.step, Made()
+    try:
+        total = patched(step, base, start, arena)
+        encoded = step.encoder.encode(total, start, stop, buffer, arena)
+    except LorafuseError as e:
+        made.error = e
+        return made
+    made.pieces = encoded.pieces
+    cpu_ended = time.thread_time()
+    made.timing.compute_cpu_s = cpu_ended - cpu_began
+    stored = step.encoder.decode(encoded, arena)
+    made.measures = measure_tile(base, total, stored, arena) if step.patches else _check_values(base, stored)
+    made.timing.stats_cpu_s = time.thread_time() - cpu_ended
+    return made
+
+
+def patched(step: Step, base: torch.Tensor, start: int, arena: Arena) -> torch.Tensor:
+    """The sum in fp32 (without patches `base` itself), 1-D; `base` stays as it is."""
+    if not step.patches:
+        return base
+    name = "sum.fp32" if base.dtype == torch.float32 else DECODED_FP32
+    total = arena.get(name, base.numel(), torch.float32).copy_(base)
+    for patch in step.patches:
+        patch.apply(total.view(-1, step.row_numel), start // step.row_numel, arena)
+    return total
+
+
+def _check_values(base: torch.Tensor, stored: torch.Tensor) -> Measures | None:
+    """A cast to a narrower range can overflow, and a scale of a quantized weight can be NaN; what is copied
+    is not looked at."""
+    # One sum rather than isfinite: a hundredth of the time. It can overflow itself, so that elements are
+    # counted then.
+    return None if math.isfinite(float(stored.sum())) else count_broken(base, stored)
