@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from os import fspath
-from pathlib import Path
 from typing import Any
 
 from lorafuse.arithmetic.arena import pick_device
@@ -15,10 +14,10 @@ from lorafuse.inputs.located import LocalAdapter, Name, checkpoint_dir, local_ad
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.merge.loop import merge
 from lorafuse.outdir.free_space import room_for
-from lorafuse.outdir.output import Output
-from lorafuse.outdir.read_back import verify_staging
+from lorafuse.outdir.kinds import kind_of
+from lorafuse.outdir.output import Output, output_of
+from lorafuse.outdir.read_back import verify_shards
 from lorafuse.outdir.sidecars import copied_files, write_json, write_sidecars
-from lorafuse.outdir.staging import Staging, check_out_dir
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.plan import Plan
 from lorafuse.receipt.read import kept_in_sum
@@ -71,7 +70,8 @@ def convert(
     target, ckpt_dir = pick_device(device), checkpoint_dir(fspath(ckpt))
     first = local_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
     found = [first, *(local_adapter(*named_weight(one), None, on_event) for one in adapters)]
-    check_out_dir(Path(out_dir), [ckpt_dir, *(one.root for one in found)], overwrite=overwrite)
+    kind = kind_of(fspath(out_dir))
+    kind.check_out_dir(fspath(out_dir), [ckpt_dir, *(one.root for one in found)], overwrite=overwrite)
     with closing(Checkpoint(ckpt_dir)) as base, opened(found) as (lora, *others):
         plan = make_plan(base, lora.adapter, settings, others)
         announced = announce(plan, on_event, dry_run=dry_run)
@@ -80,11 +80,12 @@ def convert(
         files = UnchangedInputs(base, fspath(ckpt), [lora, *others])
         files.refuse_nonfinite()
         attempt = files.attempt(plan, settings, target.type)
-        staging = Staging(
-            Path(out_dir), plan.plan_id, attempt, overwrite=overwrite, restart=restart, on_event=on_event
+        result = kind.open_out_dir(
+            fspath(out_dir), plan.plan_id, attempt, overwrite=overwrite, restart=restart, on_event=on_event
         )
-        with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, staging:
-            receipt = carry_out(plan, staging, base, first, settings, files, inputs, began)
+        with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, result:
+            output = output_of(plan, result, on_event)
+            receipt = carry_out(output, base, first, settings, files, inputs, began)
     on_event(done_event(fspath(out_dir), receipt))
     return receipt
 
@@ -101,8 +102,7 @@ def announce(
 
 
 def carry_out(
-    plan: Plan,
-    staging: Staging,
+    output: Output,
     base: Checkpoint,
     first: "LocalAdapter",
     settings: Settings,
@@ -110,13 +110,13 @@ def carry_out(
     inputs: InputHashes,
     began: float,
 ) -> dict[str, Any]:
-    """Make what the staging directory does not have of a plan yet, complete it and give it its name. Returns
-    the receipt."""
-    with room_for(staging.output(plan), copied_files(plan, base.path, first.folders)) as output:
+    """Make what an output lacks yet, complete it and give it its name. Returns the receipt."""
+    plan = output.plan
+    with room_for(output, copied_files(plan, base.path, first.folders)):
         merge([output], plan.memory, pick_device(settings.device), allow_nonfinite=settings.allow_nonfinite)
         receipt = complete(output, base, first, settings, inputs.result, began)
         files.refuse_changed()
-        staging.commit()
+        output.out_dir.commit()
     return receipt
 
 
@@ -128,16 +128,16 @@ def complete(
     inputs: Callable[[], list[dict[str, Any]]],
     began: float,
 ) -> dict[str, Any]:
-    """Add to a staging directory that has all its shards what else belongs into it, and check it. `first` is
+    """Add to an output that has all its shards what else belongs into it, and check it. `first` is
     the adapter whose tokenizer is taken, `inputs` gives those of the receipt, `began` is when the run did.
     Returns the receipt. Raises ResultError, and the output's own error."""
     if output.error:
         raise output.error
-    plan, staging = output.plan, output.staging
-    write_sidecars(plan, base.path, base.config, first.folders, staging)
-    verify_staging(plan, output.outcome, staging)
-    receipt = make_receipt(plan, output.outcome, staging, settings, inputs(), time.perf_counter() - began)
-    write_json(staging / RECEIPT, receipt)
+    plan, out_dir = output.plan, output.out_dir
+    write_sidecars(plan, base.path, base.config, first.folders, out_dir)
+    verify_shards(plan, output.outcome, out_dir)
+    receipt = make_receipt(plan, output.outcome, out_dir, settings, inputs(), time.perf_counter() - began)
+    write_json(out_dir, RECEIPT, receipt)
     return receipt
 
 

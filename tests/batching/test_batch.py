@@ -23,7 +23,7 @@ from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.safetensors_file import Shard
 from lorafuse.inputs import hashes
 from lorafuse.inputs import unchanged as inputs
-from lorafuse.outdir.staging import Staging
+from lorafuse.outdir.staging import LocalOutDir
 from lorafuse.patches.lowrank import LowRank
 
 RECEIPT = "lorafuse_receipt.json"
@@ -200,7 +200,7 @@ def test_the_disk_decides(ckpt, jobs, run, out, monkeypatch):
     run(ckpt, jobs, out, dry_run=True)
     nbytes = next(event["nbytes"] for event in run.events if event["event"] == "plan")
     free = 3 * nbytes
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1, f_files=0))
     run(ckpt, jobs, out)
     assert run.passes == [["a", "b", "c"], ["d"]]
     free = nbytes - 1
@@ -216,7 +216,7 @@ def test_a_job_that_waits_for_the_next_pass_is_announced_once(ckpt, jobs, run, o
         (jobs / "inner").rename(jobs / name / "inner")
     run(ckpt, jobs, out, dry_run=True)
     free = 3 * next(event["nbytes"] for event in run.events if event["event"] == "plan")
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1, f_files=0))
     run(ckpt, jobs, out)
     assert run.passes == [["a", "b", "c"], ["d"]]
     for kind in ("warning", "plan"):
@@ -373,7 +373,7 @@ def test_a_full_disk_ends_the_call(ckpt, jobs, run, out, monkeypatch):
 
     def full(fd, data):
         if (out / "b").exists() and os.readlink(f"/proc/self/fd/{fd}").endswith(".part"):
-            monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=3, f_frsize=4096))
+            monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=3, f_frsize=4096, f_blocks=1, f_files=0))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, data)
 
@@ -563,7 +563,7 @@ def test_values_of_the_base_that_are_not_finite(run, jobs, out, tmp_path):
 
 
 def test_a_result_that_another_call_is_writing_is_left_to_it(run, ckpt, jobs, out):
-    with Staging(out / "c", "0" * 64):
+    with LocalOutDir(out / "c", "0" * 64):
         assert run(ckpt, jobs, out) == {"a": "done", "b": "done", "c": "failed", "d": "done"}
     assert run.error("c").exit_code == 6
     assert run(ckpt, jobs, out) == {"a": "skipped", "b": "skipped", "c": "done", "d": "skipped"}

@@ -23,7 +23,7 @@ import lorafuse
 from lorafuse.errors import CheckpointError, OutDirError, StorageError
 from lorafuse.merge import workers as merge
 from lorafuse.outdir import output as outputs
-from lorafuse.outdir.staging import Staging
+from lorafuse.outdir.staging import LocalOutDir
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_the_power_goes_before_any_call(way, inputs, clean, tmp_path, monkeypatc
     power = Power(work.path, disk)
     states = tmp_path / "states"
     states.mkdir()
-    real_rename, real_record, recorded = disk.real["rename"], Staging.record, []
+    real_rename, real_record, recorded = disk.real["rename"], LocalOutDir.record, []
 
     def record(*args):
         real_record(*args)
@@ -118,7 +118,7 @@ def test_the_power_goes_before_any_call(way, inputs, clean, tmp_path, monkeypatc
 
     disk.before = before
     with monkeypatch.context() as patch, disk.watched():
-        patch.setattr(Staging, "record", record)
+        patch.setattr(LocalOutDir, "record", record)
         work.again()
     for seed in range(20):
         power.lost(seed, tmp_path / "after")

@@ -25,7 +25,7 @@ from lorafuse.outdir.commit import StagingPlace
 from lorafuse.outdir.journal import Attempt, read_journal
 from lorafuse.outdir.lock import Lock
 from lorafuse.outdir.sidecars import write_json
-from lorafuse.outdir.staging import Staging, check_out_dir
+from lorafuse.outdir.staging import LocalOutDir, check_out_dir
 
 ATTEMPT = Attempt("0123456789abcdef", {"dtype": "auto"}, {"file": "hash"}, {"lorafuse": "1"})
 
@@ -46,14 +46,14 @@ def names(path):
 def test_a_second_run_is_refused_while_the_first_writes(tmp_path):
     """At once, with exit 6, and it leaves the first alone."""
     out = tmp_path / "out"
-    with Staging(out, "a" * 64, ATTEMPT) as staging:
+    with LocalOutDir(out, "a" * 64, ATTEMPT) as staging:
         fill(staging, x="1")
         before = files_of(tmp_path)
         with pytest.raises(
             HeldError,
             match=rf"^{out}: another run is writing it; wait for it, or choose another directory\.$",
         ):
-            Staging(out, "b" * 64, ATTEMPT).__enter__()
+            LocalOutDir(out, "b" * 64, ATTEMPT).__enter__()
         assert files_of(tmp_path) == before and HeldError.exit_code == 6
         staging.commit()
     assert files_of(tmp_path) == {"out/x": b"1"}
@@ -63,8 +63,8 @@ def test_the_lock_is_that_of_the_real_directory(tmp_path):
     """Whatever name leads to it."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    with Staging(tmp_path / "real/out", "a" * 64), pytest.raises(HeldError):
-        Staging(tmp_path / "link/../link/out/", "a" * 64).__enter__()
+    with LocalOutDir(tmp_path / "real/out", "a" * 64), pytest.raises(HeldError):
+        LocalOutDir(tmp_path / "link/../link/out/", "a" * 64).__enter__()
 
 
 def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
@@ -159,11 +159,11 @@ def test_a_run_whose_work_was_taken_over_says_so(tmp_path, monkeypatch):
     out = tmp_path / "out"
     with (
         pytest.raises(OutDirError, match="another run took over what this one had begun"),
-        Staging(out, "a" * 64, ATTEMPT) as one,
+        LocalOutDir(out, "a" * 64, ATTEMPT) as one,
     ):
         fill(one, s="1")
         one.record(Written("s", 1, "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"), {})
-        with Staging(out, "a" * 64, ATTEMPT) as other:
+        with LocalOutDir(out, "a" * 64, ATTEMPT) as other:
             assert [*other.finished] == ["s"] and names(other.path) == ["s"]
             other.commit()
         one.commit()
@@ -175,7 +175,7 @@ def test_a_run_whose_work_was_taken_over_says_so(tmp_path, monkeypatch):
 
 
 def test_staging_is_hidden_and_beside(tmp_path):
-    with Staging(tmp_path / "a/b/out", "0123456789", ATTEMPT) as staging:
+    with LocalOutDir(tmp_path / "a/b/out", "0123456789", ATTEMPT) as staging:
         assert re.fullmatch(
             r"\.out\.lorafuse-01234567-[0-9a-f]{8}/out", str(staging.path.relative_to(tmp_path / "a/b"))
         )
@@ -187,7 +187,10 @@ def test_staging_is_hidden_and_beside(tmp_path):
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127, "\udcff" * 250])
 def test_long_names(name, tmp_path):
     """A name may have 255 bytes, and two that begin alike do not meet."""
-    with Staging(tmp_path / name, "a" * 64) as one, Staging(tmp_path / f"{name[:-1]}y", "a" * 64) as other:
+    with (
+        LocalOutDir(tmp_path / name, "a" * 64) as one,
+        LocalOutDir(tmp_path / f"{name[:-1]}y", "a" * 64) as other,
+    ):
         one.commit()
         other.commit()
     assert names(tmp_path) == sorted([name, f"{name[:-1]}y"])
@@ -203,14 +206,14 @@ def test_what_belongs_to_others_stays(tmp_path):
     ]
     for name in [*others, ".out.lorafuse-01234567-01234567"]:
         (tmp_path / name).mkdir()
-    with Staging(tmp_path / "out", "a" * 64) as staging:
+    with LocalOutDir(tmp_path / "out", "a" * 64) as staging:
         staging.commit()
     assert names(tmp_path) == sorted([*others, "out"])
 
 
 def test_without_an_attempt_nothing_is_kept(tmp_path):
     """Nor anything resumed: it is not known what it was made of."""
-    with pytest.raises(KeyboardInterrupt), Staging(tmp_path / "out", "a" * 64) as staging:
+    with pytest.raises(KeyboardInterrupt), LocalOutDir(tmp_path / "out", "a" * 64) as staging:
         fill(staging, s="1")
         staging.record(Written("s", 1, ""), {})
         raise KeyboardInterrupt
@@ -222,7 +225,7 @@ def test_the_journal_survives_json(tmp_path):
     from lorafuse.arithmetic.measure import Measures
 
     measures = {"a": Measures(3, float("inf"), 5e-324, 0.1 + 0.2, float("-inf"), 2)}
-    with pytest.raises(KeyboardInterrupt), Staging(tmp_path / "out", "a" * 64, ATTEMPT) as staging:
+    with pytest.raises(KeyboardInterrupt), LocalOutDir(tmp_path / "out", "a" * 64, ATTEMPT) as staging:
         fill(staging, s="1")
         staging.record(Written("s", 1, "h"), measures)
         raise KeyboardInterrupt
@@ -244,8 +247,8 @@ def mounted(tmp_path, monkeypatch):
 
 def test_a_mount_point_is_filled_from_inside(mounted, tmp_path):
     """It cannot be renamed to. What a new file system has counts as nothing."""
-    check_out_dir(mounted, [], overwrite=False)
-    with Staging(mounted, "a" * 64, ATTEMPT) as staging:
+    check_out_dir(str(mounted), [], overwrite=False)
+    with LocalOutDir(mounted, "a" * 64, ATTEMPT) as staging:
         assert staging.path.parent.parent == mounted
         fill(staging, **{"a.safetensors": "1", "config.json": "2", RECEIPT: "3"})
         staging.commit()
@@ -257,7 +260,7 @@ def test_a_mount_point_is_filled_from_inside(mounted, tmp_path):
 def test_the_order_of_moves(mounted, monkeypatch):
     """Shards, the rest, config.json, the receipt, each synced before the next."""
     moves, real_rename, real_sync = [], os.rename, place.fsync_dir
-    with Staging(mounted, "a" * 64) as staging:
+    with LocalOutDir(mounted, "a" * 64) as staging:
         fill(
             staging,
             **{
@@ -282,8 +285,8 @@ def test_the_order_of_moves(mounted, monkeypatch):
 def test_a_mount_point_with_something_in_it_is_refused(mounted):
     (mounted / "model.safetensors").write_text("mine")
     with pytest.raises(OutDirError, match="exists and is not empty"):
-        check_out_dir(mounted, [], overwrite=False)
-    with pytest.raises(OutDirError, match="exists and is not empty"), Staging(mounted, "a" * 64):
+        check_out_dir(str(mounted), [], overwrite=False)
+    with pytest.raises(OutDirError, match="exists and is not empty"), LocalOutDir(mounted, "a" * 64):
         pass
     assert files_of(mounted) == {"model.safetensors": b"mine"}
 
@@ -293,7 +296,7 @@ def test_overwriting_a_mount_point_removes_what_was_there(mounted):
         (mounted / name).write_text("old")
     (mounted / "sub").mkdir()
     (mounted / "link").symlink_to("sub")
-    with Staging(mounted, "a" * 64, overwrite=True) as staging:
+    with LocalOutDir(mounted, "a" * 64, overwrite=True) as staging:
         fill(staging, **{"config.json": "new", RECEIPT: "new"})
         staging.commit()
     assert names(mounted) == ["config.json", RECEIPT, "lost+found"]
@@ -330,7 +333,10 @@ def test_a_parent_that_may_not_be_written(tmp_path, monkeypatch):
 def test_a_directory_that_another_run_filled_meanwhile_stays(tmp_path):
     """Without --overwrite nothing is replaced, whenever it came."""
     out = tmp_path / "out"
-    with pytest.raises(OutDirError, match="another run has just made it"), Staging(out, "a" * 64) as staging:
+    with (
+        pytest.raises(OutDirError, match="another run has just made it"),
+        LocalOutDir(out, "a" * 64) as staging,
+    ):
         fill(staging, x="mine")
         out.mkdir()
         (out / "x").write_text("theirs")
@@ -341,7 +347,7 @@ def test_a_directory_that_another_run_filled_meanwhile_stays(tmp_path):
 def test_a_directory_that_was_filled_before_is_refused_under_the_lock(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/x").write_text("theirs")
-    with pytest.raises(OutDirError, match="exists and is not empty"), Staging(tmp_path / "out", "a" * 64):
+    with pytest.raises(OutDirError, match="exists and is not empty"), LocalOutDir(tmp_path / "out", "a" * 64):
         pass
     assert files_of(tmp_path) == {"out/x": b"theirs"} and names(tmp_path) == ["out"]
 
@@ -352,9 +358,9 @@ def test_every_directory_is_synced(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "fsync", lambda fd: (synced.add(os.readlink(f"/proc/self/fd/{fd}")), real_fsync(fd))
     )
-    with Staging(tmp_path / "a/b/out", "a" * 64) as staging:
+    with LocalOutDir(tmp_path / "a/b/out", "a" * 64) as staging:
         (staging.path / "sub").mkdir()
-        write_json(staging.path / "sub/x.json", {})
+        write_json(staging, "sub/x.json", {})
         path = staging.path
         staging.commit()
     assert {
@@ -390,7 +396,7 @@ def test_an_interruption_during_the_commit_comes_too_late(tmp_path, monkeypatch)
         hold.UNINTERRUPTED.interrupt(KeyboardInterrupt())
         real_rename(a, b)
 
-    with Staging(tmp_path / "out", "a" * 64) as staging:
+    with LocalOutDir(tmp_path / "out", "a" * 64) as staging:
         monkeypatch.setattr(os, "rename", rename)
         staging.commit()
     assert names(tmp_path) == ["out"]

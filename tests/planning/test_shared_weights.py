@@ -14,6 +14,7 @@ from lorafuse.codecs.bnb4 import FourBitSources
 from lorafuse.errors import AdapterError, UsageError
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.merge.loop import merge
+from lorafuse.outdir.local_file import LocalOutFile
 from lorafuse.outdir.output import Output
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.memory import fit_memory, within_limit
@@ -27,6 +28,16 @@ KINDS = {
     "other": {"target_modules": LINEARS, "r": 8, "use_rslora": True},
 }
 SHARDS = {"max_shard_size": "40KB"}
+
+
+class Bare:
+    """As much of an OutDir as the loop needs: files in a directory, under their names at once."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def create(self, file):
+        return LocalOutFile(self.path / file)
 
 
 @pytest.fixture
@@ -45,7 +56,7 @@ def together(base, adapter, tmp_path):
             plan = make_plan(
                 ckpt, open_adapter(adapter(kind, name=f"lora-{name}", **facts)), settings, weights=weights
             )
-            outputs.append(Output(plan, tmp_path / name, lambda event: None))
+            outputs.append(Output(plan, Bare(tmp_path / name), lambda event: None))
         return outputs, settings
 
     yield make
@@ -125,12 +136,12 @@ def test_an_output_that_fails_does_not_cost_the_others(where, together, base, ad
 
 def test_files_that_are_skipped_are_not_made(together):
     outputs, settings = together("nf4_dq")
-    plan, staging = outputs[0].plan, outputs[0].staging
+    plan, out_dir = outputs[0].plan, outputs[0].out_dir
     skip = {plan.shards[0].file, plan.shards[-1].file}
     made = []
     output = Output(
         plan,
-        staging,
+        out_dir,
         lambda event: None,
         skip=skip,
         on_shard=lambda shard, written: made.append(written.file),
@@ -138,7 +149,7 @@ def test_files_that_are_skipped_are_not_made(together):
     run([output], settings)
     assert (
         sorted(made)
-        == sorted(path.name for path in staging.iterdir())
+        == sorted(path.name for path in out_dir.path.iterdir())
         == [s.file for s in plan.shards if s.file not in skip]
     )
 

@@ -14,7 +14,7 @@ import pytest
 
 import lorafuse
 from lorafuse.outdir import commit as place
-from lorafuse.outdir import sidecars
+from lorafuse.outdir import staging
 
 CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir")
 
@@ -39,7 +39,7 @@ class Disk:
             monkeypatch.setattr(os, name, self._wrapped(name))
         monkeypatch.setattr(os, "open", self._open)
         monkeypatch.setattr(os, "close", self._close)
-        monkeypatch.setattr(sidecars, "open", self._builtin_open, raising=False)
+        monkeypatch.setattr(staging, "open", self._builtin_open, raising=False)
         exchange = place._exchange
         monkeypatch.setattr(place, "_exchange", lambda *args: self._step("exchange", exchange, *args))
 

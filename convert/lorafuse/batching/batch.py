@@ -27,7 +27,7 @@ from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes, adapter_hashes
 from lorafuse.inputs.located import LocalAdapter, Name, checkpoint_dir, local_adapter, opened
 from lorafuse.inputs.unchanged import UnchangedInputs
-from lorafuse.outdir.staging import check_out_dir, clean_up, left_nbytes
+from lorafuse.outdir.kinds import kind_of
 from lorafuse.pipeline import announce
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.memory import RUNTIME_NBYTES, fit_memory, within_limit
@@ -127,6 +127,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.weights = base_weights(self.base, self.settings.base_quant, self._warn)
+        self.kind = kind_of(fspath(self.root))
         self._n_jobs = len(self.todo)
 
     def _warn(self, message: str) -> None:
@@ -186,14 +187,14 @@ class Batch:
         """The job with its plan and an open adapter; None when its result is there already. Raises
         LorafuseError or OSError."""
         settings, out_dir = job.settings(self.settings), self.root / job.name
-        check_out_dir(out_dir, [self.base.path, found.root], overwrite=True)
+        self.kind.check_out_dir(fspath(out_dir), [self.base.path, found.root], overwrite=True)
         with ExitStack() as stack:
             [lora] = stack.enter_context(opened([found]))
             files = UnchangedInputs(self.base, self.ckpt_name, [lora])
             inputs = adapter_hashes(lora, files.hashed)
             if self._is_there(out_dir, settings, inputs):
                 if not self.dry_run:
-                    clean_up(out_dir)
+                    self.kind.clean_up(fspath(out_dir))
                 self._state(job, "skipped")
                 return None
             plan = make_plan(self.base, lora.adapter, settings, weights=self.weights)
@@ -203,7 +204,16 @@ class Batch:
                 lora.adapter.nbytes,
             )
             return PlannedJob(
-                job, settings, found, out_dir, plan, inputs, files, attempt, nbytes, stack.pop_all().close
+                job,
+                settings,
+                found,
+                fspath(out_dir),
+                plan,
+                inputs,
+                files,
+                attempt,
+                nbytes,
+                stack.pop_all().close,
             )
 
     def _is_there(self, out_dir: Path, settings: Settings, inputs: Inputs) -> bool:
@@ -257,12 +267,11 @@ class Batch:
                 key = member.keys.get(shard.file)
                 one = key if key and self.share != "copy" else f"{member.job.name}/{shard.file}"
                 wanted[one] = 0 if key == one and self.finished.find(one) else shard.nbytes
-        folder = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
-        disk, needed = os.statvfs(folder), sum(wanted.values())
-        free = disk.f_bavail * disk.f_frsize
-        if needed > free:  # not before: it lists OUT_ROOT for each member
-            free += left_nbytes(member.out_dir for member in members)
-        if needed <= free:
+        space, needed = self.kind.space_of(fspath(self.root)), sum(wanted.values())
+        free = space.free_nbytes if space else None
+        if free is not None and needed > free:  # not before: it lists OUT_ROOT for each member
+            free += self.kind.left_nbytes(member.out_dir for member in members)
+        if free is None or needed <= free:
             return None
         names = listed(member.job.name for member in members)
         return StorageError(

@@ -18,11 +18,13 @@ from typing import Any
 from lorafuse._version import __version__
 from lorafuse.errors import LorafuseError, OutDirError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.hashing import FileHash
 from lorafuse.files.names import RECEIPT
 from lorafuse.files.safetensors_file import Shard
 from lorafuse.files.tensors import TensorSpec
 from lorafuse.merge.destination import Written
+from lorafuse.outdir.local_file import LocalFile
+from lorafuse.outdir.out_dir import FinishedFile
 from lorafuse.planning.plan import PlannedShard
 from lorafuse.receipt.read import read_receipt, stored_tensors
 from lorafuse.settings import Settings
@@ -54,7 +56,7 @@ def _key(weights: Sequence[tuple[str, TensorSpec, str]]) -> str:
 class Shared:
     """A file of a finished result. `checked`: its bytes are known to be those of the receipt."""
 
-    path: Path
+    file: FinishedFile
     written: Written
     checked: bool
 
@@ -142,16 +144,16 @@ class ExistingResults:
             if key:
                 self.offer(
                     key,
-                    out_dir / output["file"],
+                    LocalFile(out_dir / output["file"]),
                     Written(output["file"], output["size"], output["sha256"]),
                     checked=False,
                 )
 
-    def offer(self, key: str, path: Path, written: Written, *, checked: bool = True) -> None:
+    def offer(self, key: str, file: FinishedFile, written: Written, *, checked: bool = True) -> None:
         """A file for those that come later. The latest is given first: an older one may have as many links as
         it can."""
         if checked or key not in self._files:
-            self._files[key] = Shared(path, written, checked)
+            self._files[key] = Shared(file, written, checked)
             self._files.move_to_end(key)
         while len(self._files) > MAX_FILES:
             self._files.popitem(last=False)
@@ -226,7 +228,10 @@ def _is_as_written(shared: Shared) -> bool:
     """Hash a file before its first use."""
     expected = FileHash(shared.written.nbytes, shared.written.sha256)
     try:
-        shared.checked = _has_size(shared.path, shared.written.nbytes) and hash_file(shared.path) == expected
+        path = shared.file.local_path
+        shared.checked = (
+            path is None or _has_size(path, shared.written.nbytes)
+        ) and shared.file.hash() == expected
     except (OSError, LorafuseError):
         return False
     return shared.checked

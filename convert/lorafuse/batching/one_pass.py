@@ -19,16 +19,16 @@ from lorafuse.batching.jobs import Job
 from lorafuse.errors import LorafuseError
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.sharing import share_file
 from lorafuse.inputs.located import LocalAdapter
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.merge.destination import Written
 from lorafuse.merge.loop import merge
 from lorafuse.outdir.free_space import told_when_full
 from lorafuse.outdir.journal import Attempt
-from lorafuse.outdir.output import Output
+from lorafuse.outdir.kinds import kind_of
+from lorafuse.outdir.out_dir import OutDir
+from lorafuse.outdir.output import Output, output_of
 from lorafuse.outdir.sidecars import copied_files
-from lorafuse.outdir.staging import Staging
 from lorafuse.pipeline import complete
 from lorafuse.planning.plan import Memory, Plan, PlannedShard
 from lorafuse.settings import Settings
@@ -46,7 +46,7 @@ class PlannedJob:
     job: Job
     settings: Settings
     found: LocalAdapter
-    out_dir: Path
+    out_dir: str
     plan: Plan
     inputs: Inputs  # of the adapter alone
     files: UnchangedInputs
@@ -66,7 +66,7 @@ class JobInProgress:
     others as well."""
 
     member: PlannedJob
-    staging: Staging
+    result: OutDir
     main: Output
     commons: Output | None = None
     waits: set[str] = field(default_factory=set)  # files that another one makes
@@ -119,7 +119,7 @@ class Pass:
         makings = []
         with ExitStack() as stack:
             for member in members:
-                staging = Staging(
+                result = kind_of(member.out_dir).open_out_dir(
                     member.out_dir,
                     member.plan.plan_id,
                     member.attempt,
@@ -128,11 +128,12 @@ class Pass:
                     on_event=self._events_of(member),
                 )
                 try:
-                    stack.enter_context(staging)
+                    stack.enter_context(result)
                 except LorafuseError as e:
                     self.on_failed(member.job, e)
                     continue
-                makings.append(JobInProgress(member, staging, staging.output(member.plan, member.keys)))
+                main = output_of(member.plan, result, self._events_of(member), member.keys)
+                makings.append(JobInProgress(member, result, main))
             yield makings
 
     def _events_of(self, member: PlannedJob) -> OnEvent:
@@ -142,13 +143,15 @@ class Pass:
         """Of the files that several results may need: take each from a result, finished or resumed, or let
         one output make it for all."""
         for making in makings:
-            for file, one in making.staging.finished.items():
+            for file, one in making.result.finished.items():
                 if file in making.member.keys:
-                    self.finished.offer(making.member.keys[file], making.staging.path / file, one.written)
+                    self.finished.offer(
+                        making.member.keys[file], making.result.finished_file(file), one.written
+                    )
         takers: dict[str, list[tuple[JobInProgress, str]]] = {}
         for making in makings:
             for file, key in making.member.keys.items():
-                if file not in making.staging.finished and not self._taken(making, file, key):
+                if file not in making.result.finished and not self._taken(making, file, key):
                     takers.setdefault(key, []).append((making, file))
         makes: dict[int, dict[str, list[tuple[JobInProgress, str]]]] = {}
         for first, *others in takers.values():
@@ -165,7 +168,7 @@ class Pass:
         if shared is None:
             return False
         try:
-            share_file(shared.path, making.staging.path / file, self.share)
+            making.result.take(file, shared.file, self.share)
         except FileNotFoundError:  # removed meanwhile
             self.finished.forget(key)
             return False
@@ -178,18 +181,18 @@ class Pass:
 
         def give(shard: PlannedShard, written: Written) -> None:
             maker.has(written, shard.file)
-            maker.staging.record(
-                written, {}
-            )  # of one result only: the others would be hashed again when they are resumed
+            # Of one result only: the others would be hashed again when they are resumed.
+            maker.result.record(written, {})
+            made = maker.result.finished_file(shard.file)
             for making, file in makes[shard.file]:
                 if making.main.error is None:
-                    share_file(maker.staging.path / shard.file, making.staging.path / file, self.share)
+                    making.result.take(file, made, self.share)
                     making.has(written, file)
                     making.waits.remove(file)
 
         plan = maker.member.plan
         skip = {shard.file for shard in plan.shards} - makes.keys()
-        return Output(plan, maker.staging.path, self._events_of(maker.member), skip=skip, on_shard=give)
+        return Output(plan, maker.result, self._events_of(maker.member), skip=skip, on_shard=give)
 
     def _conclude(self, making: JobInProgress, began: float) -> bool:
         """Commit a finished member, or say why it is not one. False when it lacks a file through no fault of
@@ -212,7 +215,7 @@ class Pass:
                 began,
             )
             member.files.refuse_changed()
-            making.staging.commit()
+            making.result.commit()
         except (LorafuseError, OSError) as e:
             if isinstance(e, OSError) and e.errno not in UNREADABLE:
                 raise
@@ -220,6 +223,8 @@ class Pass:
             return True
         for written in main.outcome.written:
             if written.file in member.keys:
-                self.finished.offer(member.keys[written.file], member.out_dir / written.file, written)
+                self.finished.offer(
+                    member.keys[written.file], making.result.finished_file(written.file), written
+                )
         self.on_done(member.job, receipt)
         return True

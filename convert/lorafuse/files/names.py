@@ -22,3 +22,9 @@ def natural_key(name: str) -> list[str | int]:
     """Sorts layers.2 before layers.10: the order of a model's execution, and independent of how the input is
     sharded."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]{1,18})", name))]
+
+
+def scheme_of(name: str) -> str:
+    """`s3` of s3://bucket/key; empty for a path."""
+    match = re.match(r"([a-z][a-z0-9+.-]*)://", name)
+    return match[1] if match else ""

@@ -3,7 +3,6 @@ fills up all the same."""
 
 import errno
 import os
-import resource
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,15 +36,14 @@ def told_when_full(outputs: Sequence[Output], side_files: Iterable[Path]) -> Ite
     try:
         yield
     except OSError as e:
-        where, way_on = shown(os.path.commonpath([output.staging for output in outputs])), _way_on(outputs)
+        where, way_on = shown(common_place(outputs)), _way_on(outputs)
         if e.errno not in FULL:
             if e.errno is None or e.filename is not None:
                 raise
             raise StorageError(f"{where}: writing failed: {e.strerror}. {way_on}") from e
         for output in outputs:
             output.close()
-        needed = _needed(outputs, side_files)
-        missing = needed - _free(outputs[0].staging) - _unfinished(outputs)
+        needed, missing = _needed(outputs, side_files), _missing(outputs, side_files)
         if e.errno == errno.ENOSPC and missing > 0:
             what = f"the file system is full; {missing} bytes more than it has are needed"
         else:
@@ -54,25 +52,25 @@ def told_when_full(outputs: Sequence[Output], side_files: Iterable[Path]) -> Ite
 
 
 def _check_room(output: Output, side_files: Sequence[Path]) -> None:
-    found = os.statvfs(output.staging)
-    needed, free = _needed([output], side_files), found.f_bavail * found.f_frsize
-    if found.f_blocks and needed > free:  # some file systems say nothing
+    space, place = output.out_dir.space(), shown(output.out_dir.place)
+    if space is None:
+        return
+    needed, free = _needed([output], side_files), space.free_nbytes
+    if free is not None and needed > free:
         raise StorageError(
-            f"{shown(output.staging)}: {needed} bytes are needed and {free} are free; {needed - free} are "
-            f"missing. {_way_on([output])}"
+            f"{place}: {needed} bytes are needed and {free} are free; {needed - free} are missing. "
+            f"{_way_on([output])}"
         )
     n_files = len(output.lacking) + len(side_files) + N_FIXED_FILES
-    if found.f_files and n_files > found.f_favail:
+    if space.n_files is not None and n_files > space.n_files:
         raise StorageError(
-            f"{shown(output.staging)}: {n_files} files are to be made, and the file system has room for "
-            f"{found.f_favail}."
+            f"{place}: {n_files} files are to be made, and the file system has room for {space.n_files}."
         )
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     largest = max(map(_file_nbytes, output.lacking), default=0)
-    if limit != resource.RLIM_INFINITY and largest > limit:
+    if space.file_nbytes is not None and largest > space.file_nbytes:
         raise StorageError(
-            f"{shown(output.staging)}: a file of {largest} bytes is to be made, and this process may make "
-            f"them of {limit} (ulimit -f); raise that, or lower --max-shard-size."
+            f"{place}: a file of {largest} bytes is to be made, and this process may make them of "
+            f"{space.file_nbytes} (ulimit -f); raise that, or lower --max-shard-size."
         )
 
 
@@ -82,30 +80,35 @@ def _file_nbytes(shard: PlannedShard) -> int:
 
 def _needed(outputs: Sequence[Output], side_files: Iterable[Path]) -> int:
     """Bytes, each file rounded up to whole blocks."""
-    block = os.statvfs(outputs[0].staging).f_frsize or 1
+    space = outputs[0].out_dir.space()
+    block = space.block_nbytes if space else 1
     fixed = [FIXED_NBYTES + NBYTES_PER_WEIGHT * sum(1 for _ in output.plan.steps) for output in outputs]
     shards = [_file_nbytes(shard) for output in outputs for shard in output.lacking]
-    return sum(
-        -(-nbytes // block) * block
-        for nbytes in (*fixed, *shards, *(path.stat().st_size for path in side_files))
-    )
+    side = [path.stat().st_size for path in side_files]
+    return sum(-(-nbytes // block) * block for nbytes in (*fixed, *shards, *side))
 
 
-def _free(path: Path) -> int:
-    found = os.statvfs(path)
-    return found.f_bavail * found.f_frsize
-
-
-def _unfinished(outputs: Sequence[Output]) -> int:
-    """Bytes that files take which are going to be removed."""
-    return sum(
-        path.stat().st_blocks * 512
-        for staging in {output.staging for output in outputs}
-        for path in staging.glob("*.part")
+def _missing(outputs: Sequence[Output], side_files: Iterable[Path]) -> int:
+    """Bytes that are needed beyond what is free, and what unfinished files will leave; 0 where nobody can
+    tell."""
+    spaces = {output.out_dir.place: output.out_dir.space() for output in outputs}
+    known = [space for space in spaces.values() if space and space.free_nbytes is not None]
+    if not known or known[0].free_nbytes is None:
+        return 0
+    return (
+        _needed(outputs, side_files) - known[0].free_nbytes - sum(space.unfinished_nbytes for space in known)
     )
 
 
 def _way_on(outputs: Sequence[Output]) -> str:
-    n_finished = len({(output.staging, one.file) for output in outputs for one in output.outcome.written})
+    n_finished = len(
+        {(output.out_dir.place, one.file) for output in outputs for one in output.outcome.written}
+    )
     kept = f"; it goes on after the {n_finished} files that are finished" if n_finished else ""
     return f"Give the same command again when that is mended{kept}."
+
+
+def common_place(outputs: Sequence[Output]) -> str:
+    """Where all of them are made."""
+    places = [output.out_dir.place for output in outputs]
+    return os.path.commonpath(places)

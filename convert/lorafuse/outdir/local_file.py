@@ -1,11 +1,15 @@
-"""A file of a staged directory in the making: `NAME.part` until it is synced and has its name."""
+"""Files of a result on this machine: in the making, `NAME.part` until it is synced and has its name, and
+finished."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from lorafuse.errors import StorageError
+from lorafuse.files.hashing import FileHash, hash_file
 
 WRITEBACK_NBYTES = 32 << 20
+READ_NBYTES = 1 << 20
 
 
 class LocalOutFile:
@@ -60,3 +64,19 @@ class LocalOutFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class LocalFile:
+    """A FinishedFile of a local file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.local_path: Path | None = path
+        self._path = path
+
+    def hash(self) -> FileHash:
+        return hash_file(self._path)
+
+    def chunks(self) -> Iterator[bytes]:
+        with open(self._path, "rb") as f:
+            while chunk := f.read(READ_NBYTES):
+                yield chunk

@@ -1,20 +1,19 @@
-"""A destination on disk: the shards of one plan in its staging directory."""
+"""A destination that keeps what it gets: the shards of one plan in its OutDir."""
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 
 from lorafuse.errors import LorafuseError
 from lorafuse.events import OnEvent
 from lorafuse.files.safetensors_writer import ShardWriter
 from lorafuse.merge.destination import Outcome, Written
 from lorafuse.outdir.interrupts import UNINTERRUPTED
-from lorafuse.outdir.local_file import LocalOutFile
+from lorafuse.outdir.out_dir import OutDir
 from lorafuse.planning.plan import Plan, PlannedShard, Step
 
 
 class Output:
-    """A destination on disk: one plan in the making. A shard's file is open from its first weight to its
+    """One plan in the making. A shard's file is open from its first weight to its
     last, so that at most two are: shards of what changes and of what does not follow each other side by side.
 
     `skip` are files that are there already or come from elsewhere. `on_shard` is called when a file is
@@ -25,13 +24,13 @@ class Output:
     def __init__(
         self,
         plan: Plan,
-        staging: Path,
+        out_dir: OutDir,
         on_event: OnEvent,
         *,
         skip: Collection[str] = (),
         on_shard: Callable[[PlannedShard, Written], None] = lambda shard, written: None,
     ) -> None:
-        self.plan, self.staging = plan, staging
+        self.plan, self.out_dir = plan, out_dir
         self.outcome = Outcome()
         self.error: LorafuseError | None = None
         self._on_event, self._on_shard = on_event, on_shard
@@ -67,7 +66,7 @@ class Output:
         self.outcome.written.sort(key=lambda one: one.file)
 
     def _open(self, shard: PlannedShard) -> ShardWriter:
-        writer = ShardWriter(LocalOutFile(self.staging / shard.file), list(shard.tensors))
+        writer = ShardWriter(self.out_dir.create(shard.file), list(shard.tensors))
         self._writers[shard.file] = writer
         return writer
 
@@ -93,3 +92,22 @@ class Output:
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+
+
+def output_of(plan: Plan, out_dir: OutDir, on_event: OnEvent, elsewhere: Collection[str] = ()) -> Output:
+    """Where the plan's tiles go: all but those of shards that `out_dir` has already, and of files that come
+    from `elsewhere`. Each shard is recorded when it is complete."""
+
+    def record(shard: PlannedShard, written: Written) -> None:
+        measures = output.outcome.measures
+        own = {step.name: measures[step.name] for step in shard.steps if step.name in measures}
+        out_dir.record(written, own)
+
+    output = Output(plan, out_dir, on_event, skip={*out_dir.finished, *elsewhere}, on_shard=record)
+    for shard in out_dir.finished.values():
+        output.outcome.written.append(shard.written)
+        output.outcome.measures |= shard.measures
+    if out_dir.finished:
+        nbytes = sum(shard.nbytes for shard in plan.shards if shard.file in out_dir.finished)
+        on_event({"event": "resumed", "n_shards": len(out_dir.finished), "nbytes": nbytes})
+    return output

@@ -7,8 +7,7 @@ when it brings a vocabulary, else the checkpoint's; a mixture of both is a token
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.names import INDEX
 from lorafuse.files.safetensors_file import open_regular
 from lorafuse.files.tensors import FLOATS
+from lorafuse.outdir.out_dir import OutDir
 from lorafuse.planning.plan import Plan
 
 VOCABULARIES = (
@@ -49,18 +49,20 @@ PROCESSOR = (
 GENERATION = "generation_config.json"  # not for a model with another head
 ALWAYS = (GENERATION, "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 MAX_NBYTES = 1_000_000_000
+READ_NBYTES = 1 << 20
 
 
 def write_sidecars(
-    plan: Plan, ckpt_dir: Path, ckpt_config: dict[str, Any], adapter_dirs: Sequence[Path], staging: Path
+    plan: Plan, ckpt_dir: Path, ckpt_config: dict[str, Any], adapter_dirs: Sequence[Path], out_dir: OutDir
 ) -> None:
-    """Write them all into `staging` and sync them. `adapter_dirs` are where the adapter's may be, the first
+    """Write them all. `adapter_dirs` are where the adapter's may be, the first
     first."""
     for source, path in copied_files(plan, ckpt_dir, adapter_dirs):
-        _copy(path, source, staging / path.relative_to(source))
-    write_json(staging / "config.json", output_config(ckpt_config, plan.config_changes, plan.stored_config))
+        _refuse_escape(path, source)
+        out_dir.put(path.relative_to(source).as_posix(), _chunks(path))
+    write_json(out_dir, "config.json", output_config(ckpt_config, plan.config_changes, plan.stored_config))
     if len(plan.shards) > 1:
-        write_json(staging / INDEX, index_of(plan))
+        write_json(out_dir, INDEX, index_of(plan))
 
 
 def copied_files(plan: Plan, ckpt_dir: Path, adapter_dirs: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
@@ -125,20 +127,20 @@ def index_of(plan: Plan) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Pretty-printed JSON, synced. As transformers writes it: ASCII, so that any path or string can be
+def write_json(out_dir: OutDir, file: str, value: Any) -> None:
+    """Pretty-printed JSON. As transformers writes it: ASCII, so that any path or string can be
     spelled, and with Infinity and NaN, which some configs hold (Mamba's time_step_limit)."""
-    _write(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode("ascii")))
+    out_dir.put(file, [(json.dumps(value, indent=2) + "\n").encode("ascii")])
 
 
-def _copy(source: Path, root: Path, target: Path) -> None:
-    _refuse_escape(source, root)
-    target.parent.mkdir(exist_ok=True)
+def _chunks(source: Path) -> Iterator[bytes]:
+    """The contents of a file of a reasonable size. Raises CheckpointError for a larger one."""
     with os.fdopen(open_regular(source), "rb") as f:
         nbytes = os.fstat(f.fileno()).st_size
         if nbytes > MAX_NBYTES:
             raise CheckpointError(f"{source}: has {nbytes} bytes, too many for a file of its kind.")
-        _write(target, lambda out: shutil.copyfileobj(f, out))
+        while chunk := f.read(READ_NBYTES):
+            yield chunk
 
 
 def _refuse_escape(source: Path, root: Path) -> None:
@@ -151,10 +153,3 @@ def _refuse_escape(source: Path, root: Path) -> None:
         raise CheckpointError(
             f"{shown(source)}: is a link to {shown(real)}, outside its directory; replace it by the file."
         )
-
-
-def _write(path: Path, fill: Callable[[Any], object]) -> None:
-    with open(path, "wb") as f:
-        fill(f)
-        f.flush()
-        os.fsync(f.fileno())

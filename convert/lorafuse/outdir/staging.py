@@ -1,36 +1,58 @@
-"""The directory that a result is made in until it becomes OUT_DIR, what is left of it when a run is cut off,
-and the checks of OUT_DIR itself.
+"""Results in directories of this machine: made in a hidden directory until they become OUT_DIR; what is left
+of one when a run is cut off; and the checks of OUT_DIR itself.
 
-`<hidden>/out` is what becomes OUT_DIR (`place.py` says where it lies), `<hidden>/journal.jsonl` says which of
-its shards are finished. The next run of the same command takes the directory over, under a name of its own,
-and goes on.
+`<hidden>/out` is what becomes OUT_DIR (`commit.py` says where it lies), `<hidden>/journal.jsonl` says which
+of its shards are finished. The next run of the same command takes the directory over, under a name of its
+own, and goes on.
 """
 
 import errno
 import os
+import resource
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 from lorafuse.arithmetic.measure import Measures
-from lorafuse.errors import HeldError, OutDirError, StorageError, listed, shown
+from lorafuse.errors import HeldError, OutDirError, StorageError, shown
 from lorafuse.events import OnEvent
-from lorafuse.files.hashing import hash_file
+from lorafuse.files.hashing import FileHash, hash_file
 from lorafuse.files.safetensors_file import FormatError
+from lorafuse.files.sharing import share_file
 from lorafuse.merge.destination import Written
 from lorafuse.outdir.commit import OUT, StagingPlace
 from lorafuse.outdir.interrupts import UNINTERRUPTED
 from lorafuse.outdir.journal import Attempt, FinishedShard, Journal, Record, fsync_dir, read_journal
+from lorafuse.outdir.local_file import LocalFile, LocalOutFile
 from lorafuse.outdir.lock import Lock
-from lorafuse.outdir.output import Output
-from lorafuse.planning.plan import Plan, PlannedShard
+from lorafuse.outdir.out_dir import FinishedFile, Space
+from lorafuse.outdir.read_back import read_shapes
+from lorafuse.outdir.resume import goes_on
 
 
-def check_out_dir(out_dir: Path, inputs: list[Path], *, overwrite: bool) -> None:
+def open_out_dir(
+    out_dir: str,
+    plan_id: str,
+    attempt: Attempt | None = None,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    on_event: OnEvent = lambda event: None,
+) -> "LocalOutDir":
+    """A directory of this machine. See OutDirKind."""
+    return LocalOutDir(
+        Path(out_dir), plan_id, attempt, overwrite=overwrite, restart=restart, on_event=on_event
+    )
+
+
+def check_out_dir(out_dir: str, inputs: Iterable[Path], *, overwrite: bool) -> None:
     """Raises OutDirError unless OUT_DIR may be written: absent or empty, or overwritten, and apart from the
     inputs."""
+    path_out = Path(out_dir)
     real_out = Path(os.path.realpath(out_dir))
     for path in inputs:
         real_in = Path(os.path.realpath(path))
@@ -41,15 +63,14 @@ def check_out_dir(out_dir: Path, inputs: list[Path], *, overwrite: bool) -> None
             )
     if not os.path.lexists(out_dir):
         return
-    if not out_dir.is_dir():
+    if not path_out.is_dir():
         raise OutDirError(f"{shown(out_dir)}: exists and is not a directory.")
     if overwrite:
         return
-    place = StagingPlace.of(out_dir)
-    if (
-        not place.lock.exists() and not place.folders()
-    ):  # else it is seen later what a run that was cut off got done
-        _refuse_filled(place, out_dir, overwrite)
+    place = StagingPlace.of(path_out)
+    # Else it is seen later what a run that was cut off got done.
+    if not place.lock.exists() and not place.folders():
+        _refuse_filled(place, path_out, overwrite)
 
 
 def _refuse_filled(place: StagingPlace, out_dir: Path, overwrite: bool) -> None:
@@ -60,18 +81,19 @@ def _refuse_filled(place: StagingPlace, out_dir: Path, overwrite: bool) -> None:
         )
 
 
-def clean_up(out_dir: Path) -> None:
+def clean_up(out_dir: str) -> None:
     """Remove what a run left that was killed when its result had its name already."""
-    place = StagingPlace.of(out_dir)
+    path = Path(out_dir)
+    place = StagingPlace.of(path)
     if place.lock.exists() or place.folders():
         with suppress(HeldError):
-            Staging(out_dir, plan_id="").clean_up()
+            LocalOutDir(path, plan_id="").clean_up()
 
 
-def left_nbytes(out_dirs: Iterable[Path]) -> int:
+def left_nbytes(out_dirs: Iterable[str]) -> int:
     """What runs for these that were cut off left on disk, and the next ones use or remove. A file that has a
     name elsewhere too stays, and does not count."""
-    folders = [folder for out_dir in out_dirs for folder in StagingPlace.of(out_dir).folders()]
+    folders = [folder for out_dir in out_dirs for folder in StagingPlace.of(Path(out_dir)).folders()]
     found = [path.lstat() for folder in folders for path in folder.rglob("*") if path.is_file()]
     n_names = Counter((one.st_dev, one.st_ino) for one in found)
     sizes = {
@@ -82,7 +104,24 @@ def left_nbytes(out_dirs: Iterable[Path]) -> int:
     return sum(sizes.values())
 
 
-class Staging:
+def space_of(out_root: str) -> Space:
+    """What there is room for below a directory that may not be there yet."""
+    root = Path(out_root)
+    return _space(next(path for path in (root, *root.absolute().parents) if path.exists()))
+
+
+def _space(folder: Path) -> Space:
+    found, (largest, _) = os.statvfs(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    return Space(
+        # Some file systems say nothing of their blocks and files.
+        free_nbytes=found.f_bavail * found.f_frsize if found.f_blocks else None,
+        block_nbytes=found.f_frsize or 1,
+        n_files=found.f_favail if found.f_files else None,
+        file_nbytes=None if largest == resource.RLIM_INFINITY else largest,
+    )
+
+
+class LocalOutDir:
     """A context in which this run alone writes OUT_DIR: `path` is the directory to fill, `commit` gives it
     its name.
 
@@ -104,6 +143,7 @@ class Staging:
         restart: bool = False,
         on_event: OnEvent = lambda event: None,
     ) -> None:
+        self.name = os.fspath(out_dir)
         self._out_dir, self._attempt, self._overwrite, self._restart = out_dir, attempt, overwrite, restart
         self._on_event = on_event
         self._place = StagingPlace.of(out_dir)
@@ -113,9 +153,10 @@ class Staging:
         self._committed = False
         self._moving: list[str] = []
         self.path = self._folder / OUT
+        self.place = str(self.path)
         self.finished: dict[str, FinishedShard] = {}
 
-    def __enter__(self) -> "Staging":
+    def __enter__(self) -> Self:
         self._place.make_home()
         self._lock.acquire()
         try:
@@ -130,7 +171,7 @@ class Staging:
     def _open(self) -> None:
         left = self._leftovers()
         _refuse_filled(self._place, self._out_dir, self._overwrite)
-        found = next((folder for folder, record in left.items() if self._resumes(record)), None)
+        found = next((folder for folder, record in left.items() if self._goes_on(record)), None)
         for folder in left:
             if folder != found:
                 self._discard(folder)
@@ -174,30 +215,8 @@ class Staging:
             os.rename(folder, garbage)
         shutil.rmtree(garbage, ignore_errors=True)
 
-    def _resumes(self, record: Record) -> bool:
-        """Whether this run goes on from there; if not, it may be removed."""
-        was, now = record.attempt, self._attempt
-        if was is None or now is None or self._restart or not record.finished:
-            return False
-        if was == now:
-            return True
-        changed = [name for name in was.inputs if name in now.inputs and was.inputs[name] != now.inputs[name]]
-        other = [name for name in now.command | was.command if was.command.get(name) != now.command.get(name)]
-        if other and not changed:
-            them = "; ".join(
-                f"{name} was {shown(was.command.get(name))}, is {shown(now.command.get(name))}"
-                for name in other
-            )
-            raise OutDirError(
-                f"{shown(self._out_dir)}: a run that was cut off has finished {len(record.finished)} files "
-                f"with other settings: {them}. Give its command again to finish it, or --restart to discard "
-                "that work."
-            )
-        why = f"{listed(changed)} changed" if changed else "another version of lorafuse or torch began it"
-        self._warn(
-            f"{shown(self._out_dir)}: a run that was cut off is not resumed, since {why}; starting over."
-        )
-        return False
+    def _goes_on(self, record: Record) -> bool:
+        return goes_on(self.name, record, self._attempt, restart=self._restart, warn=self._warn)
 
     def _is_whole(self, written: Written) -> bool:
         """Whether a finished shard still is what the journal says. Reads it."""
@@ -221,24 +240,40 @@ class Staging:
             if path.name not in self.finished:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def output(self, plan: Plan, elsewhere: Collection[str] = ()) -> Output:
-        """Where the plan's tiles go: all but those of finished shards, of which each is put down when it is
-        one, and of files that come from `elsewhere`."""
+    def create(self, file: str) -> LocalOutFile:
+        return LocalOutFile(self.path / file)
 
-        def record(shard: PlannedShard, written: Written) -> None:
-            measures = output.outcome.measures
-            self.record(
-                written, {step.name: measures[step.name] for step in shard.steps if step.name in measures}
-            )
+    def put(self, file: str, chunks: Iterable[bytes]) -> None:
+        path = self.path / file
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "wb") as f:
+            for chunk in chunks:
+                f.write(chunk)
+            f.flush()
+            os.fsync(f.fileno())
 
-        output = Output(plan, self.path, self._on_event, skip={*self.finished, *elsewhere}, on_shard=record)
-        for one in self.finished.values():
-            output.outcome.written.append(one.written)
-            output.outcome.measures |= one.measures
-        if self.finished:
-            nbytes = sum(shard.nbytes for shard in plan.shards if shard.file in self.finished)
-            self._on_event({"event": "resumed", "n_shards": len(self.finished), "nbytes": nbytes})
-        return output
+    def files(self) -> list[str]:
+        found = (path for path in self.path.rglob("*") if path.is_file() and path.suffix != ".part")
+        return sorted(path.relative_to(self.path).as_posix() for path in found)
+
+    def hash(self, file: str) -> FileHash:
+        return hash_file(self.path / file)
+
+    def shapes(self, file: str) -> tuple[int, dict[str, tuple[int, ...]]]:
+        return read_shapes(self.path / file, file)
+
+    def finished_file(self, file: str) -> LocalFile:
+        return LocalFile((self._out_dir if self._committed else self.path) / file)
+
+    def take(self, file: str, other: FinishedFile, how: str) -> None:
+        if other.local_path:
+            share_file(other.local_path, self.path / file, how)
+        else:
+            self.put(file, other.chunks())
+
+    def space(self) -> Space:
+        unfinished = sum(path.stat().st_blocks * 512 for path in self.path.glob("*.part"))
+        return replace(_space(self.path), unfinished_nbytes=unfinished)
 
     def record(self, written: Written, measures: dict[str, Measures]) -> None:
         """A shard is finished: it is synced and has its name."""

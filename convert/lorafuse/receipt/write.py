@@ -7,15 +7,15 @@ Importing this does not import torch, so that reading a receipt does not either.
 import os
 import platform
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafuse._version import __version__
-from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.hashing import FileHash
 from lorafuse.settings import Settings
 
 if TYPE_CHECKING:
     from lorafuse.merge.destination import Outcome
+    from lorafuse.outdir.out_dir import OutDir
     from lorafuse.planning.plan import Plan, Step
 from lorafuse.receipt.read import SCHEMA
 
@@ -23,12 +23,12 @@ from lorafuse.receipt.read import SCHEMA
 def make_receipt(
     plan: "Plan",
     outcome: "Outcome",
-    staging: Path,
+    out_dir: "OutDir",
     settings: Settings,
     inputs: list[dict[str, Any]],
     wall_s: float,
 ) -> dict[str, Any]:
-    """The receipt of a finished merge, whose files are all in `staging`; those beside the shards are small
+    """The receipt of a finished merge, whose files are all in `out_dir`; those beside the shards are small
     and hashed here."""
     import torch
 
@@ -46,7 +46,7 @@ def make_receipt(
         "inputs": inputs,
         "outputs": [
             *(_output(w.file, FileHash(w.nbytes, w.sha256)) for w in outcome.written),
-            *_others(outcome, staging),
+            *_others(outcome, out_dir),
         ],
         "tensors": {step.name: _tensor(step, outcome) for step in plan.steps},
         "adapter_tensors": {"used": plan.used, "ignored": plan.ignored},
@@ -60,11 +60,10 @@ def _output(file: str, found: FileHash) -> dict[str, Any]:
     return {"file": file, **found._asdict()}
 
 
-def _others(outcome: "Outcome", staging: Path) -> list[dict[str, Any]]:
-    """The files of a directory that are no shards of it, in sub-folders too."""
+def _others(outcome: "Outcome", out_dir: "OutDir") -> list[dict[str, Any]]:
+    """The files that are no shards, in sub-folders too."""
     shards = {w.file for w in outcome.written}
-    files = {path.relative_to(staging).as_posix(): path for path in staging.rglob("*") if path.is_file()}
-    return [_output(name, hash_file(files[name])) for name in sorted(files.keys() - shards)]
+    return [_output(file, out_dir.hash(file)) for file in out_dir.files() if file not in shards]
 
 
 def _stored(plan: "Plan") -> str:

@@ -1,0 +1,18 @@
+"""The kinds of places that results are written to, by the scheme of their names."""
+
+from lorafuse.errors import UsageError, shown
+from lorafuse.files.names import scheme_of
+from lorafuse.outdir import staging
+from lorafuse.outdir.out_dir import OutDirKind
+
+# Scheme, as in memory://name → kind; none is a directory of this machine.
+OUT_DIRS: dict[str, OutDirKind] = {"": staging}
+
+
+def kind_of(out_dir: str) -> OutDirKind:
+    """Raises UsageError for a scheme that is not known."""
+    scheme = scheme_of(out_dir)
+    kind = OUT_DIRS.get(scheme)
+    if kind is None:
+        raise UsageError(f"{shown(out_dir)}: results cannot be written to {shown(scheme)}://.")
+    return kind

@@ -1,0 +1,121 @@
+"""Where a result is made, and how it appears: the twin of Folder.
+
+Nothing is visible under its final name before it is complete. What a run that was cut off has finished, an
+equal run takes over.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+from lorafuse.arithmetic.measure import Measures
+from lorafuse.events import OnEvent
+from lorafuse.files.hashing import FileHash
+from lorafuse.files.safetensors_writer import OutFile
+from lorafuse.merge.destination import Written
+from lorafuse.outdir.journal import Attempt, FinishedShard
+
+
+@dataclass(frozen=True)
+class Space:
+    """What there is room for. `unfinished_nbytes` are taken by files that a failed run removes. None: nobody
+    can tell, or nothing limits it."""
+
+    free_nbytes: int | None
+    block_nbytes: int = 1
+    n_files: int | None = None
+    file_nbytes: int | None = None
+    unfinished_nbytes: int = 0
+
+
+class FinishedFile(Protocol):
+    """A complete file of a result, which other results may take. Errors of the file system pass through."""
+
+    local_path: Path | None  # where it can be linked to
+
+    def hash(self) -> FileHash: ...
+
+    def chunks(self) -> Iterator[bytes]: ...
+
+
+class OutDir(Protocol):
+    """A context in which this run alone makes a result. What was made can be resumed when it is left with an
+    I/O error or an interruption; otherwise nothing is left but what was committed.
+
+    `name` is the result's, for messages, `place` that of where it is made. `finished`: the shards that a run
+    which was cut off has left, by file.
+    """
+
+    name: str
+    place: str
+
+    @property
+    def finished(self) -> Mapping[str, FinishedShard]: ...
+
+    def __enter__(self) -> Self:
+        """Raises HeldError when another run holds the result, OutDirError when it may not be written."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None: ...
+
+    def create(self, file: str) -> OutFile:
+        """A file to be written in pieces."""
+
+    def put(self, file: str, chunks: Iterable[bytes]) -> None:
+        """A small file, which may lie in a sub-folder, durable at once."""
+
+    def files(self) -> list[str]:
+        """The names of all files that are complete, sorted."""
+
+    def hash(self, file: str) -> FileHash: ...
+
+    def shapes(self, file: str) -> tuple[int, dict[str, tuple[int, ...]]]:
+        """Size in bytes of a safetensors file, and the shapes that the format's reference implementation
+        reads from it. Raises ResultError for a file that it cannot read."""
+
+    def record(self, written: Written, measures: dict[str, Measures]) -> None:
+        """A shard is complete, and need not be made again."""
+
+    def finished_file(self, file: str) -> FinishedFile:
+        """A complete file, for other results; under its final name once it is committed."""
+
+    def take(self, file: str, other: FinishedFile, how: str) -> None:
+        """Get a file from another result, shared as `how` says (sharing.SHARE_CHOICES). Raises
+        FileNotFoundError when it is gone."""
+
+    def space(self) -> Space | None:
+        """None where nobody can tell."""
+
+    def commit(self) -> None:
+        """Give the result its name, in place of what is there if that is to be overwritten. Raises
+        OutDirError when another run was first."""
+
+
+class OutDirKind(Protocol):
+    """A kind of place for results: a module with these functions. Names are as users give them."""
+
+    def check_out_dir(self, out_dir: str, inputs: Iterable[Path], *, overwrite: bool) -> None:
+        """Raises OutDirError unless the result may be written: absent or empty, or overwritten, and apart
+        from the inputs."""
+
+    def open_out_dir(
+        self,
+        out_dir: str,
+        plan_id: str,
+        attempt: Attempt | None = None,
+        *,
+        overwrite: bool = False,
+        restart: bool = False,
+        on_event: OnEvent = ...,
+    ) -> OutDir:
+        """The place for a result. With an `attempt` it goes on from what an equal one has finished, unless
+        `restart`."""
+
+    def clean_up(self, out_dir: str) -> None:
+        """Remove what a run left that was killed when its result had its name already."""
+
+    def left_nbytes(self, out_dirs: Iterable[str]) -> int:
+        """What runs for these that were cut off left, and the next runs use or remove."""
+
+    def space_of(self, out_root: str) -> Space | None:
+        """What there is room for below a directory that may not be there yet."""
