@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from lorafuse.codecs import open_weights
 from lorafuse.codecs.bnb4 import FourBitSources
 from lorafuse.errors import AdapterError, CheckpointError, OutDirError, ResultError, StorageError, UsageError
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import Shard
 from lorafuse.inputs import hashes
 from lorafuse.inputs import unchanged as inputs
@@ -238,7 +240,9 @@ def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(
 
     for module in (hashes, inputs):
         monkeypatch.setattr(
-            module, "hash_file", lambda path, *go_on: paths.append(path) or hash_file(path, *go_on)
+            module,
+            "hash_file",
+            lambda folder, name, *go_on: paths.append(Path(folder / name)) or hash_file(folder, name, *go_on),
         )
     monkeypatch.setattr(FourBitSources, "decode", count)
     monkeypatch.setattr(batching, "MAX_MEMBERS", 2)
@@ -251,7 +255,7 @@ def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(
     sizes = torch.tensor(
         [
             s.spec.numel
-            for s in open_weights(Checkpoint(base("nf4_dq"))).values()
+            for s in open_weights(Checkpoint(LocalFolder(base("nf4_dq")))).values()
             if isinstance(s, FourBitSources)
         ]
     )

@@ -19,6 +19,7 @@ from lorafuse._version import __version__
 from lorafuse.errors import LorafuseError, OutDirError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.names import RECEIPT
 from lorafuse.files.safetensors_file import Shard
 from lorafuse.files.tensors import TensorSpec
@@ -163,7 +164,7 @@ class ExistingResults:
 
 def _read_receipt(out_dir: Path) -> dict[str, Any] | None:
     try:
-        receipt = read_receipt(out_dir)
+        receipt = read_receipt(LocalFolder(out_dir))
     except (OSError, LorafuseError):
         return None
     entries = [*receipt.get("outputs", ()), *receipt.get("inputs", ())]
@@ -226,7 +227,10 @@ def _is_as_written(shared: Shared) -> bool:
     """Hash a file before its first use."""
     expected = FileHash(shared.written.nbytes, shared.written.sha256)
     try:
-        shared.checked = _has_size(shared.path, shared.written.nbytes) and hash_file(shared.path) == expected
+        shared.checked = (
+            _has_size(shared.path, shared.written.nbytes)
+            and hash_file(LocalFolder(shared.path.parent), shared.path.name) == expected
+        )
     except (OSError, LorafuseError):
         return False
     return shared.checked
@@ -235,7 +239,7 @@ def _is_as_written(shared: Shared) -> bool:
 def _key_of_file(path: Path, tensors: Mapping[str, Any]) -> str | None:
     """`shard_key` of a finished file: its own header, and what the receipt says of each weight."""
     try:
-        shard = Shard(path)
+        shard = Shard(LocalFolder(path.parent), path.name)
     except (OSError, LorafuseError):
         return None
     shard.close()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorafuse.errors import StorageError, shown
+from lorafuse.files.folder import Folder
 from lorafuse.files.safetensors_file import header_of
 from lorafuse.outdir.output import Output
 from lorafuse.planning.plan import PlannedShard
@@ -21,17 +22,17 @@ N_FIXED_FILES = 8
 
 
 @contextmanager
-def room_for(output: Output, copied: Iterable[tuple[Path, Path]]) -> Iterator[Output]:
+def room_for(output: Output, copied: Iterable[tuple[Folder, str]]) -> Iterator[Output]:
     """Raises StorageError unless there is room for what `output` lacks and for the files that are `copied`
-    (pairs of a directory and a file in it); then `told_when_full`."""
-    side_files = [path for _, path in copied]
+    (pairs of a folder and a name in it); then `told_when_full`."""
+    side_files = list(copied)
     _check_room(output, side_files)
     with told_when_full([output], side_files):
         yield output
 
 
 @contextmanager
-def told_when_full(outputs: Sequence[Output], side_files: Iterable[Path]) -> Iterator[None]:
+def told_when_full(outputs: Sequence[Output], side_files: Iterable[tuple[Folder, str]]) -> Iterator[None]:
     """Raises StorageError, with what is missing, in place of an OSError that says that there is no room, or
     that says not where."""
     try:
@@ -53,7 +54,7 @@ def told_when_full(outputs: Sequence[Output], side_files: Iterable[Path]) -> Ite
         raise StorageError(f"{where}: {what}. {way_on}") from e
 
 
-def _check_room(output: Output, side_files: Sequence[Path]) -> None:
+def _check_room(output: Output, side_files: Sequence[tuple[Folder, str]]) -> None:
     found = os.statvfs(output.staging)
     needed, free = _needed([output], side_files), found.f_bavail * found.f_frsize
     if found.f_blocks and needed > free:  # some file systems say nothing
@@ -80,14 +81,14 @@ def _file_nbytes(shard: PlannedShard) -> int:
     return len(header_of(list(shard.tensors))) + shard.nbytes
 
 
-def _needed(outputs: Sequence[Output], side_files: Iterable[Path]) -> int:
+def _needed(outputs: Sequence[Output], side_files: Iterable[tuple[Folder, str]]) -> int:
     """Bytes, each file rounded up to whole blocks."""
     block = os.statvfs(outputs[0].staging).f_frsize or 1
     fixed = [FIXED_NBYTES + NBYTES_PER_WEIGHT * sum(1 for _ in output.plan.steps) for output in outputs]
     shards = [_file_nbytes(shard) for output in outputs for shard in output.lacking]
     return sum(
         -(-nbytes // block) * block
-        for nbytes in (*fixed, *shards, *(path.stat().st_size for path in side_files))
+        for nbytes in (*fixed, *shards, *(folder.facts(name).nbytes for folder, name in side_files))
     )
 
 

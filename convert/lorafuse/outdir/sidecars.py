@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafuse.errors import CheckpointError, shown
+from lorafuse.errors import CheckpointError
+from lorafuse.files.folder import Folder, stream
 from lorafuse.files.names import INDEX
-from lorafuse.files.safetensors_file import open_regular
 from lorafuse.files.tensors import FLOATS
 from lorafuse.planning.plan import Plan
 
@@ -52,33 +52,33 @@ MAX_NBYTES = 1_000_000_000
 
 
 def write_sidecars(
-    plan: Plan, ckpt_dir: Path, ckpt_config: dict[str, Any], adapter_dirs: Sequence[Path], staging: Path
+    plan: Plan, ckpt: Folder, ckpt_config: dict[str, Any], adapter_folders: Sequence[Folder], staging: Path
 ) -> None:
-    """Write them all into `staging` and sync them. `adapter_dirs` are where the adapter's may be, the first
-    first."""
-    for source, path in copied_files(plan, ckpt_dir, adapter_dirs):
-        _copy(path, source, staging / path.relative_to(source))
+    """Write them all into `staging` and sync them. `adapter_folders` are where the adapter's may be, the
+    first first."""
+    for folder, name in copied_files(plan, ckpt, adapter_folders):
+        _copy(folder, name, staging / name)
     write_json(staging / "config.json", output_config(ckpt_config, plan.config_changes, plan.stored_config))
     if len(plan.shards) > 1:
         write_json(staging / INDEX, index_of(plan))
 
 
-def copied_files(plan: Plan, ckpt_dir: Path, adapter_dirs: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
-    """(directory, file in it) of each file that is copied as it is."""
-    tokenizer_dir = _first_with(VOCABULARIES, adapter_dirs) or ckpt_dir
-    processor_dir = _first_with(PROCESSOR, adapter_dirs) or ckpt_dir
+def copied_files(plan: Plan, ckpt: Folder, adapter_folders: Sequence[Folder]) -> Iterator[tuple[Folder, str]]:
+    """(folder, name in it) of each file that is copied as it is."""
+    tokenizer_folder = _first_with(VOCABULARIES, adapter_folders) or ckpt
+    processor_folder = _first_with(PROCESSOR, adapter_folders) or ckpt
     always = [
         pattern
         for pattern in ALWAYS
         if not ("architectures" in plan.config_changes and pattern == GENERATION)
     ]
-    for source, patterns in ((ckpt_dir, always), (tokenizer_dir, TOKENIZER), (processor_dir, PROCESSOR)):
+    for folder, patterns in ((ckpt, always), (tokenizer_folder, TOKENIZER), (processor_folder, PROCESSOR)):
         for pattern in patterns:
-            yield from ((source, path) for path in sorted(source.glob(pattern)) if not path.is_dir())
+            yield from ((folder, name) for name in folder.names(pattern))
 
 
-def _first_with(names: Sequence[str], folders: Sequence[Path]) -> Path | None:
-    return next((folder for folder in folders if any((folder / name).exists() for name in names)), None)
+def _first_with(names: Sequence[str], folders: Sequence[Folder]) -> Folder | None:
+    return next((folder for folder in folders if any(folder.exists(name) for name in names)), None)
 
 
 def output_config(config: dict[str, Any], changes: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
@@ -131,26 +131,14 @@ def write_json(path: Path, value: Any) -> None:
     _write(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode("ascii")))
 
 
-def _copy(source: Path, root: Path, target: Path) -> None:
-    _refuse_escape(source, root)
-    target.parent.mkdir(exist_ok=True)
-    with os.fdopen(open_regular(source), "rb") as f:
-        nbytes = os.fstat(f.fileno()).st_size
+def _copy(folder: Folder, name: str, target: Path) -> None:
+    file = folder.open(name, inside=True)
+    with stream(file) as f:
+        nbytes = file.facts.nbytes
         if nbytes > MAX_NBYTES:
-            raise CheckpointError(f"{source}: has {nbytes} bytes, too many for a file of its kind.")
+            raise CheckpointError(f"{folder / name}: has {nbytes} bytes, too many for a file of its kind.")
+        target.parent.mkdir(exist_ok=True)
         _write(target, lambda out: shutil.copyfileobj(f, out))
-
-
-def _refuse_escape(source: Path, root: Path) -> None:
-    """A link may point inside its directory, or, as in a hub cache (from a sub-folder too), into the `blobs`
-    beside `snapshots`; a stranger's `tokenizer.json` that is a link to a private file must not be copied into
-    a directory that will be published."""
-    real, real_root = Path(os.path.realpath(source)), Path(os.path.realpath(root))
-    blobs = [folder / "blobs" for folder in real_root.parents[1:3]]
-    if real_root not in real.parents and real.parent not in blobs:
-        raise CheckpointError(
-            f"{shown(source)}: is a link to {shown(real)}, outside its directory; replace it by the file."
-        )
 
 
 def _write(path: Path, fill: Callable[[Any], object]) -> None:

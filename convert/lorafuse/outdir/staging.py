@@ -10,14 +10,16 @@ import errno
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.errors import HeldError, OutDirError, StorageError, listed, shown
 from lorafuse.events import OnEvent
+from lorafuse.files.folder import Folder
 from lorafuse.files.hashing import hash_file
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.merge.destination import Written
 from lorafuse.outdir.commit import OUT, StagingPlace
@@ -28,11 +30,13 @@ from lorafuse.outdir.output import Output
 from lorafuse.planning.plan import Plan, PlannedShard
 
 
-def check_out_dir(out_dir: Path, inputs: list[Path], *, overwrite: bool) -> None:
+def check_out_dir(out_dir: Path, inputs: Sequence[Folder], *, overwrite: bool) -> None:
     """Raises OutDirError unless OUT_DIR may be written: absent or empty, or overwritten, and apart from the
     inputs."""
     real_out = Path(os.path.realpath(out_dir))
-    for path in inputs:
+    for path in (folder.local_path for folder in inputs):
+        if path is None:
+            continue
         real_in = Path(os.path.realpath(path))
         if real_out == real_in or real_in in real_out.parents or real_out in real_in.parents:
             raise OutDirError(
@@ -202,7 +206,7 @@ class Staging:
     def _is_whole(self, written: Written) -> bool:
         """Whether a finished shard still is what the journal says. Reads it."""
         try:
-            whole = hash_file(self.path / written.file) == (written.nbytes, written.sha256)
+            whole = hash_file(LocalFolder(self.path), written.file) == (written.nbytes, written.sha256)
         except (FileNotFoundError, FormatError):
             whole = False
         if not whole:

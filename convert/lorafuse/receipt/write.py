@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafuse._version import __version__
 from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.settings import Settings
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def _output(file: str, found: FileHash) -> dict[str, Any]:
 def _others(outcome: "Outcome", staging: Path) -> list[dict[str, Any]]:
     """The files of a directory that are no shards of it, in sub-folders too."""
     shards = {w.file for w in outcome.written}
-    files = {path.relative_to(staging).as_posix(): path for path in staging.rglob("*") if path.is_file()}
-    return [_output(name, hash_file(files[name])) for name in sorted(files.keys() - shards)]
+    names = {path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()}
+    return [_output(name, hash_file(LocalFolder(staging), name)) for name in sorted(names - shards)]
 
 
 def _stored(plan: "Plan") -> str:
