@@ -111,6 +111,11 @@ class _Raw:
         self._at += n
         return n
 
+    def readall(self) -> bytes:
+        data = read_fully(self._file, self._at, max(self._file.facts.nbytes - self._at, 0))
+        self._at += len(data)
+        return bytes(data)
+
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.facts.nbytes}[whence]
         if origin + offset < 0:

@@ -12,7 +12,7 @@ FOLDERS: dict[str, Callable[[str], Folder]] = {"": LocalFolder.at}
 def has_scheme(name: str) -> bool:
     """Whether a name is a URL of a kind that is known here, not a path or a hub id."""
     scheme, separator, _ = name.partition("://")
-    return bool(separator) and scheme in FOLDERS
+    return bool(scheme and separator) and scheme in FOLDERS
 
 
 def open_folder(name: str) -> Folder:

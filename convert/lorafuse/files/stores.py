@@ -1,6 +1,6 @@
 """Stored tensors by name with ranged reads: one file, or the files that an index names."""
 
-import os
+import posixpath
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -61,7 +61,7 @@ class ShardedStore:
         both = self.tensors.keys() & shard.tensors.keys()
         if both:
             name = min(both)
-            first = os.path.basename(self.shards[self.tensors[name].file].name)
+            first = posixpath.basename(self.shards[self.tensors[name].file].name)
             raise FormatError(
                 f"{shard.label}: {shown(name)} is also in {first}; a tensor must be in one file."
             )

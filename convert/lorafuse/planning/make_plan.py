@@ -5,7 +5,7 @@ A plan is complete: the loop that carries it out decides nothing.
 
 import hashlib
 import json
-import os
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -156,10 +156,10 @@ def _plan_id(
         "version": __version__,
         "settings": settings.that_decide_bytes,
         "checkpoint": [
-            [os.path.basename(shard.name), shard.nbytes, shard.header_sha256] for shard in ckpt.shards
+            [posixpath.basename(shard.name), shard.nbytes, shard.header_sha256] for shard in ckpt.shards
         ],
         "adapter": [
-            [[os.path.basename(name), adapter.folder.facts(name).nbytes] for name in adapter.files],
+            [[posixpath.basename(name), adapter.folder.facts(name).nbytes] for name in adapter.files],
             adapter.config,
         ],
         "outputs": [

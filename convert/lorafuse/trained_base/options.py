@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 from lorafuse.errors import UsageError
-from lorafuse.files.folders import folder_and_file
 from lorafuse.settings import BaseQuant
 from lorafuse.trained_base.trainer_configs import read_base_quant
 
@@ -47,7 +46,7 @@ def chosen_base_quant(
     }
     refuse_beside_file(name for name, given in said.items() if given)
     return replace(
-        read_base_quant(*folder_and_file(fspath(base_quant_from))),
+        read_base_quant(base_quant_from),
         blocksize=quant_blocksize,
         experts=quant_experts,
     )

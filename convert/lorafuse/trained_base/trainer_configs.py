@@ -15,10 +15,12 @@ which modules are skipped to transformers 5.23.
 
 import posixpath
 import re
+from os import PathLike, fspath
 from typing import Any
 
 from lorafuse.errors import LorafuseError, UsageError, listed, shown
 from lorafuse.files.folder import Folder
+from lorafuse.files.folders import folder_and_file
 from lorafuse.files.json_yaml import parse_json, parse_yaml, read_text
 from lorafuse.settings import BaseQuant
 from lorafuse.trained_base.config_fields import (
@@ -59,23 +61,25 @@ _PEFT_CARD = re.compile(
 _YAML_BLOCK = re.compile(r"^```ya?ml\n(.*?)^```", re.M | re.S)
 
 
-def read_base_quant(folder: Folder, name: str) -> BaseQuant:
+def read_base_quant(path: str | PathLike[str]) -> BaseQuant:
     """What the file says of the base's quantization. Raises UsageError for a file that says nothing,
     contradicts itself, or has a setting whose effect on the weights is not known."""
+    folder, name = folder_and_file(fspath(path))
+    where = shown(folder / name)
     try:
-        return _read(folder, name)
+        return _read(folder, name, where)
     except FileNotFoundError:
-        raise UsageError(f"{shown(folder / name)}: no such file.") from None
+        raise UsageError(f"{where}: no such file.") from None
     except OSError as e:
-        raise UsageError(f"{shown(folder / name)}: cannot be read: {e.strerror}.") from None
+        raise UsageError(f"{where}: cannot be read: {e.strerror}.") from None
     except UsageError:
         raise
     except (LorafuseError, ValueError) as e:
         raise UsageError(str(e)) from None
 
 
-def _read(folder: Folder, name: str) -> BaseQuant:
-    where, suffix = shown(folder / name), posixpath.splitext(name)[1].lower()
+def _read(folder: Folder, name: str, where: str) -> BaseQuant:
+    suffix = posixpath.splitext(name)[1].lower()
     if suffix in (".bin", ".pt"):  # the Trainer's training_args.bin
         raise UsageError(f"{where}: holds Python objects, which are not loaded; {READ}.")
     text = read_text(folder, name)
