@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lorafuse
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs import FORMATS, plain
 from lorafuse.codecs.encoder import Encoded, Encoder, Piece, WeightToStore
@@ -96,7 +97,7 @@ def test_what_nothing_changes_can_stay_as_it_is_stored(
 
 def test_a_run_of_bytes_may_span_tensors(base, tmp_path):
     """Whatever the runs, every byte of every tensor comes once, at its place."""
-    with_store = Checkpoint(base("nf4_dq"))
+    with_store = Checkpoint(LocalFolder(base("nf4_dq")))
     weight = next(name for name in with_store.tensors if name.endswith("q_proj.weight"))
     names = {n: n for n in with_store.tensors if n.startswith(weight)}
     encoder = StoredEncoder(with_store, names)

@@ -103,9 +103,13 @@ def test_every_form_of_an_adapter(change, in_memory, tmp_path):
         assert (tmp_path / "memory/additional_chat_templates/tool.jinja").read_text() == "tool"
 
 
+def factors(i):
+    return {key: tensor * (i + 1) for key, tensor in adapter_tensors(checkpoint_tensors()).items()}
+
+
 def test_several_adapters(in_memory, tmp_path):
     ckpt = write_checkpoint(tmp_path / "ckpt")
-    loras = [write_adapter(tmp_path / f"lora{i}", lora_alpha=i + 1) for i in range(3)]
+    loras = [write_adapter(tmp_path / f"lora{i}", factors(i)) for i in range(3)]
     given = assert_the_same(in_memory, tmp_path, ckpt, loras)
     url, *adapters = given.values()
     checked = lorafuse.verify(tmp_path / "local", ckpt=url, adapters=adapters)

@@ -86,8 +86,8 @@ class LocalFile:
         os.close(self._fd)
 
 
-def _facts(found: os.stat_result) -> FileFacts:
-    return FileFacts(found.st_size, (found.st_size, found.st_mtime_ns, found.st_ino))
+def _facts(status: os.stat_result) -> FileFacts:
+    return FileFacts(status.st_size, (status.st_size, status.st_mtime_ns, status.st_ino))
 
 
 def open_regular(path: str) -> int:

@@ -100,16 +100,18 @@ def _updates(adapter: AdapterDir) -> dict[str, Any]:
     except AdapterError as e:
         problems.append(str(e))
     unusual = unusual_prefixes(adapter)
-    updates = [one for one in said if not (isinstance(one, Update) and one.replaced)]
+    updates = [edit for edit in said if not (isinstance(edit, Update) and edit.replaced)]
     scales = Counter(
-        (one.facts["rank"], one.facts["scale"]) for one in updates if isinstance(one, Update) and one.facts
+        (update.facts["rank"], update.facts["scale"])
+        for update in updates
+        if isinstance(update, Update) and update.facts
     )
     return {
         "n_updates": len(updates),
         "scales": [
             {"rank": rank, "scale": scale, "n_updates": n} for (rank, scale), n in sorted(scales.items())
         ],
-        "replaced": [one.parameter for one in said if isinstance(one, Update) and one.replaced],
+        "replaced": [edit.parameter for edit in said if isinstance(edit, Update) and edit.replaced],
         "ignored": ignored,
         "warnings": [*warnings, unusual] if unusual else warnings,
         "problems": problems,

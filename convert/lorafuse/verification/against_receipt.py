@@ -80,11 +80,11 @@ def _verify_file(folder: Folder, name: str, expected: FileHash, on_nbytes: Calla
 
 
 def _verify_tensors(ckpt: Checkpoint, planned: dict[str, Any]) -> None:
-    found = {name: (info.spec.torch_name, list(info.spec.shape)) for name, info in ckpt.tensors.items()}
+    stored = {name: (info.spec.torch_name, list(info.spec.shape)) for name, info in ckpt.tensors.items()}
     expected = {stored.name: (stored.dtype, stored.shape) for stored in stored_tensors(planned)}
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
             raise ResultError(
-                f"{shown(ckpt.folder)}: {shown(name)} is {shown(found.get(name, 'missing'))}; the receipt "
+                f"{shown(ckpt.folder)}: {shown(name)} is {shown(stored.get(name, 'missing'))}; the receipt "
                 f"says {shown(expected.get(name, 'nothing of it'))}."
             )

@@ -64,22 +64,13 @@ def verify(
     checked = {"files": 0, "nbytes": 0, "weights": 0} | _against_receipt(folder, receipt, on_event)
     if ckpt is None:
         return checked
-    base_folder = checkpoint_folder(fspath(ckpt))
+    source = checkpoint_folder(fspath(ckpt))
     located = [located_adapter(fspath(adapter), 1.0, None, on_event) for adapter in adapters]
-    with (
-        closing(Checkpoint(folder)) as merged,
-        closing(Checkpoint(base_folder)) as base,
-        opened(located) as given,
-    ):
+    with closing(Checkpoint(folder)) as merged, closing(Checkpoint(source)) as base, opened(located) as given:
         if not receipt:
             plan = make_plan(base, given[0].adapter, settings, given[1:], encoder_of=values_of)
             return checked | relate(plan, merged, on_event)
-        with InputHashes(base, str(base_folder), given) as inputs:
-            weights = _weights(folder, receipt, inputs.result(), given, settings)
-        first, *others = (
-            WeightedAdapter(unweighted.adapter, weight)
-            for unweighted, weight in zip(given, weights, strict=True)
-        )
+        first, *others = _as_merged(folder, receipt, base, given, settings)
         plan = make_plan(base, first.adapter, replace(settings, adapter_scale=first.weight), others)
         return checked | {"weights": check_merge(merged, plan, sample, pick_device(device), on_event)}
 
@@ -93,6 +84,20 @@ def _against_receipt(
     verify_directory(folder, receipt, lambda n: on_event({"event": "progress", "nbytes": n}))
     outputs = receipt["outputs"]
     return {"files": len(outputs), "nbytes": sum(entry["size"] for entry in outputs)}
+
+
+def _as_merged(
+    folder: Folder,
+    receipt: dict[str, Any],
+    base: Checkpoint,
+    given: Sequence[WeightedAdapter],
+    settings: Settings,
+) -> list[WeightedAdapter]:
+    """The adapters with the weights that the receipt says. Raises ResultError unless the inputs are the files
+    that were merged."""
+    with InputHashes(base, str(base.folder), given) as inputs:
+        weights = _weights(folder, receipt, inputs.result(), given, settings)
+    return [WeightedAdapter(named.adapter, weight) for named, weight in zip(given, weights, strict=True)]
 
 
 def _weights(
