@@ -19,6 +19,7 @@ import torch
 from lorafuse.adapters import open_adapter
 from lorafuse.codecs import Arena
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.merge.tile import patched
 from lorafuse.patches.patch import Base
 from lorafuse.planning.make_plan import make_plan
@@ -51,7 +52,7 @@ def compute_cpu_s(steps: list[Step]) -> float:
 def main() -> None:
     base, adapter = map(Path, sys.argv[1:])
     n_threads = os.cpu_count() or 1
-    with closing(Checkpoint(base)) as ckpt, closing(open_adapter(adapter)) as lora:
+    with closing(Checkpoint(LocalFolder(base))) as ckpt, closing(open_adapter(LocalFolder(adapter))) as lora:
         merged = [step for step in make_plan(ckpt, lora, Settings()).steps if step.patches]
         with ThreadPoolExecutor(n_threads) as pool:
             print(sum(pool.map(compute_cpu_s, (merged[i::n_threads] for i in range(n_threads)))))

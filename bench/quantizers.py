@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from lorafuse.codecs import Arena, open_weights
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.settings import BaseQuant
 from lorafuse.trained_base.simulated import simulated
 
@@ -32,7 +33,7 @@ def decode_all(weight: torch.Tensor, quant: BaseQuant, directory: Path) -> Calla
     is measured."""
     save_file({"w": weight}, directory / "model.safetensors")
     (directory / "config.json").write_text("{}")
-    inner = open_weights(Checkpoint(directory))["w"]
+    inner = open_weights(Checkpoint(LocalFolder(directory)))["w"]
     inner.fetch = lambda start, stop, arena: (weight.view(-1)[start:stop].view(torch.uint8),)
     sources, arena = simulated(inner, quant, "bfloat16", transposed=False), Arena(torch.device("cpu"))
 

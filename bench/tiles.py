@@ -17,6 +17,7 @@ import measure
 from lorafuse.adapters import open_adapter
 from lorafuse.codecs import Arena
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.merge.workers import make_pieces
 from lorafuse.patches.patch import Base
 from lorafuse.planning import plan as steps
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory for inputs, which are kept")
     base, adapter = measure.inputs(parser.parse_args().work, "llama", 16)
     torch.set_num_threads(1)
-    with closing(Checkpoint(base)) as ckpt, closing(open_adapter(adapter)) as lora:
+    with closing(Checkpoint(LocalFolder(base))) as ckpt, closing(open_adapter(LocalFolder(adapter))) as lora:
         merged = [step for step in make_plan(ckpt, lora, Settings()).steps if step.patches]
         print("elements of a tile | compute, ns an element | measures, ns an element")
         for numel in SIZES:

@@ -164,3 +164,15 @@ def adapter(base, tmp_path):
         return path
 
     return make
+
+
+@pytest.fixture
+def in_memory(monkeypatch):
+    """in_memory(path) → the URL of a copy of that directory in memory: a second kind of folder."""
+    from memory_folder import Memory
+
+    from lorafuse.files.folders import FOLDERS
+
+    memory = Memory()
+    monkeypatch.setitem(FOLDERS, "memory", memory.at)
+    return memory

@@ -10,7 +10,14 @@ from lorafuse.arithmetic.arena import pick_device
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import RECEIPT
 from lorafuse.inputs.hashes import InputHashes
-from lorafuse.inputs.located import LocalAdapter, Name, checkpoint_dir, local_adapter, named_weight, opened
+from lorafuse.inputs.located import (
+    LocatedAdapter,
+    Name,
+    checkpoint_folder,
+    located_adapter,
+    named_weight,
+    opened,
+)
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.merge.loop import merge
 from lorafuse.outdir.free_space import room_for
@@ -67,17 +74,19 @@ def convert(
         "allow_nonfinite": allow_nonfinite,
     }
     settings = Settings(dtype=dtype, device=device, base_quant=chosen_base_quant(**training), **given)
-    target, ckpt_dir = pick_device(device), checkpoint_dir(fspath(ckpt))
-    first = local_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
-    found = [first, *(local_adapter(*named_weight(one), None, on_event) for one in adapters)]
+    target, ckpt_folder = pick_device(device), checkpoint_folder(fspath(ckpt))
+    first = located_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
+    located = [first, *(located_adapter(*named_weight(other), None, on_event) for other in adapters)]
     kind = kind_of(fspath(out_dir))
-    kind.check_out_dir(fspath(out_dir), [ckpt_dir, *(one.root for one in found)], overwrite=overwrite)
-    with closing(Checkpoint(ckpt_dir)) as base, opened(found) as (lora, *others):
+    kind.check_out_dir(
+        fspath(out_dir), [ckpt_folder, *(adapter.root for adapter in located)], overwrite=overwrite
+    )
+    with closing(Checkpoint(ckpt_folder)) as base, opened(located) as (lora, *others):
         plan = make_plan(base, lora.adapter, settings, others)
         announced = announce(plan, on_event, dry_run=dry_run)
         if dry_run:
             return announced
-        files = UnchangedInputs(base, fspath(ckpt), [lora, *others])
+        files = UnchangedInputs(base, [lora, *others])
         files.refuse_nonfinite()
         attempt = files.attempt(plan, settings, target.type)
         result = kind.open_out_dir(
@@ -104,7 +113,7 @@ def announce(
 def carry_out(
     output: Output,
     base: Checkpoint,
-    first: "LocalAdapter",
+    first: LocatedAdapter,
     settings: Settings,
     files: UnchangedInputs,
     inputs: InputHashes,
@@ -112,7 +121,7 @@ def carry_out(
 ) -> dict[str, Any]:
     """Make what an output lacks yet, complete it and give it its name. Returns the receipt."""
     plan = output.plan
-    with room_for(output, copied_files(plan, base.path, first.folders)):
+    with room_for(output, copied_files(plan, base.folder, first.folders)):
         merge([output], plan.memory, pick_device(settings.device), allow_nonfinite=settings.allow_nonfinite)
         receipt = complete(output, base, first, settings, inputs.result, began)
         files.refuse_changed()
@@ -123,7 +132,7 @@ def carry_out(
 def complete(
     output: Output,
     base: Checkpoint,
-    first: "LocalAdapter",
+    first: LocatedAdapter,
     settings: Settings,
     inputs: Callable[[], list[dict[str, Any]]],
     began: float,
@@ -134,7 +143,7 @@ def complete(
     if output.error:
         raise output.error
     plan, out_dir = output.plan, output.out_dir
-    write_sidecars(plan, base.path, base.config, first.folders, out_dir)
+    write_sidecars(plan, base.folder, base.config, first.folders, out_dir)
     verify_shards(plan, output.outcome, out_dir)
     receipt = make_receipt(plan, output.outcome, out_dir, settings, inputs(), time.perf_counter() - began)
     write_json(out_dir, RECEIPT, receipt)

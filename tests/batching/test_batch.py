@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from lorafuse.codecs import open_weights
 from lorafuse.codecs.bnb4 import FourBitSources
 from lorafuse.errors import AdapterError, CheckpointError, OutDirError, ResultError, StorageError, UsageError
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import Shard
 from lorafuse.inputs import hashes
 from lorafuse.inputs import unchanged as inputs
@@ -200,7 +202,9 @@ def test_the_disk_decides(ckpt, jobs, run, out, monkeypatch):
     run(ckpt, jobs, out, dry_run=True)
     nbytes = next(event["nbytes"] for event in run.events if event["event"] == "plan")
     free = 3 * nbytes
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1, f_files=0))
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1, f_files=0)
+    )
     run(ckpt, jobs, out)
     assert run.passes == [["a", "b", "c"], ["d"]]
     free = nbytes - 1
@@ -216,7 +220,9 @@ def test_a_job_that_waits_for_the_next_pass_is_announced_once(ckpt, jobs, run, o
         (jobs / "inner").rename(jobs / name / "inner")
     run(ckpt, jobs, out, dry_run=True)
     free = 3 * next(event["nbytes"] for event in run.events if event["event"] == "plan")
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1, f_files=0))
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1, f_files=0)
+    )
     run(ckpt, jobs, out)
     assert run.passes == [["a", "b", "c"], ["d"]]
     for kind in ("warning", "plan"):
@@ -238,7 +244,9 @@ def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(
 
     for module in (hashes, inputs):
         monkeypatch.setattr(
-            module, "hash_file", lambda path, *go_on: paths.append(path) or hash_file(path, *go_on)
+            module,
+            "hash_file",
+            lambda folder, name, *go_on: paths.append(Path(folder / name)) or hash_file(folder, name, *go_on),
         )
     monkeypatch.setattr(FourBitSources, "decode", count)
     monkeypatch.setattr(batching, "MAX_MEMBERS", 2)
@@ -251,7 +259,7 @@ def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(
     sizes = torch.tensor(
         [
             s.spec.numel
-            for s in open_weights(Checkpoint(base("nf4_dq"))).values()
+            for s in open_weights(Checkpoint(LocalFolder(base("nf4_dq")))).values()
             if isinstance(s, FourBitSources)
         ]
     )
@@ -349,11 +357,11 @@ def test_a_read_error(whose, ckpt, jobs, run, out, tmp_path, monkeypatch):
 
     def fail(self, info, start, buffer):
         nonlocal n_reads
-        n_reads += self.path.parent == ckpt
+        n_reads += Path(self.label).parent == ckpt
         if (
-            self.path.parent == jobs / "z"
+            Path(self.label).parent == jobs / "z"
             if whose == "adapter"
-            else (out / "d").exists() and self.path.parent == ckpt
+            else (out / "d").exists() and Path(self.label).parent == ckpt
         ):
             raise StorageError("no such block")
         read(self, info, start, buffer)
@@ -373,7 +381,9 @@ def test_a_full_disk_ends_the_call(ckpt, jobs, run, out, monkeypatch):
 
     def full(fd, data):
         if (out / "b").exists() and os.readlink(f"/proc/self/fd/{fd}").endswith(".part"):
-            monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=3, f_frsize=4096, f_blocks=1, f_files=0))
+            monkeypatch.setattr(
+                os, "statvfs", lambda path: SimpleNamespace(f_bavail=3, f_frsize=4096, f_blocks=1, f_files=0)
+            )
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, data)
 

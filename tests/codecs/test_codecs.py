@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from lorafuse.codecs import CODECS, Arena, open_weights
 from lorafuse.errors import CheckpointError
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def four_bit(weight, **settings):
 
 
 def decoded(path, name, start=0, stop=None):
-    ckpt = Checkpoint(path)
+    ckpt = Checkpoint(LocalFolder(path))
     sources = open_weights(ckpt)[name]
     arena = Arena(CPU)
     stop = sources.spec.numel if stop is None else stop
@@ -142,7 +143,7 @@ def test_int8_decodes_as_bitsandbytes(rows, cols, conv1d, data):
 def test_a_codec_claims_nothing_it_cannot_open(codec, base):
     """Contract of the table: claims name stored tensors, each at most once, and every claim opens."""
     for kind in ("bf16", "nf4_dq", "int8", "gpt2_nf4"):
-        ckpt = Checkpoint(base(kind))
+        ckpt = Checkpoint(LocalFolder(base(kind)))
         claims = codec.claim(ckpt.tensors)
         claimed = [name for names in claims.values() for name in names]
         assert len(claimed) == len(set(claimed)) and set(claimed) <= ckpt.tensors.keys()
@@ -153,7 +154,7 @@ def test_a_codec_claims_nothing_it_cannot_open(codec, base):
 
 @pytest.mark.parametrize("kind", ["bf16", "nf4_dq", "fp4_dq", "int8", "gpt2_int8"])
 def test_every_stored_tensor_is_claimed_exactly_once(kind, base):
-    ckpt = Checkpoint(base(kind))
+    ckpt = Checkpoint(LocalFolder(base(kind)))
     claimed = [name for sources in open_weights(ckpt).values() for name in sources.names]
     assert sorted(claimed) == sorted(ckpt.tensors)
     ckpt.close()
@@ -204,7 +205,7 @@ def test_broken_companions_are_refused(change, reason, tmp_path):
     change(stored)
     path = write(tmp_path / "ckpt", stored)
     with pytest.raises(CheckpointError) as caught:
-        open_weights(Checkpoint(path))
+        open_weights(Checkpoint(LocalFolder(path)))
     assert str(caught.value) == f"{path}: the quant_state of w.weight is broken: {reason}."
 
 
@@ -213,7 +214,7 @@ def test_packed_bytes_that_do_not_match_the_shape_are_refused(tmp_path):
     stored["w.weight"] = stored["w.weight"][:-1]
     path = write(tmp_path / "ckpt", stored)
     with pytest.raises(CheckpointError, match=r"639 bytes are stored, \[20, 64\] needs 640"):
-        open_weights(Checkpoint(path))
+        open_weights(Checkpoint(LocalFolder(path)))
 
 
 def test_int8_in_another_layout_is_refused(tmp_path):
@@ -223,12 +224,12 @@ def test_int8_in_another_layout_is_refused(tmp_path):
         tmp_path / "a", {"w.weight": q, "w.SCB": scb, "w.weight_format": torch.tensor(1, dtype=torch.uint8)}
     )
     with pytest.raises(CheckpointError, match=r"weight_format other than 0 \(row\)"):
-        open_weights(Checkpoint(path))
+        open_weights(Checkpoint(LocalFolder(path)))
     path = write(tmp_path / "b", {"w.weight": q, "w.SCB": scb[:-1]})
     with pytest.raises(
         CheckpointError, match=r"w.weight is I8 \[4, 8\], its SCB F32 \[3\]; expected SCB F32 \[4\]"
     ):
-        open_weights(Checkpoint(path))
+        open_weights(Checkpoint(LocalFolder(path)))
 
 
 def test_codes_without_companions_are_refused(tmp_path):
@@ -241,4 +242,4 @@ def test_codes_without_companions_are_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"w\.weight is quantized, but its quant_state or SCB is missing"
     ):
-        open_weights(Checkpoint(path))
+        open_weights(Checkpoint(LocalFolder(path)))

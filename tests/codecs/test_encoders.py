@@ -16,6 +16,7 @@ from lorafuse.codecs.encoder import Encoded, Encoder, Piece, WeightToStore
 from lorafuse.codecs.plain import PlainEncoder
 from lorafuse.codecs.stored import StoredEncoder
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.tensors import StoredTensor, TensorSpec
 from lorafuse.planning import make_plan as planning
 
@@ -96,7 +97,7 @@ def test_what_nothing_changes_can_stay_as_it_is_stored(
 
 def test_a_run_of_bytes_may_span_tensors(base, tmp_path):
     """Whatever the runs, every byte of every tensor comes once, at its place."""
-    with_store = Checkpoint(base("nf4_dq"))
+    with_store = Checkpoint(LocalFolder(base("nf4_dq")))
     weight = next(name for name in with_store.tensors if name.endswith("q_proj.weight"))
     names = {n: n for n in with_store.tensors if n.startswith(weight)}
     encoder = StoredEncoder(with_store, names)

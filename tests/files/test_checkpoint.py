@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from lorafuse.errors import CheckpointError, StorageError
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.json_yaml import MAX_JSON_NBYTES
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.names import INDEX, SINGLE
 from lorafuse.files.stores import read_all
 
@@ -34,7 +35,7 @@ def refused(path: Path) -> str:
     """The message of the refusal, less the path."""
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint(path)
+        Checkpoint(LocalFolder(path))
     assert len(os.listdir("/proc/self/fd")) == before
     assert str(caught.value).isprintable()
     return str(caught.value).replace(str(path), "CKPT")
@@ -63,7 +64,7 @@ def assert_holds(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> No
 def test_reads_every_tensor(tmp_path: Path, n_shards: int) -> None:
     """However many files a checkpoint has, it holds the same tensors and config."""
     path = write_checkpoint(tmp_path / "ckpt", n_shards=n_shards)
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(LocalFolder(path))
     assert checkpoint.config == CONFIG
     assert_holds(checkpoint, checkpoint_tensors())
 
@@ -71,7 +72,7 @@ def test_reads_every_tensor(tmp_path: Path, n_shards: int) -> None:
 def test_index_of_a_single_file(single: Path) -> None:
     """An index may name model.safetensors."""
     write_json(single / INDEX, {"weight_map": dict.fromkeys(checkpoint_tensors(), SINGLE)})
-    assert_holds(Checkpoint(single), checkpoint_tensors())
+    assert_holds(Checkpoint(LocalFolder(single)), checkpoint_tensors())
 
 
 def test_file_in_a_folder(sharded: Path) -> None:
@@ -80,7 +81,7 @@ def test_file_in_a_folder(sharded: Path) -> None:
     (sharded / FIRST).rename(sharded / "parts" / FIRST)
     weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
     edit_index(sharded, **{n: f"parts/{FIRST}" for n, file in weight_map.items() if file == FIRST})
-    assert_holds(Checkpoint(sharded), checkpoint_tensors())
+    assert_holds(Checkpoint(LocalFolder(sharded)), checkpoint_tensors())
 
 
 def test_hub_cache_layout(sharded: Path, tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_hub_cache_layout(sharded: Path, tmp_path: Path) -> None:
     for i, file in enumerate(sorted(sharded.iterdir())):
         file.rename(blobs / f"{i:040x}")
         (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"{i:040x}"))
-    assert_holds(Checkpoint(snapshot), checkpoint_tensors())
+    assert_holds(Checkpoint(LocalFolder(snapshot)), checkpoint_tensors())
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_hub_cache_layout(sharded: Path, tmp_path: Path) -> None:
 def test_files_that_the_index_does_not_name(sharded: Path, name: str) -> None:
     """Whatever else lies beside an index is not read, be it valid or not."""
     (sharded / name).write_bytes(b"not a checkpoint")
-    assert_holds(Checkpoint(sharded), checkpoint_tensors())
+    assert_holds(Checkpoint(LocalFolder(sharded)), checkpoint_tensors())
 
 
 @pytest.mark.parametrize("total_size", [0, 1, -5, 1e30, "much", None])
@@ -108,7 +109,7 @@ def test_total_size_is_not_believed(sharded: Path, total_size: object) -> None:
     """A wrong total_size does no harm: sizes come from the headers."""
     index = json.loads((sharded / INDEX).read_text())
     write_json(sharded / INDEX, index | {"metadata": {"total_size": total_size}})
-    assert_holds(Checkpoint(sharded), checkpoint_tensors())
+    assert_holds(Checkpoint(LocalFolder(sharded)), checkpoint_tensors())
 
 
 # --- config.json
@@ -162,7 +163,7 @@ def test_config_field_of_another_type(single: Path, field: str, value: object, e
 def test_config_field_is_null(single: Path, field: str) -> None:
     """A null field is as good as none."""
     write_json(single / "config.json", CONFIG | {field: None})
-    assert_holds(Checkpoint(single), checkpoint_tensors())
+    assert_holds(Checkpoint(LocalFolder(single)), checkpoint_tensors())
 
 
 def test_huge_config(single: Path) -> None:
@@ -198,7 +199,7 @@ def test_unsupported_quantization(single: Path, method: object, nested: bool) ->
 def test_supported_quantization(single: Path, quantization: dict[str, object]) -> None:
     """bitsandbytes is not refused, and neither are its old configs, which name no method."""
     write_json(single / "config.json", CONFIG | {"quantization_config": quantization})
-    Checkpoint(single).close()
+    Checkpoint(LocalFolder(single)).close()
 
 
 # --- the index
@@ -385,5 +386,5 @@ def test_unreadable(sharded: Path, monkeypatch: pytest.MonkeyPatch, code: int, r
 
     monkeypatch.setattr(os, "open", fail)
     with pytest.raises(StorageError) as caught:
-        Checkpoint(sharded)
+        Checkpoint(LocalFolder(sharded))
     assert str(caught.value) == f"{sharded / SECOND}: cannot be read: {reason}."

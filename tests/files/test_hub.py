@@ -13,8 +13,9 @@ from huggingface_hub import errors as hub_errors
 
 import lorafuse
 from lorafuse.errors import AdapterError, CheckpointError, LorafuseError, StorageError
-from lorafuse.files.hub import local_dir
-from lorafuse.inputs.located import CHECKPOINT_FILES, UNWANTED, adapter_files, checkpoint_dir
+from lorafuse.files.hub import folder_of
+from lorafuse.files.local_folder import LocalFolder
+from lorafuse.inputs.located import CHECKPOINT_FILES, UNWANTED, adapter_files, checkpoint_folder
 
 SNAPSHOT = "/cache/models--org--name/snapshots/0"
 
@@ -50,7 +51,7 @@ def hub_error(kind: type[Exception], message: str = "the hub's own words") -> Ex
 def test_local_directory_wins(calls: list[Any], tmp_path: Path) -> None:
     """A directory of that name is used, and the hub is not asked."""
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert checkpoint_dir("org/name") == Path("org/name")
+    assert checkpoint_folder("org/name") == LocalFolder(Path("org/name"))
     assert calls == []
 
 
@@ -66,7 +67,7 @@ def test_local_directory_wins(calls: list[Any], tmp_path: Path) -> None:
 )
 def test_hub_id(calls: list[Any], name: str, repo: str, revision: str | None) -> None:
     """`org/name@revision` is a repository and a revision; nothing else is asked for."""
-    assert checkpoint_dir(name) == Path(SNAPSHOT)
+    assert checkpoint_folder(name) == LocalFolder(Path(SNAPSHOT), name)
     ((repo_id, options),) = calls
     assert (repo_id, options["revision"]) == (repo, revision)
 
@@ -78,7 +79,7 @@ def test_hub_id(calls: list[Any], name: str, repo: str, revision: str | None) ->
 def test_no_hub_id(calls: list[Any], name: str, kind: type[LorafuseError]) -> None:
     """What cannot be a hub id is a missing directory; the hub is not asked."""
     with pytest.raises(kind) as caught:
-        local_dir(name, CHECKPOINT_FILES, kind, unwanted=UNWANTED)
+        folder_of(name, CHECKPOINT_FILES, kind, unwanted=UNWANTED)
     assert str(caught.value) == f"{name}: no such directory."
     assert calls == []
 
@@ -88,7 +89,7 @@ def test_file_of_that_name(calls: list[Any], tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_text("")
     with pytest.raises(AdapterError) as caught:
-        local_dir("org/name", adapter_files(), AdapterError)
+        folder_of("org/name", adapter_files(), AdapterError)
     assert str(caught.value) == "org/name: is not a directory."
     assert calls == []
 
@@ -96,7 +97,7 @@ def test_file_of_that_name(calls: list[Any], tmp_path: Path) -> None:
 def test_name_is_escaped(calls: list[Any]) -> None:
     """A name with terminal escapes is printed without them."""
     with pytest.raises(CheckpointError) as caught:
-        checkpoint_dir("\x1b[31m")
+        checkpoint_folder("\x1b[31m")
     assert str(caught.value) == "\\x1b[31m: no such directory."
 
 
@@ -131,7 +132,7 @@ def wanted(options: dict[str, Any], file: str) -> bool:
 )
 def test_checkpoint_files_wanted(calls: list[Any], file: str) -> None:
     """Of a checkpoint, everything that the result is made from is fetched."""
-    checkpoint_dir("org/name")
+    checkpoint_folder("org/name")
     assert wanted(calls[0][1], file)
 
 
@@ -158,7 +159,7 @@ def test_checkpoint_files_wanted(calls: list[Any], file: str) -> None:
 def test_checkpoint_files_unwanted(calls: list[Any], file: str) -> None:
     """Of a checkpoint, other formats, other copies of the weights, and what lies in folders are not
     fetched."""
-    checkpoint_dir("org/name")
+    checkpoint_folder("org/name")
     assert not wanted(calls[0][1], file)
 
 
@@ -178,7 +179,7 @@ def test_checkpoint_files_unwanted(calls: list[Any], file: str) -> None:
 def test_adapter_files_wanted(calls: list[Any], file: str) -> None:
     """Of an adapter, its config, its weights and its tokenizer are fetched, and what tells the names of
     others."""
-    local_dir("org/name", adapter_files(), AdapterError)
+    folder_of("org/name", adapter_files(), AdapterError)
     assert wanted(calls[0][1], file)
 
 
@@ -197,7 +198,7 @@ def test_adapter_files_wanted(calls: list[Any], file: str) -> None:
 )
 def test_adapter_files_unwanted(calls: list[Any], file: str) -> None:
     """Of an adapter, training state and intermediate checkpoints are not fetched."""
-    local_dir("org/name", adapter_files(), AdapterError)
+    folder_of("org/name", adapter_files(), AdapterError)
     assert not wanted(calls[0][1], file)
 
 
@@ -208,7 +209,7 @@ def test_missing_repository(
     """A repository that is not there is the fault of the input that was named so."""
     failing(monkeypatch, hub_error(hub_errors.RepositoryNotFoundError))
     with pytest.raises(kind) as caught:
-        local_dir("org/name", CHECKPOINT_FILES, kind, unwanted=UNWANTED)
+        folder_of("org/name", CHECKPOINT_FILES, kind, unwanted=UNWANTED)
     expected = (
         "org/name: no such directory, and no such repository on the hub (or it is private: log in first)."
     )
@@ -219,7 +220,7 @@ def test_gated_repository(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> 
     """A repository whose terms were not accepted is not said to be missing."""
     failing(monkeypatch, hub_error(hub_errors.GatedRepoError))
     with pytest.raises(CheckpointError) as caught:
-        checkpoint_dir("org/name")
+        checkpoint_folder("org/name")
     assert str(caught.value) == "org/name: is gated; ask for access on its page on the hub, and log in."
 
 
@@ -227,7 +228,7 @@ def test_missing_revision(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> 
     """A revision that is not there is named."""
     failing(monkeypatch, hub_error(hub_errors.RevisionNotFoundError))
     with pytest.raises(AdapterError) as caught:
-        local_dir("org/name@v9", adapter_files(), AdapterError)
+        folder_of("org/name@v9", adapter_files(), AdapterError)
     assert str(caught.value) == "org/name: has no revision v9."
 
 
@@ -235,7 +236,7 @@ def test_name_that_the_hub_refuses(calls: list[Any], monkeypatch: pytest.MonkeyP
     """A name that looks like a hub id and is none by the hub's own rules is a missing directory."""
     failing(monkeypatch, hub_errors.HFValidationError("Cannot have -- or .. in repo_id: 'org/a--b'."))
     with pytest.raises(CheckpointError) as caught:
-        checkpoint_dir("org/a--b")
+        checkpoint_folder("org/a--b")
     assert str(caught.value) == "org/a--b: no such directory."
 
 
@@ -243,7 +244,7 @@ def test_offline(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the network, nothing is said about whether the repository exists."""
     failing(monkeypatch, hub_errors.LocalEntryNotFoundError("offline"))
     with pytest.raises(StorageError) as caught:
-        checkpoint_dir("org/name")
+        checkpoint_folder("org/name")
     expected = (
         "org/name: no such directory, and the hub cannot be reached to look for a repository of that name."
     )
@@ -256,7 +257,7 @@ def test_really_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StorageError, match="the hub cannot be reached"):
-        checkpoint_dir("org/name")
+        checkpoint_folder("org/name")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_download_fails(calls: list[Any], monkeypatch: pytest.MonkeyPatch, error
     """A download that breaks off is an I/O error with the hub's words, whatever the HTTP library raises."""
     failing(monkeypatch, error)
     with pytest.raises(StorageError) as caught:
-        checkpoint_dir("org/name")
+        checkpoint_folder("org/name")
     assert str(caught.value) == "org/name: downloading failed: 500 Server\\x1b[31m Error"
 
 
@@ -300,7 +301,7 @@ def test_download_fails(calls: list[Any], monkeypatch: pytest.MonkeyPatch, error
 )
 def test_named_adapter_files(calls: list[Any], name: str, fetched: list[str], left: list[str]) -> None:
     """Of an adapter with a name, its own sub-folder is fetched, and of the others the configs."""
-    local_dir("org/name", adapter_files(name), AdapterError)
+    folder_of("org/name", adapter_files(name), AdapterError)
     assert [file for file in [*fetched, *left] if wanted(calls[0][1], file)] == fetched
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load, save, save_file
 
 from lorafuse.errors import CheckpointError, StorageError
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import FormatError, Shard
 from lorafuse.files.safetensors_writer import ShardWriter
 from lorafuse.files.tensors import DTYPES, StoredTensor, TensorSpec
@@ -75,7 +76,7 @@ def refused(tmp_path: Path, data: bytes) -> str:
     tracemalloc.start()
     try:
         with pytest.raises(FormatError) as caught:
-            Shard(path)
+            Shard(LocalFolder(path.parent), path.name)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -136,7 +137,7 @@ def test_read_back(scratch: Path, tensors: dict[str, tuple[TensorSpec, bytes]], 
     safetensors."""
     order = data.draw(st.permutations(list(tensors)))
     write(scratch, {name: tensors[name] for name in order})
-    shard = Shard(scratch)
+    shard = Shard(LocalFolder(scratch.parent), scratch.name)
     assert [(name, info.spec) for name, info in shard.tensors.items()] == [
         (name, tensors[name][0]) for name in order
     ]
@@ -336,7 +337,7 @@ def test_metadata(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw_file({"__metadata__": metadata}))
     assert agrees(path)
-    assert Shard(path).metadata == (metadata or {})
+    assert Shard(LocalFolder(path.parent), path.name).metadata == (metadata or {})
 
 
 @pytest.mark.parametrize(
@@ -464,7 +465,7 @@ def test_lone_surrogates(tmp_path: Path, header: bytes) -> None:
 def test_any_name_is_a_name(tmp_path: Path, name: str) -> None:
     """Names are data: whatever Unicode allows is read and written unchanged."""
     write(tmp_path / "x.safetensors", {name: (TensorSpec("U8", (1,)), b"a")})
-    assert list(Shard(tmp_path / "x.safetensors").tensors) == [name]
+    assert list(Shard(LocalFolder(tmp_path), "x.safetensors").tensors) == [name]
 
 
 @pytest.mark.parametrize("pad", range(8))
@@ -472,7 +473,7 @@ def test_unaligned_data(tmp_path: Path, pad: int) -> None:
     """Data may start at any byte."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw_file(json.dumps(one()).encode() + b" " * pad, b"12345678"))
-    shard, buffer = Shard(path), bytearray(4)
+    shard, buffer = Shard(LocalFolder(path.parent), path.name), bytearray(4)
     shard.read_into(shard.tensors["x"], 3, buffer)
     assert buffer == b"4567"
 
@@ -494,7 +495,7 @@ def test_not_a_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mak
     path = tmp_path / "x.safetensors"
     make(path)
     with pytest.raises(FormatError) as caught:
-        Shard(path)
+        Shard(LocalFolder(path.parent), path.name)
     assert str(caught.value) == f"{path}: is not a regular file."
 
 
@@ -503,7 +504,7 @@ def test_symlink_loop(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.symlink_to(path)
     with pytest.raises(FormatError, match="not a regular file"):
-        Shard(path)
+        Shard(LocalFolder(path.parent), path.name)
 
 
 def test_truncated_while_reading(tmp_path: Path) -> None:
@@ -511,7 +512,7 @@ def test_truncated_while_reading(tmp_path: Path) -> None:
     there."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw_file(one(), b"12345678"))
-    shard = Shard(path)
+    shard = Shard(LocalFolder(path.parent), path.name)
     end = path.stat().st_size - 3
     os.truncate(path, end)
     with pytest.raises(CheckpointError) as caught:
@@ -523,7 +524,7 @@ def test_read_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An I/O error names the file and the byte."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw_file(one(), b"12345678"))
-    shard = Shard(path)
+    shard = Shard(LocalFolder(path.parent), path.name)
     data_start = path.stat().st_size - 8
 
     def fail(*_: object) -> int:
@@ -541,7 +542,7 @@ def test_short_reads_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path.write_bytes(raw_file(one(), b"12345678"))
     real_preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: real_preadv(fd, [views[0][:3]], at))
-    shard, buffer = Shard(path), bytearray(8)
+    shard, buffer = Shard(LocalFolder(path.parent), path.name), bytearray(8)
     shard.read_into(shard.tensors["x"], 0, buffer)
     assert buffer == b"12345678"
 
@@ -553,7 +554,7 @@ def test_nothing_stays_open(tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     for _ in range(3):
         with pytest.raises(FormatError):
-            Shard(path)
+            Shard(LocalFolder(path.parent), path.name)
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
@@ -564,7 +565,7 @@ def test_nothing_stays_open(tmp_path: Path) -> None:
 def agrees(path: Path) -> bool | None:
     """Whether lorafuse accepts the file; then safetensors must, and see the same in it."""
     try:
-        shard = Shard(path)
+        shard = Shard(LocalFolder(path.parent), path.name)
     except FormatError:
         return False
     try:
@@ -677,5 +678,5 @@ def test_names_that_look_like_an_entry_are_only_names(tmp_path):
         tmp_path / "a.safetensors",
         metadata=dict.fromkeys(names, "x"),
     )
-    shard = Shard(tmp_path / "a.safetensors")
+    shard = Shard(LocalFolder(tmp_path), "a.safetensors")
     assert sorted(shard.tensors) == sorted(names) and shard.metadata == dict.fromkeys(names, "x")

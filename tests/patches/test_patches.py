@@ -20,6 +20,7 @@ from lorafuse.adapters import ADAPTERS, open_adapter
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.errors import AdapterError
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.stores import ShardedStore
 from lorafuse.patches.patch import Base
 from lorafuse.patches.row_function import RowFunction, product_added
@@ -141,8 +142,8 @@ def test_patches_take_no_more_memory_than_they_say(case, tmp_path, monkeypatch):
     tune(model, case.split()[0], {"target_modules": ["one"]} | CASES[case], tmp_path / "adapter")
     scale = 0.5 if case == "LN_TUNING" else 1.0  # a layer trained whole needs no patch
     with (
-        closing(Checkpoint(tmp_path / "ckpt")) as ckpt,
-        closing(open_adapter(tmp_path / "adapter")) as adapter,
+        closing(Checkpoint(LocalFolder(tmp_path / "ckpt"))) as ckpt,
+        closing(open_adapter(LocalFolder(tmp_path / "adapter"))) as adapter,
     ):
         plan = make_plan(ckpt, adapter, Settings(memory_nbytes=1 << 30, adapter_scale=scale))
         patched = [(step, patch) for step in plan.steps for patch in step.patches]
@@ -162,7 +163,7 @@ def test_patches_take_no_more_memory_than_they_say(case, tmp_path, monkeypatch):
 def test_tensors_are_counted_as_they_are_loaded(dtype, tmp_path):
     """Floats as fp32, integers as int64, whatever they are stored as."""
     save_file({"a": torch.ones(300, 5).to(dtype)}, tmp_path / "x.safetensors")
-    with closing(ShardedStore(tmp_path, "x.safetensors")) as store:
+    with closing(ShardedStore(LocalFolder(tmp_path), "x.safetensors")) as store:
         patch = RowFunction(store, {"a": "a"}, product_added)
         held, _ = measured(lambda: patch.prepare(None, Arena(CPU)))
         assert held == patch.nbytes == 1500 * (4 if dtype.is_floating_point else 8)

@@ -22,6 +22,7 @@ from lorafuse import cli
 from lorafuse.adapters import open_adapter
 from lorafuse.errors import AdapterError, OutDirError, UsageError
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.patches.factor import Factor
 from lorafuse.patches.lowrank import LowRank
 from lorafuse.patches.on_rows import OnRows
@@ -116,7 +117,7 @@ MIX = [("loha", 0.6), ("ia3", -0.5), ("oft", 0.3), ("hra", 1.5), ("miss_bat", -0
 
 
 @pytest.mark.parametrize("kind", ["fp32", "nf4_dq"])
-def test_types_may_be_mixed(kind, base, adapter, tuned, tmp_path, monkeypatch):  # noqa: F811
+def test_types_may_be_mixed(kind, base, adapter, tuned, tmp_path, monkeypatch):  # noqa: F811  # noqa: F811
     """Each W'_i is made from the base alone, though most of these types multiply the weight; here with tiles
     of a few rows."""
     lora = adapter(kind, name="lora", target_modules=TARGETS, r=4, lora_alpha=8)
@@ -159,7 +160,7 @@ def test_a_type_that_reads_the_tile_goes_before_those_that_add(
 
 def test_parts_of_joined_weights_add_as_what_is_placed_there(tmp_path):
     factors = adapter_tensors(checkpoint_tensors())
-    lora = open_adapter(write_adapter(tmp_path / "lora", factors))
+    lora = open_adapter(LocalFolder(write_adapter(tmp_path / "lora", factors)))
     key = f"base_model.model.{Q.removesuffix('.weight')}"
     low_rank = LowRank(
         Factor(lora.store, f"{key}.lora_B.weight"), Factor(lora.store, f"{key}.lora_A.weight"), 1.0
@@ -548,8 +549,8 @@ def test_a_pair_that_an_adapter_ties_is_tied_when_one_side_is_in_the_file(base, 
 
 
 def plan_of(ckpt, *paths, **settings):
-    first, *others = [WeightedAdapter(open_adapter(path), 1.0) for path in paths]
-    return make_plan(Checkpoint(ckpt), first.adapter, Settings(**settings), others)
+    first, *others = [WeightedAdapter(open_adapter(LocalFolder(path)), 1.0) for path in paths]
+    return make_plan(Checkpoint(LocalFolder(ckpt)), first.adapter, Settings(**settings), others)
 
 
 def test_the_plan_counts_what_all_adapters_hold(base, adapter, tuned, tmp_path):  # noqa: F811

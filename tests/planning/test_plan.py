@@ -17,6 +17,7 @@ from lorafuse.adapters import open_adapter
 from lorafuse.codecs.plain import PlainEncoder
 from lorafuse.errors import UsageError
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.names import natural_key
 from lorafuse.files.stores import ShardedStore
 from lorafuse.files.tensors import TensorSpec
@@ -33,7 +34,7 @@ def step(name, spec, action):
 
 
 def plan_of(ckpt, lora, **settings):
-    return make_plan(Checkpoint(ckpt), open_adapter(lora), Settings(**settings))
+    return make_plan(Checkpoint(LocalFolder(ckpt)), open_adapter(LocalFolder(lora)), Settings(**settings))
 
 
 def test_planning_reads_no_weight(base, adapter, monkeypatch):

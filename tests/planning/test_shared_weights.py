@@ -13,6 +13,7 @@ from lorafuse.codecs import open_weights
 from lorafuse.codecs.bnb4 import FourBitSources
 from lorafuse.errors import AdapterError, UsageError
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.merge.loop import merge
 from lorafuse.outdir.local_file import LocalOutFile
 from lorafuse.outdir.output import Output
@@ -47,14 +48,17 @@ def together(base, adapter, tmp_path):
 
     def make(kind, dtype="auto", **memory):
         settings = Settings(dtype=dtype, max_shard_nbytes=40_000, **memory)
-        ckpt = Checkpoint(base(kind))
+        ckpt = Checkpoint(LocalFolder(base(kind)))
         ckpts.append(ckpt)
         weights = open_weights(ckpt)
         outputs = []
         for name, facts in KINDS.items():
             (tmp_path / name).mkdir()
             plan = make_plan(
-                ckpt, open_adapter(adapter(kind, name=f"lora-{name}", **facts)), settings, weights=weights
+                ckpt,
+                open_adapter(LocalFolder(adapter(kind, name=f"lora-{name}", **facts))),
+                settings,
+                weights=weights,
             )
             outputs.append(Output(plan, Bare(tmp_path / name), lambda event: None))
         return outputs, settings

@@ -34,6 +34,7 @@ from valid_inputs import Files, good_inputs, write_files
 
 import lorafuse
 from lorafuse.errors import LorafuseError
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import FormatError, Shard
 
 PACKAGE_ROOT = str(Path(lorafuse.__file__).parents[1])
@@ -424,7 +425,7 @@ def test_an_absurd_length_takes_no_memory(tmp_path):
         for n in (2**40, 2**63, 2**64 - 1, 100_000_000, 99_999_999):
             path.write_bytes(struct.pack("<Q", n) + b"{}" * 100)
             with pytest.raises(FormatError):
-                Shard(path)
+                Shard(LocalFolder(path.parent), path.name)
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()

@@ -25,6 +25,7 @@ from valid_inputs import Files, good_inputs, good_types, write_files
 import lorafuse
 from lorafuse.adapters import ADAPTERS
 from lorafuse.errors import LorafuseError
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import FormatError, Shard
 
 pytestmark = pytest.mark.soak
@@ -199,7 +200,7 @@ def _differential(data: bytes) -> None:
         f.write(data)
         f.flush()
         try:
-            shard = Shard(Path(f.name))
+            shard = Shard(LocalFolder(Path(f.name).parent), Path(f.name).name)
         except FormatError:
             return
         shard.close()

@@ -21,6 +21,19 @@ FLOORS = """
     < planning < merge < outdir < receipt, inputs < pipeline, verification, inspection < batching < cli
 """
 RANK = {room.strip(): rank for rank, floor in enumerate(FLOORS.split("<")) for room in floor.split(",")}
+# Files and rooms that know paths: those that are a file system's own, or ask where an input lies, and those
+# of what is written or listed.
+KNOW_PATHS = {"files/local_folder.py", "files/folder.py", "files/hub.py", "settings.py"} | {
+    *(
+        "files/safetensors_writer.py",
+        "files/sharing.py",
+        "outdir",
+        "receipt/write.py",
+        "pipeline.py",
+        "batching",
+    ),
+    "cli",
+}
 # Of codecs/: the two interfaces, and what codecs share.
 CODEC_INTERFACES = {"conv1d", "sources"}
 
@@ -68,6 +81,28 @@ def test_import_order(path: Path) -> None:
     assert top(path) in RANK, f"{top(path)} has no place in the import order yet"
     later = {name for name in own_imports(path) if RANK[name] >= RANK[top(path)]}
     assert not later, f"{relative(path)} imports {later}, which come after it"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if not {p.relative_to(PACKAGE).parts[0], relative(p)} & KNOW_PATHS],
+    ids=relative,
+)
+def test_inputs_have_no_paths(path: Path) -> None:
+    """What is read comes from a Folder: nothing else opens a file or looks at a directory, but for the
+    package's own tables beside a module."""
+    text = path.read_text(encoding="utf-8").replace("Path(__file__)", "HERE")
+    names = {
+        ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name | ast.Attribute)
+    }
+    used = names & {"Path", "PurePath", "PosixPath", "open", "io.open", "os.fdopen"}
+    used |= {name for name in names if re.match(r"os\.(path|open|stat|lstat|scandir|listdir|walk)\b", name)}
+    assert not used
+
+
+def test_what_knows_paths_is_there() -> None:
+    """No exemption outlives its file."""
+    assert all((PACKAGE / name).exists() for name in KNOW_PATHS)
 
 
 def test_package_imports_little() -> None:

@@ -17,6 +17,7 @@ import lorafuse
 from lorafuse.adapters import open_adapter
 from lorafuse.errors import AdapterError
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.plan import STORED_TENSOR_NBYTES
 from lorafuse.settings import Settings
@@ -286,7 +287,10 @@ def test_the_plan_counts_the_names_of_copies(tmp_path):
     budgets = {}
     for n_times in (1, 6):
         lora = write_adapter(tmp_path / f"lora{n_times}", layer_replication=[[0, 2]] * n_times)
-        with closing(Checkpoint(ckpt)) as base, closing(open_adapter(lora)) as adapter:
+        with (
+            closing(Checkpoint(LocalFolder(ckpt))) as base,
+            closing(open_adapter(LocalFolder(lora))) as adapter,
+        ):
             settings = Settings(memory_nbytes=100_000_000, max_shard_nbytes=10**9)
             budgets[n_times] = make_plan(base, adapter, settings).memory.resident_nbytes
     assert budgets[1] - budgets[6] == 10 * 9 * STORED_TENSOR_NBYTES

@@ -18,6 +18,7 @@ from lorafuse.arithmetic import quantize
 from lorafuse.codecs import Arena, open_weights
 from lorafuse.errors import CheckpointError, UsageError
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.settings import BaseQuant
 from lorafuse.trained_base import bnb_gpu
 from lorafuse.trained_base.simulated import simulated
@@ -37,7 +38,7 @@ def ours(weight, quant, *, dtype=None, transposed=False, tile_rows=None):
     with tempfile.TemporaryDirectory() as d:
         save_file({"w": weight.contiguous()}, Path(d) / "model.safetensors")
         (Path(d) / "config.json").write_text("{}")
-        ckpt = Checkpoint(Path(d))
+        ckpt = Checkpoint(LocalFolder(Path(d)))
         name = str(dtype or weight.dtype).removeprefix("torch.")
         sources, arena = simulated(open_weights(ckpt)["w"], quant, name, transposed=transposed), Arena(CPU)
         numel, tile = weight.numel(), (tile_rows or weight.shape[0]) * weight.shape[1]
@@ -180,7 +181,7 @@ def test_bitsandbytes_own_kernels(quant, transposed, device, tmp_path):
     """The whole weight on the device, by calls of bitsandbytes; on the CPU these are what the rest of this
     file compares with."""
     weight = torch.randn(96, 130).bfloat16()
-    ckpt = Checkpoint(write_checkpoint(tmp_path / "ckpt", {"w": weight}))
+    ckpt = Checkpoint(LocalFolder(write_checkpoint(tmp_path / "ckpt", {"w": weight})))
     sources, arena = open_weights(ckpt)["w"], Arena(device)
     if quant.kind == "int8":
         (made,) = bnb_gpu.int8(sources, torch.bfloat16, transposed, arena)

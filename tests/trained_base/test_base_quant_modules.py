@@ -10,6 +10,7 @@ from lorafuse.codecs import Arena, open_weights
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.errors import CheckpointError
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.settings import BaseQuant
 from lorafuse.trained_base.base_weights import as_trained, load_dtype
 from lorafuse.trained_base.which_weights import is_skipped, load_table
@@ -76,7 +77,7 @@ def both(model, path, **settings):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **settings
     )
     type(model).from_pretrained(path / "dense", quantization_config=config).save_pretrained(path / "stored")
-    return Checkpoint(path / "dense"), Checkpoint(path / "stored")
+    return Checkpoint(LocalFolder(path / "dense")), Checkpoint(LocalFolder(path / "stored"))
 
 
 def quantized(weights):
@@ -131,7 +132,7 @@ def test_single_experts_are_quantized_on_request(tmp_path):
     """transformers 5 keeps a mixture's experts in full precision, as one parameter; 4 had a linear layer for
     each matrix."""
     build("MixtralForCausalLM").save_pretrained(tmp_path)
-    ckpt, said = Checkpoint(tmp_path), []
+    ckpt, said = Checkpoint(LocalFolder(tmp_path)), []
     weights = open_weights(ckpt)
     experts = {name for name in weights if ".experts." in name}
     made = [
@@ -147,7 +148,7 @@ def test_single_experts_are_quantized_on_request(tmp_path):
 
 def test_experts_are_asked_for_where_there_are_none(tmp_path):
     build("LlamaForCausalLM").save_pretrained(tmp_path)
-    ckpt, said = Checkpoint(tmp_path), []
+    ckpt, said = Checkpoint(LocalFolder(tmp_path)), []
     as_trained(open_weights(ckpt), ckpt, BaseQuant(kind="nf4", experts=True), said.append)
     assert said == [f"{tmp_path}: holds no matrix of a single expert, which --quant-experts would quantize."]
 
@@ -157,7 +158,7 @@ def test_a_model_that_is_not_known_is_taken_by_its_names(tmp_path):
     model.save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text().replace('"llama"', '"of_tomorrow"')
     (tmp_path / "config.json").write_text(config)
-    ckpt, said = Checkpoint(tmp_path), []
+    ckpt, said = Checkpoint(LocalFolder(tmp_path)), []
     made = as_trained(open_weights(ckpt), ckpt, BaseQuant(kind="nf4"), said.append)
     assert len(quantized(made)) == 14
     assert said == [
@@ -174,7 +175,7 @@ def test_nothing_to_quantize_is_refused(name, skip, tmp_path):
     model = build(name)
     assert name != "FalconForCausalLM" or not quantized(open_weights(both(model, tmp_path / "falcon")[1]))
     model.save_pretrained(tmp_path)
-    ckpt = Checkpoint(tmp_path)
+    ckpt = Checkpoint(LocalFolder(tmp_path))
     with pytest.raises(CheckpointError) as e:
         as_trained(open_weights(ckpt), ckpt, BaseQuant(kind="nf4", skip=skip), print)
     assert (
@@ -186,7 +187,7 @@ def test_nothing_to_quantize_is_refused(name, skip, tmp_path):
 def test_the_dtype_of_loading(tmp_path):
     """That of config.json; without one, that of the weight."""
     build("LlamaForCausalLM").save_pretrained(tmp_path)
-    ckpt = Checkpoint(tmp_path)
+    ckpt = Checkpoint(LocalFolder(tmp_path))
     sources = next(iter(open_weights(ckpt).values()))
     assert load_dtype(ckpt, sources) == "bfloat16"
     for config, expected in (

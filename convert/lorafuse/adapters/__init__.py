@@ -5,7 +5,6 @@ Choice) and the ignored tensors with reasons. A type is added by one file and on
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir, adapter_folder, is_mlx
@@ -45,6 +44,7 @@ from lorafuse.adapters.types import (
 )
 from lorafuse.adapters.updates import Choice, Edit, Update
 from lorafuse.errors import AdapterError, listed, shown
+from lorafuse.files.folder import Folder
 from lorafuse.patches.patch import Patch
 from lorafuse.patches.target import Target
 
@@ -121,10 +121,10 @@ __all__ = [
 ]
 
 
-def open_adapter(path: Path, name: str | None = None, root: Path | None = None) -> AdapterDir:
-    """An adapter directory of a type that is known here, what the user called it, perhaps a sub-folder of
-    `root`. Raises AdapterError."""
-    adapter = AdapterDir(path, name, root)
+def open_adapter(root: Folder, sub_folder: str | None = None, name: str | None = None) -> AdapterDir:
+    """The adapter of a type that is known here in `root`, which the user called `name`, or in a sub-folder of
+    it. Raises AdapterError."""
+    adapter = AdapterDir(root, sub_folder, name)
     try:
         module_of(adapter)
     except BaseException:
@@ -149,16 +149,16 @@ def module_of(adapter: AdapterDir) -> ModuleType:
     kind = "MLX" if is_mlx(adapter.config) else adapter.config.get("peft_type")
     if kind is None:
         raise AdapterError(
-            f"{adapter.path / CONFIG}: has no peft_type; it was written neither by PEFT nor by MLX-LM."
+            f"{adapter.folder / CONFIG}: has no peft_type; it was written neither by PEFT nor by MLX-LM."
         )
     module = ADAPTERS.get(kind) if isinstance(kind, str) else None
     if isinstance(kind, str) and kind in REFUSED_TYPES:
         raise AdapterError(
-            f"{adapter.path / CONFIG}: peft_type {kind} cannot be merged: {REFUSED_TYPES[kind]}."
+            f"{adapter.folder / CONFIG}: peft_type {kind} cannot be merged: {REFUSED_TYPES[kind]}."
         )
     if module is None:
         raise AdapterError(
-            f"{adapter.path / CONFIG}: peft_type {shown(kind)} is not supported; known are "
+            f"{adapter.folder / CONFIG}: peft_type {shown(kind)} is not supported; known are "
             f"{listed(ADAPTERS)}."
         )
     return module

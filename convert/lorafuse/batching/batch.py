@@ -23,9 +23,10 @@ from lorafuse.batching.one_pass import Pass, PlannedJob
 from lorafuse.errors import LorafuseError, OutDirError, StorageError, UsageError, listed, shown
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.folder import Folder
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes, adapter_hashes
-from lorafuse.inputs.located import LocalAdapter, Name, checkpoint_dir, local_adapter, opened
+from lorafuse.inputs.located import LocatedAdapter, Name, checkpoint_folder, located_adapter, opened
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.pipeline import announce
@@ -95,13 +96,11 @@ def batch(
     everything, root = read_jobs(Path(jobs)), Path(out_root)
     todo = share_of(everything, number, n_workers)
     target = pick_device(device)
-    ckpt_dir = checkpoint_dir(fspath(ckpt))
-    refuse_overlap(everything, root, ckpt_dir)
-    with closing(Checkpoint(ckpt_dir)) as base, InputHashes(base, fspath(ckpt), []) as hashes:
+    ckpt_folder = checkpoint_folder(fspath(ckpt))
+    refuse_overlap(everything, root, ckpt_folder)
+    with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, fspath(ckpt), []) as hashes:
         finished = ExistingResults(root, settings, hashes.result)
-        call = Batch(
-            base, fspath(ckpt), root, settings, overwrite, share, finished, on_event, deque(todo), dry_run
-        )
+        call = Batch(base, root, settings, overwrite, share, finished, on_event, deque(todo), dry_run)
         one_pass = Pass(
             base, hashes.result, finished, share, overwrite, restart, target, on_event, call.done, call.failed
         )
@@ -114,7 +113,6 @@ class Batch:
     """A batch under way: what is to do, and what became of what is done."""
 
     base: Checkpoint
-    ckpt_name: str
     root: Path
     settings: Settings
     overwrite: bool
@@ -158,12 +156,12 @@ class Batch:
             while self.todo and len(members) < MAX_MEMBERS:
                 job, notes, full = self.todo[0], list[dict[str, Any]](), None
                 try:
-                    found = local_adapter(
+                    located = located_adapter(
                         job.adapter, job.settings(self.settings).adapter_scale, None, notes.append
                     )
-                    if members and not self._may_open(found.path, members):
+                    if members and not self._may_open(located.folder, members):
                         break
-                    member = self._planned(job, found)
+                    member = self._planned(job, located)
                     if member:
                         stack.callback(member.close)
                         more, full = (
@@ -183,14 +181,14 @@ class Batch:
                 self.todo.popleft()
             yield members, memory
 
-    def _planned(self, job: Job, found: LocalAdapter) -> PlannedJob | None:
+    def _planned(self, job: Job, located: LocatedAdapter) -> PlannedJob | None:
         """The job with its plan and an open adapter; None when its result is there already. Raises
         LorafuseError or OSError."""
         settings, out_dir = job.settings(self.settings), self.root / job.name
-        self.kind.check_out_dir(fspath(out_dir), [self.base.path, found.root], overwrite=True)
+        self.kind.check_out_dir(fspath(out_dir), [self.base.folder, located.root], overwrite=True)
         with ExitStack() as stack:
-            [lora] = stack.enter_context(opened([found]))
-            files = UnchangedInputs(self.base, self.ckpt_name, [lora])
+            [lora] = stack.enter_context(opened([located]))
+            files = UnchangedInputs(self.base, [lora])
             inputs = adapter_hashes(lora, files.hashed)
             if self._is_there(out_dir, settings, inputs):
                 if not self.dry_run:
@@ -206,7 +204,7 @@ class Batch:
             return PlannedJob(
                 job,
                 settings,
-                found,
+                located,
                 fspath(out_dir),
                 plan,
                 inputs,
@@ -224,9 +222,9 @@ class Batch:
                 raise
             return False
 
-    def _may_open(self, adapter: Path, members: Sequence[PlannedJob]) -> bool:
+    def _may_open(self, adapter: Folder, members: Sequence[PlannedJob]) -> bool:
         """Whether one more adapter may be opened beside these: by its files, and what is loaded of it."""
-        sizes = {path.name: path.stat().st_size for path in adapter.iterdir() if path.is_file()}
+        sizes = {name: adapter.facts(name).nbytes for name in adapter.names("*") if adapter.exists(name)}
         n_files = sum(name.endswith(".safetensors") for name in sizes)
         loaded = 0 if n_files else sizes.get(BIN, 0)
         enough_files = n_files + (len(members) + 1) * MEMBER_FILES + SPARE_FILES <= _files_left()

@@ -19,6 +19,7 @@ from lorafuse._version import __version__
 from lorafuse.errors import LorafuseError, OutDirError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.hashing import FileHash
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.names import RECEIPT
 from lorafuse.files.safetensors_file import Shard
 from lorafuse.files.tensors import TensorSpec
@@ -165,7 +166,7 @@ class ExistingResults:
 
 def _read_receipt(out_dir: Path) -> dict[str, Any] | None:
     try:
-        receipt = read_receipt(out_dir)
+        receipt = read_receipt(LocalFolder(out_dir))
     except (OSError, LorafuseError):
         return None
     entries = [*receipt.get("outputs", ()), *receipt.get("inputs", ())]
@@ -240,7 +241,7 @@ def _is_as_written(shared: Shared) -> bool:
 def _key_of_file(path: Path, tensors: Mapping[str, Any]) -> str | None:
     """`shard_key` of a finished file: its own header, and what the receipt says of each weight."""
     try:
-        shard = Shard(path)
+        shard = Shard(LocalFolder(path.parent), path.name)
     except (OSError, LorafuseError):
         return None
     shard.close()

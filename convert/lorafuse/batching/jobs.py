@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, shown
+from lorafuse.files.folder import Folder
+from lorafuse.files.folders import has_scheme, open_folder
 from lorafuse.settings import DTYPE_CHOICES, HUB_ID, Settings
 
 KEYS = ("adapter", "name", "scale", "dtype")
@@ -120,6 +122,8 @@ def _parse(line: bytes, folder: Path) -> Job:
 
 def _located(adapter: str, folder: Path) -> str:
     """A relative path starts at the file. What is no directory there may be a hub id."""
+    if has_scheme(adapter):
+        return adapter
     beside = folder / adapter
     # One that is a directory here, but not there, is neither.
     return (
@@ -143,18 +147,20 @@ def _checked_name(name: Any) -> str:
     return str(name)
 
 
-def refuse_overlap(jobs: Sequence[Job], out_root: Path, ckpt_dir: Path) -> None:
+def refuse_overlap(jobs: Sequence[Job], out_root: Path, ckpt: Folder) -> None:
     """Raises OutDirError when a result would take the place of an input: OUT_ROOT is, or lies in, the
     checkpoint, or one job's name is where the adapter or the checkpoint of another lies."""
-    root, real_ckpt = (Path(os.path.realpath(path)) for path in (out_root, ckpt_dir))
+    root = Path(os.path.realpath(out_root))
     if out_root.exists() and not out_root.is_dir():
         raise OutDirError(f"{shown(out_root)}: exists and is not a directory.")
-    if real_ckpt in (root, *root.parents):
+    if ckpt.local_path and Path(os.path.realpath(ckpt.local_path)) in (root, *root.parents):
         raise OutDirError(
-            f"{shown(out_root)}: is or lies inside the input {shown(ckpt_dir)}; choose another directory."
+            f"{shown(out_root)}: is or lies inside the input {shown(ckpt)}; choose another directory."
         )
     names = {job.name for job in jobs}
-    for path in (ckpt_dir, *(Path(job.adapter) for job in jobs)):
+    for path in (folder.local_path for folder in (ckpt, *(open_folder(job.adapter) for job in jobs))):
+        if path is None:
+            continue
         real = Path(os.path.realpath(path))
         name = real.relative_to(root).parts[0] if root in real.parents else None
         if name in names and path.is_dir():

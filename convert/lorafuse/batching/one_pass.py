@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from lorafuse.batching.jobs import Job
 from lorafuse.errors import LorafuseError
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.inputs.located import LocalAdapter
+from lorafuse.files.folder import Folder
+from lorafuse.inputs.located import LocatedAdapter
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.merge.destination import Written
 from lorafuse.merge.loop import merge
@@ -45,7 +45,7 @@ class PlannedJob:
 
     job: Job
     settings: Settings
-    found: LocalAdapter
+    located: LocatedAdapter
     out_dir: str
     plan: Plan
     inputs: Inputs  # of the adapter alone
@@ -107,9 +107,11 @@ class Pass:
                 merge(outputs, memory, self.device, allow_nonfinite=members[0].settings.allow_nonfinite)
                 return [making.member.job for making in makings if not self._conclude(making, began)]
 
-    def _side_files(self, members: Sequence[PlannedJob]) -> Iterator[Path]:
+    def _side_files(self, members: Sequence[PlannedJob]) -> Iterator[tuple[Folder, str]]:
         return (
-            path for one in members for _, path in copied_files(one.plan, self.base.path, one.found.folders)
+            file
+            for member in members
+            for file in copied_files(member.plan, self.base.folder, member.located.folders)
         )
 
     @contextmanager
@@ -209,7 +211,7 @@ class Pass:
             receipt = complete(
                 main,
                 self.base,
-                member.found,
+                member.located,
                 member.settings,
                 lambda: [*self.ckpt_inputs(), *member.inputs],
                 began,

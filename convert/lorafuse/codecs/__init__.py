@@ -43,7 +43,7 @@ def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
     weights: dict[str, Sources] = {}
     for codec, weight, names in claims(ckpt.tensors):
         if weight in weights:
-            raise CheckpointError(f"{shown(ckpt.path)}: {shown(weight)} is stored in two ways.")
+            raise CheckpointError(f"{shown(ckpt.folder)}: {shown(weight)} is stored in two ways.")
         weights[weight] = codec.open_sources(weight, names, ckpt)
     _refuse_bare_codes(weights, ckpt)
     return weights
@@ -57,5 +57,5 @@ def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint) -> None
     for name, sources in weights.items():
         if name.endswith(".weight") and sources.spec.dtype in ("U8", "I8"):
             raise CheckpointError(
-                f"{shown(ckpt.path)}: {shown(name)} is quantized, but its quant_state or SCB is missing."
+                f"{shown(ckpt.folder)}: {shown(name)} is quantized, but its quant_state or SCB is missing."
             )

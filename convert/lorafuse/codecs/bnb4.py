@@ -62,7 +62,7 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> "Four
         _check_companions(weight, state, ckpt)
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise CheckpointError(
-            f"{shown(ckpt.path)}: the quant_state of {shown(weight)} is broken: {shown(e)}."
+            f"{shown(ckpt.folder)}: the quant_state of {shown(weight)} is broken: {shown(e)}."
         ) from None
     return FourBitSources(weight, names, state, ckpt)
 

@@ -36,13 +36,13 @@ def scheme(names: tuple[str, ...]) -> Scheme:
 def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> "Int8Sources":
     if len(names) == 3 and any(read_all(ckpt, names[2])):
         raise CheckpointError(
-            f"{shown(ckpt.path)}: {shown(weight)} has a weight_format other than 0 (row), which is not "
+            f"{shown(ckpt.folder)}: {shown(weight)} has a weight_format other than 0 (row), which is not "
             "supported."
         )
     q, scb = ckpt.tensors[weight].spec, ckpt.tensors[names[1]].spec
     if len(q.shape) != 2 or scb != TensorSpec("F32", q.shape[:1]):
         raise CheckpointError(
-            f"{shown(ckpt.path)}: {shown(weight)} is {q}, its SCB {scb}; expected SCB F32 "
+            f"{shown(ckpt.folder)}: {shown(weight)} is {q}, its SCB {scb}; expected SCB F32 "
             f"[{q.shape[0] if q.shape else 1}]."
         )
     return Int8Sources(weight, names, ckpt)

@@ -7,7 +7,7 @@ import torch
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs.sources import Scheme, Sources
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.safetensors_file import Buffer
+from lorafuse.files.folder import Buffer
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, TensorInfo, TensorSpec
 

@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import closing
 from typing import NamedTuple
 
-from lorafuse.files.safetensors_file import open_regular
+from lorafuse.files.folder import Folder
 
 READ_NBYTES = 1 << 20
 
@@ -17,14 +17,14 @@ class FileHash(NamedTuple):
     sha256: str
 
 
-def hash_file(path: Path, on_nbytes: Callable[[int], object] = lambda n: None) -> FileHash:
+def hash_file(folder: Folder, name: str, on_nbytes: Callable[[int], object] = lambda n: None) -> FileHash:
     """Size and sha256 of a file, 1 MiB at a time; `on_nbytes` hears of each piece and may end it by an
     exception. Raises FormatError for what is no regular file, OSError."""
     digest, nbytes = hashlib.sha256(), 0
-    buffer = bytearray(READ_NBYTES)
-    with open(open_regular(path), "rb", buffering=0) as f:
-        while n := f.readinto(buffer):
-            digest.update(memoryview(buffer)[:n])
+    view = memoryview(bytearray(READ_NBYTES))
+    with closing(folder.open(name)) as file:
+        while n := file.read_into(nbytes, view):
+            digest.update(view[:n])
             nbytes += n
             on_nbytes(n)
     return FileHash(nbytes, digest.hexdigest())

@@ -7,36 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from lorafuse.errors import CheckpointError, LorafuseError, StorageError, shown
+from lorafuse.files.folder import Folder
+from lorafuse.files.folders import open_folder
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.names import SINGLE
 from lorafuse.files.tensors import DTYPES, TensorInfo, TensorSpec
 from lorafuse.settings import HUB_ID
 
 
-def local_dir(
+def folder_of(
     name: str, patterns: Sequence[str], kind: type[LorafuseError], *, unwanted: Sequence[str] = ()
-) -> Path:
-    """The directory of that name, else a snapshot of the repository of that id: the files that match
-    `patterns` and not `unwanted`. Raises `kind` when there is neither."""
-    path = Path(name)
-    if path.is_dir():
-        return path
+) -> Folder:
+    """The folder of that name, else a snapshot of the repository of that id: the files that match `patterns`
+    and not `unwanted`. Raises `kind` when there is neither."""
+    folder = open_folder(name)
+    if folder.is_there():
+        return folder
     match = HUB_ID.fullmatch(name)
-    if not match or path.exists():
-        what = "is not a directory" if path.exists() else "no such directory"
+    if not match or folder.exists(""):
+        what = "is not a directory" if folder.exists("") else "no such directory"
         raise kind(f"{shown(name)}: {what}.")
     with _hub_errors(match["repo"], match["revision"], kind):
         # Imported here: it costs as much as the rest of the start-up, and most runs have local inputs.
         from huggingface_hub import snapshot_download
 
-        revision = match["revision"]
-        return Path(
-            snapshot_download(
-                match["repo"],
-                revision=revision,
-                allow_patterns=list(patterns),
-                ignore_patterns=list(unwanted),
-            )
+        snapshot = snapshot_download(
+            match["repo"],
+            revision=match["revision"],
+            allow_patterns=list(patterns),
+            ignore_patterns=list(unwanted),
         )
+        return LocalFolder(Path(snapshot), name)
 
 
 def remote_tensors(name: str) -> dict[str, dict[str, TensorInfo]]:
@@ -47,13 +48,13 @@ def remote_tensors(name: str) -> dict[str, dict[str, TensorInfo]]:
     with _hub_errors(match["repo"], match["revision"], CheckpointError):
         from huggingface_hub import get_safetensors_metadata
 
-        found = get_safetensors_metadata(match["repo"], revision=match["revision"]).files_metadata
+        metadata = get_safetensors_metadata(match["repo"], revision=match["revision"]).files_metadata
     return {
         file: {
             tensor: TensorInfo(_spec(name, tensor, info.dtype, info.shape), number, 0)
             for tensor, info in part.tensors.items()
         }
-        for number, (file, part) in enumerate(sorted(found.items()))
+        for number, (file, part) in enumerate(sorted(metadata.items()))
     }
 
 

@@ -7,36 +7,35 @@ names is shared, not copied.
 """
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from lorafuse.errors import shown
-from lorafuse.files.safetensors_file import LFS_HINT, LFS_MAGIC, open_regular
+from lorafuse.files.folder import Folder, stream
+from lorafuse.files.safetensors_file import LFS_HINT, LFS_MAGIC
 
 MAX_NBYTES = 1_000_000
 _TAG = "tag:yaml.org,2002:"
 _TRUE = ("true", "yes", "on")  # of YAML 1.1, which PyYAML and so every trainer reads
 
 
-def read_limited(path: Path, max_nbytes: int) -> bytes:
+def read_limited(folder: Folder, name: str, max_nbytes: int) -> bytes:
     """A file that must be small. Raises ValueError with a message that names the file, FormatError or
     OSError."""
-    with os.fdopen(open_regular(path), "rb") as f:
+    with stream(folder.open(name)) as f:
         data = f.read(max_nbytes + 1)
     if data.startswith(LFS_MAGIC):
-        raise ValueError(f"{path}: {LFS_HINT}")
+        raise ValueError(f"{folder / name}: {LFS_HINT}")
     if len(data) > max_nbytes:
-        raise ValueError(f"{path}: is larger than {max_nbytes} bytes.")
+        raise ValueError(f"{folder / name}: is larger than {max_nbytes} bytes.")
     return data
 
 
-def read_text(path: Path) -> str:
+def read_text(folder: Folder, name: str) -> str:
     """A file of UTF-8 text. Raises ValueError with a message that names the file, FormatError or OSError."""
     try:
-        return read_limited(path, MAX_NBYTES).decode("utf-8-sig")
+        return read_limited(folder, name, MAX_NBYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not UTF-8 text.") from None
+        raise ValueError(f"{folder / name}: is not UTF-8 text.") from None
 
 
 def parse_json(text: str, where: object) -> Any:
@@ -112,13 +111,13 @@ def _scalar(node: Any) -> Any:
 MAX_JSON_NBYTES = 64_000_000
 
 
-def read_json_dict(path: Path) -> dict[str, Any]:
+def read_json_dict(folder: Folder, name: str) -> dict[str, Any]:
     """A JSON file that must hold an object. Raises ValueError with a message that names the file."""
-    data = read_limited(path, MAX_JSON_NBYTES)
+    data = read_limited(folder, name, MAX_JSON_NBYTES)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: is not valid JSON: {shown(e) or type(e).__name__}.") from None
+        raise ValueError(f"{folder / name}: is not valid JSON: {shown(e) or type(e).__name__}.") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds {type(value).__name__}, expected an object.")
+        raise ValueError(f"{folder / name}: holds {type(value).__name__}, expected an object.")
     return value

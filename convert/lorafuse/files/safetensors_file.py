@@ -6,37 +6,21 @@ little-endian header length, a JSON header, then the data without holes
 (https://github.com/huggingface/safetensors, README, "Format").
 """
 
-import errno
 import hashlib
 import json
 import math
-import os
-import stat
 import struct
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorafuse.errors import CheckpointError, LorafuseError, StorageError, shown
+from lorafuse.files.folder import Buffer, Folder, OpenFile, read_fully
 from lorafuse.files.tensors import DTYPES, StoredTensor, TensorInfo, TensorSpec
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the reference implementation
 LFS_MAGIC = b"version https://git-lfs"
 LFS_HINT = "is a git-LFS pointer, not the file itself; fetch it with `git lfs pull`."
-Buffer = bytearray | memoryview
-
-
-class Stamp(NamedTuple):
-    """What changes when a file is written to or replaced."""
-
-    nbytes: int
-    mtime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> "Stamp":
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 class FormatError(LorafuseError):
@@ -45,22 +29,22 @@ class FormatError(LorafuseError):
 
 
 class Shard:
-    """One safetensors file, open for ranged reads. `tensors` maps names to specs in file order."""
+    """The safetensors file `name` of a folder, open for ranged reads. `tensors` maps names to specs in file
+    order; `identity` is the file's when it was opened; `label` is what messages call it."""
 
-    def __init__(self, path: Path, number: int = 0) -> None:
-        self.path = path
-        self._fd = open_regular(path)
+    def __init__(self, folder: Folder, name: str, number: int = 0) -> None:
+        self.name, self.label = name, folder / name
+        self._file = folder.open(name)
         try:
-            self.stamp = Stamp.of(os.fstat(self._fd))
-            self.nbytes = self.stamp.nbytes
-            header, data_start = _read_header(self._fd, self.nbytes, path)
+            self.nbytes, self.identity = self._file.facts
+            header, data_start = _read_header(self._file, self.nbytes, self.label)
             self.header_sha256 = hashlib.sha256(header).hexdigest()
-            parsed = _parse_json(header, path)
+            parsed = _parse_json(header, self.label)
             del header  # tens of megabytes for a model of many experts
-            self.metadata = _check_metadata(_dict_of(parsed.pop("__metadata__", None)), path)
-            self.tensors = _check_entries(parsed, data_start, self.nbytes, number, path)
+            self.metadata = _check_metadata(_dict_of(parsed.pop("__metadata__", None)), self.label)
+            self.tensors = _check_entries(parsed, data_start, self.nbytes, number, self.label)
         except BaseException:
-            os.close(self._fd)
+            self._file.close()
             raise
 
     def read_into(self, info: TensorInfo, start: int, buffer: Buffer) -> None:
@@ -70,41 +54,26 @@ class Shard:
         offset = info.offset + start
         while view:
             try:
-                n = os.preadv(self._fd, [view], offset)
+                n = self._file.read_into(offset, view)
             except OSError as e:
-                raise StorageError(f"{self.path}: reading at byte {offset} failed: {e.strerror}.") from e
+                raise StorageError(f"{self.label}: reading at byte {offset} failed: {e.strerror}.") from e
             if n == 0:
                 raise CheckpointError(
-                    f"{self.path}: ends at byte {offset}; it was changed or truncated during the run."
+                    f"{self.label}: ends at byte {offset}; it was changed or truncated during the run."
                 )
             view = view[n:]
             offset += n
 
     def will_need(self, info: TensorInfo, start: int, nbytes: int) -> None:
-        """Ask the kernel to read ahead."""
-        os.posix_fadvise(self._fd, info.offset + start, nbytes, os.POSIX_FADV_WILLNEED)
+        """Hint that these bytes of a tensor are read soon."""
+        self._file.will_need(info.offset + start, nbytes)
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
 
 
-def open_regular(path: Path) -> int:
-    """Open a file for reading. A FIFO, a socket or a directory is refused instead of waited for."""
-    try:
-        # O_NONBLOCK: opening a FIFO without a writer would hang.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as e:
-        if e.errno not in (errno.ENXIO, errno.ELOOP):  # a socket; a link that leads to itself
-            raise
-    else:
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return fd
-        os.close(fd)
-    raise FormatError(f"{shown(path)}: is not a regular file.")
-
-
-def _read_header(fd: int, nbytes: int, path: Path) -> tuple[bytes, int]:
-    head = os.pread(fd, len(LFS_MAGIC), 0)
+def _read_header(file: OpenFile, nbytes: int, path: str) -> tuple[bytearray, int]:
+    head = read_fully(file, 0, len(LFS_MAGIC))
     if head == LFS_MAGIC:
         raise FormatError(f"{path}: {LFS_HINT}")
     if nbytes < 8:
@@ -115,7 +84,7 @@ def _read_header(fd: int, nbytes: int, path: Path) -> tuple[bytes, int]:
             f"{path}: says that its header has {n} bytes, but the file has {nbytes}; it is truncated or no "
             "safetensors file."
         )
-    header = os.pread(fd, n, 8)
+    header = read_fully(file, 8, n)
     if not header.startswith(b"{"):
         raise FormatError(f"{path}: the header does not start with '{{'; it is no safetensors file.")
     return header, 8 + n
@@ -145,7 +114,7 @@ def _integer(text: str) -> int | float:
     return int(text) if text.isdigit() and len(text) < 20 else math.nan
 
 
-def _parse_json(header: bytes, path: Path) -> dict[str, Any]:
+def _parse_json(header: bytearray, path: str) -> dict[str, Any]:
     try:
         parsed = json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
     except (ValueError, RecursionError) as e:
@@ -182,7 +151,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _check_metadata(metadata: object, path: Path) -> dict[str, str]:
+def _check_metadata(metadata: object, path: str) -> dict[str, str]:
     if metadata is None:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -193,7 +162,7 @@ def _check_metadata(metadata: object, path: Path) -> dict[str, str]:
 
 
 def _check_entries(
-    entries: dict[str, Any], data_start: int, nbytes: int, number: int, path: Path
+    entries: dict[str, Any], data_start: int, nbytes: int, number: int, path: str
 ) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     specs: dict[TensorSpec, TensorSpec] = {}

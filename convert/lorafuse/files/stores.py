@@ -1,13 +1,14 @@
 """Stored tensors by name with ranged reads: one file, or the files that an index names."""
 
+import posixpath
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from lorafuse.errors import shown
+from lorafuse.files.folder import Buffer, Folder
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.names import stays_inside
-from lorafuse.files.safetensors_file import Buffer, FormatError, Shard
+from lorafuse.files.safetensors_file import FormatError, Shard
 from lorafuse.files.tensors import TensorInfo
 
 
@@ -39,29 +40,31 @@ class ShardedStore:
     that is no JSON object, OSError. `warnings`: what is wrong and does no harm.
     """
 
-    def __init__(self, path: Path, single: str) -> None:
-        index = _read_index(path, single)
-        weight_map = _weight_map(index, path, single)
+    def __init__(self, folder: Folder, single: str) -> None:
+        index = _read_index(folder, single)
+        weight_map = _weight_map(index, folder, single)
         self.shards: list[Shard] = []
         self.tensors: dict[str, TensorInfo] = {}
         try:
             for number, name in enumerate(sorted(set(weight_map.values())) or [single]):
-                self._add(path / name, number)
+                self._add(folder, name, number)
             if weight_map:
-                _compare(path, single, weight_map, self)
-            self.warnings = _wrong_total(index, path, single, self)
+                _compare(folder, single, weight_map, self)
+            self.warnings = _wrong_total(index, folder, single, self)
         except BaseException:
             self.close()
             raise
 
-    def _add(self, path: Path, number: int) -> None:
-        shard = Shard(path, number)
+    def _add(self, folder: Folder, file: str, number: int) -> None:
+        shard = Shard(folder, file, number)
         self.shards.append(shard)
         both = self.tensors.keys() & shard.tensors.keys()
         if both:
             name = min(both)
-            first = self.shards[self.tensors[name].file].path.name
-            raise FormatError(f"{path}: {shown(name)} is also in {first}; a tensor must be in one file.")
+            first = posixpath.basename(self.shards[self.tensors[name].file].name)
+            raise FormatError(
+                f"{shard.label}: {shown(name)} is also in {first}; a tensor must be in one file."
+            )
         self.tensors.update(shard.tensors)
 
     def read_into(self, name: str, start: int, buffer: Buffer) -> None:
@@ -77,17 +80,17 @@ class ShardedStore:
             shard.close()
 
 
-def _read_index(path: Path, single: str) -> dict[str, Any] | None:
+def _read_index(folder: Folder, single: str) -> dict[str, Any] | None:
     """None where there is none."""
-    file = path / f"{single}.index.json"
-    return read_json_dict(file) if file.exists() else None
+    index = f"{single}.index.json"
+    return read_json_dict(folder, index) if folder.exists(index) else None
 
 
-def _weight_map(content: dict[str, Any] | None, path: Path, single: str) -> dict[str, str]:
+def _weight_map(content: dict[str, Any] | None, folder: Folder, single: str) -> dict[str, str]:
     """Tensor name → file name from the index; empty where there is none."""
     if content is None:
         return {}
-    index, weight_map = path / f"{single}.index.json", content.get("weight_map")
+    index, weight_map = folder / f"{single}.index.json", content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: has no weight_map.")
     for name, file in weight_map.items():
@@ -96,36 +99,38 @@ def _weight_map(content: dict[str, Any] | None, path: Path, single: str) -> dict
                 f"{index}: maps {shown(name)} to {shown(file)}, which is no safetensors file of this "
                 "directory."
             )
-    if single not in weight_map.values() and (path / single).exists():
+    if single not in weight_map.values() and folder.exists(single):
         raise FormatError(
-            f"{shown(path)}: holds both {index.name} and {single}, which it does not name; remove the stale "
-            "one."
+            f"{shown(folder)}: holds both {single}.index.json and {single}, which it does not name; remove "
+            "the stale one."
         )
     return weight_map
 
 
-def _compare(path: Path, single: str, weight_map: dict[str, str], store: ShardedStore) -> None:
+def _compare(folder: Folder, single: str, weight_map: dict[str, str], store: ShardedStore) -> None:
     index = f"{single}.index.json"
     for name, file in weight_map.items():
         info = store.tensors.get(name)
-        if info is None or store.shards[info.file].path != path / file:
-            raise FormatError(f"{path / file}: lacks {shown(name)}, which {index} expects there.")
+        if info is None or store.shards[info.file].name != file:
+            raise FormatError(f"{folder / file}: lacks {shown(name)}, which {index} expects there.")
     extra = min(store.tensors.keys() - weight_map.keys(), default=None)
     if extra is not None:
-        holder = store.shards[store.tensors[extra].file].path
+        holder = store.shards[store.tensors[extra].file].label
         raise FormatError(f"{holder}: holds {shown(extra)}, which {index} does not list.")
 
 
-def _wrong_total(content: dict[str, Any] | None, path: Path, single: str, store: ShardedStore) -> list[str]:
+def _wrong_total(
+    content: dict[str, Any] | None, folder: Folder, single: str, store: ShardedStore
+) -> list[str]:
     """Sizes come from the headers, so a total_size that says otherwise is only a sign that files do not
     belong together."""
     metadata = content.get("metadata") if content else None
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
-    found = sum(info.spec.nbytes for info in store.tensors.values())
-    if said is None or said == found:
+    nbytes = sum(info.spec.nbytes for info in store.tensors.values())
+    if said is None or said == nbytes:
         return []
-    where = path / f"{single}.index.json"
+    where = folder / f"{single}.index.json"
     return [
-        f"{shown(where)}: says that the tensors have {shown(said)} bytes, they have {found}; is a file of "
+        f"{shown(where)}: says that the tensors have {shown(said)} bytes, they have {nbytes}; is a file of "
         "another version?"
     ]

@@ -4,13 +4,13 @@ import glob
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorafuse.adapters import adapter_folder, open_adapter
 from lorafuse.adapters.reading.directory import BIN, CONFIG, DEFAULT_NAME, INDEX, MLX, SAFETENSORS
 from lorafuse.errors import AdapterError, CheckpointError, shown
-from lorafuse.files.hub import local_dir
+from lorafuse.files.folder import Folder
+from lorafuse.files.hub import folder_of
 from lorafuse.files.names import RECEIPT
 from lorafuse.outdir.sidecars import ALWAYS, PROCESSOR, TOKENIZER
 from lorafuse.planning.combine import WeightedAdapter
@@ -40,51 +40,58 @@ def named_weight(adapter: Name | tuple[Name, float]) -> tuple[str, float]:
     return fspath(name), checked_weight(name, weight)
 
 
-def checkpoint_dir(name: str) -> Path:
+def checkpoint_folder(name: str) -> Folder:
     """Where the checkpoint lies. Raises CheckpointError."""
-    return local_dir(name, CHECKPOINT_FILES, CheckpointError, unwanted=UNWANTED)
+    return folder_of(name, CHECKPOINT_FILES, CheckpointError, unwanted=UNWANTED)
 
 
-class LocalAdapter(NamedTuple):
-    """An adapter as the user named it, what its update is multiplied by, and where it lies: in the directory
-    that was named, or in a sub-folder of that."""
+class LocatedAdapter(NamedTuple):
+    """An adapter as the user named it, what its update is multiplied by, and where it lies: in the folder
+    that was named, or in a sub-folder of it."""
 
     name: str
     weight: float
-    root: Path
-    path: Path
+    root: Folder
+    sub_folder: str | None
 
     @property
-    def folders(self) -> list[Path]:
+    def folder(self) -> Folder:
+        """Where its tensors are."""
+        return self.root if self.sub_folder is None else self.root.sub_folder(self.sub_folder)
+
+    @property
+    def folders(self) -> list[Folder]:
         """Where files beside its tensors may be, the first first."""
-        return [self.path, self.root]
+        return [self.folder, self.root]
 
 
-def local_adapter(
+def located_adapter(
     name: str, weight: float, folder_name: str | None, on_event: Callable[[dict[str, Any]], None]
-) -> LocalAdapter:
+) -> LocatedAdapter:
     """Where the adapter lies, of which `folder_name` chooses one: `adapter_folder`. Raises AdapterError."""
-    root = local_dir(name, adapter_files(folder_name), AdapterError)
-    path = adapter_folder(root, folder_name)
-    if folder_name is None and path != root:
+    root = folder_of(name, adapter_files(folder_name), AdapterError)
+    sub_folder = adapter_folder(root, folder_name)
+    if folder_name is None and sub_folder is not None:
         on_event(
             {
                 "event": "warning",
-                "message": f"{shown(name)}: the adapter in it, {shown(path.name)}, is taken.",
+                "message": f"{shown(name)}: the adapter in it, {shown(sub_folder)}, is taken.",
             }
         )
         # Of a hub id, only its config is here yet.
-        path = local_dir(name, adapter_files(path.name), AdapterError) / path.name
-        root = path.parent
-    return LocalAdapter(name, weight, root, path)
+        root = folder_of(name, adapter_files(sub_folder), AdapterError)
+    return LocatedAdapter(name, weight, root, sub_folder)
 
 
 @contextmanager
-def opened(found: Sequence[LocalAdapter]) -> Iterator[list[WeightedAdapter]]:
+def opened(located: Sequence[LocatedAdapter]) -> Iterator[list[WeightedAdapter]]:
     """The adapters. Raises AdapterError."""
     with ExitStack() as stack:
-        adapters = [stack.enter_context(closing(open_adapter(one.path, one.name, one.root))) for one in found]
-        yield [WeightedAdapter(adapter, one.weight) for adapter, one in zip(adapters, found, strict=True)]
+        weighted = []
+        for name, weight, root, sub_folder in located:
+            adapter = stack.enter_context(closing(open_adapter(root, sub_folder, name)))
+            weighted.append(WeightedAdapter(adapter, weight))
+        yield weighted
 
 
 def adapter_files(name: str | None = None) -> tuple[str, ...]:

@@ -6,10 +6,11 @@ checkpoint only its config and the headers of its shards.
 """
 
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 from lorafuse.errors import CheckpointError, shown
+from lorafuse.files.folder import Folder
+from lorafuse.files.folders import open_folder
 from lorafuse.files.names import INDEX, RECEIPT, SINGLE
 from lorafuse.inspection.merged import inspect_merged
 
@@ -23,9 +24,10 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
     nothing that could be shown, and StorageError.
     """
     name = fspath(path)
-    is_local = Path(name).is_dir()
-    folder = Path(name) if is_local else _configs_of(name)
-    if (folder / RECEIPT).exists():
+    folder = open_folder(name)
+    is_whole = folder.is_there()  # of a hub id only some files are fetched
+    folder = folder if is_whole else _configs_of(name)
+    if folder.exists(RECEIPT):
         return inspect_merged(folder, name)
     # These import torch.
     from lorafuse.adapters.reading.directory import adapters_in
@@ -33,20 +35,20 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
     from lorafuse.inspection.checkpoint import inspect_checkpoint, inspect_remote
 
     at_root, names = adapters_in(folder)
-    has_config = (folder / "config.json").exists()
-    has_weights = any((folder / file).exists() for file in (SINGLE, INDEX))
-    if at_root or (names and not (has_weights if is_local else has_config)):
+    has_config = folder.exists("config.json")
+    has_weights = any(folder.exists(file) for file in (SINGLE, INDEX))
+    if at_root or (names and not (has_weights if is_whole else has_config)):
         return inspect_adapters(name, [None] if at_root else names)
     if has_config or has_weights:
-        return inspect_checkpoint(folder, name) if is_local else inspect_remote(folder, name)
+        return inspect_checkpoint(folder, name) if is_whole else inspect_remote(folder, name)
     raise CheckpointError(
         f"{shown(name)}: holds no checkpoint (config.json, {SINGLE}), no adapter (adapter_config.json) and "
         f"no result of a merge ({RECEIPT})."
     )
 
 
-def _configs_of(name: str) -> Path:
-    from lorafuse.files.hub import local_dir
+def _configs_of(name: str) -> Folder:
+    from lorafuse.files.hub import folder_of
     from lorafuse.inputs.located import KIND_FILES
 
-    return local_dir(name, KIND_FILES, CheckpointError)
+    return folder_of(name, KIND_FILES, CheckpointError)

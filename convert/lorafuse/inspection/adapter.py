@@ -1,6 +1,7 @@
 """An adapter by its config and its headers: what kind it is, how large, what it updates, and what keeps it
 from being merged."""
 
+import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -10,7 +11,7 @@ from lorafuse.adapters import AdapterDir, Choice, Update, updates_of
 from lorafuse.adapters.reading.directory import adapters_in, is_mlx
 from lorafuse.adapters.reading.keys import unusual_prefixes
 from lorafuse.errors import AdapterError
-from lorafuse.files.hub import local_dir
+from lorafuse.files.hub import folder_of
 from lorafuse.inputs.located import adapter_files
 
 # Fields that have entries of their own, or that only training or loading needs.
@@ -36,23 +37,23 @@ _UNIMPORTANT = (
 def inspect_adapters(name: str, folders: Sequence[str | None]) -> dict[str, Any]:
     """The adapter in the directory or hub id itself (None), or those in its sub-folders. Raises AdapterError
     where none can be read, StorageError."""
-    found, errors = [], []
+    readable, errors = [], []
     for folder in folders:
         try:
-            found.append(_inspect(name, folder))
+            readable.append(_inspect(name, folder))
         except AdapterError as e:
             errors.append(e)
-    if not found:
+    if not readable:
         raise errors[0]
     if len(folders) == 1:
-        return found[0]
-    return {"kind": "adapters", "path": name, "adapters": found, "problems": [str(e) for e in errors]}
+        return readable[0]
+    return {"kind": "adapters", "path": name, "adapters": readable, "problems": [str(e) for e in errors]}
 
 
 def _inspect(name: str, folder: str | None) -> dict[str, Any]:
-    root = local_dir(name, adapter_files(folder), AdapterError)
+    root = folder_of(name, adapter_files(folder), AdapterError)
     where = name if folder is None else f"{name.rstrip('/')}/{folder}"
-    with closing(AdapterDir(root / (folder or ""), where, root)) as adapter:
+    with closing(AdapterDir(root, folder, where)) as adapter:
         return _facts(adapter) | {
             "path": where,
             "sub_folders": adapters_in(root)[1] if folder is None else [],
@@ -74,7 +75,7 @@ def _facts(adapter: AdapterDir) -> dict[str, Any]:
         "n_parameters": sum(spec.numel for spec in specs),
         "nbytes": sum(spec.nbytes for spec in specs),
         "dtypes": Counter(spec.torch_name for spec in specs),
-        "files": [path.name for path in adapter.files],
+        "files": [posixpath.basename(file) for file in adapter.files],
         **_updates(adapter),
     }
 
@@ -99,16 +100,18 @@ def _updates(adapter: AdapterDir) -> dict[str, Any]:
     except AdapterError as e:
         problems.append(str(e))
     unusual = unusual_prefixes(adapter)
-    updates = [one for one in said if not (isinstance(one, Update) and one.replaced)]
+    updates = [edit for edit in said if not (isinstance(edit, Update) and edit.replaced)]
     scales = Counter(
-        (one.facts["rank"], one.facts["scale"]) for one in updates if isinstance(one, Update) and one.facts
+        (update.facts["rank"], update.facts["scale"])
+        for update in updates
+        if isinstance(update, Update) and update.facts
     )
     return {
         "n_updates": len(updates),
         "scales": [
             {"rank": rank, "scale": scale, "n_updates": n} for (rank, scale), n in sorted(scales.items())
         ],
-        "replaced": [one.parameter for one in said if isinstance(one, Update) and one.replaced],
+        "replaced": [edit.parameter for edit in said if isinstance(edit, Update) and edit.replaced],
         "ignored": ignored,
         "warnings": [*warnings, unusual] if unusual else warnings,
         "problems": problems,

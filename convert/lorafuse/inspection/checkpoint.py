@@ -2,16 +2,17 @@
 are stored, and what keeps it from being merged into. Of one on the hub only config and headers are read,
 which do not tell all."""
 
+import posixpath
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lorafuse.codecs import Scheme, Sources, claims, open_weights
 from lorafuse.errors import CheckpointError
 from lorafuse.files.checkpoint import CONFIG_TYPES, Checkpoint, refuse_unknown_quantization
+from lorafuse.files.folder import Folder
 from lorafuse.files.hub import remote_tensors
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.names import SINGLE
@@ -33,12 +34,12 @@ class Weight:
     out_dtype: str | None
 
 
-def inspect_checkpoint(folder: Path, name: str) -> dict[str, Any]:
-    """Of a directory. Raises CheckpointError where not even the headers can be read, StorageError."""
+def inspect_checkpoint(folder: Folder, name: str) -> dict[str, Any]:
+    """Of a folder. Raises CheckpointError where not even the headers can be read, StorageError."""
     try:
         with closing(Checkpoint(folder)) as ckpt:
             return _facts(
-                name, ckpt.config, ckpt.tensors, [shard.path for shard in ckpt.shards], open_weights(ckpt), []
+                name, ckpt.config, ckpt.tensors, [shard.name for shard in ckpt.shards], open_weights(ckpt), []
             )
     except CheckpointError as e:
         problem = e
@@ -48,13 +49,13 @@ def inspect_checkpoint(folder: Path, name: str) -> dict[str, Any]:
         raise problem from None
     with closing(store):
         return _facts(
-            name, _config(folder), store.tensors, [shard.path for shard in store.shards], {}, [str(problem)]
+            name, _config(folder), store.tensors, [shard.name for shard in store.shards], {}, [str(problem)]
         )
 
 
-def inspect_remote(folder: Path, name: str) -> dict[str, Any]:
+def inspect_remote(folder: Folder, name: str) -> dict[str, Any]:
     """Of a hub id whose config is in `folder`. Raises CheckpointError, StorageError."""
-    if any(folder.glob("*.safetensors")):
+    if folder.names("*.safetensors"):
         with suppress(CheckpointError):  # all of it may have been fetched before, or a part
             return inspect_checkpoint(folder, name)
     files = remote_tensors(name)
@@ -64,14 +65,14 @@ def inspect_remote(folder: Path, name: str) -> dict[str, Any]:
     except CheckpointError as e:
         problems.append(str(e))
     tensors = {tensor: info for part in files.values() for tensor, info in part.items()}
-    return _facts(name, config, tensors, [Path(file) for file in files], {}, problems)
+    return _facts(name, config, tensors, list(files), {}, problems)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Folder) -> dict[str, Any]:
     """The fields that are of the right type, of a config that may be broken or missing."""
     config: dict[str, Any] = {}
     with suppress(FormatError, OSError, ValueError):
-        config = read_json_dict(folder / "config.json")
+        config = read_json_dict(folder, "config.json")
     return {
         name: value for name, value in config.items() if isinstance(value, CONFIG_TYPES.get(name, object))
     }
@@ -81,7 +82,7 @@ def _facts(
     name: str,
     config: dict[str, Any],
     stored: Mapping[str, TensorInfo],
-    files: list[Path],
+    files: list[str],
     opened: Mapping[str, Sources],
     problems: list[str],
 ) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def _facts(
             weight.numel for weight in weights if weight.dtype is None or weight.dtype in FLOATS
         ),
         "nbytes": sum(info.spec.nbytes for info in stored.values()),
-        "files": [file.name for file in files],
+        "files": [posixpath.basename(file) for file in files],
         "storage": _storage(weights),
         "auto_dtypes": None
         if None in out_dtypes
@@ -122,7 +123,7 @@ def _facts(
 def _weights(stored: Mapping[str, TensorInfo], opened: Mapping[str, Sources]) -> Iterator[Weight]:
     for codec, name, names in claims(stored):
         nbytes, spec, sources = (
-            sum(stored[one].spec.nbytes for one in names),
+            sum(stored[tensor].spec.nbytes for tensor in names),
             stored[name].spec,
             opened.get(name),
         )

@@ -4,9 +4,9 @@ Needs no torch."""
 import math
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
+from lorafuse.files.folder import Folder
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES
@@ -15,14 +15,14 @@ from lorafuse.receipt.read import kept_in_sum, read_receipt, worst_first
 _FIGURES = ("kept", "noise", "delta_rel", "delta_norm", "changed")
 
 
-def inspect_merged(folder: Path, name: str) -> dict[str, Any]:
+def inspect_merged(folder: Folder, name: str) -> dict[str, Any]:
     """The receipt in sum, and the merged weights, worst first. Raises ResultError for a damaged receipt."""
     receipt = read_receipt(folder)
     tensors = receipt["tensors"]
     shards = [output for output in receipt["outputs"] if output["file"].endswith(".safetensors")]
     config: dict[str, Any] = {}
     with suppress(FormatError, OSError, ValueError):
-        config = read_json_dict(folder / "config.json")
+        config = read_json_dict(folder, "config.json")
     floats = [entry for entry in tensors.values() if SAFETENSORS_NAMES.get(entry["dtype"]) in FLOATS]
     return {
         "kind": "merged",
@@ -32,7 +32,7 @@ def inspect_merged(folder: Path, name: str) -> dict[str, Any]:
         "tool": receipt["tool"],
         "settings": receipt["settings"],
         "base_semantics": receipt["base_semantics"],
-        "checkpoint": next((one["path"] for one in _inputs(receipt, "checkpoint", "config.json")), None),
+        "checkpoint": next((entry["path"] for entry in _inputs(receipt, "checkpoint", "config.json")), None),
         "adapters": _inputs(receipt, "adapter", "adapter_config.json"),
         "n_weights": len(tensors),
         "n_parameters": sum(math.prod(entry["shape"]) for entry in floats),
@@ -49,8 +49,12 @@ def inspect_merged(folder: Path, name: str) -> dict[str, Any]:
 def _inputs(receipt: dict[str, Any], role: str, config: str) -> list[dict[str, Any]]:
     """The inputs of a role as the user named them, each with its weight if it has one: every one has a
     config, whose path is the input's and the file's."""
-    found = [one for one in receipt["inputs"] if one["role"] == role and one["path"].endswith(f"/{config}")]
-    return [{"path": one["path"].removesuffix(f"/{config}"), "weight": one.get("weight")} for one in found]
+    configs = [
+        entry for entry in receipt["inputs"] if entry["role"] == role and entry["path"].endswith(f"/{config}")
+    ]
+    return [
+        {"path": entry["path"].removesuffix(f"/{config}"), "weight": entry.get("weight")} for entry in configs
+    ]
 
 
 def _weight(name: str, entry: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from lorafuse.errors import StorageError, shown
+from lorafuse.files.folder import Folder
 from lorafuse.files.safetensors_file import header_of
 from lorafuse.outdir.output import Output
 from lorafuse.planning.plan import PlannedShard
@@ -20,17 +20,17 @@ N_FIXED_FILES = 8
 
 
 @contextmanager
-def room_for(output: Output, copied: Iterable[tuple[Path, Path]]) -> Iterator[Output]:
+def room_for(output: Output, copied: Iterable[tuple[Folder, str]]) -> Iterator[Output]:
     """Raises StorageError unless there is room for what `output` lacks and for the files that are `copied`
-    (pairs of a directory and a file in it); then `told_when_full`."""
-    side_files = [path for _, path in copied]
+    (pairs of a folder and a name in it); then `told_when_full`."""
+    side_files = list(copied)
     _check_room(output, side_files)
     with told_when_full([output], side_files):
         yield output
 
 
 @contextmanager
-def told_when_full(outputs: Sequence[Output], side_files: Iterable[Path]) -> Iterator[None]:
+def told_when_full(outputs: Sequence[Output], side_files: Iterable[tuple[Folder, str]]) -> Iterator[None]:
     """Raises StorageError, with what is missing, in place of an OSError that says that there is no room, or
     that says not where."""
     try:
@@ -51,7 +51,7 @@ def told_when_full(outputs: Sequence[Output], side_files: Iterable[Path]) -> Ite
         raise StorageError(f"{where}: {what}. {way_on}") from e
 
 
-def _check_room(output: Output, side_files: Sequence[Path]) -> None:
+def _check_room(output: Output, side_files: Sequence[tuple[Folder, str]]) -> None:
     space, place = output.out_dir.space(), shown(output.out_dir.place)
     if space is None:
         return
@@ -78,17 +78,17 @@ def _file_nbytes(shard: PlannedShard) -> int:
     return len(header_of(list(shard.tensors))) + shard.nbytes
 
 
-def _needed(outputs: Sequence[Output], side_files: Iterable[Path]) -> int:
+def _needed(outputs: Sequence[Output], side_files: Iterable[tuple[Folder, str]]) -> int:
     """Bytes, each file rounded up to whole blocks."""
     space = outputs[0].out_dir.space()
     block = space.block_nbytes if space else 1
     fixed = [FIXED_NBYTES + NBYTES_PER_WEIGHT * sum(1 for _ in output.plan.steps) for output in outputs]
     shards = [_file_nbytes(shard) for output in outputs for shard in output.lacking]
-    side = [path.stat().st_size for path in side_files]
+    side = [folder.facts(name).nbytes for folder, name in side_files]
     return sum(-(-nbytes // block) * block for nbytes in (*fixed, *shards, *side))
 
 
-def _missing(outputs: Sequence[Output], side_files: Iterable[Path]) -> int:
+def _missing(outputs: Sequence[Output], side_files: Iterable[tuple[Folder, str]]) -> int:
     """Bytes that are needed beyond what is free, and what unfinished files will leave; 0 where nobody can
     tell."""
     spaces = {output.out_dir.place: output.out_dir.space() for output in outputs}

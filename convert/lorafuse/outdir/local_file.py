@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorafuse.errors import StorageError
 from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.local_folder import LocalFolder
 
 WRITEBACK_NBYTES = 32 << 20
 READ_NBYTES = 1 << 20
@@ -74,7 +75,7 @@ class LocalFile:
         self._path = path
 
     def hash(self) -> FileHash:
-        return hash_file(self._path)
+        return hash_file(LocalFolder(self._path.parent), self._path.name)
 
     def chunks(self) -> Iterator[bytes]:
         with open(self._path, "rb") as f:

@@ -11,6 +11,7 @@ from typing import Protocol, Self
 
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.events import OnEvent
+from lorafuse.files.folder import Folder
 from lorafuse.files.hashing import FileHash
 from lorafuse.files.safetensors_writer import OutFile
 from lorafuse.merge.destination import Written
@@ -94,7 +95,7 @@ class OutDir(Protocol):
 class OutDirKind(Protocol):
     """A kind of place for results: a module with these functions. Names are as users give them."""
 
-    def check_out_dir(self, out_dir: str, inputs: Iterable[Path], *, overwrite: bool) -> None:
+    def check_out_dir(self, out_dir: str, inputs: Iterable[Folder], *, overwrite: bool) -> None:
         """Raises OutDirError unless the result may be written: absent or empty, or overwritten, and apart
         from the inputs."""
 

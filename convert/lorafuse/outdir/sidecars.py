@@ -6,14 +6,12 @@ when it brings a vocabulary, else the checkpoint's; a mixture of both is a token
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from lorafuse.errors import CheckpointError, shown
+from lorafuse.errors import CheckpointError
+from lorafuse.files.folder import Folder, stream
 from lorafuse.files.names import INDEX
-from lorafuse.files.safetensors_file import open_regular
 from lorafuse.files.tensors import FLOATS
 from lorafuse.outdir.out_dir import OutDir
 from lorafuse.planning.plan import Plan
@@ -53,34 +51,32 @@ READ_NBYTES = 1 << 20
 
 
 def write_sidecars(
-    plan: Plan, ckpt_dir: Path, ckpt_config: dict[str, Any], adapter_dirs: Sequence[Path], out_dir: OutDir
+    plan: Plan, ckpt: Folder, ckpt_config: dict[str, Any], adapter_folders: Sequence[Folder], out_dir: OutDir
 ) -> None:
-    """Write them all. `adapter_dirs` are where the adapter's may be, the first
-    first."""
-    for source, path in copied_files(plan, ckpt_dir, adapter_dirs):
-        _refuse_escape(path, source)
-        out_dir.put(path.relative_to(source).as_posix(), _chunks(path))
+    """Write them all. `adapter_folders` are where the adapter's may be, the first first."""
+    for folder, name in copied_files(plan, ckpt, adapter_folders):
+        out_dir.put(name, _chunks(folder, name))
     write_json(out_dir, "config.json", output_config(ckpt_config, plan.config_changes, plan.stored_config))
     if len(plan.shards) > 1:
         write_json(out_dir, INDEX, index_of(plan))
 
 
-def copied_files(plan: Plan, ckpt_dir: Path, adapter_dirs: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
-    """(directory, file in it) of each file that is copied as it is."""
-    tokenizer_dir = _first_with(VOCABULARIES, adapter_dirs) or ckpt_dir
-    processor_dir = _first_with(PROCESSOR, adapter_dirs) or ckpt_dir
+def copied_files(plan: Plan, ckpt: Folder, adapter_folders: Sequence[Folder]) -> Iterator[tuple[Folder, str]]:
+    """(folder, name in it) of each file that is copied as it is."""
+    tokenizer_folder = _first_with(VOCABULARIES, adapter_folders) or ckpt
+    processor_folder = _first_with(PROCESSOR, adapter_folders) or ckpt
     always = [
         pattern
         for pattern in ALWAYS
         if not ("architectures" in plan.config_changes and pattern == GENERATION)
     ]
-    for source, patterns in ((ckpt_dir, always), (tokenizer_dir, TOKENIZER), (processor_dir, PROCESSOR)):
+    for folder, patterns in ((ckpt, always), (tokenizer_folder, TOKENIZER), (processor_folder, PROCESSOR)):
         for pattern in patterns:
-            yield from ((source, path) for path in sorted(source.glob(pattern)) if not path.is_dir())
+            yield from ((folder, name) for name in folder.names(pattern))
 
 
-def _first_with(names: Sequence[str], folders: Sequence[Path]) -> Path | None:
-    return next((folder for folder in folders if any((folder / name).exists() for name in names)), None)
+def _first_with(names: Sequence[str], folders: Sequence[Folder]) -> Folder | None:
+    return next((folder for folder in folders if any(folder.exists(name) for name in names)), None)
 
 
 def output_config(config: dict[str, Any], changes: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
@@ -133,23 +129,12 @@ def write_json(out_dir: OutDir, file: str, value: Any) -> None:
     out_dir.put(file, [(json.dumps(value, indent=2) + "\n").encode("ascii")])
 
 
-def _chunks(source: Path) -> Iterator[bytes]:
+def _chunks(folder: Folder, name: str) -> Iterator[bytes]:
     """The contents of a file of a reasonable size. Raises CheckpointError for a larger one."""
-    with os.fdopen(open_regular(source), "rb") as f:
-        nbytes = os.fstat(f.fileno()).st_size
+    file = folder.open(name, inside=True)
+    with stream(file) as f:
+        nbytes = file.facts.nbytes
         if nbytes > MAX_NBYTES:
-            raise CheckpointError(f"{source}: has {nbytes} bytes, too many for a file of its kind.")
+            raise CheckpointError(f"{folder / name}: has {nbytes} bytes, too many for a file of its kind.")
         while chunk := f.read(READ_NBYTES):
             yield chunk
-
-
-def _refuse_escape(source: Path, root: Path) -> None:
-    """A link may point inside its directory, or, as in a hub cache (from a sub-folder too), into the `blobs`
-    beside `snapshots`; a stranger's `tokenizer.json` that is a link to a private file must not be copied into
-    a directory that will be published."""
-    real, real_root = Path(os.path.realpath(source)), Path(os.path.realpath(root))
-    blobs = [folder / "blobs" for folder in real_root.parents[1:3]]
-    if real_root not in real.parents and real.parent not in blobs:
-        raise CheckpointError(
-            f"{shown(source)}: is a link to {shown(real)}, outside its directory; replace it by the file."
-        )

@@ -20,7 +20,9 @@ from typing import Self
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.errors import HeldError, OutDirError, StorageError, shown
 from lorafuse.events import OnEvent
+from lorafuse.files.folder import Folder
 from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.sharing import share_file
 from lorafuse.merge.destination import Written
@@ -49,12 +51,14 @@ def open_out_dir(
     )
 
 
-def check_out_dir(out_dir: str, inputs: Iterable[Path], *, overwrite: bool) -> None:
+def check_out_dir(out_dir: str, inputs: Iterable[Folder], *, overwrite: bool) -> None:
     """Raises OutDirError unless OUT_DIR may be written: absent or empty, or overwritten, and apart from the
     inputs."""
     path_out = Path(out_dir)
     real_out = Path(os.path.realpath(out_dir))
-    for path in inputs:
+    for path in (folder.local_path for folder in inputs):
+        if path is None:
+            continue
         real_in = Path(os.path.realpath(path))
         if real_out == real_in or real_in in real_out.parents or real_out in real_in.parents:
             raise OutDirError(
@@ -221,7 +225,7 @@ class LocalOutDir:
     def _is_whole(self, written: Written) -> bool:
         """Whether a finished shard still is what the journal says. Reads it."""
         try:
-            whole = hash_file(self.path / written.file) == (written.nbytes, written.sha256)
+            whole = hash_file(LocalFolder(self.path), written.file) == (written.nbytes, written.sha256)
         except (FileNotFoundError, FormatError):
             whole = False
         if not whole:
@@ -257,7 +261,7 @@ class LocalOutDir:
         return sorted(path.relative_to(self.path).as_posix() for path in found)
 
     def hash(self, file: str) -> FileHash:
-        return hash_file(self.path / file)
+        return hash_file(LocalFolder(self.path), file)
 
     def shapes(self, file: str) -> tuple[int, dict[str, tuple[int, ...]]]:
         return read_shapes(self.path / file, file)

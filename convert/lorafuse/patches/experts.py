@@ -1,7 +1,6 @@
 """Patches of stacks of experts' matrices: one for each expert's matrix, out of factors that all experts
 share."""
 
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -18,12 +17,12 @@ from lorafuse.patches.target import Target
 
 class Stack:
     """The factors of all experts: `matrix` gives those of one. `keys` are the tensors of lora_A and lora_B in
-    `store`, which lies in `file`."""
+    `store`, which messages call `file`."""
 
     def __init__(
         self,
         store: Store,
-        file: Path,
+        file: str,
         keys: tuple[str, str],
         *,
         rank: int,

@@ -3,11 +3,9 @@ which are refused where they do not fit: the name of the base in the adapter's c
 in the adapter, the receipt of a merge."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +18,10 @@ from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs import Sources
 from lorafuse.codecs.dense import DenseSources
 from lorafuse.errors import AdapterError, shown
+from lorafuse.files.folder import Folder, read_fully
 from lorafuse.files.hashing import hash_file
 from lorafuse.files.names import RECEIPT
-from lorafuse.files.safetensors_file import FormatError, open_regular
+from lorafuse.files.safetensors_file import FormatError
 from lorafuse.naming import Names
 from lorafuse.patches.patch import Base
 from lorafuse.trained_base.model_names import quantized_by_name
@@ -48,47 +47,50 @@ def naming_the_base(adapter: AdapterDir) -> Iterator[None]:
 
 
 def base_warnings(
-    path: Path, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
+    ckpt: Folder, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
 ) -> Iterator[str]:
-    """What to say about adapters that were trained on other weights than those of the checkpoint `path`, or
+    """What to say about adapters that were trained on other weights than those of the checkpoint, or
     on what it was before they were merged into it."""
-    yield from _other_precision(path, weights, adapters)
-    yield from _merged_before(path, adapters)
+    yield from _other_precision(ckpt, weights, adapters)
+    yield from _merged_before(ckpt, adapters)
 
 
-def _merged_before(path: Path, adapters: Sequence[AdapterDir]) -> Iterator[str]:
+def _merged_before(ckpt: Folder, adapters: Sequence[AdapterDir]) -> Iterator[str]:
     """By the checkpoint's own receipt: all files with tensors are the same. They are read only where the
     receipt has one of that size."""
-    entries = _merged_files(path / RECEIPT)
+    entries = _merged_files(ckpt)
     for adapter in adapters:
-        files = adapter.files[1:]  # the first is the config, in which no tensor is
-        if all(any(_is_file(entry, file) for entry in entries) for file in files):
+        names = adapter.files[1:]  # the first is the config, in which no tensor is
+        if all(any(_is_file(entry, adapter.folder, name) for entry in entries) for name in names):
             yield (
-                f"{adapter.file}: was merged into {shown(path)} already, as its {RECEIPT} says; now its "
+                f"{adapter.file}: was merged into {shown(ckpt)} already, as its {RECEIPT} says; now its "
                 "update is added once more. Merge into the checkpoint before that, unless this is what you "
                 "want."
             )
 
 
-def _merged_files(receipt: Path) -> list[dict[str, Any]]:
-    """The inputs in a receipt. Only the beginning is read, where they stand: that of a large model has
-    megabytes. None where it cannot be read: nothing depends on it."""
+def _merged_files(ckpt: Folder) -> list[dict[str, Any]]:
+    """The inputs in the receipt of a checkpoint. Only the beginning is read, where they stand: that of a
+    large model has megabytes. Empty where it cannot be read: nothing depends on it."""
     try:
-        with os.fdopen(open_regular(receipt), "rb") as f:
-            text = f.read(_RECEIPT_NBYTES).decode("ascii")
+        with closing(ckpt.open(RECEIPT)) as file:
+            text = read_fully(file, 0, _RECEIPT_NBYTES).decode("ascii")
         inputs, _ = json.JSONDecoder().raw_decode(text.partition('"inputs": ')[2])
     except (OSError, ValueError, RecursionError, FormatError):
         return []
-    return [one for one in inputs if isinstance(one, dict)] if isinstance(inputs, list) else []
+    return [entry for entry in inputs if isinstance(entry, dict)] if isinstance(inputs, list) else []
 
 
-def _is_file(entry: dict[str, Any], path: Path) -> bool:
+def _is_file(entry: dict[str, Any], folder: Folder, name: str) -> bool:
     """Whether a receipt's entry has the size, and then the hash, of a file."""
-    return entry.get("size") == path.stat().st_size and entry.get("sha256") == hash_file(path).sha256
+    return (
+        entry.get("size") == folder.facts(name).nbytes
+        and entry.get("sha256") == hash_file(folder, name).sha256
+    )
 
 
 def _other_precision(
-    path: Path, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
+    ckpt: Folder, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
 ) -> Iterator[str]:
     """Adapters whose base was quantized, going by its name, when the checkpoint's weights are not, nor taken
     as if they were."""
@@ -98,7 +100,7 @@ def _other_precision(
         kind = quantized_by_name(adapter.base_name)
         if kind is None:
             continue
-        base, merged = shown(adapter.base_name), f"{shown(path)} is in full precision"
+        base, merged = shown(adapter.base_name), f"{shown(ckpt)} is in full precision"
         lost = (
             "the update was trained on rounded weights, so on these the result is not the model that was "
             "trained"
@@ -156,15 +158,15 @@ def base_copies(adapter: AdapterDir, edits: Mapping[str, Edit], names: Names) ->
     and PiSSA's are no copies."""
     if is_mlx(adapter.config) or changes_base(adapter):
         return []
-    found: dict[str, BaseCopy] = {}
+    copies: dict[str, BaseCopy] = {}
     for weight, edit in edits.items():
         base = names.weights.get(weight) or names.weights.get(names.embed or "")
         if isinstance(edit.replaced, DenseSources) and isinstance(base, DenseSources):
             (key,) = edit.replaced.names
             if key.endswith(".base_layer.weight") or weight in (names.embed, names.head):
-                found.setdefault(key, BaseCopy(adapter, key, weight, edit.replaced, base))
+                copies.setdefault(key, BaseCopy(adapter, key, weight, edit.replaced, base))
     trained = adapter.config.get("modules_to_save")
     modules = tuple(name for name in trained if isinstance(name, str)) if isinstance(trained, list) else ()
-    if any(plain_name(key).removesuffix(".weight").endswith(modules) for key in found):
-        return [one for one in found.values() if one.key.endswith(".base_layer.weight")]
-    return list(found.values())
+    if any(plain_name(key).removesuffix(".weight").endswith(modules) for key in copies):
+        return [copy for copy in copies.values() if copy.key.endswith(".base_layer.weight")]
+    return list(copies.values())

@@ -12,7 +12,6 @@ their contents and weights give.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from lorafuse.adapters import AdapterDir, Edit
 from lorafuse.adapters.reading.directory import CONFIG
 from lorafuse.codecs import Sources
 from lorafuse.errors import AdapterError, listed, shown
-from lorafuse.files.safetensors_file import open_regular
+from lorafuse.files.hashing import hash_file
 from lorafuse.files.tensors import TensorSpec
 from lorafuse.naming import Names
 from lorafuse.patches.summed import Summed
@@ -43,9 +42,8 @@ class WeightedAdapter:
         """sha256 of what the updates depend on: tensors, config and weight, but no name. Reads the whole
         files."""
         digest = hashlib.sha256()
-        for path in self.adapter.files[1:]:  # the first is the config
-            with os.fdopen(open_regular(path), "rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
+        for name in self.adapter.files[1:]:  # the first is the config
+            digest.update(bytes.fromhex(hash_file(self.adapter.folder, name).sha256))
         digest.update(json.dumps([self.adapter.config, float(self.weight)], sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -75,7 +73,7 @@ def common_model(found: Sequence[AdapterSays]) -> Structure:
         a, b = (each.adapter.config.get(LAYER_REPLICATION) or None for each in (first, one))
         if a != b:
             raise AdapterError(
-                f"{first.adapter.path / CONFIG} and {one.adapter.path / CONFIG}: {LAYER_REPLICATION} is "
+                f"{first.adapter.folder / CONFIG} and {one.adapter.folder / CONFIG}: {LAYER_REPLICATION} is "
                 f"{shown(a)} and {shown(b)}; the adapters are for different models."
             )
     heads = [one for one in found if one.model.added]

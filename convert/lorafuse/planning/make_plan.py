@@ -5,6 +5,7 @@ A plan is complete: the loop that carries it out decides nothing.
 
 import hashlib
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -45,7 +46,7 @@ def make_plan(
     warnings = [*ckpt.warnings]
     weights = weights or base_weights(ckpt, settings.base_quant, warnings.append)
     adapters = in_order([WeightedAdapter(adapter, settings.adapter_scale), *others])
-    warnings += base_warnings(ckpt.path, weights, [one.adapter for one in adapters])
+    warnings += base_warnings(ckpt.folder, weights, [one.adapter for one in adapters])
     found = [_read(one, weights, ckpt.config, warnings.append) for one in adapters]
     model = common_model(found)
     names = Names(model.weights, model.config)
@@ -56,7 +57,7 @@ def make_plan(
     untied = settle_tied(names, edits, ignored)
     steps = _steps(model, names, edits, untied, settings.dtype, encoder_of or _format(settings))
     if not steps:
-        raise CheckpointError(f"{shown(ckpt.path)}: holds no weight.")
+        raise CheckpointError(f"{shown(ckpt.folder)}: holds no weight.")
     shards = split_shards(steps, settings.max_shard_nbytes)
     n_entries = (
         len(ckpt.tensors)
@@ -154,8 +155,13 @@ def _plan_id(
     identity: dict[str, Any] = {
         "version": __version__,
         "settings": settings.that_decide_bytes,
-        "checkpoint": [[shard.path.name, shard.nbytes, shard.header_sha256] for shard in ckpt.shards],
-        "adapter": [[[file.name, file.stat().st_size] for file in adapter.files], adapter.config],
+        "checkpoint": [
+            [posixpath.basename(shard.name), shard.nbytes, shard.header_sha256] for shard in ckpt.shards
+        ],
+        "adapter": [
+            [[posixpath.basename(name), adapter.folder.facts(name).nbytes] for name in adapter.files],
+            adapter.config,
+        ],
         "outputs": [
             [shard.file, [[t.name, t.spec.dtype, t.spec.shape, step.action] for step, t in _stored(shard)]]
             for shard in shards

@@ -5,12 +5,11 @@ of one long vector: kept = Σ kept_i ‖Δ_i‖² / Σ ‖Δ_i‖² and noise² 
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafuse.errors import ResultError, shown
+from lorafuse.files.folder import Folder
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.names import RECEIPT
 from lorafuse.files.safetensors_file import FormatError
@@ -30,14 +29,15 @@ _FIELDS |= {"adapter_tensors": dict, "base_semantics": str}
 Entries = Mapping[str, Mapping[str, Any]]  # what a receipt says of each weight
 
 
-def read_receipt(out_dir: Path) -> dict[str, Any]:
+def read_receipt(folder: Folder) -> dict[str, Any]:
     """The receipt of a merged directory, with everything that is read of it anywhere of the right type; empty
     when it has none. Raises ResultError for one that is damaged."""
-    path = out_dir / RECEIPT
-    if not os.path.lexists(path):
+    path = folder / RECEIPT
+    # A pattern finds a link that leads nowhere too, which is a damaged receipt.
+    if not folder.exists(RECEIPT) and RECEIPT not in folder.names(f"{RECEIPT}*"):
         return {}
     try:
-        receipt = read_json_dict(path)
+        receipt = read_json_dict(folder, RECEIPT)
     except (FormatError, ValueError) as e:
         raise ResultError(str(e)) from None
     if receipt.get("schema") != SCHEMA:

@@ -171,9 +171,9 @@ def _dropped(kind: Mapping[str, Any], task: Mapping[str, Any], in_memory: InMemo
 def _labels(n_labels: int, config: Mapping[str, Any], adapter: AdapterDir) -> dict[str, Any]:
     """id2label and label2id: those of a config.json beside the adapter or of the checkpoint, if they are as
     many."""
-    beside = adapter.path / "config.json"
+    folder, beside = adapter.folder, "config.json"
     try:
-        shipped = read_json_dict(beside) if beside.exists() else {}
+        shipped = read_json_dict(folder, beside) if folder.exists(beside) else {}
     except ValueError as e:
         raise AdapterError(str(e)) from None
     for source in (shipped, config):

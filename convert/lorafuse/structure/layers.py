@@ -64,7 +64,7 @@ def replicate(
     pairs = adapter.config.get(FIELD)
     if not pairs:
         return None
-    where = f"{adapter.path / CONFIG}: {FIELD}"
+    where = f"{adapter.folder / CONFIG}: {FIELD}"
     path, layers = _layers(weights, config, where)
     chosen = _chosen(pairs, len(layers), where)
     init = str(adapter.config.get("init_lora_weights")).lower()

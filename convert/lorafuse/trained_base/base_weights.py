@@ -31,13 +31,13 @@ def as_trained(
     for name, sources in weights.items():
         if not isinstance(sources, DenseSources):
             raise CheckpointError(
-                f"{shown(ckpt.path)}: {shown(name)} is quantized already, so this checkpoint is what "
+                f"{shown(ckpt.folder)}: {shown(name)} is quantized already, so this checkpoint is what "
                 "training saw: leave --base-quant out."
             )
     chosen = quantized_on_load(weights, ckpt, quant, warn)
     if not chosen:
         raise CheckpointError(
-            f"{shown(ckpt.path)}: transformers 5 quantizes no weight of it on loading; leave --base-quant "
+            f"{shown(ckpt.folder)}: transformers 5 quantizes no weight of it on loading; leave --base-quant "
             "out."
         )
     return dict(weights) | {

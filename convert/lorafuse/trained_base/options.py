@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from lorafuse.errors import UsageError
@@ -46,7 +45,11 @@ def chosen_base_quant(
         "quant_skip": bool(quant_skip),
     }
     refuse_beside_file(name for name, given in said.items() if given)
-    return replace(read_base_quant(Path(base_quant_from)), blocksize=quant_blocksize, experts=quant_experts)
+    return replace(
+        read_base_quant(base_quant_from),
+        blocksize=quant_blocksize,
+        experts=quant_experts,
+    )
 
 
 def refuse_beside_file(options: Iterable[str]) -> None:

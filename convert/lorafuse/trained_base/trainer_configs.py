@@ -13,11 +13,14 @@ axolotl's README.md holds its YAML. All of them leave the block size to bitsandb
 which modules are skipped to transformers 5.23.
 """
 
+import posixpath
 import re
-from pathlib import Path
+from os import PathLike, fspath
 from typing import Any
 
 from lorafuse.errors import LorafuseError, UsageError, listed, shown
+from lorafuse.files.folder import Folder
+from lorafuse.files.folders import folder_and_file
 from lorafuse.files.json_yaml import parse_json, parse_yaml, read_text
 from lorafuse.settings import BaseQuant
 from lorafuse.trained_base.config_fields import (
@@ -58,29 +61,31 @@ _PEFT_CARD = re.compile(
 _YAML_BLOCK = re.compile(r"^```ya?ml\n(.*?)^```", re.M | re.S)
 
 
-def read_base_quant(path: Path) -> BaseQuant:
+def read_base_quant(path: str | PathLike[str]) -> BaseQuant:
     """What the file says of the base's quantization. Raises UsageError for a file that says nothing,
     contradicts itself, or has a setting whose effect on the weights is not known."""
+    folder, name = folder_and_file(fspath(path))
+    where = shown(folder / name)
     try:
-        return _read(path)
+        return _read(folder, name, where)
     except FileNotFoundError:
-        raise UsageError(f"{shown(path)}: no such file.") from None
+        raise UsageError(f"{where}: no such file.") from None
     except OSError as e:
-        raise UsageError(f"{shown(path)}: cannot be read: {e.strerror}.") from None
+        raise UsageError(f"{where}: cannot be read: {e.strerror}.") from None
     except UsageError:
         raise
     except (LorafuseError, ValueError) as e:
         raise UsageError(str(e)) from None
 
 
-def _read(path: Path) -> BaseQuant:
-    where = shown(path)
-    if path.suffix.lower() in (".bin", ".pt"):  # the Trainer's training_args.bin
+def _read(folder: Folder, name: str, where: str) -> BaseQuant:
+    suffix = posixpath.splitext(name)[1].lower()
+    if suffix in (".bin", ".pt"):  # the Trainer's training_args.bin
         raise UsageError(f"{where}: holds Python objects, which are not loaded; {READ}.")
-    text = read_text(path)
-    if path.suffix.lower() == ".md":
+    text = read_text(folder, name)
+    if suffix == ".md":
         return _from_card(text, where)
-    config = parse_json(text, where) if path.suffix.lower() == ".json" else parse_yaml(text, where)
+    config = parse_json(text, where) if suffix == ".json" else parse_yaml(text, where)
     if not isinstance(config, dict):
         raise UsageError(f"{where}: holds no fields; {READ}.")
     return _from_config(config, where)

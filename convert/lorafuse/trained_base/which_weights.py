@@ -60,16 +60,18 @@ def quantized_on_load(
     chooser = _Chooser(weights, ckpt, quant)
     chosen = [name for name in weights if chooser.quantizes(name)]
     if quant.experts and not chooser.n_experts:
-        warn(f"{shown(ckpt.path)}: holds no matrix of a single expert, which --quant-experts would quantize.")
+        warn(
+            f"{shown(ckpt.folder)}: holds no matrix of a single expert, which --quant-experts would quantize."
+        )
     elif quant.experts:
         warn(
-            f"{shown(ckpt.path)}: its routers are left in full precision, although transformers 4, which "
+            f"{shown(ckpt.folder)}: its routers are left in full precision, although transformers 4, which "
             "quantized experts, quantized those that were linear layers too."
         )
     unknown = sorted(chooser.model_types.difference(load_table()["types"]))
     if unknown:
         warn(
-            f"{shown(ckpt.path)}: of {listed(unknown)} it is not known which layers are quantized on "
+            f"{shown(ckpt.folder)}: of {listed(unknown)} it is not known which layers are quantized on "
             f"loading; {len(chosen)} of {len(weights)} weights are, by their names."
         )
     return chosen
@@ -145,7 +147,7 @@ class _Chooser:
 
     def _refuse(self, weight: str, targets: list[str], component: Component) -> None:
         raise CheckpointError(
-            f"{shown(self._ckpt.path)}: {shown(weight)} is stored in another form than in memory, where "
+            f"{shown(self._ckpt.folder)}: {shown(weight)} is stored in another form than in memory, where "
             f"{listed(targets)} is quantized ({' and '.join(component.ops)}); --base-quant does not support "
             "that. Save the model with transformers, quantized, and merge into that."
         )

@@ -50,9 +50,9 @@ class Comparison:
             else []
         )
         return (
-            f"{shown(self._found.path)}: {shown(name)} differs from the merge of the inputs: element {index} "
-            f"is {theirs[first].item()!r}, expected {ours[first].item()!r}; so are {len(differing)} of "
-            f"{len(ours)} around it."
+            f"{shown(self._found.folder)}: {shown(name)} differs from the merge of the inputs: element "
+            f"{index} is {theirs[first].item()!r}, expected {ours[first].item()!r}; so are "
+            f"{len(differing)} of {len(ours)} around it."
         )
 
     def finish(self) -> None:
@@ -89,8 +89,8 @@ def check_merge(found: Checkpoint, plan: Plan, n_sample: int, device: torch.devi
     ]
     if missing:
         raise ResultError(
-            f"{shown(found.path)}: {listed(missing)} should be there, with other shapes or dtypes than they "
-            "have."
+            f"{shown(found.folder)}: {listed(missing)} should be there, with other shapes or dtypes than "
+            "they have."
         )
     on_event({"event": "plan", "nbytes": sum(tensor.nbytes for tensor in made), "shards": []})
     comparison: Destination = Comparison(found, steps, on_event)

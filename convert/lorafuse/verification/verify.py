@@ -5,16 +5,17 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.codecs.plain import values_of
 from lorafuse.errors import ResultError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.folder import Folder
+from lorafuse.files.folders import open_folder
 from lorafuse.files.names import RECEIPT
-from lorafuse.inputs.hashes import InputHashes
-from lorafuse.inputs.located import Name, checkpoint_dir, local_adapter, opened
+from lorafuse.inputs.hashes import InputHashes, path_of
+from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, opened
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.receipt.read import read_receipt
@@ -47,43 +48,60 @@ def verify(
             "A checkpoint without an adapter, or the other way round, says nothing of a merge; give both or "
             "neither."
         )
-    path = Path(out_dir)
-    if not path.is_dir():
-        raise ResultError(f"{shown(path)}: is no directory.")
-    receipt = read_receipt(path)
+    folder = open_folder(fspath(out_dir))
+    if not folder.is_there():
+        raise ResultError(f"{shown(folder)}: is no directory.")
+    receipt = read_receipt(folder)
     if not receipt and ckpt is None:
         raise ResultError(
-            f"{shown(path)}: has no {RECEIPT}; with the checkpoint and the adapter its weights can be "
+            f"{shown(folder)}: has no {RECEIPT}; with the checkpoint and the adapter its weights can be "
             "compared."
         )
     own: dict[str, Any] = {"device": device, "memory_nbytes": parse_nbytes(memory_limit)}
     settings = (
         Settings.of_receipt(receipt["settings"], **own) if receipt else Settings(dtype="float32", **own)
     )
-    checked: dict[str, Any] = {"files": 0, "nbytes": 0, "weights": 0}
-    if receipt:
-        verify_directory(path, receipt, lambda n: on_event({"event": "progress", "nbytes": n}))
-        outputs = receipt["outputs"]
-        checked |= {"files": len(outputs), "nbytes": sum(entry["size"] for entry in outputs)}
+    checked = {"files": 0, "nbytes": 0, "weights": 0} | _against_receipt(folder, receipt, on_event)
     if ckpt is None:
         return checked
-    base_dir = checkpoint_dir(fspath(ckpt))
-    located = [local_adapter(fspath(one), 1.0, None, on_event) for one in adapters]
-    with closing(Checkpoint(path)) as found, closing(Checkpoint(base_dir)) as base, opened(located) as given:
+    source = checkpoint_folder(fspath(ckpt))
+    located = [located_adapter(fspath(adapter), 1.0, None, on_event) for adapter in adapters]
+    with closing(Checkpoint(folder)) as merged, closing(Checkpoint(source)) as base, opened(located) as given:
         if not receipt:
             plan = make_plan(base, given[0].adapter, settings, given[1:], encoder_of=values_of)
-            return checked | relate(plan, found, on_event)
-        with InputHashes(base, str(base_dir), given) as inputs:
-            weights = _weights(path, receipt, inputs.result(), given, settings)
-        first, *others = (
-            WeightedAdapter(one.adapter, weight) for one, weight in zip(given, weights, strict=True)
-        )
+            return checked | relate(plan, merged, on_event)
+        first, *others = _as_merged(folder, receipt, base, given, settings)
         plan = make_plan(base, first.adapter, replace(settings, adapter_scale=first.weight), others)
-        return checked | {"weights": check_merge(found, plan, sample, pick_device(device), on_event)}
+        return checked | {"weights": check_merge(merged, plan, sample, pick_device(device), on_event)}
+
+
+def _against_receipt(
+    folder: Folder, receipt: dict[str, Any], on_event: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """How many files and bytes are what the receipt says; nothing without a receipt."""
+    if not receipt:
+        return {}
+    verify_directory(folder, receipt, lambda n: on_event({"event": "progress", "nbytes": n}))
+    outputs = receipt["outputs"]
+    return {"files": len(outputs), "nbytes": sum(entry["size"] for entry in outputs)}
+
+
+def _as_merged(
+    folder: Folder,
+    receipt: dict[str, Any],
+    base: Checkpoint,
+    given: Sequence[WeightedAdapter],
+    settings: Settings,
+) -> list[WeightedAdapter]:
+    """The adapters with the weights that the receipt says. Raises ResultError unless the inputs are the files
+    that were merged."""
+    with InputHashes(base, str(base.folder), given) as inputs:
+        weights = _weights(folder, receipt, inputs.result(), given, settings)
+    return [WeightedAdapter(named.adapter, weight) for named, weight in zip(given, weights, strict=True)]
 
 
 def _weights(
-    path: Path,
+    folder: Folder,
     receipt: dict[str, Any],
     inputs: list[dict[str, Any]],
     adapters: Sequence[WeightedAdapter],
@@ -99,7 +117,7 @@ def _weights(
     if merged != Counter(map(identity, inputs)):
         names = [shown(entry["path"]) for entry in inputs if identity(entry) not in merged]
         raise ResultError(
-            f"{shown(path)}: was merged from other files than these: "
+            f"{shown(folder)}: was merged from other files than these: "
             + (
                 f"{listed(names)} differ from what the receipt says."
                 if names
@@ -110,7 +128,8 @@ def _weights(
         return [settings.adapter_scale]
     by_hash = {entry["sha256"]: entry["weight"] for entry in receipt["inputs"] if "weight" in entry}
     own = {entry["path"]: entry["sha256"] for entry in inputs}
-    return [
-        by_hash[own[f"{one.adapter.name.rstrip('/')}/{one.adapter.file.relative_to(one.adapter.root)}"]]
-        for one in adapters
+    tensor_files = [
+        path_of(weighted.adapter.name, weighted.adapter.sub_folder, weighted.adapter.file_name)
+        for weighted in adapters
     ]
+    return [by_hash[own[path]] for path in tensor_files]

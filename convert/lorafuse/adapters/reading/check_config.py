@@ -35,7 +35,7 @@ def checked(
         expected = ("a number" if float in kinds else "an integer") + (
             f" of at least {least:g}" if least > -math.inf else ""
         )
-        raise AdapterError(f"{adapter.path / CONFIG}: {what} is {shown(value)}, expected {expected}.")
+        raise AdapterError(f"{adapter.folder / CONFIG}: {what} is {shown(value)}, expected {expected}.")
     return float(value)
 
 
@@ -44,7 +44,7 @@ def one_of(adapter: AdapterDir, field: str, default: str, known: tuple[str, ...]
     value: Any = adapter.config.get(field, default)
     if value not in known:
         raise AdapterError(
-            f"{adapter.path / CONFIG}: {field} is {shown(value)}, which is not supported; known are "
+            f"{adapter.folder / CONFIG}: {field} is {shown(value)}, which is not supported; known are "
             f"{listed(known)}."
         )
     return str(value)
@@ -54,7 +54,7 @@ def pattern(adapter: AdapterDir, field: str) -> dict[str, Any]:
     """A rank_pattern or alpha_pattern; null means none."""
     value = adapter.config.get(field) or {}
     if not isinstance(value, dict):
-        raise AdapterError(f"{adapter.path / CONFIG}: {field} is {shown(value)}, expected an object.")
+        raise AdapterError(f"{adapter.folder / CONFIG}: {field} is {shown(value)}, expected an object.")
     return value
 
 
@@ -63,4 +63,4 @@ def refuse_fields(adapter: AdapterDir, refused: Mapping[str, str]) -> None:
     it."""
     for field, what in refused.items():
         if adapter.config.get(field):
-            raise AdapterError(f"{adapter.path / CONFIG}: {field} is set, which is not supported: {what}.")
+            raise AdapterError(f"{adapter.folder / CONFIG}: {field} is set, which is not supported: {what}.")

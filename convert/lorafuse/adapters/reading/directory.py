@@ -3,14 +3,14 @@ weights_only, from `.bin`."""
 
 import errno
 import zipfile
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from lorafuse.errors import AdapterError, StorageError, listed, shown
+from lorafuse.files.folder import Buffer, Folder, stream
 from lorafuse.files.json_yaml import read_json_dict
-from lorafuse.files.safetensors_file import LFS_HINT, LFS_MAGIC, Buffer, FormatError, open_regular
+from lorafuse.files.safetensors_file import LFS_HINT, LFS_MAGIC, FormatError
 from lorafuse.files.stores import ShardedStore, Store
 from lorafuse.files.tensors import SAFETENSORS_NAMES, TensorInfo, TensorSpec
 
@@ -27,15 +27,15 @@ def is_mlx(config: dict[str, Any]) -> bool:
     return "peft_type" not in config and not {"fine_tune_type", "lora_parameters"}.isdisjoint(config)
 
 
-def adapters_in(root: Path) -> tuple[bool, list[str]]:
-    """Whether a directory itself holds an adapter, and the names of those in its sub-folders."""
-    at_root = any((root / file).exists() for file in (CONFIG, SAFETENSORS, INDEX, BIN, MLX))
-    return at_root, sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+def adapters_in(root: Folder) -> tuple[bool, list[str]]:
+    """Whether a folder itself holds an adapter, and the names of the sub-folders that hold adapters."""
+    at_root = any(root.exists(file) for file in (CONFIG, SAFETENSORS, INDEX, BIN, MLX))
+    return at_root, [name for name in root.sub_folders() if root.exists(f"{name}/{CONFIG}")]
 
 
-def adapter_folder(root: Path, name: str | None) -> Path:
-    """The directory of the adapter that is meant: `root`, or a sub-folder, where PEFT saves every adapter not
-    called "default".
+def adapter_folder(root: Folder, name: str | None) -> str | None:
+    """The sub-folder of `root` with the adapter that is meant, where PEFT saves every adapter not called
+    "default"; None for `root` itself.
 
     Without a name it is `root` if that holds an adapter, whatever its sub-folders (a trainer's checkpoints)
     hold, else the only sub-folder with one. Raises AdapterError when there are several, or none of that name.
@@ -47,49 +47,55 @@ def adapter_folder(root: Path, name: str | None) -> Path:
                 f"{shown(root)}: holds several adapters: {listed(names)}; choose one by its name "
                 "(--adapter-name)."
             )
-        return root if at_root or not names else root / names[0]
+        return None if at_root or not names else names[0]
     if name == DEFAULT_NAME and at_root:
-        return root
+        return None
     if name not in names:
-        found = [DEFAULT_NAME, *names] if at_root else names
-        has = f"it has {listed(found)}" if found else "it has none"
+        choices = [DEFAULT_NAME, *names] if at_root else names
+        has = f"it has {listed(choices)}" if choices else "it has none"
         raise AdapterError(f"{shown(root)}: has no adapter named {shown(name)}; {has}.")
-    return root / name
+    return name
 
 
 class AdapterDir:
-    """An adapter in the directory `path`, which is `root`, what the user named as `name`, or a sub-folder of
-    it.
+    """The adapter in the folder `root`, which the user called `name`, or in a sub-folder of it.
 
-    `config` is adapter_config.json as a dict, `file` what messages about tensors name, `files` all that is
-    read, `nbytes` what the store keeps in memory as long as it is open.
+    `folder` is where its files are, `config` adapter_config.json as a dict, `file_name` the file of its
+    tensors or their index, `file` what messages about tensors name, `files` all that is read, `nbytes` what
+    the store keeps in memory as long as it is open.
     """
 
-    def __init__(self, path: Path, name: str | None = None, root: Path | None = None) -> None:
-        self.path, self.root, self.name = path, root or path, str(path) if name is None else name
+    def __init__(self, root: Folder, sub_folder: str | None = None, name: str | None = None) -> None:
+        self.sub_folder = sub_folder
+        folder = self.folder = root if sub_folder is None else root.sub_folder(sub_folder)
+        self.name = str(folder) if name is None else name
         try:
-            self.config = read_json_dict(path / CONFIG)
+            self.config = read_json_dict(folder, CONFIG)
             self.store: Store
             self.nbytes = 0
             single = MLX if is_mlx(self.config) else SAFETENSORS
-            index = path / f"{single}.index.json"
-            self.file = index if index.exists() else path / single
-            if self.file.exists():
-                self.store = ShardedStore(path, single)
+            index = f"{single}.index.json"
+            self.file_name = index if folder.exists(index) else single
+            if folder.exists(self.file_name):
+                self.store = ShardedStore(folder, single)
             elif single == MLX:
-                raise AdapterError(f"{path / CONFIG}: is an MLX-LM config, but {_missing_mlx(path)}")
-            elif (path / BIN).exists():
-                self.file = path / BIN
-                self.store = BinStore(self.file)
-                self.nbytes = self.file.stat().st_size
+                raise AdapterError(f"{folder / CONFIG}: is an MLX-LM config, but {_missing_mlx(folder)}")
+            elif folder.exists(BIN):
+                self.file_name = BIN
+                self.store = BinStore(folder, BIN)
+                self.nbytes = folder.facts(BIN).nbytes
             else:
-                raise AdapterError(f"{shown(path)}: holds neither {SAFETENSORS} nor {BIN}.")
+                raise AdapterError(f"{shown(folder)}: holds neither {SAFETENSORS} nor {BIN}.")
         except FileNotFoundError as e:
-            raise AdapterError(f"{e.filename}: not found; {shown(path)} is no PEFT adapter.") from None
+            raise AdapterError(f"{e.filename}: not found; {shown(folder)} is no PEFT adapter.") from None
         except (FormatError, ValueError) as e:
             raise AdapterError(str(e)) from None
         except OSError as e:
             raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
+
+    @property
+    def file(self) -> str:
+        return self.folder / self.file_name
 
     @property
     def ties_embeddings(self) -> bool:
@@ -107,17 +113,18 @@ class AdapterDir:
         return name if isinstance(name, str) and name else None
 
     @property
-    def files(self) -> list[Path]:
-        shards = [shard.path for shard in self.store.shards] if isinstance(self.store, ShardedStore) else []
-        return list(dict.fromkeys([self.path / CONFIG, self.file, *shards]))
+    def files(self) -> list[str]:
+        """Names in `folder`, the config's first."""
+        shards = [shard.name for shard in self.store.shards] if isinstance(self.store, ShardedStore) else []
+        return list(dict.fromkeys([CONFIG, self.file_name, *shards]))
 
     def close(self) -> None:
         if isinstance(self.store, ShardedStore):
             self.store.close()
 
 
-def _missing_mlx(path: Path) -> str:
-    if (path / "adapters.npz").exists():
+def _missing_mlx(folder: Folder) -> str:
+    if folder.exists("adapters.npz"):
         return f"the adapter is in adapters.npz, which is not supported; save its arrays as {MLX}."
     return f"{MLX} is not beside it."
 
@@ -126,17 +133,12 @@ class BinStore:
     """A `.bin` adapter as a Store. The whole file is loaded: the format of torch.save offers no ranged
     reads."""
 
-    def __init__(self, path: Path) -> None:
-        _refuse_bad_archive(path)
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:
-            # A damaged pickle is another program, which may end in any way; EINVAL is a seek to before the
-            # file.
-            if isinstance(e, OSError) and e.errno != errno.EINVAL:
-                raise
-            reason = shown(str(e).partition("\n")[0] or type(e).__name__, 300)
-            raise AdapterError(f"{path}: cannot be loaded safely (weights_only): {reason}") from None
+    def __init__(self, folder: Folder, name: str) -> None:
+        path, file = folder / name, folder.open(name)
+        with stream(file) as f:
+            _refuse_bad_archive(f, file.facts.nbytes, path)
+            f.seek(0)
+            loaded = _loaded(f, path)
         if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
             raise AdapterError(f"{path}: does not hold a dict of tensors.")
         self._data: dict[str, torch.Tensor] = {}
@@ -158,20 +160,30 @@ class BinStore:
         """Everything is in memory."""
 
 
-def _refuse_bad_archive(path: Path) -> None:
+def _loaded(f: BinaryIO, path: str) -> Any:
+    """What torch.load reads. Raises AdapterError, OSError."""
+    try:
+        return torch.load(f, map_location="cpu", weights_only=True)
+    except Exception as e:
+        # A damaged pickle is another program, which may end in any way; EINVAL is a seek to before the file.
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:
+            raise
+        reason = shown(str(e).partition("\n")[0] or type(e).__name__, 300)
+        raise AdapterError(f"{path}: cannot be loaded safely (weights_only): {reason}") from None
+
+
+def _refuse_bad_archive(f: BinaryIO, nbytes: int, path: str) -> None:
     """torch.load unpacks whatever size the archive declares, so sizes are compared with the file's before."""
-    with open(open_regular(path), "rb") as f:
-        head = f.read(len(LFS_MAGIC))
-    if head == LFS_MAGIC:
+    if f.read(len(LFS_MAGIC)) == LFS_MAGIC:
         raise AdapterError(f"{path}: {LFS_HINT}")
     try:
-        if not zipfile.is_zipfile(path):
+        if not zipfile.is_zipfile(f):
             return
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(f) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as e:
         raise AdapterError(f"{path}: is no valid archive of torch.save: {shown(e)}.") from None
-    if unpacked > path.stat().st_size:
+    if unpacked > nbytes:
         raise AdapterError(
-            f"{path}: unpacks to {unpacked} bytes from {path.stat().st_size}; torch.save does not compress."
+            f"{path}: unpacks to {unpacked} bytes from {nbytes}; torch.save does not compress."
         )

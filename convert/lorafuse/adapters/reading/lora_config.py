@@ -40,7 +40,7 @@ _HARMLESS_INITS = (
 
 
 def checked_config(adapter: AdapterDir) -> dict[str, Any]:
-    config, where = adapter.config, adapter.path / CONFIG
+    config, where = adapter.config, adapter.folder / CONFIG
     refuse_fields(adapter, REFUSED_FIELDS)
     init = lora_init(config)
     if not any(init is harmless or init == harmless for harmless in _HARMLESS_INITS):
@@ -81,6 +81,6 @@ def n_blocks_of(adapter: AdapterDir) -> int:
     n_blocks = field.get("nblocks", 1) if isinstance(field, dict) else 1
     if (field and not isinstance(field, dict)) or type(n_blocks) is not int or n_blocks < 1:
         raise AdapterError(
-            f"{adapter.path / CONFIG}: use_bdlora is {shown(field)}, expected an object with nblocks."
+            f"{adapter.folder / CONFIG}: use_bdlora is {shown(field)}, expected an object with nblocks."
         )
     return n_blocks

@@ -43,7 +43,7 @@ def choices(adapter: AdapterDir, modules: Modules, scaling: Scaling) -> list[Cho
     targets = adapter.config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise AdapterError(
-            f"{adapter.path / CONFIG}: target_parameters is {shown(targets)}, expected a list of names."
+            f"{adapter.folder / CONFIG}: target_parameters is {shown(targets)}, expected a list of names."
         )
     result = []
     for module in [module for module in modules if not module.endswith(".base_layer")]:

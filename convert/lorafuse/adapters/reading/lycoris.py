@@ -23,14 +23,14 @@ def scaling_of(adapter: AdapterDir, module: str, rank: int | None, warn: Warn) -
         expected = pattern_value(pattern(adapter, "rank_pattern"), module, adapter.config.get("r", 8))
     except re.error as e:
         raise AdapterError(
-            f"{adapter.path / CONFIG}: a pattern is not a regular expression: {shown(e)}."
+            f"{adapter.folder / CONFIG}: a pattern is not a regular expression: {shown(e)}."
         ) from None
     alpha = checked(adapter, f"the alpha of {shown(module)}", alpha)
     if rank is None:
         return alpha / checked(adapter, f"the rank of {shown(module)}", expected, least=1, kinds=(int,))
     if expected != rank:
         warn(
-            f"{adapter.path / CONFIG}: says rank {shown(expected)} where the tensors have rank {rank}; the "
+            f"{adapter.folder / CONFIG}: says rank {shown(expected)} where the tensors have rank {rank}; the "
             "tensors are believed."
         )
     return alpha / rank

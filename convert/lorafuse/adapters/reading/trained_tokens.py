@@ -21,7 +21,7 @@ def replace_rows(
 ) -> ReplaceRows:
     """The patch for token indices out of the config's `field`. Raises AdapterError when they, the rows and
     the weight do not fit."""
-    where = adapter.path / CONFIG
+    where = adapter.folder / CONFIG
     if not isinstance(indices, list) or not all(type(i) is int for i in indices):
         raise AdapterError(f"{where}: {field} is {shown(indices)}, expected a list of integers.")
     check_float(adapter, key)
@@ -57,8 +57,8 @@ def take_tokens(adapter: AdapterDir, modules: Modules, scale: float) -> list[Upd
     ]
     if adapter.config.get("trainable_token_indices") and not found:
         raise AdapterError(
-            f"{adapter.path / CONFIG}: trainable_token_indices is set, but no {ROWS_LEAF} is in "
-            f"{adapter.file.name}."
+            f"{adapter.folder / CONFIG}: trainable_token_indices is set, but no {ROWS_LEAF} is in "
+            f"{adapter.file_name}."
         )
     return found
 

@@ -65,7 +65,7 @@ def _scaling(adapter: AdapterDir) -> float:
     init_r, alpha = number(adapter, "init_r", 12), number(adapter, "lora_alpha", 8)
     if init_r <= 0 or init_r != int(init_r):
         raise AdapterError(
-            f"{adapter.path / CONFIG}: init_r is {shown(adapter.config['init_r'])}, expected a rank."
+            f"{adapter.folder / CONFIG}: init_r is {shown(adapter.config['init_r'])}, expected a rank."
         )
     return (alpha if alpha > 0 else init_r) / (init_r + 1e-5)
 

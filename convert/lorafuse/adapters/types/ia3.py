@@ -58,7 +58,7 @@ def _on_inputs(adapter: AdapterDir, module: str, shape: tuple[int, ...]) -> bool
     """PEFT 0.21 ia3/model.py, _check_target_module_feedforward, where the shape leaves a choice."""
     if len(shape) == 2 and max(shape) > 1:
         return shape[0] == 1
-    names, where = adapter.config.get("feedforward_modules"), adapter.path / CONFIG
+    names, where = adapter.config.get("feedforward_modules"), adapter.folder / CONFIG
     if isinstance(names, str):
         try:
             return re.fullmatch(names, module) is not None

@@ -162,7 +162,7 @@ class _Lora:
         alpha = self._setting("lora_alpha", "alpha_pattern", module)
         expected = self._setting("r", "rank_pattern", module, least=1, kinds=(int,))
         if expected != rank:
-            where = self.adapter.path / CONFIG
+            where = self.adapter.folder / CONFIG
             self.warn(
                 f"{where}: says rank {expected:g} where the tensors have rank {rank}; the tensors are "
                 "believed."
@@ -182,7 +182,7 @@ class _Lora:
         try:
             value = pattern_value(self.config.get(by_pattern), module, self.config.get(field, 8))
         except re.error as e:
-            where = self.adapter.path / CONFIG
+            where = self.adapter.folder / CONFIG
             raise AdapterError(
                 f"{where}: a pattern of {by_pattern} is not a regular expression: {shown(e)}."
             ) from None

@@ -30,7 +30,7 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Updates:
     variant = adapter.config.get("init_weights", True)
     if variant not in (True, False, "bat", "mini"):
         raise AdapterError(
-            f"{adapter.path / CONFIG}: init_weights is {shown(variant)}, expected true, false, 'bat' or "
+            f"{adapter.folder / CONFIG}: init_weights is {shown(variant)}, expected true, false, 'bat' or "
             "'mini', which say how miss_block is applied."
         )
     return collect(adapter, _LEAVES, partial(_shards, adapter, scale, variant), warn)

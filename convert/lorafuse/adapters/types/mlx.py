@@ -45,7 +45,7 @@ def refuse_rescaled(adapter: AdapterDir, model_type: object) -> None:
     the stored weights."""
     if model_type in _RESCALED:
         raise AdapterError(
-            f"{adapter.path / CONFIG}: MLX-LM rescales the weights of {shown(model_type)} when it loads "
+            f"{adapter.folder / CONFIG}: MLX-LM rescales the weights of {shown(model_type)} when it loads "
             "them, so its adapters for it are not supported."
         )
 
@@ -66,7 +66,7 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update]
 
 def _is_dora(adapter: AdapterDir) -> bool:
     """Whether the factors come with magnitudes. Raises AdapterError for an unknown kind of training."""
-    where, kind = adapter.path / CONFIG, adapter.config.get("fine_tune_type", "lora")
+    where, kind = adapter.folder / CONFIG, adapter.config.get("fine_tune_type", "lora")
     if kind not in _TYPES:
         raise AdapterError(f"{where}: fine_tune_type is {shown(kind)}, expected one of {', '.join(_TYPES)}.")
     return kind == "dora" or bool(adapter.config.get("use_dora"))
@@ -74,7 +74,7 @@ def _is_dora(adapter: AdapterDir) -> bool:
 
 def _scale(adapter: AdapterDir) -> float:
     """The factor of the update. Raises AdapterError where the config does not say it beyond doubt."""
-    where, parameters = adapter.path / CONFIG, adapter.config.get("lora_parameters")
+    where, parameters = adapter.folder / CONFIG, adapter.config.get("lora_parameters")
     if not isinstance(parameters, dict) or parameters.get("scale") is None:
         raise AdapterError(
             f"{where}: has no lora_parameters.scale, the factor of the update; set it to that of the "

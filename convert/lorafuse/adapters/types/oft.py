@@ -61,7 +61,7 @@ def _settings(adapter: AdapterDir, warn: Warn) -> _Settings:
         doubled_end = _before_018(config.get("peft_version"))
     if doubled_end:
         warn(
-            f"{adapter.path / CONFIG}: was written by peft before 0.18, whose Cayley-Neumann series had "
+            f"{adapter.folder / CONFIG}: was written by peft before 0.18, whose Cayley-Neumann series had "
             "another last term; it is merged as it was trained, which later releases of peft do not do."
         )
     eps = number(adapter, "eps", 6e-5, least=0) if config.get("coft") else None

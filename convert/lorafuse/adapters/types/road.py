@@ -31,7 +31,7 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Updates:
     variant = one_of(adapter, "variant", "road_1", _VARIANTS)
     group_size = integer(adapter, "group_size", 64, least=2)
     if group_size % 2:
-        raise AdapterError(f"{adapter.path / CONFIG}: group_size is {group_size}, expected an even number.")
+        raise AdapterError(f"{adapter.folder / CONFIG}: group_size is {group_size}, expected an even number.")
     return collect(adapter, _LEAVES, partial(_rotated, adapter, scale, variant, group_size), warn)
 
 

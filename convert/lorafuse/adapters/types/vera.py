@@ -119,7 +119,7 @@ def _drawn(n_rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _shared(adapter: AdapterDir, modules: Modules, prefix: str, n_halves: int, warn: Warn) -> Projections:
-    where = adapter.path / CONFIG
+    where = adapter.folder / CONFIG
     keys = take(adapter, SHARED, modules.get(SHARED, {}), (f"{prefix}_A", f"{prefix}_B"))
     seed = integer(adapter, "projection_prng_key", 0, least=0)
     if keys is None:

@@ -1,0 +1,26 @@
+"""The kinds of folders, by the scheme of the URL that names them. A kind is added by one file, and one word
+here."""
+
+from collections.abc import Callable
+
+from lorafuse.files.folder import Folder
+from lorafuse.files.local_folder import LocalFolder
+
+FOLDERS: dict[str, Callable[[str], Folder]] = {"": LocalFolder.at}
+
+
+def has_scheme(name: str) -> bool:
+    """Whether a name is a URL of a kind that is known here, not a path or a hub id."""
+    scheme, separator, _ = name.partition("://")
+    return bool(scheme and separator) and scheme in FOLDERS
+
+
+def open_folder(name: str) -> Folder:
+    """The folder of that name, which may not be there: a URL of a known kind, else a path."""
+    return FOLDERS[name.partition("://")[0] if has_scheme(name) else ""](name)
+
+
+def folder_and_file(name: str) -> tuple[Folder, str]:
+    """The folder and the name in it of a file that a user names by a path or a URL."""
+    folder, slash, file = name.rpartition("/")
+    return open_folder(folder + slash or "."), file

@@ -1,0 +1,117 @@
+"""A folder in this machine's file system.
+
+The checks that only a file system needs are here: what is no regular file is refused instead of waited for,
+and a link that leads out of its directory is not copied.
+"""
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafuse.errors import CheckpointError, shown
+from lorafuse.files.folder import Buffer, FileFacts
+from lorafuse.files.safetensors_file import FormatError
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """The directory `path`. `named`: what the user called it where that was no directory, but a hub id."""
+
+    path: Path
+    named: str | None = None
+
+    @classmethod
+    def at(cls, name: str) -> "LocalFolder":
+        """The directory that a user names."""
+        return cls(Path(name))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str) -> str:
+        return str(self.path / name)
+
+    @property
+    def address(self) -> str:
+        """The real path, or the hub id, which stays whatever the repository's newest commit is."""
+        return os.path.realpath(self.path) if self.named is None else self.named
+
+    @property
+    def local_path(self) -> Path:
+        return self.path
+
+    def is_there(self) -> bool:
+        return self.path.is_dir()
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def names(self, pattern: str) -> list[str]:
+        """A link that leads nowhere is listed where the pattern has a `*`."""
+        paths = sorted(path for path in self.path.glob(pattern) if not path.is_dir())
+        return [path.relative_to(self.path).as_posix() for path in paths]
+
+    def sub_folders(self) -> list[str]:
+        return sorted(path.name for path in self.path.glob("*") if path.is_dir())
+
+    def sub_folder(self, name: str) -> "LocalFolder":
+        return LocalFolder(self.path / name, self.named)
+
+    def facts(self, name: str) -> FileFacts:
+        return _facts(os.stat(self / name))
+
+    def open(self, name: str, *, inside: bool = False) -> "LocalFile":
+        if inside:
+            _refuse_escape(self.path / name, self.path)
+        return LocalFile(self / name)
+
+
+class LocalFile:
+    """A file in the file system, open for ranged reads."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = open_regular(path)
+        self.facts = _facts(os.fstat(self._fd))
+
+    def read_into(self, start: int, buffer: Buffer) -> int:
+        return os.preadv(self._fd, [buffer], start)
+
+    def will_need(self, start: int, nbytes: int) -> None:
+        """Ask the kernel to read ahead."""
+        os.posix_fadvise(self._fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _facts(status: os.stat_result) -> FileFacts:
+    return FileFacts(status.st_size, (status.st_size, status.st_mtime_ns, status.st_ino))
+
+
+def open_regular(path: str) -> int:
+    """Open a file for reading. A FIFO, a socket or a directory is refused instead of waited for."""
+    try:
+        # O_NONBLOCK: opening a FIFO without a writer would hang.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        if e.errno not in (errno.ENXIO, errno.ELOOP):  # a socket; a link that leads to itself
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+    raise FormatError(f"{shown(path)}: is not a regular file.")
+
+
+def _refuse_escape(source: Path, root: Path) -> None:
+    """A link may point inside its directory, or, as in a hub cache (from a sub-folder too), into the `blobs`
+    beside `snapshots`; a stranger's `tokenizer.json` that is a link to a private file must not be copied into
+    a directory that will be published."""
+    real, real_root = Path(os.path.realpath(source)), Path(os.path.realpath(root))
+    blobs = [folder / "blobs" for folder in real_root.parents[1:3]]
+    if real_root not in real.parents and real.parent not in blobs:
+        raise CheckpointError(
+            f"{shown(source)}: is a link to {shown(real)}, outside its directory; replace it by the file."
+        )
