@@ -135,7 +135,7 @@ def _patch(
         return update.make(Target(part.weight, spec, conv1d, beside=beside, quantized=quantized))
     whole = TensorSpec(spec.dtype, parameter.shape)
     inner = update.make(Target(part.weight, whole, conv1d, beside=beside, quantized=quantized))
-    if inner.reads_base or inner.row_multiple > 1:
+    if inner.needs.reads_base or inner.needs.row_multiple > 1:
         raise AdapterError(
             f"{adapter.file}: {key} changes {shown(update.parameter)} as a whole, which the checkpoint "
             f"stores in another form, in {shown(part.weight)}; that is not supported."
