@@ -134,7 +134,7 @@ def test_there_is_a_case_of_each_type():
 @pytest.mark.parametrize("case", CASES)
 def test_patches_take_no_more_memory_than_they_say(case, tmp_path, monkeypatch):
     """From prepare to release, and in each worker for a tile."""
-    for module in ("patches.factor", "adapters.types.randlora", "adapters.types.vera"):
+    for module in ("patches.factor", "adapters.types.randlora", "adapters.reading.vera_vectors"):
         monkeypatch.setattr(f"lorafuse.{module}.READ_NUMEL", PIECE)
     model = Layer()
     save(model, tmp_path / "ckpt")

@@ -136,7 +136,7 @@ class AddVector(Patch):
         )
 
 
-def same_matrix(one: Readable, other: Readable) -> bool:
+def same_matrix(matrix: Readable, other: Readable) -> bool:
     """Whether two matrices are equal as fp32, read whole."""
     arena = Arena(torch.device("cpu"))
-    return one.shape == other.shape and torch.equal(one.whole(arena), other.whole(arena))
+    return matrix.shape == other.shape and torch.equal(matrix.whole(arena), other.whole(arena))
