@@ -148,7 +148,7 @@ def test_patches_take_no_more_memory_than_they_say(case, tmp_path, monkeypatch):
         patched = [(step, patch) for step in plan.steps for patch in step.patches]
         assert patched
         for step, patch in patched:
-            arena, tile_nbytes = Arena(CPU), 4 * step.tile_numel
+            arena, tile_nbytes = Arena(CPU), 4 * step.tile_size
             held, most = measured(lambda: patch.prepare(Base(step.sources, arena), arena))  # noqa: B023
             assert held <= most <= patch.needs.nbytes + 16 * PIECE
             start, stop = next(step.tiles())
