@@ -173,7 +173,7 @@ def tuned(base, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_merged_model_answers_as_the_unmerged_one(case, tuned, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorafuse.adapters.types.vera.READ_NUMEL", 640)
+    monkeypatch.setattr("lorafuse.adapters.reading.vera_vectors.READ_NUMEL", 640)
     ckpt, adapter, model = tuned(case)
     receipt = lorafuse.convert(ckpt, adapter, tmp_path / "out", dtype="float32")
     assert_same_answers(tmp_path / "out", model)
