@@ -1,4 +1,4 @@
-"""Adding an adapter type is one file and one word in ADAPTERS: a toy one in a package of its own is merged."""
+"""Adding an adapter type is one file and one word in ADAPTERS: a toy type in its own package is merged."""
 
 import importlib
 import json
