@@ -173,5 +173,7 @@ def plan_event(plan: Plan) -> dict[str, Any]:
         ],
         "adapter_tensors": {"used": len(plan.used), "ignored": plan.ignored},
         "config_changes": plan.config_changes,
-        "held_whole": [step.name for step in plan.steps if any(patch.holds_weight for patch in step.patches)],
+        "held_whole": [
+            step.name for step in plan.steps if any(patch.needs.holds_weight for patch in step.patches)
+        ],
     }

@@ -1,8 +1,8 @@
 """docs/adapters.md says what is done with every PEFT type; it is made from the tables of the package.
 
-`python tests/test_support_table.py` writes it. Every module says what it merges in SUPPORTED; one without the
-constants MEMORY, REFUSED_FIELDS and REFUSED_INITS holds no whole weight, refuses no field by its mere
-presence, and knows no such initialization.
+`python tests/test_support_table.py` writes it. Every module says what it merges in SUPPORTED and what it holds in MEMORY; one
+without the constants REFUSED_FIELDS and REFUSED_INITS refuses no field by its mere presence, and knows no such
+initialization.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from lorafuse.adapters import ADAPTERS, REFUSED_TYPES
 from lorafuse.errors import AdapterError
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
-DEFAULTS = {"MEMORY": "tiles", "REFUSED_FIELDS": {}, "REFUSED_INITS": {}}
+DEFAULTS = {"REFUSED_FIELDS": {}, "REFUSED_INITS": {}}
 INTRO = """# PEFT types
 
 Made from the adapter modules by `python tests/test_support_table.py`, and checked by the tests: every type of PEFT has a row.
@@ -77,10 +77,8 @@ def test_the_tables_are_sorted_and_each_module_is_in_them():
     assert list(ADAPTERS) == sorted(ADAPTERS)
     assert list(REFUSED_TYPES) == sorted(REFUSED_TYPES)
     folder = Path(importlib.util.find_spec("lorafuse.adapters.types").origin).parent
-    with_updates = {
-        path.stem for path in folder.glob("*.py") if "\ndef updates(" in path.read_text(encoding="utf-8")
-    }
-    assert with_updates == {module.__name__.rpartition(".")[2] for module in ADAPTERS.values()}
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert files == {module.__name__.rpartition(".")[2] for module in ADAPTERS.values()}
 
 
 def test_a_refused_type_is_refused_by_name_before_anything_is_written(tmp_path):

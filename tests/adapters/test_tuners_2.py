@@ -19,6 +19,7 @@ from conftest import QUANTIZED
 from lorafuse.arithmetic.seeded import _inside_out, first_of_randperm
 from lorafuse.arithmetic.wavelets import FAMILIES, reconstruction_filters
 from lorafuse.errors import AdapterError
+from lorafuse.patches.lowrank import LowRank
 
 GPT2 = ["c_attn", "c_proj", "c_fc"]
 # case → (config class, base, settings beside the target modules, which are q_proj and down_proj unless given); a case is named
@@ -172,7 +173,7 @@ def tuned(base, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_merged_model_answers_as_the_unmerged_one(case, tuned, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorafuse.adapters.types.vera.READ_NUMEL", 640)
+    monkeypatch.setattr("lorafuse.adapters.reading.vera_vectors.READ_NUMEL", 640)
     ckpt, adapter, model = tuned(case)
     receipt = lorafuse.convert(ckpt, adapter, tmp_path / "out", dtype="float32")
     assert_same_answers(tmp_path / "out", model)
@@ -396,8 +397,7 @@ def test_randlora_bases_that_do_not_fit_are_read_again(case, left_nbytes, tuned,
     monkeypatch.setattr("lorafuse.patches.lowrank.LEFT_RESIDENT_NBYTES", left_nbytes)
     ckpt, adapter, _ = tuned(case)
     lorafuse.convert(ckpt, adapter, tmp_path / "a")
-    never = property(lambda self: False, lambda self, value: None)
-    monkeypatch.setattr("lorafuse.patches.lowrank.LowRank.right_resident", never, raising=False)
+    monkeypatch.setitem(LowRank.__init__.__kwdefaults__, "right_resident", False)
     lorafuse.convert(ckpt, adapter, tmp_path / "b")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 

@@ -135,7 +135,7 @@ def test_there_is_a_case_of_each_type():
 @pytest.mark.parametrize("case", CASES)
 def test_patches_take_no_more_memory_than_they_say(case, tmp_path, monkeypatch):
     """From prepare to release, and in each worker for a tile."""
-    for module in ("patches.factor", "adapters.types.randlora", "adapters.types.vera"):
+    for module in ("patches.factor", "adapters.types.randlora", "adapters.reading.vera_vectors"):
         monkeypatch.setattr(f"lorafuse.{module}.READ_NUMEL", PIECE)
     model = Layer()
     save(model, tmp_path / "ckpt")
@@ -149,14 +149,14 @@ def test_patches_take_no_more_memory_than_they_say(case, tmp_path, monkeypatch):
         patched = [(step, patch) for step in plan.steps for patch in step.patches]
         assert patched
         for step, patch in patched:
-            arena, tile_nbytes = Arena(CPU), 4 * step.tile_numel
+            arena, tile_nbytes = Arena(CPU), 4 * step.tile_size
             held, most = measured(lambda: patch.prepare(Base(step.sources, arena), arena))  # noqa: B023
-            assert held <= most <= patch.nbytes + 16 * PIECE
+            assert held <= most <= patch.needs.nbytes + 16 * PIECE
             start, stop = next(step.tiles())
             tile = torch.randn(stop - start).view(-1, step.row_numel)
             _, scratch = measured(lambda: patch.apply(tile, 0, Arena(CPU)))  # noqa: B023
-            assert scratch <= patch.scratch_nbytes + 16 * PIECE
-            assert patch.scratch_nbytes <= 10 * tile_nbytes
+            assert scratch <= patch.needs.scratch_nbytes + 16 * PIECE
+            assert patch.needs.scratch_nbytes <= 10 * tile_nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.int32, torch.int64])
@@ -166,7 +166,7 @@ def test_tensors_are_counted_as_they_are_loaded(dtype, tmp_path):
     with closing(ShardedStore(LocalFolder(tmp_path), "x.safetensors")) as store:
         patch = RowFunction(store, {"a": "a"}, product_added)
         held, _ = measured(lambda: patch.prepare(None, Arena(CPU)))
-        assert held == patch.nbytes == 1500 * (4 if dtype.is_floating_point else 8)
+        assert held == patch.needs.nbytes == 1500 * (4 if dtype.is_floating_point else 8)
 
 
 # ---- the same update on both sides of a tied pair

@@ -166,7 +166,7 @@ def test_parts_of_joined_weights_add_as_what_is_placed_there(tmp_path):
         Factor(lora.store, f"{key}.lora_B.weight"), Factor(lora.store, f"{key}.lora_A.weight"), 1.0
     )
     rows = ReplaceRows(Factor(lora.store, f"{key}.lora_B.weight"), range(16), 1.0)
-    assert [OnRows(patch, Part("w", 16)).additive for patch in (low_rank, rows)] == [True, False]
+    assert [OnRows(patch, Part("w", 16)).traits.additive for patch in (low_rank, rows)] == [True, False]
 
 
 def test_dora_is_summed_with_others(base, adapter, tmp_path):
@@ -219,7 +219,7 @@ def test_experts_are_summed(tmp_path, monkeypatch):
         lorafuse.convert(tmp_path / "moe", tmp_path / f"{i}", tmp_path / f"only{i}")
     lorafuse.convert(tmp_path / "moe", tmp_path / "0", tmp_path / "out", adapters=[(tmp_path / "1", -0.5)])
     plan = plan_of(tmp_path / "moe", tmp_path / "0", tmp_path / "1")
-    assert all(patch.additive for step in plan.steps for patch in step.patches), "no tile is copied"
+    assert all(patch.traits.additive for step in plan.steps for patch in step.patches), "no tile is copied"
     stored, zero, one, both = (read_tensors(tmp_path / name) for name in ("moe", "only0", "only1", "out"))
     changed = [name for name in stored if not torch.equal(stored[name], one[name])]
     assert any("experts" in name for name in changed)
@@ -598,7 +598,7 @@ def test_factors_that_do_not_fit_together_are_read_in_parts(tmp_path):
         )
     small = plan_of(ckpt, tmp_path / "one", tmp_path / "two")
     (step,) = small.steps
-    assert sorted(patch.right_resident for patch in step.patches[0].members) == [False, True]
+    assert sorted(patch.right_resident for patch in step.patches[0].patches) == [False, True]
     fits = []
     for megabytes in range(30, 140):
         with suppress(UsageError):

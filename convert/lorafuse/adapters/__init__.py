@@ -1,12 +1,12 @@
 """Adapters: one file per PEFT type, one for MLX-LM, and `open_adapter`, which reads any of them.
 
-An adapter module has one function, `updates(adapter, scale, warn)`, which returns a list of Update (or
-Choice) and the ignored tensors with reasons. A type is added by one file and one word in ADAPTERS.
+A module of `types/` satisfies `AdapterType`: its function `updates(adapter, scale, warn)` returns a list of
+Update (or Choice) and the ignored tensors with reasons. A type is added by one file and one word in ADAPTERS.
 """
 
 from collections.abc import Callable
-from types import ModuleType
 
+from lorafuse.adapters.adapter_type import AdapterType
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir, adapter_folder, is_mlx
 from lorafuse.adapters.types import (
     adalora,
@@ -48,7 +48,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.patches.patch import Patch
 from lorafuse.patches.target import Target
 
-ADAPTERS: dict[str, ModuleType] = {
+ADAPTERS: dict[str, AdapterType] = {
     "ADALORA": adalora,
     "BEFT": beft,
     "BOFT": boft,
@@ -110,6 +110,7 @@ __all__ = [
     "ADAPTERS",
     "REFUSED_TYPES",
     "AdapterDir",
+    "AdapterType",
     "Choice",
     "Edit",
     "Patch",
@@ -126,7 +127,7 @@ def open_adapter(root: Folder, sub_folder: str | None = None, name: str | None =
     it. Raises AdapterError."""
     adapter = AdapterDir(root, sub_folder, name)
     try:
-        module_of(adapter)
+        type_of(adapter)
     except BaseException:
         adapter.close()
         raise
@@ -134,31 +135,29 @@ def open_adapter(root: Folder, sub_folder: str | None = None, name: str | None =
 
 
 def updates_of(
-    adapter: AdapterDir, scale: float, model_type: object, warn: Callable[[str], None]
+    adapter: AdapterDir, scale: float, warn: Callable[[str], None]
 ) -> tuple[list[Update | Choice], dict[str, str]]:
-    """What the adapter says of a base of that type, and the tensors that it ignores, with reasons. Raises
+    """What the adapter says of its base, and the tensors that it ignores, with reasons. Raises
     AdapterError."""
-    module = module_of(adapter)
-    if module is mlx:
-        mlx.refuse_rescaled(adapter, model_type)
-    found: tuple[list[Update | Choice], dict[str, str]] = module.updates(adapter, scale, warn)
-    return found
+    said, ignored = type_of(adapter).updates(adapter, scale, warn)
+    return list(said), ignored
 
 
-def module_of(adapter: AdapterDir) -> ModuleType:
+def type_of(adapter: AdapterDir) -> AdapterType:
+    """The module that reads the adapter. Raises AdapterError where there is none."""
     kind = "MLX" if is_mlx(adapter.config) else adapter.config.get("peft_type")
     if kind is None:
         raise AdapterError(
             f"{adapter.folder / CONFIG}: has no peft_type; it was written neither by PEFT nor by MLX-LM."
         )
-    module = ADAPTERS.get(kind) if isinstance(kind, str) else None
+    known = ADAPTERS.get(kind) if isinstance(kind, str) else None
     if isinstance(kind, str) and kind in REFUSED_TYPES:
         raise AdapterError(
             f"{adapter.folder / CONFIG}: peft_type {kind} cannot be merged: {REFUSED_TYPES[kind]}."
         )
-    if module is None:
+    if known is None:
         raise AdapterError(
             f"{adapter.folder / CONFIG}: peft_type {shown(kind)} is not supported; known are "
             f"{listed(ADAPTERS)}."
         )
-    return module
+    return known

@@ -8,7 +8,7 @@ import torch
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs.sources import Sources
-from lorafuse.patches.patch import Patch
+from lorafuse.patches.patch import Patch, same_patches
 from lorafuse.patches.target import Parameter, Target
 
 COMPARE_NUMEL = 1 << 18
@@ -59,11 +59,7 @@ class Edit:
     keys: list[str] = field(default_factory=list)  # the adapter tensors that it uses
 
     def same_as(self, other: "Edit") -> bool:
-        return (
-            len(self.patches) == len(other.patches)
-            and _same_sources(self.replaced, other.replaced)
-            and all(a is b or a.same_as(b) for a, b in zip(self.patches, other.patches, strict=True))
-        )
+        return _same_sources(self.replaced, other.replaced) and same_patches(self.patches, other.patches)
 
 
 def _same_sources(a: Sources | None, b: Sources | None) -> bool:

@@ -96,7 +96,7 @@ def _updates(adapter: AdapterDir) -> dict[str, Any]:
     ignored: dict[str, str] = {}
     problems = []
     try:
-        said, ignored = updates_of(adapter, 1.0, None, warnings.append)
+        said, ignored = updates_of(adapter, 1.0, warnings.append)
     except AdapterError as e:
         problems.append(str(e))
     unusual = unusual_prefixes(adapter)

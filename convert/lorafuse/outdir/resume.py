@@ -23,8 +23,8 @@ def goes_on(
             f"{name} was {shown(was.command.get(name))}, is {shown(now.command.get(name))}" for name in names
         )
         raise OutDirError(
-            f"{shown(out_dir)}: a run that was cut off has finished {len(record.finished)} files with "
-            f"other settings: {differences}. Give its command again to finish it, or --restart to discard that "
+            f"{shown(out_dir)}: a run that was cut off has finished {len(record.finished)} files with other "
+            f"settings: {differences}. Give its command again to finish it, or --restart to discard that "
             "work."
         )
     why = f"{listed(changed)} changed" if changed else "another version of lorafuse or torch began it"

@@ -6,6 +6,8 @@ convolution over all but the output channel (PEFT 0.21 lora/dora.py, get_weight_
 weight where the base is quantized. Norms are fp32.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from lorafuse.arithmetic.arena import Arena
 from lorafuse.files.stores import Store
 from lorafuse.patches.factor import load
 from lorafuse.patches.lowrank import LowRank
-from lorafuse.patches.patch import Base, Patch
+from lorafuse.patches.patch import Base, Patch, PatchTraits
 from lorafuse.patches.row_function import reading_nbytes, tile_nbytes
 from lorafuse.patches.target import Target
 
@@ -25,49 +27,50 @@ class Dora(Patch):
     With a `strength` x other than 1 the result is W + x · (W' − W).
     """
 
+    traits = PatchTraits()
+
     def __init__(
         self, update: LowRank, store: Store, key: str, target: Target, *, by_columns: bool, strength: float
     ) -> None:
         self.update, self.by_columns, self.strength = update, by_columns, strength
-        self._store, self._key = store, key
-        self._spec, self._base_nbytes = target.spec, target.spec.numel if target.is_conv1d else 0
+        self._store, self._key, self._target = store, key, target
         self._magnitude: torch.Tensor | None = (
             None  # with by_columns, divided by the norm of the whole column
         )
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return (
-            self.update.facts | {"dora": True} | ({} if self.strength == 1.0 else {"strength": self.strength})
+        own, spec = update.needs, target.spec
+        # With by_columns, the sums, and what reading the weight takes.
+        turned = spec.numel if target.is_conv1d else 0
+        reading = reading_nbytes(spec) + turned + own.scratch_nbytes if by_columns else 0
+        self.needs = replace(
+            own,
+            nbytes=own.nbytes + 16 * store.tensors[key].spec.numel + reading,
+            scratch_nbytes=own.scratch_nbytes + (0 if strength == 1.0 else tile_nbytes(spec)),
+            reads_base=by_columns,
         )
 
     @property
-    def members(self) -> tuple[Patch, ...]:
-        return (self.update,)
+    def facts(self) -> Mapping[str, Any]:
+        strength = {} if self.strength == 1.0 else {"strength": self.strength}
+        return {**self.update.facts, "dora": True, **strength}
 
-    @property
-    def reads_base(self) -> bool:
-        return self.by_columns
-
-    @property
-    def nbytes(self) -> int:
-        """With by_columns, the sums, and what reading the weight takes."""
-        reading = (
-            reading_nbytes(self._spec) + self._base_nbytes + self.update.scratch_nbytes
-            if self.by_columns
-            else 0
+    def lighter(self) -> "Dora | None":
+        update = self.update.lighter()
+        if update is None:
+            return None
+        return Dora(
+            update,
+            self._store,
+            self._key,
+            self._target,
+            by_columns=self.by_columns,
+            strength=self.strength,
         )
-        return self.update.nbytes + 16 * self._store.tensors[self._key].spec.numel + reading
-
-    @property
-    def scratch_nbytes(self) -> int:
-        return self.update.scratch_nbytes + (0 if self.strength == 1.0 else tile_nbytes(self._spec))
 
     def prepare(self, base: Base, arena: Arena) -> None:
         self.update.prepare(base, arena)
         self._magnitude = load(self._store, self._key, arena.device).view(-1)
         if self.by_columns:
-            squares = torch.zeros(self._spec.n_cols, dtype=torch.float64, device=arena.device)
+            squares = torch.zeros(self._target.spec.n_cols, dtype=torch.float64, device=arena.device)
             for first_row, rows in base.tiles():
                 self.update.apply(rows, first_row, arena)
                 squares += torch.linalg.vector_norm(rows, dim=0).double().square()

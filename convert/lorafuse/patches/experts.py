@@ -1,6 +1,9 @@
 """Patches of stacks of experts' matrices: one for each expert's matrix, out of factors that all experts
 share."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -9,9 +12,9 @@ import torch
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.errors import AdapterError, shown
 from lorafuse.files.stores import Store
-from lorafuse.patches.factor import Factor
+from lorafuse.patches.factor import Factor, same_tensor
 from lorafuse.patches.lowrank import LowRank
-from lorafuse.patches.patch import Base, Patch
+from lorafuse.patches.patch import Base, Patch, PatchNeeds, PatchTraits
 from lorafuse.patches.target import Target
 
 
@@ -32,6 +35,7 @@ class Stack:
     ) -> None:
         self.store, self.file, self.keys, self.transposed = store, file, keys, transposed
         self.rank, self.n_experts, self.scale = rank, n_experts, scale
+        self._needs: dict[int, PatchNeeds] = {}
 
     def matrix(self, expert: int, rows: range) -> LowRank:
         """The update of these rows of one expert's matrix."""
@@ -57,38 +61,45 @@ class Stack:
             "supported."
         )
 
-    def facts(self) -> dict[str, Any]:
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
         return {"rank": self.rank, "scale": self.scale}
+
+    def needs(self, n_rows: int) -> PatchNeeds:
+        """What the update of so many rows of one matrix needs; made once, for all experts."""
+        if n_rows not in self._needs:
+            self._needs[n_rows] = self.matrix(0, range(n_rows)).needs
+        return self._needs[n_rows]
+
+    def same_as(self, other: "Stack") -> bool:
+        """Whether all experts have the same factors and scale."""
+        return (
+            (self.rank, self.n_experts, self.scale, self.transposed)
+            == (other.rank, other.n_experts, other.scale, other.transposed)
+        ) and all(
+            same_tensor(self.store, mine, other.store, its)
+            for mine, its in zip(self.keys, other.keys, strict=True)
+        )
 
 
 class Expert(Patch):
     """The update of a weight that is one expert's matrix, or some rows of it; small until it is prepared,
     since there are many."""
 
-    __slots__ = ("_expert", "_inner", "_rows", "_stack")
+    __slots__ = ("_expert", "_inner", "_rows", "_stack", "needs")
+    traits = PatchTraits(additive=True)
 
     def __init__(self, stack: Stack, expert: int, rows: range) -> None:
         self._stack, self._expert, self._rows = stack, expert, rows
+        self.needs = stack.needs(len(rows))
         self._inner: LowRank | None = None
 
     @property
-    def facts(self) -> dict[str, Any]:
-        return self._stack.facts()
-
-    @property
-    def reads_base(self) -> bool:
-        return False
-
-    @property
-    def additive(self) -> bool:
-        return True
-
-    @property
-    def nbytes(self) -> int:
-        return self._stack.matrix(self._expert, self._rows).nbytes
+    def facts(self) -> Mapping[str, Any]:
+        return self._stack.facts
 
     def prepare(self, base: Base, arena: Arena) -> None:
-        self._inner = self._stack.matrix(self._expert, self._rows)
+        self._inner = self._matrix()
         self._inner.prepare(base, arena)
 
     def apply(self, tile: torch.Tensor, first_row: int, arena: Arena) -> None:
@@ -98,40 +109,30 @@ class Expert(Patch):
     def release(self) -> None:
         self._inner = None
 
+    def same_as(self, other: Patch) -> bool:
+        return isinstance(other, Expert) and self._matrix().same_as(other._matrix())
+
+    def _matrix(self) -> LowRank:
+        return self._stack.matrix(self._expert, self._rows)
+
 
 class Experts(Patch):
     """The update of a weight that is the whole stack [E, n_rows, n_cols]. The factors of the two experts that
     were used last are kept: tiles come in order, so workers are at most at a boundary between two."""
+
+    traits = PatchTraits(additive=True)
 
     def __init__(self, stack: Stack, n_rows: int) -> None:
         self._stack, self._n_rows = stack, n_rows
         self._loaded: dict[int, LowRank] = {}
         self._base: Base | None = None
         self._lock = Lock()
+        held = stack.needs(n_rows).nbytes  # of one expert; a worker may load a third
+        self.needs = replace(stack.needs(n_rows), nbytes=2 * held, scratch_nbytes=held, stacked=True)
 
     @property
-    def stacked(self) -> bool:
-        return True
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return self._stack.facts()
-
-    @property
-    def reads_base(self) -> bool:
-        return False
-
-    @property
-    def additive(self) -> bool:
-        return True
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * self.scratch_nbytes
-
-    @property
-    def scratch_nbytes(self) -> int:
-        return self._stack.matrix(0, range(self._n_rows)).nbytes
+    def facts(self) -> Mapping[str, Any]:
+        return self._stack.facts
 
     def prepare(self, base: Base, arena: Arena) -> None:
         self._base = base
@@ -153,3 +154,8 @@ class Experts(Patch):
 
     def release(self) -> None:
         self._loaded, self._base = {}, None
+
+    def same_as(self, other: Patch) -> bool:
+        return (
+            isinstance(other, Experts) and self._n_rows == other._n_rows and self._stack.same_as(other._stack)
+        )

@@ -1,12 +1,13 @@
 """LoRA's patches: the product of two factors added to a matrix, and a vector added to a bias."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.patches.factor import Factor
-from lorafuse.patches.patch import Base, Patch
+from lorafuse.patches.patch import Base, Patch, PatchNeeds, PatchTraits
 
 LEFT_RESIDENT_NBYTES = 4 << 20
 # The right factor is multiplied in column chunks of about this many elements, whether it is held in memory or
@@ -44,36 +45,33 @@ class LowRank(Patch):
     lora/layer.py, get_delta_weight, has the same formula with a separate sum).
     """
 
-    def __init__(self, left: LeftFactor, right: RightFactor, scale: float) -> None:
-        self.left, self.right, self.scale = left, right, scale
+    traits = PatchTraits(additive=True)
+
+    def __init__(
+        self, left: LeftFactor, right: RightFactor, scale: float, *, right_resident: bool = True
+    ) -> None:
+        """`right_resident`: whether the right factor is held, or read again for each tile."""
+        self.left, self.right, self.scale, self.right_resident = left, right, scale, right_resident
         self.rank, self.n_cols = right.shape
-        self.right_resident = True
         self.left_resident = left.nbytes <= LEFT_RESIDENT_NBYTES
         self._left: torch.Tensor | None = None
         self._right: torch.Tensor | None = None
         self._chunk = max(RIGHT_CHUNK_NUMEL // self.rank, 64)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return {"rank": self.rank, "scale": self.scale}
-
-    @property
-    def reads_base(self) -> bool:
-        return False
-
-    @property
-    def additive(self) -> bool:
-        return True
-
-    @property
-    def nbytes(self) -> int:
-        return (self.left.nbytes if self.left_resident else 0) + (
-            self.right.nbytes if self.right_resident else 0
+        self.needs = PatchNeeds(
+            nbytes=(left.nbytes if self.left_resident else 0) + (right.nbytes if right_resident else 0),
+            scratch_nbytes=0 if right_resident else 8 * self.rank * min(self._chunk, self.n_cols),
+            reads_base=False,
         )
 
     @property
-    def scratch_nbytes(self) -> int:
-        return 0 if self.right_resident else 8 * self.rank * min(self._chunk, self.n_cols)
+    def facts(self) -> Mapping[str, Any]:
+        return {"rank": self.rank, "scale": self.scale}
+
+    def lighter(self) -> "LowRank | None":
+        """With the right factor read again."""
+        if not self.right_resident:
+            return None
+        return LowRank(self.left, self.right, self.scale, right_resident=False)
 
     def prepare(self, base: Base, arena: Arena) -> None:
         self._left = self.left.whole(arena) if self.left_resident else None
@@ -98,35 +96,27 @@ class LowRank(Patch):
         self._left = self._right = None
 
     def same_as(self, other: Patch) -> bool:
-        if not isinstance(other, LowRank) or self.scale != other.scale:
-            return False
-        arena = Arena(torch.device("cpu"))
-        pairs: tuple[tuple[Readable, Readable], ...] = ((self.left, other.left), (self.right, other.right))
-        return all(a.shape == b.shape and torch.equal(a.whole(arena), b.whole(arena)) for a, b in pairs)
+        return (
+            isinstance(other, LowRank)
+            and self.scale == other.scale
+            and same_matrix(self.left, other.left)
+            and same_matrix(self.right, other.right)
+        )
 
 
 class AddVector(Patch):
     """b += scale · v for a vector: LoRA's `lora_B.bias`."""
 
+    traits = PatchTraits(additive=True)
+
     def __init__(self, vector: Factor, scale: float) -> None:
         self.vector, self.scale = vector, scale
+        self.needs = PatchNeeds(nbytes=vector.nbytes, reads_base=False)
         self._values: torch.Tensor | None = None
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Mapping[str, Any]:
         return {"scale": self.scale}
-
-    @property
-    def reads_base(self) -> bool:
-        return False
-
-    @property
-    def additive(self) -> bool:
-        return True
-
-    @property
-    def nbytes(self) -> int:
-        return self.vector.nbytes
 
     def prepare(self, base: Base, arena: Arena) -> None:
         self._values = self.vector.whole(arena)
@@ -137,3 +127,16 @@ class AddVector(Patch):
 
     def release(self) -> None:
         self._values = None
+
+    def same_as(self, other: Patch) -> bool:
+        return (
+            isinstance(other, AddVector)
+            and self.scale == other.scale
+            and same_matrix(self.vector, other.vector)
+        )
+
+
+def same_matrix(matrix: Readable, other: Readable) -> bool:
+    """Whether two matrices are equal as fp32, read whole."""
+    arena = Arena(torch.device("cpu"))
+    return matrix.shape == other.shape and torch.equal(matrix.whole(arena), other.whole(arena))

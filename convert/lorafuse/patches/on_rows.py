@@ -1,5 +1,7 @@
 """A patch of a parameter, applied to the weight that holds it beside others or holds some of its rows."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,32 +16,17 @@ class OnRows(Patch):
     base nor mix rows."""
 
     def __init__(self, inner: Patch, part: Part) -> None:
-        assert not inner.reads_base and inner.row_multiple == 1
+        assert not inner.needs.reads_base and inner.needs.row_multiple == 1
         self.inner, self.part = inner, part
+        self.needs, self.traits = inner.needs, inner.traits
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Mapping[str, Any]:
         return self.inner.facts
 
-    @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes
-
-    @property
-    def scratch_nbytes(self) -> int:
-        return self.inner.scratch_nbytes
-
-    @property
-    def reads_base(self) -> bool:
-        return False
-
-    @property
-    def additive(self) -> bool:
-        return self.inner.additive
-
-    @property
-    def members(self) -> tuple[Patch, ...]:
-        return (self.inner,)
+    def lighter(self) -> "OnRows | None":
+        inner = self.inner.lighter()
+        return OnRows(inner, self.part) if inner else None
 
     def prepare(self, base: Base, arena: Arena) -> None:
         self.inner.prepare(base, arena)
@@ -53,3 +40,11 @@ class OnRows(Patch):
 
     def release(self) -> None:
         self.inner.release()
+
+    def same_as(self, other: Patch) -> bool:
+        """The same rows of the parameter on the same rows of a weight, whatever that weight's name."""
+        return (
+            isinstance(other, OnRows)
+            and replace(self.part, weight="") == replace(other.part, weight="")
+            and self.inner.same_as(other.inner)
+        )

@@ -4,7 +4,8 @@ A patch is not "a delta": it may replace rows or rescale them. `prepare` and `re
 its weight.
 """
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,71 +47,73 @@ class Base:
             yield start, self.rows(start, min(start + step, n_rows))
 
 
+@dataclass(frozen=True, slots=True)
+class PatchNeeds:
+    """What a patch needs of those who run it: memory, tiles of a certain kind, a look at the weight. The plan
+    reads it."""
+
+    nbytes: int = 0  # held from prepare to release
+    scratch_nbytes: int = 0  # of each worker, while it patches a tile
+    # Tiles start at multiples of this many rows, for patches that mix neighbouring rows.
+    row_multiple: int = 1
+    # The weight is a stack of matrices: its rows are those of all matrices, and a tile stays within one of
+    # them.
+    stacked: bool = False
+    # Whether prepare reads the weight. A patch that does not say so is taken to: then it is refused where the
+    # weight is not the whole parameter, rather than given the wrong values.
+    reads_base: bool = True
+    # Whether it holds the whole weight from prepare to release, for a decomposition; the plan says so.
+    holds_weight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PatchTraits:
+    """What is true of a patch's update, however it is run: what other updates and other weights may make of
+    it."""
+
+    # Whether apply adds what does not depend on the values in the tile, so that it may follow another
+    # adapter's patches.
+    additive: bool = False
+    # Whether a tied embedding has this update too when the adapter names only the other.
+    follows_tie: bool = False
+
+
 class Patch(Protocol):
-    """An update of one weight. A class that lists it as its base takes the defaults below."""
+    """An update of one weight: four calls, and what it says of itself. Only `lighter` has a default.
+
+    A patch that wraps others says what they say by `replace(inner.needs, …)`, so that it forgets nothing.
+    """
+
+    needs: PatchNeeds
+    traits: PatchTraits
 
     @property
-    def facts(self) -> dict[str, Any]:
+    @abstractmethod
+    def facts(self) -> Mapping[str, Any]:
         """What the receipt says about it: rank, scale."""
-        return {}
 
-    @property
-    def nbytes(self) -> int:
-        """Held from prepare to release."""
-        return 0
-
-    @property
-    def scratch_nbytes(self) -> int:
-        """Needed by each worker while it patches a tile."""
-        return 0
-
-    @property
-    def stacked(self) -> bool:
-        """The weight is a stack of matrices: its rows are those of all matrices, and a tile stays within one
-        of them."""
-        return False
-
-    @property
-    def members(self) -> tuple["Patch", ...]:
-        """The patches that it is made of, if any."""
-        return ()
-
-    @property
-    def reads_base(self) -> bool:
-        """Whether prepare reads the weight."""
-        return True
-
-    @property
-    def holds_weight(self) -> bool:
-        """Whether it holds the whole weight from prepare to release, for a decomposition; the plan says
-        so."""
-        return any(patch.holds_weight for patch in self.members)
-
-    @property
-    def additive(self) -> bool:
-        """Whether apply adds what does not depend on the values in the tile, so that it may follow another
-        adapter's patches."""
-        return False
-
-    @property
-    def follows_tie(self) -> bool:
-        """Whether a tied embedding has this update too when the adapter names only the other."""
-        return False
-
-    @property
-    def row_multiple(self) -> int:
-        """Tiles start at multiples of this many rows, for patches that mix neighbouring rows."""
-        return 1
-
+    @abstractmethod
     def prepare(self, base: Base, arena: Arena) -> None:
         """Load what the tiles need. `base` reads the weight, for statistics of the whole."""
 
+    @abstractmethod
     def apply(self, tile: torch.Tensor, first_row: int, arena: Arena) -> None:
         """Update `tile` (fp32 [rows, n_cols], rows from first_row on) in place."""
 
+    @abstractmethod
     def release(self) -> None:
         """Drop what prepare loaded."""
 
+    @abstractmethod
     def same_as(self, other: "Patch") -> bool:
         """Whether both make the same update; tied weights need to know."""
-        return False
+
+    def lighter(self) -> "Patch | None":
+        """Returns a patch with the same update, to the bit, that holds less and reads it again for each tile;
+        None where there is none. The plan asks for it where the memory limit is too small for this patch."""
+        return None
+
+
+def same_patches(some: Sequence[Patch], others: Sequence[Patch]) -> bool:
+    """Whether two lists of patches make the same update, patch by patch."""
+    return len(some) == len(others) and all(a is b or a.same_as(b) for a, b in zip(some, others, strict=True))

@@ -1,14 +1,14 @@
 """The patch of trainable tokens and of layers trained whole: some rows of a weight are replaced."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.patches.factor import Factor
-from lorafuse.patches.patch import TILE_NUMEL, Base, Patch
+from lorafuse.patches.patch import TILE_NUMEL, Base, Patch, PatchNeeds, PatchTraits
 
 
 class ReplaceRows(Patch):
@@ -18,27 +18,19 @@ class ReplaceRows(Patch):
     copies them likewise: what PEFT calls a delta is the new row itself.
     """
 
+    traits = PatchTraits(follows_tie=True)
+
     def __init__(self, rows: Factor, indices: Sequence[int], scale: float) -> None:
         self.rows, self.scale = rows, scale
         self.indices = sorted(indices)
         self._stored = sorted(range(len(indices)), key=indices.__getitem__)  # stored row of each index
+        n_cols = max(rows.shape[1], 1)
+        n_rows = min(len(self.indices), max(TILE_NUMEL // n_cols, 1))
+        self.needs = PatchNeeds(scratch_nbytes=8 * n_cols * n_rows, reads_base=False)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Mapping[str, Any]:
         return {"rows": len(self.indices), "scale": self.scale}
-
-    @property
-    def scratch_nbytes(self) -> int:
-        n_cols = max(self.rows.shape[1], 1)
-        return 8 * n_cols * min(len(self.indices), max(TILE_NUMEL // n_cols, 1))
-
-    @property
-    def reads_base(self) -> bool:
-        return False
-
-    @property
-    def follows_tie(self) -> bool:
-        return True
 
     def prepare(self, base: Base, arena: Arena) -> None:
         """Nothing is held."""

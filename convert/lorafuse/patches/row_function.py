@@ -11,7 +11,7 @@ from lorafuse.arithmetic.arena import Arena
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import TensorSpec
 from lorafuse.patches.factor import load, loaded_nbytes, same_tensor
-from lorafuse.patches.patch import TILE_NUMEL, Base, Patch
+from lorafuse.patches.patch import TILE_NUMEL, Base, Patch, PatchNeeds, PatchTraits
 
 Tensors = dict[str, torch.Tensor]
 UpdateRows = Callable[[torch.Tensor, int, Tensors], None]
@@ -46,39 +46,21 @@ class RowFunction(Patch):
         self._store, self._keys = store, dict(keys)
         self._update, self._begin, self._begin_from = update, begin, begin_from
         self._formula = tuple(_bound(function) for function in (update, begin, begin_from))
-        self._begin_nbytes, self._scratch_nbytes, self._row_multiple = (
-            begin_nbytes,
-            scratch_nbytes,
-            row_multiple,
-        )
-        self._holds_weight, self._facts = holds_weight, dict(facts or {})
+        self._facts = dict(facts or {})
         self._tensors: Tensors = {}
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return self._facts
-
-    @property
-    def nbytes(self) -> int:
-        return self._begin_nbytes + sum(
-            loaded_nbytes(self._store.tensors[key].spec) for key in self._keys.values()
+        tensors_nbytes = sum(loaded_nbytes(store.tensors[key].spec) for key in self._keys.values())
+        self.needs = PatchNeeds(
+            nbytes=begin_nbytes + tensors_nbytes,
+            scratch_nbytes=scratch_nbytes,
+            row_multiple=row_multiple,
+            reads_base=begin_from is not None,
+            holds_weight=holds_weight,
         )
+        self.traits = PatchTraits()
 
     @property
-    def scratch_nbytes(self) -> int:
-        return self._scratch_nbytes
-
-    @property
-    def reads_base(self) -> bool:
-        return self._begin_from is not None
-
-    @property
-    def row_multiple(self) -> int:
-        return self._row_multiple
-
-    @property
-    def holds_weight(self) -> bool:
-        return self._holds_weight
+    def facts(self) -> Mapping[str, Any]:
+        return self._facts
 
     def prepare(self, base: Base, arena: Arena) -> None:
         tensors = {name: load(self._store, key, arena.device) for name, key in self._keys.items()}
@@ -98,7 +80,8 @@ class RowFunction(Patch):
         """By the functions, what is bound to them, and the adapter's tensors, read in pieces."""
         return (
             isinstance(other, RowFunction)
-            and (self._formula, self._row_multiple) == (other._formula, other._row_multiple)
+            and self._formula == other._formula
+            and self.needs.row_multiple == other.needs.row_multiple
             and self._keys.keys() == other._keys.keys()
             and all(
                 same_tensor(self._store, key, other._store, other._keys[name])

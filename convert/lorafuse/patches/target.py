@@ -50,3 +50,4 @@ class Target:
     part: Part | None = None
     beside: Sources | None = None  # the other parameter that the update asked for, before any patch
     quantized: bool = False  # whether the base is
+    model_type: object = None  # of the checkpoint's config

@@ -126,7 +126,7 @@ def _label(adapter: AdapterDir, key: str) -> str:
 def _sum(weight: str, parts: Sequence[tuple[AdapterDir, Edit]], base: TensorSpec) -> Edit:
     replaced = _common_replacement(weight, parts, base)
     groups = [(adapter.name, edit.patches) for adapter, edit in parts if edit.patches]
-    if len({patch.stacked for _, patches in groups for patch in patches}) > 1:
+    if len({patch.needs.stacked for _, patches in groups for patch in patches}) > 1:
         files = listed(adapter.file for adapter, edit in parts if edit.patches)
         raise AdapterError(
             f"{files} update {shown(weight)}, some as a whole and some by experts; that is not supported."
@@ -162,7 +162,7 @@ def _common_replacement(
                 f"{adapter.file}: {key} updates {shown(weight)} {list(base.shape)}, which {first.file} "
                 f"resizes to {list(chosen.spec.shape)}; {WAY_OUT}."
             )
-        elif any(patch.reads_base or not patch.additive for patch in edit.patches):
+        elif any(patch.needs.reads_base or not patch.traits.additive for patch in edit.patches):
             raise AdapterError(
                 f"{adapter.file}: {key} changes {shown(weight)} in a way that depends on its values, but "
                 f"{first.file} holds other values of it; {WAY_OUT}."

@@ -1,6 +1,7 @@
 """What adapters do to each weight: their updates, brought to the weights that hold the parameters."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from lorafuse.adapters import AdapterDir, Choice, Edit, Patch, Target, Update
 from lorafuse.adapters.reading.keys import unusual_prefixes
@@ -124,18 +125,19 @@ def _patch(
     if spec.dtype not in FLOATS:
         raise AdapterError(f"{adapter.file}: {key} updates {shown(part.weight)}, which is {spec}.")
     conv1d = is_conv1d(names.config, part.weight) != part.transposed
+    model_type = names.config.get("model_type")
+    target = Target(part.weight, spec, conv1d, None, beside, quantized, model_type)
     if update.stacked:
-        return update.make(Target(part.weight, spec, conv1d, part, beside))
+        return update.make(replace(target, part=part))
     if part.expert is not None:
         raise AdapterError(
             f"{adapter.file}: {key} updates {shown(part.weight)} and others as one matrix; that is not "
             "supported."
         )
     if part.whole:
-        return update.make(Target(part.weight, spec, conv1d, beside=beside, quantized=quantized))
-    whole = TensorSpec(spec.dtype, parameter.shape)
-    inner = update.make(Target(part.weight, whole, conv1d, beside=beside, quantized=quantized))
-    if inner.reads_base or inner.row_multiple > 1:
+        return update.make(target)
+    inner = update.make(replace(target, spec=TensorSpec(spec.dtype, parameter.shape)))
+    if inner.needs.reads_base or inner.needs.row_multiple > 1:
         raise AdapterError(
             f"{adapter.file}: {key} changes {shown(update.parameter)} as a whole, which the checkpoint "
             f"stores in another form, in {shown(part.weight)}; that is not supported."

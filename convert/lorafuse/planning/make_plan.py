@@ -78,7 +78,7 @@ def _read(
     one: WeightedAdapter, weights: Mapping[str, Sources], config: dict[str, Any], warn: Callable[[str], None]
 ) -> AdapterSays:
     """What an adapter says, and of which model."""
-    said, ignored = updates_of(one.adapter, one.weight, config.get("model_type"), warn)
+    said, ignored = updates_of(one.adapter, one.weight, warn)
     with naming_the_base(one.adapter):
         return AdapterSays(
             one.adapter, one.weight, structure_of(weights, config, one.adapter, said, warn), ignored

@@ -1,10 +1,6 @@
 """How the memory limit is spent: workers, tiles ahead of the writer, and what patches hold."""
 
-from collections.abc import Iterable, Iterator
-
-from lorafuse.adapters import Patch
 from lorafuse.errors import UsageError, shown
-from lorafuse.patches.lowrank import LowRank
 from lorafuse.planning.plan import Memory
 from lorafuse.planning.shared_weights import SharedWeight
 from lorafuse.settings import Settings
@@ -15,12 +11,16 @@ TILES_PER_WORKER = (6, 3, 1)  # the more, the longer workers go on while a write
 MIN_TILES_AHEAD = 2
 
 
-def _low_ranks(patches: Iterable[Patch]) -> Iterator[LowRank]:
-    """Those whose right factor can be read again."""
-    for patch in patches:
-        if isinstance(patch, LowRank):
-            yield patch
-        yield from _low_ranks(patch.members)
+def _hold_less(weight: SharedWeight) -> bool:
+    """Puts a patch that holds less in the place of the first that can. Returns whether any can."""
+    for variant in weight.variants:
+        patches = variant.step.patches
+        for i, patch in enumerate(patches):
+            lighter = patch.lighter()
+            if lighter is not None:
+                patches[i] = lighter
+                return True
+    return False
 
 
 def within_limit(planned: list[SharedWeight], held_nbytes: int, settings: Settings) -> Memory | None:
@@ -60,10 +60,9 @@ def fit_memory(planned: list[SharedWeight], held_nbytes: int, settings: Settings
         least = _spent(planned, held_nbytes, settings, 1, TILES_PER_WORKER[-1])
         resident = max(weight.resident_nbytes for weight in planned)
         for weight in planned:
-            for patch in _low_ranks(weight.patches):
-                patch.right_resident = (
-                    attempt == "resident" and weight.resident_nbytes <= least.resident_nbytes
-                )
+            while attempt != "resident" or weight.resident_nbytes > least.resident_nbytes:
+                if not _hold_less(weight):
+                    break
     largest = max(planned, key=lambda weight: weight.worker_nbytes + weight.resident_nbytes)
     needed = settings.memory_nbytes - least.resident_nbytes + resident
     raise UsageError(

@@ -44,7 +44,7 @@ class Step:
 
     @property
     def _stacked(self) -> bool:
-        return any(patch.stacked for patch in self.patches)
+        return any(patch.needs.stacked for patch in self.patches)
 
     @property
     def row_numel(self) -> int:
@@ -61,7 +61,7 @@ class Step:
 
     @property
     def _row_multiple(self) -> int:
-        return math.lcm(self.encoder.row_multiple, *(patch.row_multiple for patch in self.patches))
+        return math.lcm(self.encoder.row_multiple, *(patch.needs.row_multiple for patch in self.patches))
 
     @property
     def cut(self) -> tuple[int, bool] | None:
@@ -89,7 +89,7 @@ class Step:
     @property
     def resident_nbytes(self) -> int:
         """Held from the weight's first tile to its last."""
-        return self.encoder.held_nbytes + sum(patch.nbytes for patch in self.patches)
+        return self.encoder.held_nbytes + sum(patch.needs.nbytes for patch in self.patches)
 
     @property
     def worker_nbytes(self) -> int:
@@ -98,7 +98,9 @@ class Step:
             return 0
         tile = min(self.tile_size, self.size)
         measures = min(tile, measure.CHUNK_NUMEL) * measure.NBYTES_PER_ELEMENT
-        scratch = self.encoder.scratch_nbytes(tile) + sum(patch.scratch_nbytes for patch in self.patches)
+        scratch = self.encoder.scratch_nbytes(tile) + sum(
+            patch.needs.scratch_nbytes for patch in self.patches
+        )
         return tile * WORKER_NBYTES_PER_ELEMENT + measures + self.sources.nbytes + scratch
 
     @property

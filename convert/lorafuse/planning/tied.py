@@ -41,8 +41,8 @@ def settle_tied(names: Names, edits: dict[str, Edit], ignored: dict[str, str]) -
 def _with_tied_rows(embed: Edit | None, head: Edit | None) -> Edit | None:
     """The head's edit, with the rows that it takes over from the embedding: PEFT replaces them below any LoRA
     of the head."""
-    rows = [patch for patch in embed.patches if patch.follows_tie] if embed else []
-    if not rows or (head and any(patch.follows_tie for patch in head.patches)):
+    rows = [patch for patch in embed.patches if patch.traits.follows_tie] if embed else []
+    if not rows or (head and any(patch.traits.follows_tie for patch in head.patches)):
         return head
     assert embed is not None
     head = head or Edit()

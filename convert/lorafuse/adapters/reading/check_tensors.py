@@ -32,16 +32,16 @@ def check_shapes(
     origin: dict[str, str] = {}  # name → the key that gave it its size
     for key, dims in expected:
         check_integer(adapter, key) if key in integers else check_float(adapter, key)
-        shape, found = shape_of(adapter, key), dict(sizes)
+        shape, known = shape_of(adapter, key), dict(sizes)
         for dim, n in zip(dims, shape, strict=False):
             if isinstance(dim, str) and n > 0:
-                found.setdefault(dim, n)
-        if shape != _resolved(dims, found):
+                known.setdefault(dim, n)
+        if shape != _resolved(dims, known):
             sources = dict.fromkeys(origin[dim] for dim in dims if isinstance(dim, str) and dim in origin)
             why = f" from {' and '.join(map(shown, sources))}" if sources else ""
             raise unexpected(adapter, key, f"{_listed(_resolved(dims, sizes))}{why}{hint}")
-        origin |= dict.fromkeys(found.keys() - sizes.keys(), key)
-        sizes = found
+        origin |= dict.fromkeys(known.keys() - sizes.keys(), key)
+        sizes = known
     return sizes
 
 
@@ -80,8 +80,8 @@ def check_positions(
 ) -> None:
     """Elements [start, stop) of a tensor are positions in [0, limit), `of` says of what; they are read in
     pieces."""
-    for _, found in pieces(adapter.store, key, start, stop):
-        least, most = found.min().item(), found.max().item()
+    for _, positions in pieces(adapter.store, key, start, stop):
+        least, most = positions.min().item(), positions.max().item()
         if not 0 <= least <= most < limit:  # nor is NaN a position
             wrong, end = most if least >= 0 else least, _ANOTHER_BASE if in_base else "."
             raise AdapterError(

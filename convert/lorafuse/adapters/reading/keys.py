@@ -106,26 +106,26 @@ def drop_copies(modules: Modules) -> dict[str, str]:
 def take_one(adapter: AdapterDir, leaves: dict[str, str], name: str) -> str | None:
     """The key of the leaf `name`, perhaps with more after a dot (the adapter's name, "weight"), taken; None
     where there is none. Raises AdapterError where there are several."""
-    found = [leaf for leaf in leaves if leaf.partition(".")[0] == name]
-    if len(found) > 1:
-        both = " and ".join(shown(leaves[leaf]) for leaf in found[:2])
+    named = [leaf for leaf in leaves if leaf.partition(".")[0] == name]
+    if len(named) > 1:
+        both = " and ".join(shown(leaves[leaf]) for leaf in named[:2])
         raise AdapterError(f"{adapter.file}: {both} are the same tensor; which is meant?")
-    return leaves.pop(found[0]) if found else None
+    return leaves.pop(named[0]) if named else None
 
 
 def replacements(adapter: AdapterDir, module: str, leaves: dict[str, str]) -> list[Update]:
     """Parameters saved whole, which replace those of the checkpoint; takes their leaves."""
-    found: dict[str, str] = {}
+    whole: dict[str, str] = {}
     if "" in leaves:
-        found[module] = leaves.pop("")
+        whole[module] = leaves.pop("")
     for parameter in ("weight", "bias"):
         for kind in ("base_layer", "modules_to_save"):
             key = leaves.pop(f"{kind}.{parameter}", None)
             if key is not None:
-                found[f"{module}.{parameter}"] = key
-    for key in found.values():
+                whole[f"{module}.{parameter}"] = key
+    for key in whole.values():
         check_float(adapter, key)
-    return [Update(name, (key,), replaced=DenseSources(adapter.store, key)) for name, key in found.items()]
+    return [Update(name, (key,), replaced=DenseSources(adapter.store, key)) for name, key in whole.items()]
 
 
 def refuse_left_over(adapter: AdapterDir, leaves: dict[str, str]) -> None:

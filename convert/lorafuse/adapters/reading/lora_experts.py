@@ -71,7 +71,7 @@ def _targeted(module: str, target: str) -> bool:
 
 def _take(adapter: AdapterDir, modules: Modules, module: str) -> list[Wrapper]:
     """The wrappers of a module, outermost first."""
-    found = []
+    wrappers = []
     while module in modules:
         leaves = modules[module]
         keys = take(adapter, module, leaves, ("lora_A.weight", "lora_B.weight"))
@@ -80,35 +80,37 @@ def _take(adapter: AdapterDir, modules: Modules, module: str) -> list[Wrapper]:
         key_a, key_b = keys
         pair = Pair(adapter, key_a, key_b)
         pair.check(convolutions=False)
-        found.append(
+        wrappers.append(
             Wrapper(key_a, key_b, (shape_of(adapter, key_b)[0], shape_of(adapter, key_a)[1]), pair.rank)
         )
         module = f"{module}.base_layer"
-    return found
+    return wrappers
 
 
 def _settle(
-    adapter: AdapterDir, wrappers: list[Wrapper], scaling: Scaling, found: Mapping[str, Parameter]
+    adapter: AdapterDir, wrappers: list[Wrapper], scaling: Scaling, parameters: Mapping[str, Parameter]
 ) -> list[Update]:
     """Which wrapper belongs to which parameter, and in which orientation."""
-    names = list(found)
+    names = list(parameters)
     ways = [
         way
         for way in permutations(names, len(wrappers))
-        if all(_fits(w, found[n]) for w, n in zip(wrappers, way, strict=True))
+        if all(_fits(w, parameters[n]) for w, n in zip(wrappers, way, strict=True))
     ]
     if len(ways) > 1:  # several parameters of the same size: the last registered one is outermost
         ways = [way for way in ways if list(way) == sorted(way, key=names.index, reverse=True)]
     if len(ways) != 1:
-        shapes = listed(f"{name} {list(parameter.shape)}" for name, parameter in found.items())
+        shapes = listed(f"{name} {list(parameter.shape)}" for name, parameter in parameters.items())
         factors = listed(f"{w.key_a} and {w.key_b} ({w.out_in[0]} × {w.out_in[1]})" for w in wrappers)
         how = "fit more than one of" if ways else "do not fit"
         raise AdapterError(
             f"{adapter.file}: {factors} {how} {shapes}; is the adapter for another base?", misfit=True
         )
     pairs = list(zip(wrappers, ways[0], strict=True))
-    known = {_in_memory(w, found[n]) for w, n in pairs if len(found[n].shape) == 3 and not _is_square(w)}
-    return [_update(adapter, wrapper, name, found[name], known, scaling) for wrapper, name in pairs]
+    known = {
+        _in_memory(w, parameters[n]) for w, n in pairs if len(parameters[n].shape) == 3 and not _is_square(w)
+    }
+    return [_update(adapter, wrapper, name, parameters[name], known, scaling) for wrapper, name in pairs]
 
 
 def _fits(wrapper: Wrapper, parameter: Parameter) -> bool:

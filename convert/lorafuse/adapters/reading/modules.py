@@ -1,16 +1,17 @@
 """The walk over the modules of an adapter, which every type but LoRA's own has in common: the leaves of each,
 what replaces a parameter, and the refusal of what nobody takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lorafuse.adapters.reading.directory import AdapterDir
 from lorafuse.adapters.reading.keys import Modules, drop_copies, group, refuse_left_over, replacements
-from lorafuse.adapters.updates import Update
+from lorafuse.adapters.updates import Choice, Update
 from lorafuse.errors import AdapterError, shown
 
 Warn = Callable[[str], None]
 Leaves = dict[str, str]  # leaf → key
-Updates = tuple[list[Update], dict[str, str]]  # updates, and the ignored tensors with the reason of each
+# What an adapter says, and the tensors that it ignores, with the reason of each.
+Updates = tuple[Sequence[Update | Choice], dict[str, str]]
 # (module, its leaves) → updates; takes the leaves that it uses.
 OfModule = Callable[[str, Leaves], list[Update]]
 

@@ -50,17 +50,17 @@ def replace_rows(
 def take_tokens(adapter: AdapterDir, modules: Modules, scale: float) -> list[Update]:
     """Rows of embeddings trained beside another type (trainable_token_indices); takes their leaves. Raises
     AdapterError where the config has them and the file has not."""
-    found = [
+    updates = [
         tokens_update(adapter, unwrapped(path), key, "trainable_token_indices", scale)
         for path, leaves in modules.items()
         if (key := take_one(adapter, leaves, ROWS_LEAF)) is not None
     ]
-    if adapter.config.get("trainable_token_indices") and not found:
+    if adapter.config.get("trainable_token_indices") and not updates:
         raise AdapterError(
             f"{adapter.folder / CONFIG}: trainable_token_indices is set, but no {ROWS_LEAF} is in "
             f"{adapter.file_name}."
         )
-    return found
+    return updates
 
 
 def tokens_update(adapter: AdapterDir, module: str, key: str, field: str, scale: float) -> Update:

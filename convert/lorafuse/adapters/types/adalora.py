@@ -6,8 +6,6 @@ scaling is exactly as the previous" (resize_modules_by_rank_pattern). alpha is `
 not positive, `init_r` too. A module whose rank was reduced to nothing has no update.
 """
 
-from collections.abc import Callable
-
 from lorafuse.adapters.reading.check_config import number, refuse_fields
 from lorafuse.adapters.reading.check_tensors import check_shape, is_transposed
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir
@@ -19,7 +17,7 @@ from lorafuse.adapters.reading.keys import (
     replacements,
     unwrapped,
 )
-from lorafuse.adapters.reading.modules import take
+from lorafuse.adapters.reading.modules import Updates, Warn, take
 from lorafuse.adapters.reading.trained_tokens import take_tokens
 from lorafuse.adapters.updates import Update
 from lorafuse.errors import AdapterError, shown
@@ -39,9 +37,8 @@ REFUSED_FIELDS = {
 }
 
 
-def updates(
-    adapter: AdapterDir, scale: float, warn: Callable[[str], None]
-) -> tuple[list[Update], dict[str, str]]:
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Updates:
+    """One for the weight of each module, and what is trained beside them."""
     refuse_fields(adapter, REFUSED_FIELDS)
     scaling = scale * _scaling(adapter)
     modules = group(

@@ -13,6 +13,7 @@ from lorafuse.patches.patch import Patch
 from lorafuse.patches.target import Target
 
 SUPPORTED = "biases of layers that have one"
+MEMORY = "tiles"
 
 _LEAVES = rf"beft_bias{NAMED}"
 

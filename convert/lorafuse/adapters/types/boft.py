@@ -28,6 +28,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, tile_nbytes
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear, Conv2d; several butterfly factors"
+MEMORY = "tiles"
 
 _LEAVES = rf"boft_\w+{NAMED}"
 

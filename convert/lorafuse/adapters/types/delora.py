@@ -15,6 +15,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, product_added
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear; files that hold delora_w_norm"
+MEMORY = "tiles"
 
 _NAMES = ("A", "B", "lambda", "w_norm")
 _LEAVES = rf"delora_(A|B|lambda|w_norm){NAMED}"

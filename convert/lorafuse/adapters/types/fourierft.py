@@ -22,6 +22,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, tile_nbytes
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear, HF Conv1D"
+MEMORY = "tiles"
 
 _NAME = "fourierft_spectrum"
 _LEAVES = rf"{_NAME}{NAMED}"

@@ -21,6 +21,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, reading_nbytes, 
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear: weight and bias"
+MEMORY = "tiles"
 
 _LEAVES = r"glora_[A-E](\.(?P<name>[^.]+))?\.(Xd|Xu|X|zeros)"
 _OFF = "zeros of a path that is switched off"

@@ -20,6 +20,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, oriented, produc
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear, HF Conv1D; hybrid part"
+MEMORY = "tiles"
 
 _LEAVES = r"gralora_[AB](_general)?(\.(?P<name>(?!weight$)[^.]+))?(\.weight)?"
 

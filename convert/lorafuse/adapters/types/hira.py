@@ -18,6 +18,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, oriented, tile_n
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear, HF Conv1D, Embedding, Conv1d/2d/3d"
+MEMORY = "tiles"
 
 _LEAVES = rf"hira_(embedding_)?[AB]{NAMED}"
 

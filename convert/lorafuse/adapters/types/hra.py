@@ -19,6 +19,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, tile_nbytes
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear, Conv2d; Gram-Schmidt"
+MEMORY = "tiles"
 
 _LEAVES = rf"hra_\w+{NAMED}"
 

@@ -23,6 +23,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, UpdateRows, tile
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear, HF Conv1D, Conv2d, Conv3d; feedforward, biases"
+MEMORY = "tiles"
 
 _LEAVES = rf"ia3_\w+{NAMED}"
 

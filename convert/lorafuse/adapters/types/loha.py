@@ -19,6 +19,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, tile_nbytes
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear, Conv1d, Conv2d; effective convolutions"
+MEMORY = "tiles"
 
 _LEAVES = rf"hada_\w+{NAMED}"
 _PLAIN = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -36,28 +37,28 @@ def _hadamard(adapter: AdapterDir, scale: float, warn: Warn, module: str, leaves
     if keys is None:
         return []
     named = dict(zip(names, keys, strict=True))
-    one, two = (
+    w1, w2 = (
         Factors(adapter, named[f"hada_w{i}_a"], named[f"hada_w{i}_b"], named.get(f"hada_t{i}"))
         for i in (1, 2)
     )
-    if (one.n_rows, one.rank, one.n_cols, one.kernel) != (two.n_rows, two.rank, two.n_cols, two.kernel):
+    if (w1.n_rows, w1.rank, w1.n_cols, w1.kernel) != (w2.n_rows, w2.rank, w2.n_cols, w2.kernel):
         raise not_one_update(adapter, *keys)
-    scaling = scale * scaling_of(adapter, module, one.rank, warn)
+    scaling = scale * scaling_of(adapter, module, w1.rank, warn)
 
     def make(target: Target) -> Patch:
         refuse_conv1d(adapter, keys[0], target)
-        if (one.n_rows, one.n_cols) != (target.spec.shape[0], n_cols_of(target)) or not one.is_kernel(
+        if (w1.n_rows, w1.n_cols) != (target.spec.shape[0], n_cols_of(target)) or not w1.is_kernel(
             target.spec.shape
         ):
-            raise misfit(adapter, target, *one.keys)
+            raise misfit(adapter, target, *w1.keys)
         return RowFunction(
             adapter.store,
             named,
             partial(_add, scaling=scaling),
             begin=_begin,
-            begin_nbytes=one.begin_nbytes + two.begin_nbytes,
+            begin_nbytes=w1.begin_nbytes + w2.begin_nbytes,
             scratch_nbytes=2 * tile_nbytes(target.spec),
-            facts={"rank": one.rank, "scale": scaling},
+            facts={"rank": w1.rank, "scale": scaling},
         )
 
     return [Update(f"{module}.weight", keys, make=make)]

@@ -23,6 +23,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, tile_nbytes
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear, Conv1d, Conv2d; whole and factored w1, w2"
+MEMORY = "tiles"
 
 _LEAVES = rf"lokr_\w+{NAMED}"
 
@@ -35,29 +36,29 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Updates:
 def _kronecker(adapter: AdapterDir, scale: float, warn: Warn, module: str, leaves: Leaves) -> list[Update]:
     if not any(leaf.startswith("lokr_") for leaf in leaves):
         return []
-    one, two = (
+    w1, w2 = (
         _Side(adapter, module, leaves, "lokr_w1", None),
         _Side(adapter, module, leaves, "lokr_w2", "lokr_t2"),
     )
-    keys = one.keys + two.keys
-    if len(one.shape) != 2 or (one.rank and two.rank and one.rank != two.rank):
+    keys = w1.keys + w2.keys
+    if len(w1.shape) != 2 or (w1.rank and w2.rank and w1.rank != w2.rank):
         raise not_one_update(adapter, *keys)
-    rank = two.rank or one.rank
+    rank = w2.rank or w1.rank
     scaling = scale * scaling_of(adapter, module, rank, warn)
 
     def make(target: Target) -> Patch:
         refuse_conv1d(adapter, keys[0], target)
-        n_rows, n_cols = one.shape[0] * two.shape[0], one.shape[1] * math.prod(two.shape[1:])
-        if (n_rows, n_cols) != (target.spec.shape[0], n_cols_of(target)) or not two.is_kernel(
+        n_rows, n_cols = w1.shape[0] * w2.shape[0], w1.shape[1] * math.prod(w2.shape[1:])
+        if (n_rows, n_cols) != (target.spec.shape[0], n_cols_of(target)) or not w2.is_kernel(
             target.spec.shape
         ):
             raise misfit(adapter, target, *keys)
         return RowFunction(
             adapter.store,
-            one.named | two.named,
-            partial(_add_swapped if two.swapped else _add, scaling=scaling),
-            begin=partial(_begin, shape2=two.shape),
-            begin_nbytes=math.prod(one.shape) * 12 + two.begin_nbytes,
+            w1.named | w2.named,
+            partial(_add_swapped if w2.swapped else _add, scaling=scaling),
+            begin=partial(_begin, shape2=w2.shape),
+            begin_nbytes=math.prod(w1.shape) * 12 + w2.begin_nbytes,
             scratch_nbytes=2 * tile_nbytes(target.spec),
             facts={"scale": scaling} | ({"rank": rank} if rank else {}),
         )

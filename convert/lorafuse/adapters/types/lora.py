@@ -28,9 +28,11 @@ from lorafuse.adapters.reading.keys import (
     take_one,
     unwrapped,
 )
+from lorafuse.adapters.reading.lora_config import REFUSED_FIELDS as REFUSED_FIELDS
+from lorafuse.adapters.reading.lora_config import REFUSED_INITS as REFUSED_INITS
 from lorafuse.adapters.reading.lora_config import checked_config, lora_init, n_blocks_of
 from lorafuse.adapters.reading.lora_pair import Pair
-from lorafuse.adapters.reading.modules import Warn, once, take
+from lorafuse.adapters.reading.modules import Updates, Warn, once, take
 from lorafuse.adapters.reading.trained_tokens import take_tokens
 from lorafuse.adapters.updates import Choice, Update
 from lorafuse.errors import AdapterError, shown
@@ -63,7 +65,7 @@ MEMORY = (
 )
 
 
-def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update | Choice], dict[str, str]]:
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Updates:
     """Everything the adapter does, and the tensors that it ignores with the reason of each."""
     config = checked_config(adapter)
     modules = group(adapter, _LEAVES)

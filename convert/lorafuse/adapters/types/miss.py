@@ -21,6 +21,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, tile_nbytes
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear; bat and mini"
+MEMORY = "tiles"
 
 _LEAVES = rf"miss_\w+{NAMED}"
 

@@ -15,7 +15,7 @@ from lorafuse.adapters.reading.check_config import checked
 from lorafuse.adapters.reading.check_tensors import is_transposed, misfit
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir
 from lorafuse.adapters.reading.keys import check_float, group, refuse_left_over
-from lorafuse.adapters.reading.modules import Warn, take
+from lorafuse.adapters.reading.modules import Updates, Warn, take
 from lorafuse.adapters.updates import Update
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs.sources import Sources
@@ -40,17 +40,7 @@ _MAX_SHIFT = 0.5
 _RESCALED = ("falcon_h1",)
 
 
-def refuse_rescaled(adapter: AdapterDir, model_type: object) -> None:
-    """Raises AdapterError for models whose weights MLX-LM rescales on loading: its updates are not those of
-    the stored weights."""
-    if model_type in _RESCALED:
-        raise AdapterError(
-            f"{adapter.folder / CONFIG}: MLX-LM rescales the weights of {shown(model_type)} when it loads "
-            "them, so its adapters for it are not supported."
-        )
-
-
-def updates(adapter: AdapterDir, scale: float, warn: Warn) -> tuple[list[Update], dict[str, str]]:
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Updates:
     """Everything the adapter does; nothing of it is ignored."""
     names = ("lora_a", "lora_b", "m") if _is_dora(adapter) else ("lora_a", "lora_b")
     result: list[Update] = []
@@ -123,6 +113,7 @@ def _low_rank(adapter: AdapterDir, module: str, keys: tuple[str, ...], scale: fl
 def _product(
     adapter: AdapterDir, module: str, key_a: str, key_b: str, scale: float, target: Target
 ) -> LowRank:
+    _refuse_rescaled(adapter, target)
     n_in, n_out = adapter.store.tensors[key_a].spec.shape[0], adapter.store.tensors[key_b].spec.shape[1]
     leaf = module.rpartition(".")[2]
     embedding = n_in == n_out and (
@@ -161,6 +152,7 @@ def _replacement(adapter: AdapterDir, key: str, scale: float, target: Target) ->
     Raises AdapterError for others: convolutions (channels last), stacked experts, norms that it keeps as
     weight + 1.
     """
+    _refuse_rescaled(adapter, target)
     spec = adapter.store.tensors[key].spec
     if len(spec.shape) > 2:
         raise AdapterError(
@@ -173,6 +165,16 @@ def _replacement(adapter: AdapterDir, key: str, scale: float, target: Target) ->
     if target.beside is not None:
         _refuse_shifted(adapter, key, target, target.beside)
     return ReplaceRows(Factor(adapter.store, key, transposed=turned), range(target.spec.shape[0]), scale)
+
+
+def _refuse_rescaled(adapter: AdapterDir, target: Target) -> None:
+    """Raises AdapterError for models whose weights MLX-LM rescales on loading: its updates are not those of
+    the stored weights."""
+    if target.model_type in _RESCALED:
+        raise AdapterError(
+            f"{adapter.folder / CONFIG}: MLX-LM rescales the weights of {shown(target.model_type)} when it "
+            "loads them, so its adapters for it are not supported."
+        )
 
 
 def _refuse_shifted(adapter: AdapterDir, key: str, target: Target, base: Sources) -> None:

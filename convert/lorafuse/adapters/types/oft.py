@@ -34,6 +34,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, tile_nbytes
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear, Embedding, 1 × 1 Conv2d; larger kernels have no merged form"
+MEMORY = "tiles"
 
 _LEAVES = r"oft_\w+(\.(?P<name>(?!weight$)[^.]+))?(\.weight)?"
 
@@ -70,8 +71,8 @@ def _settings(adapter: AdapterDir, warn: Warn) -> _Settings:
 
 def _before_018(version: Any) -> bool:
     """The config names its version since 0.18."""
-    found = re.match(r"(\d+)\.(\d+)", str(version or "0.0"))
-    return found is not None and (int(found[1]), int(found[2])) < (0, 18)
+    match = re.match(r"(\d+)\.(\d+)", str(version or "0.0"))
+    return match is not None and (int(match[1]), int(match[2])) < (0, 18)
 
 
 def _rotation(

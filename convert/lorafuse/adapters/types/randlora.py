@@ -33,6 +33,7 @@ from lorafuse.patches.patch import Patch
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear, HF Conv1D; with saved projections"
+MEMORY = "tiles"
 
 _LEAVES = rf"randlora_(lambda|gamma|[AB]){NAMED}"
 _BASES = ("randlora_A", "randlora_B")

@@ -21,6 +21,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, tile_nbytes
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear: weight and bias; road_1, road_2, road_4"
+MEMORY = "tiles"
 
 _LEAVES = rf"road_(theta|alpha){NAMED}"
 _VARIANTS = ("road_1", "road_2", "road_4")  # the number is that of the angles of a pair

@@ -18,6 +18,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, sparse_added
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear; files that hold their indices"
+MEMORY = "tiles"
 
 _LEAVES = rf"shira_\w+{NAMED}"
 _INDEX_DTYPES = ("I32", "I64", "F32")

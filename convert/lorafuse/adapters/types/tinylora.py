@@ -102,7 +102,7 @@ def _vectors_of(adapter: AdapterDir, modules: Modules, vectors: Leaves) -> dict[
     n = len(projections)
     n_groups = max(1, round(n * (1.0 - number(adapter, "weight_tying", 0.0))))
     group_size = max(1, n // n_groups)
-    found: dict[str, str] = {}
+    vector_of: dict[str, str] = {}
     drawn: dict[tuple[int, ...], torch.Tensor] = {}
     for module, key in projections.items():
         check_shapes(adapter, (key, ("u", "rank", "rank")))
@@ -120,8 +120,8 @@ def _vectors_of(adapter: AdapterDir, modules: Modules, vectors: Leaves) -> dict[
         vector = f"tinylora_v.{groups.pop()}"
         if vector not in vectors:
             raise AdapterError(f"{adapter.file}: has no {vector}, the vector of {shown(module)}.")
-        found[module] = vectors[vector]
-    return found
+        vector_of[module] = vectors[vector]
+    return vector_of
 
 
 def _draw(seed: int, n: int, shape: tuple[int, ...]) -> torch.Tensor:

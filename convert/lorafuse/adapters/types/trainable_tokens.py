@@ -4,10 +4,9 @@ W[token_indices] = trainable_tokens_delta (PEFT 0.21 trainable_tokens/layer.py, 
 the new ones, not differences. When the head is tied to the embedding, PEFT saves the same rows for both.
 """
 
-from collections.abc import Callable
-
 from lorafuse.adapters.reading.directory import AdapterDir
 from lorafuse.adapters.reading.keys import drop_copies, group, refuse_left_over, replacements
+from lorafuse.adapters.reading.modules import Updates, Warn
 from lorafuse.adapters.reading.trained_tokens import ROWS_LEAF, tokens_update
 from lorafuse.adapters.updates import Update
 
@@ -15,9 +14,8 @@ SUPPORTED = "rows of embeddings, also tied ones"
 MEMORY = "tiles"
 
 
-def updates(
-    adapter: AdapterDir, scale: float, warn: Callable[[str], None]
-) -> tuple[list[Update], dict[str, str]]:
+def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Updates:
+    """One for each embedding."""
     modules = group(adapter, rf"{ROWS_LEAF}(\.(?P<name>[^.]+))?")
     ignored = drop_copies(modules)
     result: list[Update] = []

@@ -31,6 +31,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, oriented, produc
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear, HF Conv1D; whole logits or top k"
+MEMORY = "tiles"
 
 _BANK = "vblora_vector_bank"
 _LEAVES = rf"vblora_logits_[AB](_topk_(indices|weights))?{NAMED}|{_BANK}(\.[^.]+)?"

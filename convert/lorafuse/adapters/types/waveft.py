@@ -24,6 +24,7 @@ from lorafuse.patches.row_function import RowFunction, Tensors, tile_nbytes
 from lorafuse.patches.target import Target
 
 SUPPORTED = "Linear, HF Conv1D; db1–db10 and sym2–sym10"
+MEMORY = "tiles"
 
 _NAME = "waveft_spectrum"
 _LEAVES = rf"{_NAME}{NAMED}"
