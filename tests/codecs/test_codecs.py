@@ -3,6 +3,7 @@ refused."""
 
 import json
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from lorafuse.codecs import CODECS, Arena, open_weights
 from lorafuse.errors import CheckpointError
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.tensors import Box
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -41,8 +43,8 @@ def decoded(path, name, start=0, stop=None):
     ckpt = Checkpoint(path)
     sources = open_weights(ckpt)[name]
     arena = Arena(CPU)
-    stop = sources.spec.numel if stop is None else stop
-    values = sources.decode(sources.fetch(start, stop, arena), start, stop, arena).clone()
+    box = Box.of_run(sources.spec, start, sources.spec.numel if stop is None else stop)
+    values = sources.values(box, arena).clone()
     ckpt.close()
     return sources.spec, values
 
@@ -242,3 +244,30 @@ def test_codes_without_companions_are_refused(tmp_path):
         CheckpointError, match=r"w\.weight is quantized, but its quant_state or SCB is missing"
     ):
         open_weights(Checkpoint(path))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    "method", ["gptq", "awq", "fp8", "compressed-tensors", "\x1b[31m", 5, ["bitsandbytes"]]
+)
+def test_unsupported_quantization(method, nested, tmp_path):
+    """A checkpoint of another quantization is refused before its integers are taken for weights."""
+    quantized = {"quantization_config": {"quant_method": method}}
+    path = write(
+        tmp_path / "ckpt", {"w": torch.zeros(2)}, **({"text_config": quantized} if nested else quantized)
+    )
+    name = "\\x1b[31m" if method == "\x1b[31m" else method
+    with closing(Checkpoint(path)) as ckpt, pytest.raises(CheckpointError) as caught:
+        open_weights(ckpt)
+    assert str(caught.value) == (
+        f"{path}/config.json: the checkpoint is quantized with {name}; bitsandbytes 4-bit and 8-bit and full "
+        "precision are supported. Dequantize it first, or merge into the full-precision checkpoint."
+    )
+
+
+@pytest.mark.parametrize("quantization", [{"quant_method": "bitsandbytes"}, {"load_in_4bit": True}, {}])
+def test_supported_quantization(quantization, tmp_path):
+    """bitsandbytes is not refused, and neither are its old configs, which name no method."""
+    path = write(tmp_path / "ckpt", {"w": torch.zeros(2)}, quantization_config=quantization)
+    with closing(Checkpoint(path)) as ckpt:
+        assert list(open_weights(ckpt)) == ["w"]

@@ -35,11 +35,6 @@ class Checkpoint(ShardedStore):
             raise CheckpointError(str(e)) from None
         except OSError as e:
             raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
-        try:
-            refuse_unknown_quantization(self.config, path)
-        except BaseException:
-            self.close()
-            raise
 
 
 def _check_types(config: dict[str, Any], path: Path) -> None:
@@ -54,18 +49,3 @@ def _refuse_other_formats(path: Path) -> None:
         found = [p.name for p in sorted(path.glob("*.bin"))]
         hint = f" It has {listed(found)}: convert these to safetensors first." if found else ""
         raise CheckpointError(f"{shown(path)}: holds neither {SINGLE} nor {INDEX}.{hint}")
-
-
-def refuse_unknown_quantization(config: dict[str, Any], path: Path) -> None:
-    """Raises CheckpointError for a config of the directory `path` that names another quantization than
-    bitsandbytes."""
-    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        quantization = part.get("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        # Very old bitsandbytes configs name no method.
-        if method not in (None, "bitsandbytes"):
-            raise CheckpointError(
-                f"{path / 'config.json'}: the checkpoint is quantized with {shown(method)}; bitsandbytes "
-                "4-bit and 8-bit and full precision are supported. Dequantize it first, or merge into the "
-                "full-precision checkpoint."
-            )
