@@ -3,6 +3,7 @@ Any worker may ask; the first to do so makes it, the others wait for it."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from mmap import mmap
 from threading import Lock
 
 import torch
@@ -80,7 +81,8 @@ class Windows:
 def read_runs(store: Store, name: str, starts: list[int], nbytes: int) -> torch.Tensor:
     """uint8 [len(starts), nbytes]: of each byte in `starts`, the `nbytes` of a stored tensor from there on;
     zeros beyond its end."""
-    runs = torch.zeros(len(starts), nbytes, dtype=torch.uint8)
+    # Not by malloc, which keeps what is freed, a window or two in the arena of every thread that read one.
+    runs = torch.frombuffer(mmap(-1, len(starts) * nbytes), dtype=torch.uint8).view(len(starts), nbytes)
     view, end = host_view(runs.view(-1)), store.tensors[name].spec.nbytes
     if starts == list(range(starts[0], starts[0] + len(starts) * nbytes, nbytes)):  # they are one run
         store.read_into(name, starts[0], view[: end - starts[0]])
