@@ -24,12 +24,12 @@ WEIGHT = "h.0.c_fc.weight"
 
 @contextmanager
 def windows_of(nbytes):
-    """Windows of about so many stored bytes."""
-    before, conv1d.WINDOW_NBYTES = conv1d.WINDOW_NBYTES, nbytes
+    """Windows of about so many stored bytes; two are held."""
+    before, conv1d.WINDOWS_NBYTES = conv1d.WINDOWS_NBYTES, 2 * nbytes
     try:
         yield
     finally:
-        conv1d.WINDOW_NBYTES = before
+        conv1d.WINDOWS_NBYTES = before
 
 
 @contextmanager

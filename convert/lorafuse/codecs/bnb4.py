@@ -245,16 +245,24 @@ class FourBitSources(ReadByColumns):
             pairs = arena.get("bnb4.pairs", 2 * codes.numel(), torch.float32)
             look_up(codes.view(-1), self._pairs, pairs, arena)
             values[phase::period] = pairs.view(len(codes), -1)[:, start % 2 : start % 2 + len(box.cols)]
-        return values.mul_(self._scales_of_columns(raw[1], window, box, arena))
+        self._scale_columns(values, raw[1], window, box, arena)
+        return values
 
-    def _scales_of_columns(self, absmax: torch.Tensor, window: range, box: Box, arena: Arena) -> torch.Tensor:
-        """float32 [rows, columns]: the scale of each element of the box, of those of a window."""
+    def _scale_columns(
+        self, values: torch.Tensor, absmax: torch.Tensor, window: range, box: Box, arena: Arena
+    ) -> None:
+        """Multiplies each value of the box, in place, by the scale of its block, of those of a window."""
         width, blocksize = self.spec.shape[1], self._state.blocksize
         absmax = arena.place(absmax[box.rows.start : box.rows.stop])
-        cols = torch.arange(box.cols.start - window.start, box.cols.stop - window.start, device=arena.device)
         if width % blocksize == 0:  # all rows are cut into blocks at the same columns
-            before = window.start % blocksize  # elements of a row's first block that lie before the window
-            return absmax[:, (before + cols).div_(blocksize, rounding_mode="floor")]
+            first = window.start // blocksize
+            for block in range(box.cols.start // blocksize, -(-box.cols.stop // blocksize)):
+                start = max(block * blocksize, box.cols.start) - box.cols.start
+                stop = (block + 1) * blocksize - box.cols.start
+                values[:, start:stop].mul_(absmax[:, block - first, None])
+            return
+        cols = torch.arange(box.cols.start - window.start, box.cols.stop - window.start, device=arena.device)
         rows = torch.arange(box.rows.start, box.rows.stop, device=arena.device)
-        starts = (rows * width + window.start) % blocksize
-        return absmax.gather(1, (starts[:, None] + cols).div_(blocksize, rounding_mode="floor"))
+        before = (rows * width + window.start) % blocksize  # of a row's first block, before the window
+        block_of = (before[:, None] + cols).div_(blocksize, rounding_mode="floor")
+        values.mul_(absmax.gather(1, block_of))

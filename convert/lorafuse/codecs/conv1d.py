@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs.held import WINDOW_NBYTES, Windows
+from lorafuse.codecs.held import N_WINDOWS_HELD, WINDOWS_NBYTES, Windows
 from lorafuse.codecs.sources import Raw, Sources
 from lorafuse.files.tensors import Box, TensorSpec
 
@@ -52,11 +52,17 @@ class Transposed(Sources):
         self.spec = TensorSpec(stored.spec.dtype, stored.spec.shape[::-1])
         self.out_dtype = stored.out_dtype
         self.nbytes = CHUNK_NUMEL * CHUNK_NBYTES_PER_ELEMENT
-        n_rows, multiple = self.spec.shape[0], stored.column_multiple
-        one = max(stored.columns_nbytes(multiple), 1)
-        width = min(max(WINDOW_NBYTES // one, 1) * multiple, n_rows)
+        n_rows, width = self.spec.shape[0], self._width_of_windows()
         self._windows = Windows(n_rows, width, self._read)
         self.window_nbytes = self._windows.n_held * stored.columns_nbytes(width)
+
+    def _width_of_windows(self) -> int:
+        """Columns: all of them where they may be held, else as many as two windows may have."""
+        n_rows, multiple = self.spec.shape[0], self._stored.column_multiple
+        if self._stored.columns_nbytes(n_rows) <= WINDOWS_NBYTES:
+            return max(n_rows, 1)
+        n_multiples = WINDOWS_NBYTES // N_WINDOWS_HELD // self._stored.columns_nbytes(multiple)
+        return max(n_multiples, 1) * multiple
 
     def _read(self, cols: range, arena: Arena) -> Raw:
         return self._stored.fetch_columns(cols)
@@ -88,5 +94,7 @@ class Transposed(Sources):
             for first in range(0, n_cols, step):
                 chunk = Box(range(first, min(first + step, n_cols)), part, n_cols, self.spec.shape[0])
                 values = self._stored.decode_columns(fetched, window, chunk, arena)
-                tile[at, first : first + step].copy_(values.T)
+                # Transposed in a buffer of its own: into part of a tile, torch copies element by element.
+                turned = arena.get("conv1d.turned", chunk.numel, torch.float32).view(values.shape[::-1])
+                tile[at, first : first + step].copy_(turned.copy_(values.T))
         return made

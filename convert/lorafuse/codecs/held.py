@@ -12,10 +12,10 @@ from lorafuse.arithmetic.arena import Arena, host_view
 from lorafuse.codecs.sources import Raw
 from lorafuse.files.stores import Store
 
-# Stored bytes of a window. A larger one means fewer and longer reads, and more memory: two are held.
-WINDOW_NBYTES = 8_000_000
 # Tiles come in order, so those in the making are in one window, or in two next to each other.
 N_WINDOWS_HELD = 2
+# Bytes of all windows that are held: more would mean fewer and longer reads.
+WINDOWS_NBYTES = 16_000_000
 
 
 class ComputedOnce:
