@@ -39,9 +39,10 @@ def compute_cpu_s(steps: list[Step]) -> float:
         for patch in step.patches:
             patch.prepare(Base(step.sources, loader), loader)
         for start, stop in step.tiles():
-            raw = step.sources.fetch(start, stop, arena)
+            box = step.box(start, stop)
+            raw = step.sources.fetch(box, arena)
             began = time.thread_time()
-            base = step.sources.decode(raw, start, stop, arena)
+            base = step.sources.decode(raw, box, arena)
             finished[: stop - start].copy_(patched(step, base, start, arena))
             cpu_s += time.thread_time() - began
         for patch in step.patches:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from lorafuse.codecs import Arena, open_weights
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
+from lorafuse.files.tensors import Box
 from lorafuse.settings import BaseQuant
 from lorafuse.trained_base.simulated import simulated
 
@@ -34,14 +35,13 @@ def decode_all(weight: torch.Tensor, quant: BaseQuant, directory: Path) -> Calla
     save_file({"w": weight}, directory / "model.safetensors")
     (directory / "config.json").write_text("{}")
     inner = open_weights(Checkpoint(LocalFolder(directory)))["w"]
-    inner.fetch = lambda start, stop, arena: (weight.view(-1)[start:stop].view(torch.uint8),)
+    inner.fetch = lambda box, arena: (weight.view(-1)[slice(*box.run)].view(torch.uint8),)
     sources, arena = simulated(inner, quant, "bfloat16", transposed=False), Arena(torch.device("cpu"))
 
     def run() -> None:
         sources.release()
         for start in range(0, weight.numel(), TILE_NUMEL):
-            stop = start + TILE_NUMEL
-            sources.decode(sources.fetch(start, stop, arena), start, stop, arena)
+            sources.values(Box.of_run(sources.spec, start, start + TILE_NUMEL), arena)
 
     return run
 

@@ -3,47 +3,31 @@ refused."""
 
 import json
 import tempfile
-from pathlib import Path
+from contextlib import closing
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from quantized import four_bit, write
 
 from lorafuse.codecs import CODECS, Arena, open_weights
 from lorafuse.errors import CheckpointError
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
+from lorafuse.files.tensors import Box
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")
-
-
-def write(path, tensors, **config):
-    path = Path(path)
-    path.mkdir(exist_ok=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16"} | config))
-    return path
-
-
-def four_bit(weight, **settings):
-    """(stored tensors of `w.weight`, what bitsandbytes decodes them to)."""
-    packed, state = bnb.quantize_4bit(weight, **settings)
-    stored = {f"w.weight.{name}": t for name, t in state.as_dict(packed=True).items()}
-    # As bytes in a column: bitsandbytes takes one row, of however few elements, for a transposed weight.
-    decoded = bnb.dequantize_4bit(packed.view(torch.uint8).reshape(-1, 1), state).reshape(weight.shape)
-    return {"w.weight": packed, **stored}, decoded
 
 
 def decoded(path, name, start=0, stop=None):
     ckpt = Checkpoint(LocalFolder(path))
     sources = open_weights(ckpt)[name]
     arena = Arena(CPU)
-    stop = sources.spec.numel if stop is None else stop
-    values = sources.decode(sources.fetch(start, stop, arena), start, stop, arena).clone()
+    box = Box.of_run(sources.spec, start, sources.spec.numel if stop is None else stop)
+    values = sources.values(box, arena).clone()
     ckpt.close()
     return sources.spec, values
 
@@ -65,7 +49,8 @@ def test_the_judge_is_right(shape, blocksize, kind):
     expected = _dequantize_4bit_compute(
         column.view(-1), state.absmax, state.code, blocksize, shape, torch.float32
     )
-    assert torch.equal(bnb.dequantize_4bit(column, state), expected)
+    # A column of one byte is one row too.
+    assert torch.equal(bnb.dequantize_4bit(column, state).reshape(shape), expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -243,3 +228,30 @@ def test_codes_without_companions_are_refused(tmp_path):
         CheckpointError, match=r"w\.weight is quantized, but its quant_state or SCB is missing"
     ):
         open_weights(Checkpoint(LocalFolder(path)))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    "method", ["gptq", "awq", "fp8", "compressed-tensors", "\x1b[31m", 5, ["bitsandbytes"]]
+)
+def test_unsupported_quantization(method, nested, tmp_path):
+    """A checkpoint of another quantization is refused before its integers are taken for weights."""
+    quantized = {"quantization_config": {"quant_method": method}}
+    path = write(
+        tmp_path / "ckpt", {"w": torch.zeros(2)}, **({"text_config": quantized} if nested else quantized)
+    )
+    name = "\\x1b[31m" if method == "\x1b[31m" else method
+    with closing(Checkpoint(LocalFolder(path))) as ckpt, pytest.raises(CheckpointError) as caught:
+        open_weights(ckpt)
+    assert str(caught.value) == (
+        f"{path}/config.json: the checkpoint is quantized with {name}; bitsandbytes 4-bit and 8-bit and full "
+        "precision are supported. Dequantize it first, or merge into the full-precision checkpoint."
+    )
+
+
+@pytest.mark.parametrize("quantization", [{"quant_method": "bitsandbytes"}, {"load_in_4bit": True}, {}])
+def test_supported_quantization(quantization, tmp_path):
+    """bitsandbytes is not refused, and neither are its old configs, which name no method."""
+    path = write(tmp_path / "ckpt", {"w": torch.zeros(2)}, quantization_config=quantization)
+    with closing(Checkpoint(LocalFolder(path))) as ckpt:
+        assert list(open_weights(ckpt)) == ["w"]

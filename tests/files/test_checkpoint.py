@@ -180,28 +180,6 @@ def test_config_is_a_fifo(single: Path) -> None:
     assert refused(single) == "CKPT/config.json: is not a regular file."
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(
-    "method", ["gptq", "awq", "fp8", "compressed-tensors", "\x1b[31m", 5, ["bitsandbytes"]]
-)
-def test_unsupported_quantization(single: Path, method: object, nested: bool) -> None:
-    """A checkpoint of another quantization is refused before its integers are taken for weights."""
-    quantized = {"quantization_config": {"quant_method": method}}
-    write_json(single / "config.json", CONFIG | ({"text_config": quantized} if nested else quantized))
-    name = "\\x1b[31m" if method == "\x1b[31m" else method
-    assert refused(single) == (
-        f"CKPT/config.json: the checkpoint is quantized with {name}; bitsandbytes 4-bit and 8-bit and full "
-        "precision are supported. Dequantize it first, or merge into the full-precision checkpoint."
-    )
-
-
-@pytest.mark.parametrize("quantization", [{"quant_method": "bitsandbytes"}, {"load_in_4bit": True}, {}])
-def test_supported_quantization(single: Path, quantization: dict[str, object]) -> None:
-    """bitsandbytes is not refused, and neither are its old configs, which name no method."""
-    write_json(single / "config.json", CONFIG | {"quantization_config": quantization})
-    Checkpoint(LocalFolder(single)).close()
-
-
 # --- the index
 # -------------------------------------------------------------------------------------------------------------
 

@@ -34,8 +34,6 @@ KNOW_PATHS = {"files/local_folder.py", "files/folder.py", "files/hub.py", "setti
     ),
     "cli",
 }
-# Of codecs/: the two interfaces, and what codecs share.
-CODEC_INTERFACES = {"conv1d", "sources"}
 
 
 def top(path: Path) -> str:
@@ -69,6 +67,12 @@ def used_names(path: Path) -> set[str]:
     """What a file calls or refers to: `print`, `sys.exit`, `click.echo`."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     return {ast.unparse(node) for node in nodes if isinstance(node, ast.Name | ast.Attribute)}
+
+
+def defined_names(path: Path) -> set[str]:
+    """The functions of a file's top level."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return {node.name for node in body if isinstance(node, ast.FunctionDef)}
 
 
 def relative(path: Path) -> str:
@@ -126,8 +130,10 @@ def test_codecs_know_no_codec() -> None:
 
 
 def test_codecs_are_files() -> None:
-    """Every codec on disk is in the table, once, and the other way round."""
-    files = {path.stem for path in (PACKAGE / "codecs").glob("*.py")} - {"__init__"} - CODEC_INTERFACES
+    """Every codec on disk, which is a file that claims stored tensors, is in the table, once, and the other way
+    round."""
+    paths = [path for path in (PACKAGE / "codecs").glob("*.py") if path.name != "__init__.py"]
+    files = {path.stem for path in paths if "claim" in defined_names(path)}
     table = [codec.__name__.removeprefix("lorafuse.codecs.") for codec in CODECS]
     assert sorted(table) == sorted(files)
     assert table[-1] == "dense", "it takes what the others leave"
@@ -156,6 +162,28 @@ def test_adapters_are_files() -> None:
 def test_one_file_knows(word: str, file: str) -> None:
     """One place per fact: these words are in one file of the package."""
     assert [relative(path) for path in FILES if re.search(word, path.read_text(encoding="utf-8"))] == [file]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if top(p) != "arithmetic"], ids=relative)
+def test_arithmetic_alone_knows_devices(path: Path) -> None:
+    """What is computed where, and by which implementation, is chosen in arithmetic/."""
+    pattern = r"(.*\.)?device\.type|torch\.cuda(\..*)?"
+    assert not {name for name in used_names(path) if re.fullmatch(pattern, name)}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if relative(p) != "codecs/sources.py"], ids=relative)
+def test_values_are_what_is_fetched_and_decoded(path: Path) -> None:
+    """No sources have a `values` of their own, and nothing else decodes what it has just fetched."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert not [c for c in calls if ast.unparse(c.func).endswith(".decode") and ".fetch(" in ast.unparse(c)]
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert not [
+        node.name
+        for node in classes
+        if {"Sources", "ReadByColumns"} & {ast.unparse(base) for base in node.bases}
+        and any(isinstance(part, ast.FunctionDef) and part.name == "values" for part in node.body)
+    ]
 
 
 def test_one_rounding() -> None:
@@ -188,7 +216,7 @@ def test_no_model_class(path: Path) -> None:
     """No module imports the libraries that know models, and one alone bitsandbytes, for its kernels on a
     GPU."""
     forbidden = {"transformers", "peft", "accelerate", "diffusers", "vllm"}
-    if relative(path) != "trained_base/bnb_gpu.py":
+    if relative(path) != "arithmetic/bnb_kernels.py":
         forbidden.add("bitsandbytes")
     assert not forbidden & {name.split(".")[0] for name in imports(path)}
 
@@ -229,6 +257,7 @@ def test_plain_style(path: Path) -> None:
         "NamedTuple",
         "Patch",
         "Sources",
+        "ReadByColumns",
         "Exception",
         "BaseException",
         "LorafuseError",

@@ -19,8 +19,9 @@ from lorafuse.codecs import Arena, open_weights
 from lorafuse.errors import CheckpointError, UsageError
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
+from lorafuse.files.tensors import Box
 from lorafuse.settings import BaseQuant
-from lorafuse.trained_base import bnb_gpu
+from lorafuse.trained_base.on_gpu import ByKernels
 from lorafuse.trained_base.simulated import simulated
 
 CPU = torch.device("cpu")
@@ -43,9 +44,7 @@ def ours(weight, quant, *, dtype=None, transposed=False, tile_rows=None):
         sources, arena = simulated(open_weights(ckpt)["w"], quant, name, transposed=transposed), Arena(CPU)
         numel, tile = weight.numel(), (tile_rows or weight.shape[0]) * weight.shape[1]
         spans = [(start, min(start + tile, numel)) for start in range(0, numel, tile)]
-        made = torch.cat(
-            [sources.decode(sources.fetch(*span, arena), *span, arena).clone() for span in spans]
-        )
+        made = torch.cat([sources.values(Box.of_run(sources.spec, *span), arena).clone() for span in spans])
         ckpt.close()
     return made.view(weight.shape)
 
@@ -183,10 +182,8 @@ def test_bitsandbytes_own_kernels(quant, transposed, device, tmp_path):
     weight = torch.randn(96, 130).bfloat16()
     ckpt = Checkpoint(LocalFolder(write_checkpoint(tmp_path / "ckpt", {"w": weight})))
     sources, arena = open_weights(ckpt)["w"], Arena(device)
-    if quant.kind == "int8":
-        (made,) = bnb_gpu.int8(sources, torch.bfloat16, transposed, arena)
-    else:
-        (made,) = bnb_gpu.four_bit(sources, quant, torch.bfloat16, transposed, arena)
+    by_kernels = ByKernels(sources, quant, torch.bfloat16, transposed=transposed)
+    made = by_kernels.values(Box.whole(by_kernels.spec), arena)
     weight = weight.to(device)
     expected = theirs(weight.T.contiguous(), quant).T if transposed else theirs(weight, quant)
     assert torch.equal(made.view(weight.shape), expected)

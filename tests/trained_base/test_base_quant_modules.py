@@ -11,6 +11,7 @@ from lorafuse.codecs.dense import DenseSources
 from lorafuse.errors import CheckpointError
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
+from lorafuse.files.tensors import Box
 from lorafuse.settings import BaseQuant
 from lorafuse.trained_base.base_weights import as_trained, load_dtype
 from lorafuse.trained_base.which_weights import is_skipped, load_table
@@ -85,8 +86,7 @@ def quantized(weights):
 
 
 def whole(sources):
-    arena, numel = Arena(torch.device("cpu")), sources.spec.numel
-    return sources.decode(sources.fetch(0, numel, arena), 0, numel, arena).clone()
+    return sources.values(Box.whole(sources.spec), Arena(torch.device("cpu"))).clone()
 
 
 def check(model, path, quant, warnings=(), **settings):

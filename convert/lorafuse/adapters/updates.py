@@ -8,6 +8,7 @@ import torch
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs.sources import Sources
+from lorafuse.files.tensors import Box
 from lorafuse.patches.patch import Patch, same_patches
 from lorafuse.patches.target import Parameter, Target
 
@@ -72,8 +73,8 @@ def _same_sources(a: Sources | None, b: Sources | None) -> bool:
         return False
     arenas = [Arena(torch.device("cpu")), Arena(torch.device("cpu"))]
     for start in range(0, a.spec.numel, COMPARE_NUMEL):
-        stop = min(start + COMPARE_NUMEL, a.spec.numel)
-        raws = [s.fetch(start, stop, arena) for s, arena in zip((a, b), arenas, strict=True)]
+        box = Box.of_run(a.spec, start, min(start + COMPARE_NUMEL, a.spec.numel))
+        raws = [s.fetch(box, arena) for s, arena in zip((a, b), arenas, strict=True)]
         if not all(torch.equal(x, y) for x, y in zip(*raws, strict=True)):
             return False
     return True

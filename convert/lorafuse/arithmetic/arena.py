@@ -17,10 +17,11 @@ DECODED_FP32 = "decoded.fp32"
 
 
 class Arena:
-    """Named scratch tensors of one worker, made once and grown when a larger one is asked for."""
+    """Named scratch tensors of one worker, made once and grown when a larger one is asked for. `device`:
+    where arithmetic is done; `on_host`: that is the CPU, which decides the implementation."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.on_host = device, device.type == "cpu"
         self._pool: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def get(self, name: str, numel: int, dtype: torch.dtype, *, host: bool = False) -> torch.Tensor:
@@ -34,12 +35,12 @@ class Arena:
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """A host tensor on the arena's device."""
         # Not `to` on the CPU: for the small tensors of a tile the call would cost as much as the work.
-        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+        return tensor if self.on_host else tensor.to(self.device)
 
     def beside(self, host: torch.Tensor, name: str) -> torch.Tensor:
         """A tensor like `host` (1-D) on the arena's device: scratch, or `host` itself where that is the
         host."""
-        return host if self.device.type == "cpu" else self.get(name, host.numel(), host.dtype)
+        return host if self.on_host else self.get(name, host.numel(), host.dtype)
 
     def bring_back(self, values: torch.Tensor, host: torch.Tensor) -> None:
         """Copies what was made `beside` a host tensor into it, where that is not the same."""

@@ -64,12 +64,12 @@ def _distinct(kind: str) -> Floats:
 def dynamic_map() -> torch.Tensor:
     """float32 [256], ascending: of each of seven decades the middles of 1, 2, 4 … 64 equal parts, both signs,
     and 0 and 1 (functional.py, create_dynamic_map)."""
-    found = [0.0, 1.0]
+    values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         middles = (10 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2)
-        found += middles.tolist() + (-middles).tolist()
-    return torch.tensor(sorted(found), dtype=torch.float32)
+        values += middles.tolist() + (-middles).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 @cache
@@ -169,9 +169,9 @@ class CascadeSum:
         sums = np.zeros((n_runs, self._width), np.float32)
         for row in range(step):
             sums += runs[:, row]
-        for one in sums:
+        for run in sums:
             self._n_done += step
-            self._levels[0] += one
+            self._levels[0] += run
             for level in range(1, 4):
                 self._levels[level] += self._levels[level - 1]
                 self._levels[level - 1] = 0

@@ -1,13 +1,11 @@
 """Knowledge of storage schemes: how a weight of the output is made from stored tensors.
 
-A codec is a module with three functions. `claim(stored)` says which weights it makes and from which stored
-tensors; every stored tensor is claimed exactly once. `scheme(names)` says what the names of these tell of the
-storage. `open_sources(weight, names, ckpt)` reads small tensors and returns Sources, which decode any run of
-elements. A codec is added by one file and one word in CODECS; the contract tests run over the table.
+A codec is a module that is a `Codec`. It is added by one file and one word in CODECS; the contract tests run
+over the table.
 """
 
 from collections.abc import Iterator, Mapping
-from types import ModuleType
+from typing import Any, Protocol
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs import bnb4, bnb8, dense, plain
@@ -15,31 +13,63 @@ from lorafuse.codecs.encoder import EncoderOf
 from lorafuse.codecs.sources import Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.folder import Folder
 from lorafuse.files.tensors import TensorInfo
 
+
+class Codec(Protocol):
+    """What a codec's module has."""
+
+    QUANT_METHODS: tuple[str, ...]  # config.json's words for it, in quantization_config.quant_method
+
+    @property
+    def __name__(self) -> str: ...
+
+    def claim(self, stored: Mapping[str, TensorInfo]) -> Mapping[str, tuple[str, ...]]:
+        """Returns the weights that it makes, and from which stored tensors: first the one with the values or
+        codes. A weight's name need not be that of a stored tensor. Every stored tensor is claimed once."""
+
+    def scheme(self, names: tuple[str, ...]) -> Scheme:
+        """Returns what the names of a weight's stored tensors tell of how it is stored."""
+
+    def open_sources(self, weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sources:
+        """Returns the sources of a weight, for which it may read small tensors. Raises CheckpointError where
+        the stored tensors do not fit together."""
+
+
 # In order: a codec claims from what those before it left, dense takes the rest.
-CODECS: tuple[ModuleType, ...] = (bnb4, bnb8, dense)
+CODECS: tuple[Codec, ...] = (bnb4, bnb8, dense)
 
 # How the output is stored: the word of `--format` → what gives each weight its encoder.
 FORMATS: dict[str, EncoderOf] = {"dense": plain.encoder_of}
 
-__all__ = ["CODECS", "FORMATS", "Arena", "Scheme", "Sources", "claims", "open_weights"]
+__all__ = [
+    "CODECS",
+    "FORMATS",
+    "Arena",
+    "Codec",
+    "Scheme",
+    "Sources",
+    "claims",
+    "open_weights",
+    "refuse_unknown_quantization",
+]
 
 
-def claims(stored: Mapping[str, TensorInfo]) -> Iterator[tuple[ModuleType, str, tuple[str, ...]]]:
+def claims(stored: Mapping[str, TensorInfo]) -> Iterator[tuple[Codec, str, tuple[str, ...]]]:
     """(codec, weight, the stored tensors that it is made from), for all that is stored."""
     left = dict(stored)
     for codec in CODECS:
-        claimed: Mapping[str, tuple[str, ...]] = codec.claim(left)
-        for weight, names in claimed.items():
+        for weight, names in codec.claim(left).items():
             yield codec, weight, names
             for name in names:
                 del left[name]
 
 
 def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
-    """Every weight of a checkpoint with its sources. Raises CheckpointError when a stored tensor is missing
-    or left over."""
+    """Returns every weight of a checkpoint with its sources. Raises CheckpointError when no codec knows the
+    quantization, or a stored tensor is missing or left over."""
+    refuse_unknown_quantization(ckpt.config, ckpt.folder)
     weights: dict[str, Sources] = {}
     for codec, weight, names in claims(ckpt.tensors):
         if weight in weights:
@@ -47,6 +77,22 @@ def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
         weights[weight] = codec.open_sources(weight, names, ckpt)
     _refuse_bare_codes(weights, ckpt)
     return weights
+
+
+def refuse_unknown_quantization(config: Mapping[str, Any], folder: Folder) -> None:
+    """Raises CheckpointError for a config of a folder that names a quantization that no codec
+    knows."""
+    known = {method for codec in CODECS for method in codec.QUANT_METHODS}
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        quantization = part.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        # Very old bitsandbytes configs name no method. One that is no text is not hashable, perhaps.
+        if method is not None and not (isinstance(method, str) and method in known):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: the checkpoint is quantized with {shown(method)}; bitsandbytes "
+                "4-bit and 8-bit and full precision are supported. Dequantize it first, or merge into the "
+                "full-precision checkpoint."
+            )
 
 
 def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint) -> None:

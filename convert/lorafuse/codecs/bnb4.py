@@ -18,13 +18,15 @@ import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
 from lorafuse.arithmetic.dequantize import NARROW, byte_pairs, look_up, nested_absmax
-from lorafuse.codecs.conv1d import is_conv1d
-from lorafuse.codecs.sources import Scheme, Sources
+from lorafuse.codecs.conv1d import ReadByColumns, Transposed, is_conv1d
+from lorafuse.codecs.held import read_runs
+from lorafuse.codecs.sources import Raw, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import read_all
-from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
+from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES, Box, TensorInfo, TensorSpec
 
+QUANT_METHODS: tuple[str, ...] = ("bitsandbytes",)
 MARKER = ".quant_state.bitsandbytes__"
 COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 MAX_STATE_NBYTES = 10_000
@@ -43,6 +45,7 @@ class QuantState:
 
 
 def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
+    """Returns {X: (X, its quant_state, and those of its companions that are stored)}."""
     claims = {}
     for state in stored:
         weight, marker, _ = state.partition(MARKER)
@@ -52,11 +55,15 @@ def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
 
 
 def scheme(names: tuple[str, ...], blocksize: int = 0) -> Scheme:
+    """Returns what the names tell: the kind, and whether the scales are quantized too."""
     _, _, kind = names[1].partition(MARKER)
-    return Scheme(kind, double_quant=any(name.endswith(COMPANIONS[2]) for name in names), blocksize=blocksize)
+    double_quant = any(name.endswith(COMPANIONS[2]) for name in names)
+    return Scheme(kind, double_quant, blocksize, codes_per_byte=2)
 
 
-def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> "FourBitSources":
+def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sources:
+    """Returns the sources of a 4-bit weight. Raises CheckpointError where its quant_state or a companion is
+    broken or missing."""
     try:
         state = _read_state(names[1], ckpt)
         _check_companions(weight, state, ckpt)
@@ -64,7 +71,8 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> "Four
         raise CheckpointError(
             f"{shown(ckpt.folder)}: the quant_state of {shown(weight)} is broken: {shown(e)}."
         ) from None
-    return FourBitSources(weight, names, state, ckpt)
+    sources = FourBitSources(weight, names, state, ckpt)
+    return Transposed(sources) if is_conv1d(ckpt.config, weight) and len(state.shape) == 2 else sources
 
 
 def _read_state(name: str, ckpt: Checkpoint) -> QuantState:
@@ -119,39 +127,37 @@ def _pairs(quant_map: bytes) -> torch.Tensor:
     return byte_pairs(_floats(quant_map))
 
 
-class FourBitSources(Sources):
-    """The packed codes and scales of one weight. `transposed`: an HF Conv1D weight, stored (out, in), made
-    (in, out)."""
+class FourBitSources(ReadByColumns):
+    """The packed codes and scales of one weight, as they are stored."""
 
     def __init__(self, weight: str, names: tuple[str, ...], state: QuantState, ckpt: Checkpoint) -> None:
         self.store, self.names, self._weight, self._state = ckpt, names, weight, state
-        self.transposed = is_conv1d(ckpt.config, weight) and len(state.shape) == 2
-        self.spec = TensorSpec(state.dtype, state.shape[::-1] if self.transposed else state.shape)
+        self.spec = TensorSpec(state.dtype, state.shape)
         self.out_dtype = state.dtype
         self.scheme = scheme(names, state.blocksize)
+        self.column_multiple = min(state.blocksize, 64)  # even: a window begins with a whole byte
         self._n_blocks = -(-self.spec.numel // state.blocksize)
-        self.nbytes = self.spec.numel if self.transposed else 0
         self._pairs = _pairs(bytes(read_all(ckpt, weight + ".quant_map")))
         self._nested_map = (
             _floats(bytes(read_all(ckpt, weight + ".nested_quant_map"))) if state.nested_blocksize else None
         )
 
-    def _blocks(self, start: int, stop: int) -> tuple[int, int]:
-        if self.transposed:
-            start, stop = 0, self.spec.numel
+    def _blocks(self, box: Box) -> tuple[int, int]:
+        """[first, last): those that the box touches."""
+        start, stop = box.run
         return start // self._state.blocksize, -(-stop // self._state.blocksize)
 
-    def will_need(self, start: int, stop: int) -> None:
-        first, last = self._blocks(start, stop)
+    def will_need(self, box: Box) -> None:
+        first, last = self._blocks(box)
         half = self._state.blocksize // 2
         nbytes = self.store.tensors[self._weight].spec.nbytes
         self.store.will_need(self._weight, first * half, min(last * half, nbytes) - first * half)
 
-    def fetch(self, start: int, stop: int, arena: Arena) -> tuple[torch.Tensor, ...]:
-        """Packed codes, absmax, and with double quantization nested_absmax, of the blocks that [start, stop)
+    def fetch(self, box: Box, arena: Arena) -> Raw:
+        """Packed codes, absmax, and with double quantization nested_absmax, of the blocks that the box
         touches."""
         state = self._state
-        first, last = self._blocks(start, stop)
+        first, last = self._blocks(box)
         half = state.blocksize // 2
         end = min(last * half, -(-self.spec.numel // 2))
         packed = arena.fetch("bnb4.packed", self.store, self._weight, first * half, end - first * half)
@@ -169,26 +175,24 @@ class FourBitSources(Sources):
         )
         return packed, codes, nested.view(torch.float32)
 
-    def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
+    def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
         packed = arena.place(raw[0])
-        first, last = self._blocks(start, stop)
+        start, stop = box.run
+        first, last = self._blocks(box)
         absmax = self._absmax(raw, first, last, arena)
-        if self.transposed:
-            values = self._decode_transposed(packed, absmax, start, stop, arena)
-        else:
-            blocksize = self._state.blocksize
-            # Room for whole blocks: the last one may be short, and the pad nibble of an odd count is decoded
-            # and cut off.
-            values = arena.get(DECODED_FP32, (last - first) * blocksize, torch.float32)
-            look_up(packed, self._pairs, values, arena)
-            values.view(-1, blocksize).mul_(absmax[:, None])
-            values = values[start - first * blocksize : stop - first * blocksize]
+        blocksize = self._state.blocksize
+        # Room for whole blocks: the last one may be short, and the pad nibble of an odd count is decoded and
+        # cut off.
+        values = arena.get(DECODED_FP32, (last - first) * blocksize, torch.float32)
+        look_up(packed, self._pairs, values, arena)
+        values.view(-1, blocksize).mul_(absmax[:, None])
+        values = values[start - first * blocksize : stop - first * blocksize]
         if self._state.dtype == "F32":
             return values
         narrow = arena.get(NARROW, stop - start, torch.int16).view(getattr(torch, self.spec.torch_name))
         return narrow.copy_(values)
 
-    def _absmax(self, raw: tuple[torch.Tensor, ...], first: int, last: int, arena: Arena) -> torch.Tensor:
+    def _absmax(self, raw: Raw, first: int, last: int, arena: Arena) -> torch.Tensor:
         """float32 [last - first], the scale of each block."""
         state = self._state
         if self._nested_map is None:
@@ -200,15 +204,65 @@ class FourBitSources(Sources):
         )
         return scales[: last - first]
 
-    def _decode_transposed(
-        self, packed: torch.Tensor, absmax: torch.Tensor, start: int, stop: int, arena: Arena
-    ) -> torch.Tensor:
-        """Rows of the transposed weight are columns of the stored one: element by element, since a byte may
-        span two."""
-        n_stored_rows, n_stored_cols = self._state.shape
-        rows = torch.arange(start // n_stored_rows, stop // n_stored_rows, device=arena.device)
-        flat = (rows[:, None] + torch.arange(n_stored_rows, device=arena.device) * n_stored_cols).view(-1)
-        byte = packed[flat >> 1].int()
-        code = torch.where(flat & 1 == 1, byte & 15, byte >> 4)
-        quant_map = arena.place(self._pairs.view(torch.float32)[1:32:2])  # the second values of bytes 0…15
-        return quant_map[code].mul_(absmax[flat // self._state.blocksize])
+    def _blocks_of_columns(self, n_cols: int) -> int:
+        """At most so many blocks are touched by the same columns of a row."""
+        blocksize = self._state.blocksize
+        straddling = self.spec.shape[1] % blocksize or self.column_multiple % blocksize
+        return -(-n_cols // blocksize) + (1 if straddling else 0)
+
+    def columns_nbytes(self, n_cols: int) -> int:
+        return self.spec.shape[0] * (n_cols // 2 + 1 + 4 * self._blocks_of_columns(n_cols))
+
+    def fetch_columns(self, cols: range) -> Raw:
+        """Packed codes, uint8 [rows, bytes that the columns touch], and scales, float32 [rows, blocks]."""
+        n_rows, width = self.spec.shape
+        firsts = [row * width + cols.start for row in range(n_rows)]
+        nbytes = -(-len(cols) // 2) + width % 2  # with an odd width, every other row starts inside a byte
+        packed = read_runs(self.store, self._weight, [first // 2 for first in firsts], nbytes)
+        blocks = [first // self._state.blocksize for first in firsts]
+        n_blocks = self._blocks_of_columns(len(cols))
+        if self._nested_map is None:
+            absmax = read_runs(self.store, self._weight + ".absmax", [4 * b for b in blocks], 4 * n_blocks)
+            return packed, absmax.view(torch.float32)
+        codes = read_runs(self.store, self._weight + ".absmax", blocks, n_blocks)
+        nested = torch.frombuffer(read_all(self.store, self._weight + ".nested_absmax"), dtype=torch.float32)
+        outer = (torch.tensor(blocks)[:, None] + torch.arange(n_blocks)).div_(
+            self._state.nested_blocksize, rounding_mode="floor"
+        )
+        scales = nested[outer.clamp_(max=len(nested) - 1).view(-1)]
+        scales = nested_absmax(codes.view(-1), self._nested_map, scales, self._state.nested_offset)
+        return packed, scales.view(n_rows, n_blocks)
+
+    def decode_columns(self, raw: Raw, window: range, box: Box, arena: Arena) -> torch.Tensor:
+        width, numel = self.spec.shape[1], box.numel
+        packed = raw[0][box.rows.start : box.rows.stop]
+        values = arena.get("bnb4.columns", numel, torch.float32).view(len(box.rows), len(box.cols))
+        period = 1 + width % 2  # rows of one phase start at the same place in a byte
+        for phase in range(min(period, len(box.rows))):
+            shift = ((box.rows.start + phase) * width + window.start) % 2
+            start, stop = (at - window.start + shift for at in (box.cols.start, box.cols.stop))
+            codes = arena.place(packed[phase::period, start // 2 : -(-stop // 2)].contiguous())
+            pairs = arena.get("bnb4.pairs", 2 * codes.numel(), torch.float32)
+            look_up(codes.view(-1), self._pairs, pairs, arena)
+            values[phase::period] = pairs.view(len(codes), -1)[:, start % 2 : start % 2 + len(box.cols)]
+        self._scale_columns(values, raw[1], window, box, arena)
+        return values
+
+    def _scale_columns(
+        self, values: torch.Tensor, absmax: torch.Tensor, window: range, box: Box, arena: Arena
+    ) -> None:
+        """Multiplies each value of the box, in place, by the scale of its block, of those of a window."""
+        width, blocksize = self.spec.shape[1], self._state.blocksize
+        absmax = arena.place(absmax[box.rows.start : box.rows.stop])
+        if width % blocksize == 0:  # all rows are cut into blocks at the same columns
+            first = window.start // blocksize
+            for block in range(box.cols.start // blocksize, -(-box.cols.stop // blocksize)):
+                start = max(block * blocksize, box.cols.start) - box.cols.start
+                stop = (block + 1) * blocksize - box.cols.start
+                values[:, start:stop].mul_(absmax[:, block - first, None])
+            return
+        cols = torch.arange(box.cols.start - window.start, box.cols.stop - window.start, device=arena.device)
+        rows = torch.arange(box.rows.start, box.rows.stop, device=arena.device)
+        before = (rows * width + window.start) % blocksize  # of a row's first block, before the window
+        block_of = (before[:, None] + cols).div_(blocksize, rounding_mode="floor")
+        values.mul_(absmax.gather(1, block_of))

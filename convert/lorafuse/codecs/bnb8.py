@@ -10,15 +10,19 @@ import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
 from lorafuse.arithmetic.dequantize import decode_int8
-from lorafuse.codecs.conv1d import is_conv1d
-from lorafuse.codecs.sources import Scheme, Sources
+from lorafuse.codecs.conv1d import ReadByColumns, Transposed, is_conv1d
+from lorafuse.codecs.held import read_runs
+from lorafuse.codecs.sources import Raw, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import read_all
-from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
+from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES, Box, TensorInfo, TensorSpec
+
+QUANT_METHODS: tuple[str, ...] = ("bitsandbytes",)
 
 
 def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
+    """Returns {X.weight: (X.weight, X.SCB, and X.weight_format where it is stored)}."""
     claims: dict[str, tuple[str, ...]] = {}
     for scb in stored:
         module = scb.removesuffix(".SCB")
@@ -30,10 +34,13 @@ def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
 
 
 def scheme(names: tuple[str, ...]) -> Scheme:
+    """Returns the scheme of every int8 weight."""
     return Scheme("int8")
 
 
-def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> "Int8Sources":
+def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sources:
+    """Returns the sources of an int8 weight. Raises CheckpointError for another layout, or where the shape of
+    SCB does not fit."""
     if len(names) == 3 and any(read_all(ckpt, names[2])):
         raise CheckpointError(
             f"{shown(ckpt.folder)}: {shown(weight)} has a weight_format other than 0 (row), which is not "
@@ -45,7 +52,8 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> "Int8
             f"{shown(ckpt.folder)}: {shown(weight)} is {q}, its SCB {scb}; expected SCB F32 "
             f"[{q.shape[0] if q.shape else 1}]."
         )
-    return Int8Sources(weight, names, ckpt)
+    sources = Int8Sources(weight, names, ckpt)
+    return Transposed(sources) if is_conv1d(ckpt.config, weight) else sources
 
 
 def _config_dtype(ckpt: Checkpoint) -> str:
@@ -57,37 +65,47 @@ def _config_dtype(ckpt: Checkpoint) -> str:
     return "F16"
 
 
-class Int8Sources(Sources):
-    """q and SCB of one weight. `transposed`: an HF Conv1D weight, stored (out, in), made (in, out)."""
+class Int8Sources(ReadByColumns):
+    """q and SCB of one weight, as they are stored: (out, in)."""
+
+    column_multiple = 64
 
     def __init__(self, weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> None:
         self.store, self.names, self.scheme = ckpt, names, scheme(names)
-        self._stored = ckpt.tensors[weight].spec.shape
-        self.transposed = is_conv1d(ckpt.config, weight)
-        self.spec = TensorSpec("F32", self._stored[::-1] if self.transposed else self._stored)
+        self.spec = TensorSpec("F32", ckpt.tensors[weight].spec.shape)
         self.out_dtype = _config_dtype(ckpt)
-        self.nbytes = self.spec.numel if self.transposed else 0
 
-    def will_need(self, start: int, stop: int) -> None:
-        if not self.transposed:
-            self.store.will_need(self.names[0], start, stop - start)
+    def will_need(self, box: Box) -> None:
+        start, stop = box.run
+        self.store.will_need(self.names[0], start, stop - start)
 
-    def fetch(self, start: int, stop: int, arena: Arena) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.transposed:
-            start, stop = 0, self.spec.numel
-        first, last = start // self._stored[1], stop // self._stored[1]  # stored rows
+    def fetch(self, box: Box, arena: Arena) -> Raw:
+        start, stop = box.run
+        first, last = start // self.spec.shape[1], stop // self.spec.shape[1]  # stored rows
         q = arena.fetch("int8.q", self.store, self.names[0], start, stop - start)
         scb = arena.fetch("int8.scb", self.store, self.names[1], first * 4, (last - first) * 4)
         return q.view(torch.int8), scb.view(torch.float32)
 
-    def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
+    def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
         q, scb = (arena.place(t) for t in raw)
-        out = arena.get(DECODED_FP32, stop - start, torch.float32)
-        if self.transposed:
-            n_out = self._stored[0]
-            tile = out.view(-1, n_out)  # float32 [cols of the stored weight, n_out]
-            tile.copy_(q.view(self._stored)[:, start // n_out : stop // n_out].T)
-            return decode_int8(tile, scb).view(-1)
+        out = arena.get(DECODED_FP32, box.numel, torch.float32)
         out.copy_(q)
-        decode_int8(out.view(-1, self._stored[1]), scb[:, None])
+        decode_int8(out.view(-1, self.spec.shape[1]), scb[:, None])
         return out
+
+    def columns_nbytes(self, n_cols: int) -> int:
+        return self.spec.shape[0] * (n_cols + 4)
+
+    def fetch_columns(self, cols: range) -> Raw:
+        n_rows, width = self.spec.shape
+        starts = [row * width + cols.start for row in range(n_rows)]
+        q = read_runs(self.store, self.names[0], starts, len(cols))
+        scb = read_runs(self.store, self.names[1], [0], n_rows * 4)
+        return q.view(torch.int8), scb.view(-1).view(torch.float32)
+
+    def decode_columns(self, raw: Raw, window: range, box: Box, arena: Arena) -> torch.Tensor:
+        rows = slice(box.rows.start, box.rows.stop)
+        cols = slice(box.cols.start - window.start, box.cols.stop - window.start)
+        q, scb = arena.place(raw[0][rows, cols]), arena.place(raw[1][rows])
+        values = arena.get("int8.columns", box.numel, torch.float32).view(len(box.rows), len(box.cols))
+        return decode_int8(values.copy_(q), scb[:, None])

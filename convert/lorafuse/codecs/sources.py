@@ -1,23 +1,28 @@
-"""What every codec produces, and the scratch memory that decoding works in."""
+"""Sources: how the values of one weight are read and decoded. What every codec produces."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.files.stores import Store
-from lorafuse.files.tensors import TensorSpec
+from lorafuse.files.tensors import Box, TensorSpec
+
+# What `fetch` read and `decode` takes.
+Raw = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How a weight is stored: `kind` is nf4, fp4, int8 or dense. `blocksize` is 0 where there are no blocks,
-    and where only headers were read, which do not tell it."""
+    """How a weight is stored: `kind` is nf4, fp4, int8, dense, or the word of another codec. `blocksize` is 0
+    where there are no blocks, and where only headers were read, which do not tell it."""
 
     kind: str
     double_quant: bool = False
     blocksize: int = 0
+    # Of codes that are packed in bytes; 0 where an element of the stored tensor is an element of the weight.
+    codes_per_byte: int = field(default=0, kw_only=True)
 
     def __str__(self) -> str:
         """In words, as in "stored in …"."""
@@ -26,28 +31,35 @@ class Scheme:
         return words + (f", block size {self.blocksize}" if self.blocksize else "")
 
     def numel_of(self, stored: TensorSpec) -> int:
-        """Elements of the weight whose values or codes are in `stored`; of 4-bit codes, the pad of an odd
-        number counts too."""
-        return 2 * stored.nbytes if self.kind in ("nf4", "fp4") else stored.numel
+        """Elements of the weight whose values or codes are in `stored`; the pad of an odd number of 4-bit
+        codes counts too."""
+        return self.codes_per_byte * stored.nbytes or stored.numel
 
 
 class Sources(Protocol):
     """The stored tensors that one weight is made from, and how.
 
-    `fetch` reads, `decode` computes: they are apart so that the time of each is known. Elements [start, stop)
-    are counted in the flattened weight and are whole rows of its last dimension. A class that lists it as its
-    base takes the defaults below.
+    `fetch` reads, `decode` computes: they are apart so that the time of each is known. Both take a box of the
+    weight whose elements lie together: whole rows of its last dimension, or of a dense weight any run. A
+    class that lists it as its base takes the defaults below.
+
+    `spec`: the shape, and the dtype that decoding yields.
+    `out_dtype`: the dtype that `--dtype auto` writes; it differs from spec.dtype for int8, which decodes to
+    fp32.
+    `names`: the stored tensors; the first holds the values or codes. `store`: where they are.
+    `nbytes`: host bytes that a worker holds while it decodes a tile, beyond what is proportional to the tile.
+    `held_nbytes`: host bytes held from prepare to release.
+    `window_nbytes`: host bytes that the tiles in the making hold together, however many they are.
     """
 
-    spec: TensorSpec  # shape, and the dtype that decoding yields
-    out_dtype: (
-        str  # the dtype that `--dtype auto` writes; differs from spec.dtype for int8, which decodes to fp32
-    )
-    names: tuple[str, ...]  # the stored tensors
-    store: Store  # where they are
+    spec: TensorSpec
+    out_dtype: str
+    names: tuple[str, ...]
+    store: Store
     scheme: Scheme
-    nbytes: int  # host bytes held while a tile is decoded, beyond what is proportional to the tile
-    held_nbytes: int = 0  # host bytes held from prepare to release
+    nbytes: int = 0
+    held_nbytes: int = 0
+    window_nbytes: int = 0
 
     def prepare(self, arena: Arena) -> None:
         """Compute what decoding needs of the whole weight. Any thread may call it, at any time before it is
@@ -55,15 +67,20 @@ class Sources(Protocol):
         return
 
     def release(self) -> None:
-        """Drop what prepare computed; it is computed again when it is needed again."""
+        """Drop what prepare computed, or what was read for several tiles; it is made again when it is needed
+        again."""
         return
 
-    def will_need(self, start: int, stop: int) -> None:
-        """Hint that elements [start, stop) are fetched soon."""
+    def will_need(self, box: Box) -> None:
+        """Hint that the box is fetched soon."""
 
-    def fetch(self, start: int, stop: int, arena: Arena) -> tuple[torch.Tensor, ...]:
-        """The raw bytes that elements [start, stop) of the flattened weight need."""
+    def fetch(self, box: Box, arena: Arena) -> Raw:
+        """Returns the raw bytes that the elements of the box need. Raises CheckpointError, StorageError."""
 
-    def decode(self, raw: tuple[torch.Tensor, ...], start: int, stop: int, arena: Arena) -> torch.Tensor:
-        """Elements [start, stop), 1-D, of spec.dtype, on the arena's device. Valid until the arena's next
-        use."""
+    def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
+        """Returns the elements of the box, 1-D, of spec.dtype, on the arena's device, from what `fetch`
+        returned for it. Valid until the arena's next use."""
+
+    def values(self, box: Box, arena: Arena) -> torch.Tensor:
+        """Returns the elements of the box, as `decode` does. No class has its own."""
+        return self.decode(self.fetch(box, arena), box, arena)

@@ -35,11 +35,6 @@ class Checkpoint(ShardedStore):
             raise CheckpointError(str(e)) from None
         except OSError as e:
             raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
-        try:
-            refuse_unknown_quantization(self.config, folder)
-        except BaseException:
-            self.close()
-            raise
 
 
 def _check_types(config: dict[str, Any], folder: Folder) -> None:
@@ -54,18 +49,3 @@ def _refuse_other_formats(folder: Folder) -> None:
         others = folder.names("*.bin")
         hint = f" It has {listed(others)}: convert these to safetensors first." if others else ""
         raise CheckpointError(f"{shown(folder)}: holds neither {SINGLE} nor {INDEX}.{hint}")
-
-
-def refuse_unknown_quantization(config: dict[str, Any], folder: Folder) -> None:
-    """Raises CheckpointError for a config of a folder that names another quantization than
-    bitsandbytes."""
-    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        quantization = part.get("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        # Very old bitsandbytes configs name no method.
-        if method not in (None, "bitsandbytes"):
-            raise CheckpointError(
-                f"{folder / 'config.json'}: the checkpoint is quantized with {shown(method)}; bitsandbytes "
-                "4-bit and 8-bit and full precision are supported. Dequantize it first, or merge into the "
-                "full-precision checkpoint."
-            )

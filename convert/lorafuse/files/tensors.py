@@ -81,3 +81,45 @@ class StoredTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.spec.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Rows and columns of one matrix of a weight.
+
+    Whoever asks for it says how the weight is seen: as a stack of matrices [height, width], one after
+    another, each row by row. A matrix is a stack of one, a vector is rows of one element, a convolution is
+    its first dimension × the rest.
+    """
+
+    rows: range
+    cols: range
+    height: int
+    width: int
+    matrix: int = 0  # its place in the stack
+
+    @classmethod
+    def of_rows(cls, spec: TensorSpec, first: int, last: int) -> "Box":
+        """Indexes [first, last) of the first dimension."""
+        return cls(range(first, last), range(spec.n_cols), math.prod(spec.shape[:1]), spec.n_cols)
+
+    @classmethod
+    def of_run(cls, spec: TensorSpec, start: int, stop: int) -> "Box":
+        """Elements [start, stop) of the flattened weight, which is seen as one row."""
+        return cls(range(1), range(start, stop), 1, spec.numel)
+
+    @classmethod
+    def whole(cls, spec: TensorSpec) -> "Box":
+        """All of the weight, seen as its first dimension × the rest."""
+        return cls.of_rows(spec, 0, math.prod(spec.shape[:1]))
+
+    @property
+    def numel(self) -> int:
+        return len(self.rows) * len(self.cols)
+
+    @property
+    def run(self) -> tuple[int, int]:
+        """(start, stop): its elements in the flattened weight, where they lie together."""
+        assert len(self.rows) == 1 or len(self.cols) == self.width, f"{self} does not lie together"
+        start = (self.matrix * self.height + self.rows.start) * self.width + self.cols.start
+        return start, start + self.numel

@@ -9,9 +9,9 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lorafuse.codecs import Scheme, Sources, claims, open_weights
+from lorafuse.codecs import Scheme, Sources, claims, open_weights, refuse_unknown_quantization
 from lorafuse.errors import CheckpointError
-from lorafuse.files.checkpoint import CONFIG_TYPES, Checkpoint, refuse_unknown_quantization
+from lorafuse.files.checkpoint import CONFIG_TYPES, Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.hub import remote_tensors
 from lorafuse.files.json_yaml import read_json_dict
@@ -90,7 +90,7 @@ def _facts(
     # What is decoded has no shape here without its sources; embeddings, the only ones that are asked for, are
     # rarely quantized.
     dense = {
-        weight: stored[weight]
+        weight: stored[names[0]]
         for codec, weight, names in claims(stored)
         if codec.scheme(names).kind == "dense"
     }
@@ -122,15 +122,11 @@ def _facts(
 
 def _weights(stored: Mapping[str, TensorInfo], opened: Mapping[str, Sources]) -> Iterator[Weight]:
     for codec, name, names in claims(stored):
-        nbytes, spec, sources = (
-            sum(stored[tensor].spec.nbytes for tensor in names),
-            stored[name].spec,
-            opened.get(name),
-        )
+        nbytes, sources = sum(stored[tensor].spec.nbytes for tensor in names), opened.get(name)
         if sources is not None:
             yield Weight(sources.scheme, sources.spec.numel, nbytes, sources.spec.dtype, sources.out_dtype)
         else:
-            scheme: Scheme = codec.scheme(names)
+            scheme, spec = codec.scheme(names), stored[names[0]].spec
             dtype = spec.dtype if scheme.kind == "dense" else None
             yield Weight(scheme, scheme.numel_of(spec), nbytes, dtype, dtype)
 

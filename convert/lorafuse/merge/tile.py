@@ -50,7 +50,7 @@ def _finished_tiles(step: Step, sources: Sources, arena: Arena) -> Iterator[tupl
     """(first element, values) of every tile of the weight, patched and not encoded."""
     with torch.inference_mode():
         for start, stop in step.tiles():
-            base = sources.decode(sources.fetch(start, stop, arena), start, stop, arena)
+            base = sources.values(step.box(start, stop), arena)
             yield start, patched(step, base, start, arena)
 
 
@@ -63,9 +63,10 @@ def make_tile(
     if not weight.needs_values:
         return [_copied(weight.variants[0].step, start, stop, buffers[0], arena)]
     began = time.perf_counter()
-    raw = weight.sources.fetch(start, stop, arena)
+    box = weight.box(start, stop)
+    raw = weight.sources.fetch(box, arena)
     read_s, cpu_began = time.perf_counter() - began, time.thread_time()
-    base = weight.sources.decode(raw, start, stop, arena)
+    base = weight.sources.decode(raw, box, arena)
     results = []
     for variant, buffer in zip(weight.variants, buffers, strict=True):
         made = _made(variant, base, start, stop, buffer, arena, cpu_began)

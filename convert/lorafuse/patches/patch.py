@@ -13,6 +13,7 @@ import torch
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs.sources import Sources
+from lorafuse.files.tensors import Box
 
 # Elements of a tile. It depends on nothing, so that the bytes written do not either; a tile of this size
 # stays in cache while it is decoded, updated and cast, and smaller ones cost more in calls (bench/tiles.py).
@@ -34,10 +35,9 @@ class Base:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """float32 [stop - start, n_cols]; valid until the next call."""
-        n_cols = self.shape[1]
-        first, last = start * n_cols, stop * n_cols
-        values = self.sources.decode(self.sources.fetch(first, last, self.arena), first, last, self.arena)
-        return self.arena.get("base.rows", last - first, torch.float32).copy_(values).view(-1, n_cols)
+        box = Box.of_rows(self.sources.spec, start, stop)
+        values = self.sources.values(box, self.arena)
+        return self.arena.get("base.rows", box.numel, torch.float32).copy_(values).view(-1, box.width)
 
     def tiles(self, numel: int = 1 << 18) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, rows) over the whole weight, about `numel` elements at a time."""

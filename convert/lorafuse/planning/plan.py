@@ -9,7 +9,7 @@ from lorafuse.adapters import Patch
 from lorafuse.arithmetic import measure
 from lorafuse.codecs import Sources
 from lorafuse.codecs.encoder import Encoder
-from lorafuse.files.tensors import StoredTensor, TensorSpec
+from lorafuse.files.tensors import Box, StoredTensor, TensorSpec
 from lorafuse.patches.patch import TILE_NUMEL
 from lorafuse.planning.base_check import BaseCopy
 
@@ -85,6 +85,14 @@ class Step:
         for first in range(0, size, max(matrix, 1)):
             last = first + matrix
             yield from ((start, min(start + step, last)) for start in range(first, last, step))
+
+    def box(self, start: int, stop: int) -> Box:
+        """The tile [start, stop), where values are needed, as rows of one matrix: of a stack, or of all
+        rows."""
+        height = (self.spec.n_cols if self._stacked else self.spec.numel) // self.row_numel
+        matrix, first = divmod(start // self.row_numel, max(height, 1))
+        rows = range(first, first + (stop - start) // self.row_numel)
+        return Box(rows, range(self.row_numel), height, self.row_numel, matrix)
 
     @property
     def resident_nbytes(self) -> int:

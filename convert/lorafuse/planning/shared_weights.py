@@ -12,6 +12,7 @@ from lorafuse.adapters import Patch
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.codecs import Sources
 from lorafuse.files.names import natural_key
+from lorafuse.files.tensors import Box
 from lorafuse.planning.plan import Step
 
 
@@ -79,7 +80,7 @@ class SharedWeight:
     def will_need(self, start: int, stop: int) -> None:
         """Hint that a tile is made soon."""
         if self.needs_values:
-            self.sources.will_need(start, stop)
+            self.sources.will_need(self.box(start, stop))
         else:
             self.variants[0].step.encoder.will_need(start, stop)
 
@@ -88,10 +89,15 @@ class SharedWeight:
         """Held by the sources from the first tile to the last."""
         return self.sources.held_nbytes if self.needs_values else 0
 
+    def box(self, start: int, stop: int) -> Box:
+        """The part of the weight that the tile [start, stop) is."""
+        return self._cutter.box(start, stop)
+
     @property
     def resident_nbytes(self) -> int:
         """Held from the first tile to the last."""
-        return self.held_nbytes + sum(variant.step.resident_nbytes for variant in self.variants)
+        windows = self.sources.window_nbytes if self.needs_values else 0
+        return self.held_nbytes + windows + sum(variant.step.resident_nbytes for variant in self.variants)
 
     @property
     def worker_nbytes(self) -> int:

@@ -1,4 +1,10 @@
-"""NF4 and FP4 of a full-precision weight, quantized and dequantized as training saw it."""
+"""NF4 and FP4 of a full-precision weight, quantized and dequantized as training saw it: on the host, a tile
+at a time.
+
+The blocks of a tile are read whole, so their scales are the tile's own. Two things take a pass over the whole
+weight beforehand: the statistics of double quantization, and the scales of a transposed weight, whose blocks
+run across the tiles.
+"""
 
 from collections.abc import Iterator
 
@@ -9,16 +15,14 @@ from lorafuse.arithmetic import quantize
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.dequantize import byte_pairs, look_up, nested_absmax
 from lorafuse.arithmetic.quantize import NESTED_BLOCKSIZE, Floats, block_absmax
-from lorafuse.codecs.sources import Sources
-from lorafuse.files.tensors import SAFETENSORS_NAMES, TensorSpec
+from lorafuse.codecs.held import ComputedOnce
+from lorafuse.codecs.sources import Raw, Sources
+from lorafuse.files.tensors import SAFETENSORS_NAMES, Box, TensorSpec
 from lorafuse.settings import BaseQuant
-from lorafuse.trained_base import bnb_gpu
 from lorafuse.trained_base.passes import (
     CHUNK_NBYTES_PER_ELEMENT,
     CHUNK_NUMEL,
     PASS_NUMEL,
-    ComputedOnce,
-    State,
     as_loaded,
     pieces,
 )
@@ -38,11 +42,11 @@ class ScalesOfScales:
         group = (self._n_done + np.arange(absmax.size)) // NESTED_BLOCKSIZE
         starts = np.flatnonzero(np.diff(group, prepend=-1))
         for extremes, largest in ((self._low, np.minimum), (self._high, np.maximum)):
-            found = largest.reduceat(absmax, starts)
-            extremes[group[starts]] = largest(extremes[group[starts]], found)
+            of_groups = largest.reduceat(absmax, starts)
+            extremes[group[starts]] = largest(extremes[group[starts]], of_groups)
         self._n_done += absmax.size
 
-    def result(self) -> State:
+    def result(self) -> Raw:
         """(float32 [nested blocks], float32 []): their scales, and the mean. The largest distance from the
         mean is that of the lowest or highest, since rounding keeps the order."""
         mean = self._sum.mean()
@@ -59,13 +63,13 @@ def double_quantized(
 
 
 class FourBit(Sources):
-    """NF4 or FP4 of one weight."""
+    """NF4 or FP4 of the full-precision weight `dense`, of a model loaded in `dtype`."""
 
-    def __init__(self, inner: Sources, quant: BaseQuant, dtype: torch.dtype, *, transposed: bool) -> None:
-        self._inner, self._quant, self._dtype, self._transposed = inner, quant, dtype, transposed
-        self.spec = TensorSpec(SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")], inner.spec.shape)
+    def __init__(self, dense: Sources, quant: BaseQuant, dtype: torch.dtype, *, transposed: bool) -> None:
+        self._dense, self._quant, self._dtype, self._transposed = dense, quant, dtype, transposed
+        self.spec = TensorSpec(SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")], dense.spec.shape)
         self.out_dtype = self.spec.dtype
-        self.names, self.store, self.scheme = inner.names, inner.store, inner.scheme
+        self.names, self.store, self.scheme = dense.names, dense.store, dense.scheme
         self._n_blocks = -(-self.spec.numel // quant.blocksize)
         self._levels = byte_pairs(quantize.levels(quant.kind))
         self._state = ComputedOnce()
@@ -73,27 +77,24 @@ class FourBit(Sources):
         self.held_nbytes = 8 * self._n_blocks if transposed else 8 * -(-self._n_blocks // NESTED_BLOCKSIZE)
 
     def prepare(self, arena: Arena) -> None:
-        self._prepared(arena)
+        self._state.get(lambda: self._pass_over(arena))
 
     def release(self) -> None:
         self._state.drop()
 
-    def will_need(self, start: int, stop: int) -> None:
-        self._inner.will_need(*self._span(start, stop))
+    def will_need(self, box: Box) -> None:
+        self._dense.will_need(self._blocks_around(box))
 
-    def fetch(self, start: int, stop: int, arena: Arena) -> State:
-        """What the pass over the weight found, and the elements of the blocks that [start, stop) touches."""
-        state = self._prepared(arena)
-        if arena.device.type == "cuda":
-            return state
-        return (*self._inner.fetch(*self._span(start, stop), arena), *state)
+    def fetch(self, box: Box, arena: Arena) -> Raw:
+        """The elements of the blocks that the box touches, and what the pass over the weight found."""
+        state = self._state.get(lambda: self._pass_over(arena))
+        return (*self._dense.fetch(self._blocks_around(box), arena), *state)
 
-    def decode(self, raw: State, start: int, stop: int, arena: Arena) -> torch.Tensor:
-        if arena.device.type == "cuda":
-            return raw[0][start:stop]
-        first, last = self._span(start, stop)
-        values = self._inner.decode(raw[:1], first, last, arena)
-        out = arena.get("simulated", last - first, self._dtype)
+    def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
+        blocks = self._blocks_around(box)
+        (start, stop), first = box.run, blocks.run[0]
+        values = self._dense.decode(raw[:1], blocks, arena)
+        out = arena.get("simulated", blocks.numel, self._dtype)
         if self._transposed:
             quantized = self._transposed_chunks(values, first, raw[1:], arena)
         else:
@@ -102,21 +103,15 @@ class FourBit(Sources):
             out[at : at + chunk.numel()].copy_(chunk)
         return out[start - first : stop - first]
 
-    def _span(self, start: int, stop: int) -> tuple[int, int]:
-        """Whole blocks around [start, stop); a transposed weight's scales are known."""
+    def _blocks_around(self, box: Box) -> Box:
+        """Whole blocks around the box; a transposed weight's scales are known."""
         if self._transposed:
-            return start, stop
-        blocksize = self._quant.blocksize
-        return start // blocksize * blocksize, min(-(-stop // blocksize) * blocksize, self.spec.numel)
+            return box
+        (start, stop), blocksize = box.run, self._quant.blocksize
+        end = min(-(-stop // blocksize) * blocksize, self.spec.numel)
+        return Box.of_run(self.spec, start // blocksize * blocksize, end)
 
-    def _prepared(self, arena: Arena) -> State:
-        if arena.device.type == "cuda":
-            return self._state.get(
-                lambda: bnb_gpu.four_bit(self._inner, self._quant, self._dtype, self._transposed, arena)
-            )
-        return self._state.get(lambda: self._pass_over(arena))
-
-    def _pass_over(self, arena: Arena) -> State:
+    def _pass_over(self, arena: Arena) -> Raw:
         if self._transposed:
             absmax = self._transposed_absmax(arena)
             if not self._quant.double_quant:
@@ -127,7 +122,7 @@ class FourBit(Sources):
         if not self._quant.double_quant:
             return ()
         scales = ScalesOfScales(self._n_blocks)
-        for _, piece in pieces(self._inner, PASS_NUMEL, arena):
+        for _, piece in pieces(self._dense, PASS_NUMEL, arena):
             scales.add(self._absmax(piece, arena).numpy())
         return scales.result()
 
@@ -141,7 +136,7 @@ class FourBit(Sources):
         return absmax
 
     def _chunks(
-        self, values: torch.Tensor, first: int, state: State, arena: Arena
+        self, values: torch.Tensor, first: int, state: Raw, arena: Arena
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """(position, fp32) of each chunk of whole blocks, from element `first` on, quantized and
         dequantized."""
@@ -188,15 +183,15 @@ class FourBit(Sources):
     def _transposed_absmax(self, arena: Arena) -> torch.Tensor:
         """float32 [blocks]."""
         absmax = torch.zeros(self._n_blocks)
-        for start, piece in pieces(self._inner, CHUNK_NUMEL, arena):
-            found = as_loaded(piece, self._dtype).abs().float()
-            absmax.scatter_reduce_(0, self._blocks_of(start, piece.numel()), found, "amax")
+        for start, piece in pieces(self._dense, CHUNK_NUMEL, arena):
+            values = as_loaded(piece, self._dtype).abs().float()
+            absmax.scatter_reduce_(0, self._blocks_of(start, piece.numel()), values, "amax")
         if self.spec.numel % self._quant.blocksize:
             absmax[-1:].clamp_(min=quantize.TINY)
         return absmax
 
     def _transposed_chunks(
-        self, values: torch.Tensor, first: int, state: State, arena: Arena
+        self, values: torch.Tensor, first: int, state: Raw, arena: Arena
     ) -> Iterator[tuple[int, torch.Tensor]]:
         absmax, scales = state
         reciprocals = absmax.clamp(min=quantize.TINY).reciprocal_()

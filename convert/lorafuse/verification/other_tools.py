@@ -102,10 +102,11 @@ def _relation(step: Step, stored: Sources | None, arena: Arena, loader: Arena) -
     for patch in step.patches:
         patch.prepare(Base(step.sources, loader), loader)
     for start, stop in step.tiles():
-        w = _decoded(step.sources, start, stop, arena).float().clone()
-        s = _decoded(stored, start, stop, arena).clone()
+        box = step.box(start, stop)
+        w = step.sources.values(box, arena).float().clone()
+        s = stored.values(box, arena).clone()
         v = patched(step, w, start, arena).clone()
-        distance = _decoded(on_grid, start, stop, arena).float().sub_(s)
+        distance = on_grid.values(box, arena).float().sub_(s)
         relation.grid_sq += float(distance.square_().sum(dtype=torch.float64))
         relation.add(w, v, s, arena)
     for patch in step.patches:
@@ -120,10 +121,6 @@ def _relation(step: Step, stored: Sources | None, arena: Arena, loader: Arena) -
             if name in ("kept", "noise", "delta_rel")
         }
     return facts
-
-
-def _decoded(sources: Sources, start: int, stop: int, arena: Arena) -> torch.Tensor:
-    return sources.decode(sources.fetch(start, stop, arena), start, stop, arena)
 
 
 def _grid(step: Step, stored: Sources) -> BaseQuant | None:
@@ -141,5 +138,5 @@ def _same_bytes(step: Step, stored: Sources, arena: Arena, loader: Arena) -> boo
     """Of a weight that is no floating point, or whose shape differs."""
     if stored.spec != step.spec or step.patches:
         return False
-    pairs = ((_decoded(step.sources, *tile, arena), _decoded(stored, *tile, loader)) for tile in step.tiles())
-    return all(torch.equal(a, b) for a, b in pairs)
+    boxes = (step.box(*tile) for tile in step.tiles())
+    return all(torch.equal(step.sources.values(box, arena), stored.values(box, loader)) for box in boxes)

@@ -20,6 +20,7 @@ from lorafuse.adapters.updates import Update
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs.sources import Sources
 from lorafuse.errors import AdapterError, shown
+from lorafuse.files.tensors import Box
 from lorafuse.patches.dora import Dora
 from lorafuse.patches.factor import Factor, load
 from lorafuse.patches.lowrank import LowRank
@@ -181,8 +182,8 @@ def _refuse_shifted(adapter: AdapterDir, key: str, target: Target, base: Sources
     """Compares a vector with the base's; the names do not say which models' norms MLX-LM shifts."""
     if base.spec.shape != target.spec.shape:
         return
-    arena, numel = Arena(torch.device("cpu")), base.spec.numel
-    before = base.decode(base.fetch(0, numel, arena), 0, numel, arena).float().mean()
+    arena = Arena(torch.device("cpu"))
+    before = base.values(Box.whole(base.spec), arena).float().mean()
     after = load(adapter.store, key, arena.device).mean()
     if abs(float(after - before)) > _MAX_SHIFT:
         raise AdapterError(
