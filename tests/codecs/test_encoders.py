@@ -109,7 +109,7 @@ def test_a_run_of_bytes_may_span_tensors(base, tmp_path):
             buffer = torch.empty(step, dtype=torch.uint8)
             for piece in encoder.encode(torch.empty(0), start, stop, buffer, Arena(CPU)).pieces:
                 part = buffer[piece.start : piece.start + piece.nbytes]
-                made[piece.tensor][piece.offset : piece.offset + piece.nbytes] = bytes(part.tolist())
+                made[piece.tensor][piece.at : piece.at + piece.nbytes] = bytes(part.tolist())
         for name, data in made.items():
             stored = bytearray(with_store.tensors[name].spec.nbytes)
             with_store.read_into(name, 0, stored)

@@ -269,12 +269,12 @@ def test_steps_hold_no_more_than_their_budget(many_tiles, tmp_path, monkeypatch)
 
     def prepare(self, base, arena):
         nonlocal held, most
-        held, most = held + self.nbytes, max(most, held + self.nbytes)
+        held, most = held + self.needs.nbytes, max(most, held + self.needs.nbytes)
         original(self, base, arena)
 
     def release(self):
         nonlocal held
-        held -= self.nbytes
+        held -= self.needs.nbytes
         original_release(self)
 
     from lorafuse.patches.lowrank import LowRank

@@ -153,7 +153,7 @@ def test_adapters_are_files() -> None:
     [
         ("data_offsets", "files/safetensors_file.py"),
         (r"\.offset\b", "files/safetensors_file.py"),
-        ("the one rounding", "merge/workers.py"),
+        ("The one rounding", "codecs/plain.py"),
         ("set_num_threads", "arithmetic/torch_state.py"),
         ("quant_state.bitsandbytes__", "codecs/bnb4.py"),
         ("renameat2", "outdir/commit.py"),
@@ -190,7 +190,7 @@ def test_one_rounding() -> None:
     """The place where a result is rounded is marked, once; beside it only seconds, a number of groups and
     int8 codes are."""
     texts = {relative(path): path.read_text(encoding="utf-8") for path in FILES}
-    assert texts["merge/workers.py"].count("the one rounding") == 1
+    assert texts["codecs/plain.py"].count("The one rounding") == 1
     rounds = {
         file for file in texts for name in used_names(PACKAGE / file) if re.fullmatch(r"(.*\.)?round_?", name)
     }
@@ -257,6 +257,7 @@ def test_plain_style(path: Path) -> None:
         "NamedTuple",
         "Patch",
         "Sources",
+        "Encoder",
         "ReadByColumns",
         "Exception",
         "BaseException",

@@ -16,6 +16,8 @@ QUANT_METHODS: tuple[str, ...] = ()
 class DenseSources(Sources):
     """One stored tensor, of a checkpoint or of an adapter that replaces a weight."""
 
+    as_stored = True
+
     def __init__(self, store: Store, name: str) -> None:
         self.store = store
         self.names: tuple[str, ...] = (name,)

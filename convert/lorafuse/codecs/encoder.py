@@ -21,11 +21,11 @@ FinishedTiles = Callable[[], Iterator[tuple[int, torch.Tensor]]]
 
 
 class Piece(NamedTuple):
-    """Bytes [start, start + nbytes) of a tile's buffer, and where they belong: byte `offset` of the stored
+    """Bytes [start, start + nbytes) of a tile's buffer, and where they belong: byte `at` of the stored
     tensor `tensor`."""
 
     tensor: str
-    offset: int
+    at: int
     start: int
     nbytes: int
 

@@ -3,7 +3,6 @@
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.encoder import Encoded, Encoder, Piece, WeightToStore
 from lorafuse.codecs.stored import StoredEncoder
 from lorafuse.files.tensors import DTYPES, StoredTensor, TensorSpec
@@ -47,6 +46,6 @@ def values_of(weight: WeightToStore) -> Encoder:
 def encoder_of(weight: WeightToStore) -> Encoder:
     """The format `dense`: every weight in full precision. Bytes that would not change are copied."""
     sources = weight.sources
-    if weight.untouched and isinstance(sources, DenseSources) and sources.spec == weight.spec:
+    if weight.untouched and sources.as_stored and sources.spec == weight.spec:
         return StoredEncoder(sources.store, {weight.name: sources.names[0]})
     return values_of(weight)

@@ -47,6 +47,7 @@ class Sources(Protocol):
     `out_dtype`: the dtype that `--dtype auto` writes; it differs from spec.dtype for int8, which decodes to
     fp32.
     `names`: the stored tensors; the first holds the values or codes. `store`: where they are.
+    `as_stored`: whether the one stored tensor holds the values themselves.
     `nbytes`: host bytes that a worker holds while it decodes a tile, beyond what is proportional to the tile.
     `held_nbytes`: host bytes held from prepare to release.
     `window_nbytes`: host bytes that the tiles in the making hold together, however many they are.
@@ -57,6 +58,7 @@ class Sources(Protocol):
     names: tuple[str, ...]
     store: Store
     scheme: Scheme
+    as_stored: bool = False
     nbytes: int = 0
     held_nbytes: int = 0
     window_nbytes: int = 0

@@ -46,7 +46,7 @@ class StoredEncoder(Encoder):
 
     def will_need(self, start: int, stop: int) -> None:
         for piece in self._pieces(start, stop):
-            self._store.will_need(self._names[piece.tensor], piece.offset, piece.nbytes)
+            self._store.will_need(self._names[piece.tensor], piece.at, piece.nbytes)
 
     def encode(
         self, values: torch.Tensor, start: int, stop: int, buffer: torch.Tensor, arena: Arena
@@ -55,7 +55,7 @@ class StoredEncoder(Encoder):
         pieces, view = tuple(self._pieces(start, stop)), host_view(buffer)
         for piece in pieces:
             self._store.read_into(
-                self._names[piece.tensor], piece.offset, view[piece.start : piece.start + piece.nbytes]
+                self._names[piece.tensor], piece.at, view[piece.start : piece.start + piece.nbytes]
             )
         return Encoded(pieces)
 

@@ -16,7 +16,6 @@ from lorafuse.adapters.reading.keys import plain_name
 from lorafuse.adapters.reading.lora_config import changes_base
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs import Sources
-from lorafuse.codecs.dense import DenseSources
 from lorafuse.errors import AdapterError, shown
 from lorafuse.files.folder import Folder, read_fully
 from lorafuse.files.hashing import hash_file
@@ -94,7 +93,7 @@ def _other_precision(
 ) -> Iterator[str]:
     """Adapters whose base was quantized, going by its name, when the checkpoint's weights are not, nor taken
     as if they were."""
-    if any(not isinstance(sources, DenseSources) for sources in weights.values()):
+    if any(not sources.as_stored for sources in weights.values()):
         return
     for adapter in adapters:
         kind = quantized_by_name(adapter.base_name)
@@ -161,7 +160,7 @@ def base_copies(adapter: AdapterDir, edits: Mapping[str, Edit], names: Names) ->
     copies: dict[str, BaseCopy] = {}
     for weight, edit in edits.items():
         base = names.weights.get(weight) or names.weights.get(names.embed or "")
-        if isinstance(edit.replaced, DenseSources) and isinstance(base, DenseSources):
+        if edit.replaced and edit.replaced.as_stored and base and base.as_stored:
             (key,) = edit.replaced.names
             if key.endswith(".base_layer.weight") or weight in (names.embed, names.head):
                 copies.setdefault(key, BaseCopy(adapter, key, weight, edit.replaced, base))

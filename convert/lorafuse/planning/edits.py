@@ -7,7 +7,6 @@ from lorafuse.adapters import AdapterDir, Choice, Edit, Patch, Target, Update
 from lorafuse.adapters.reading.keys import unusual_prefixes
 from lorafuse.codecs import Sources
 from lorafuse.codecs.conv1d import is_conv1d
-from lorafuse.codecs.dense import DenseSources
 from lorafuse.errors import AdapterError, listed, shown
 from lorafuse.files.tensors import FLOATS, TensorSpec
 from lorafuse.naming import Names
@@ -121,7 +120,7 @@ def _patch(
 ) -> Patch:
     """The update's patch for this weight, moved to the rows that it has of the parameter."""
     assert update.make is not None
-    key, spec, quantized = shown(update.keys[0]), sources.spec, not isinstance(sources, DenseSources)
+    key, spec, quantized = shown(update.keys[0]), sources.spec, not sources.as_stored
     if spec.dtype not in FLOATS:
         raise AdapterError(f"{adapter.file}: {key} updates {shown(part.weight)}, which is {spec}.")
     conv1d = is_conv1d(names.config, part.weight) != part.transposed

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 
 from lorafuse.codecs import Sources, open_weights
 from lorafuse.codecs.conv1d import is_conv1d
-from lorafuse.codecs.dense import DenseSources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES
@@ -29,7 +28,7 @@ def as_trained(
     """The weights of the checkpoint, some of them quantized. Raises CheckpointError for one that is quantized
     already."""
     for name, sources in weights.items():
-        if not isinstance(sources, DenseSources):
+        if not sources.as_stored:
             raise CheckpointError(
                 f"{shown(ckpt.folder)}: {shown(name)} is quantized already, so this checkpoint is what "
                 "training saw: leave --base-quant out."
