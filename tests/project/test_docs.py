@@ -1,7 +1,13 @@
 """README and docs say what is so: the help text is the real one, commands exist, links lead somewhere."""
 
+import ast
 import re
+import sys
+import threading
+from importlib import import_module
+from inspect import unwrap
 from pathlib import Path
+from types import FunctionType
 
 from click.testing import CliRunner
 
@@ -9,7 +15,9 @@ import lorafuse
 from lorafuse import cli, errors
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(lorafuse.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 DOCS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")] + sorted(
     (ROOT / "docs").glob("*.md")
 )
@@ -51,12 +59,79 @@ def test_links_and_files_that_are_named_exist():
             assert (ROOT / name).exists(), f"{path.name}: {name}"
 
 
-def test_every_module_has_its_line_in_the_architecture():
-    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    package = ROOT / "convert" / "lorafuse"
-    for module in package.rglob("*.py"):
-        if not module.name.startswith("_"):
-            assert module.name in text, module.name
+def defined_in(file: Path) -> set[str]:
+    """The classes and tables of a file's top level."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    names = {node.name for node in body if isinstance(node, ast.ClassDef)}
+    return names | {ast.unparse(node.target) for node in body if isinstance(node, ast.AnnAssign)}
+
+
+def test_every_word_of_the_architecture_is_a_class_in_its_file():
+    words = re.findall(r"^\| `(\w+)` \| `([\w/]+\.py)` \|", ARCHITECTURE, re.M)
+    assert len(words) > 20
+    for word, file in words:
+        assert word in defined_in(PACKAGE / file), f"{file}: {word}"
+
+
+def test_every_interface_has_its_line_in_the_architecture():
+    """Every public Protocol, in its file; and the tables in which a further implementation is named."""
+    there = {
+        (node.name, str(path.relative_to(PACKAGE)))
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and "Protocol" in map(ast.unparse, node.bases)
+        if not node.name.startswith("_")
+    }
+    section = re.search(r"## Interfaces\n(.*?)\n### ", ARCHITECTURE, re.S)[1]
+    assert set(re.findall(r"^\| `(\w+)` \| `([\w/]+\.py)` \|", section, re.M)) == there
+    tables = re.findall(r"\| ([A-Z_]+) in `([\w/]+\.py)` \|", section)
+    assert {table for table, _ in tables} == {"ADAPTERS", "CODECS", "FOLDERS", "FORMATS", "OUT_DIRS"}
+    for table, file in tables:
+        assert table in defined_in(PACKAGE / file), f"{file}: {table}"
+
+
+def test_files_that_the_architecture_names_exist():
+    names = re.findall(r"`(\w[\w/]*(?:\.py|/))`", ARCHITECTURE.partition("<!-- rooms:end -->")[2])
+    roots = [PACKAGE, ROOT]
+    for name in names:
+        assert name == "out/" or any((root / name).exists() for root in roots), name
+
+
+FOLLOWED = re.findall(r"^\d+\. `([\w.]+)` — ", ARCHITECTURE, re.M)
+
+
+def followed(name: str) -> FunctionType:
+    """The function that a dotted name stands for: `module.function`, `module.Class.method`, or `module.Class` for
+    its `__init__`. Of a decorated function it is the inner one."""
+    module, *attributes = name.rsplit(".", 1)
+    if module.rpartition(".")[2][:1].isupper():
+        module, owner = module.rsplit(".", 1)
+        attributes = [owner, *attributes]
+    thing = import_module(f"lorafuse.{module}")
+    for attribute in attributes:
+        thing = vars(thing)[attribute]
+    return unwrap(thing.__init__ if isinstance(thing, type) else thing)
+
+
+def test_the_functions_that_a_weight_passes_are_there_and_called(tmp_path):
+    """The functions of "Follow one weight" are the package's; a merge of the fixtures calls each of them."""
+    functions = {followed(name).__code__: name for name in FOLLOWED}
+    assert len(functions) == len(FOLLOWED) > 30
+    called = set()
+
+    def note(frame, event, _):
+        if event == "call":
+            called.add(frame.f_code)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    threading.setprofile(note)
+    try:
+        lorafuse.convert(ROOT / "fixtures/llama-nf4", ROOT / "fixtures/llama-adapter", tmp_path / "merged")
+    finally:
+        sys.setprofile(before)
+        threading.setprofile(None)
+    assert not {name for code, name in functions.items() if code not in called}
 
 
 def test_inspect_prints_what_the_readme_shows(tmp_path, monkeypatch):

@@ -21,6 +21,8 @@ FLOORS = """
     < planning < merge < outdir < receipt, inputs < pipeline, verification, inspection < batching < cli
 """
 RANK = {room.strip(): rank for rank, floor in enumerate(FLOORS.split("<")) for room in floor.split(",")}
+ARCHITECTURE = Path(__file__).resolve().parents[2] / "ARCHITECTURE.md"
+ROOMS_IN_ARCHITECTURE = re.compile(r"(<!-- rooms:begin -->\n)(.*?)(\n<!-- rooms:end -->)", re.DOTALL)
 # Files and rooms that know paths: those that are a file system's own, or ask where an input lies, and those
 # of what is written or listed.
 KNOW_PATHS = {"files/local_folder.py", "files/folder.py", "files/hub.py", "settings.py"} | {
@@ -107,6 +109,28 @@ def test_inputs_have_no_paths(path: Path) -> None:
 def test_what_knows_paths_is_there() -> None:
     """No exemption outlives its file."""
     assert all((PACKAGE / name).exists() for name in KNOW_PATHS)
+
+
+def rooms_table() -> str:
+    """ARCHITECTURE's table of rooms: the floors, and what each room says of itself first."""
+    lines = ["| floor | room of `convert/lorafuse/` | what it is |", "|---:|---|---|"]
+    for room, rank in RANK.items():
+        package = (PACKAGE / room).is_dir()
+        path = PACKAGE / room / "__init__.py" if package else PACKAGE / f"{room}.py"
+        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        if said:  # the file with the version says nothing
+            first, *_ = said.split("\n\n")
+            lines.append(f"| {rank} | `{room}{'/' if package else '.py'}` | {' '.join(first.split())} |")
+    return "\n".join(lines)
+
+
+def test_the_architecture_lists_the_rooms() -> None:
+    """Every room on disk has its line, on its floor, with its own first words."""
+    on_disk = {top(path) for path in FILES} - {"__init__"}
+    assert on_disk == RANK.keys()
+    table = ROOMS_IN_ARCHITECTURE.search(ARCHITECTURE.read_text(encoding="utf-8"))
+    assert table
+    assert table[2] == rooms_table(), f"python {Path(__file__).name} writes it anew"
 
 
 def test_package_imports_little() -> None:
@@ -279,3 +303,10 @@ def test_one_exception_per_exit_code() -> None:
     codes = [kind.exit_code for kind in kinds]
     assert len(set(codes)) == len(codes)
     assert set(codes) <= {1, 2, 3, 4, 5, 6, 7, 8, 9}
+
+
+if __name__ == "__main__":
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    ARCHITECTURE.write_text(
+        ROOMS_IN_ARCHITECTURE.sub(lambda found: found[1] + rooms_table() + found[3], text), encoding="utf-8"
+    )

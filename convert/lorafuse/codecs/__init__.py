@@ -1,4 +1,4 @@
-"""Knowledge of storage schemes: how a weight of the output is made from stored tensors.
+"""How weights are stored: how a weight is read from stored tensors, and which stored tensors it becomes.
 
 A codec is a module that is a `Codec`. It is added by one file and one word in CODECS; the contract tests run
 over the table.
