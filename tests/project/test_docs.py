@@ -101,8 +101,8 @@ FOLLOWED = re.findall(r"^\d+\. `([\w.]+)` — ", ARCHITECTURE, re.M)
 
 
 def followed(name: str) -> FunctionType:
-    """The function that a dotted name stands for: `module.function`, `module.Class.method`, or `module.Class` for
-    its `__init__`. Of a decorated function it is the inner one."""
+    """The function that a dotted name stands for: `module.function`, `module.Class.method`, or `module.Class`
+    for its `__init__`. Of a decorated function it is the inner one."""
     module, *attributes = name.rsplit(".", 1)
     if module.rpartition(".")[2][:1].isupper():
         module, owner = module.rsplit(".", 1)
