@@ -193,8 +193,8 @@ def checked_share(index: int | None, of: int | None, environ: Mapping[str, str])
 
 
 def _slurm(environ: Mapping[str, str]) -> tuple[int, int] | None:
-    """Arrays may start anywhere and go in steps; a list with holes does not say which task is the
-    how-manieth."""
+    """Arrays may start anywhere and go in steps. For a list with gaps the index of a task cannot be
+    computed."""
     if SLURM[0] not in environ:
         return None
     task, count = (_number(environ, name) for name in SLURM)

@@ -1,5 +1,5 @@
 """What sources hold for more than one tile: values that are computed once, and windows that are read once.
-Any worker may ask; the first to do so makes it, the others wait for it."""
+Any worker may ask. The first worker that asks makes the values; the others wait for them."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

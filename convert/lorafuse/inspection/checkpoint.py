@@ -1,6 +1,6 @@
 """A checkpoint by its headers, its config and the small tensors of its codecs: which model, how its weights
-are stored, and what keeps it from being merged into. Of one on the hub only config and headers are read,
-which do not tell all."""
+are stored, and what keeps it from being merged into. Of a checkpoint on the hub only config and headers are
+read, which do not tell everything."""
 
 import posixpath
 from collections import Counter

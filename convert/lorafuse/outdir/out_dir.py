@@ -1,7 +1,7 @@
 """Where a result is made, and how it appears: the twin of Folder.
 
-Nothing is visible under its final name before it is complete. What a run that was cut off has finished, an
-equal run takes over.
+Nothing is visible under its final name before it is complete. An equal run takes over the files that a run
+finished before it was cut off.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

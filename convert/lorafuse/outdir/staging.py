@@ -1,9 +1,8 @@
-"""Results in directories of this machine: made in a hidden directory until they become OUT_DIR; what is left
-of one when a run is cut off; and the checks of OUT_DIR itself.
+"""Results in directories of this machine. A result is made in a hidden directory until it becomes OUT_DIR.
 
-`<hidden>/out` is what becomes OUT_DIR (`commit.py` says where it lies), `<hidden>/journal.jsonl` says which
-of its shards are finished. The next run of the same command takes the directory over, under a name of its
-own, and goes on.
+`<hidden>/out` becomes OUT_DIR (`commit.py` says where it lies); `<hidden>/journal.jsonl` lists its finished
+shards. When a run is cut off, the next run of the same command takes the hidden directory over, under a name
+of its own, and goes on. The checks of OUT_DIR itself are here too.
 """
 
 import errno

@@ -1,6 +1,9 @@
-"""Is the checkpoint the base that the adapter was trained on? What the files tell beyond shapes and names,
-which are refused where they do not fit: the name of the base in the adapter's config, copies of its weights
-in the adapter, the receipt of a merge."""
+"""Is the checkpoint the base that the adapter was trained on?
+
+Shapes and names that do not fit are refused elsewhere; `naming_the_base` adds the base's name to such a
+refusal. Beyond these the files tell the name of the base in the adapter's config, copies of base weights in
+the adapter, and the receipt of a merge.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,5 +1,5 @@
-"""The walk over the modules of an adapter, which every type but LoRA's own has in common: the leaves of each,
-what replaces a parameter, and the refusal of what nobody takes."""
+"""The walk over the modules of an adapter, which all types but LoRA share: the leaves of each module, the
+parameters that the adapter replaces, and the refusal of tensors that no update takes."""
 
 from collections.abc import Callable, Sequence
 
