@@ -69,7 +69,7 @@ class TensorInfo:
 
     spec: TensorSpec
     file: int
-    offset: int  # bytes from the start of that file; only shardfile makes and uses it
+    offset: int  # bytes from the start of that file; only safetensors_file makes and uses it
 
 
 class StoredTensor(NamedTuple):
