@@ -51,6 +51,19 @@ def test_links_and_files_that_are_named_exist():
             assert (ROOT / name).exists(), f"{path.name}: {name}"
 
 
+def test_benchmarks_that_are_named_exist_and_name_themselves():
+    scripts = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in (ROOT / "bench").rglob("*.py")
+        if "__main__" in path.read_text(encoding="utf-8")
+    }
+    for path in (*DOCS, ROOT / "Makefile", *(ROOT / "bench").rglob("*.py")):
+        named = set(re.findall(r"(?<=python -m )bench[\w.]*", path.read_text(encoding="utf-8")))
+        assert named <= scripts.keys(), path
+    for name, path in scripts.items():
+        assert f"python -m {name} " in path.read_text(encoding="utf-8"), path
+
+
 def test_every_module_has_its_line_in_the_architecture():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     package = ROOT / "convert" / "lorafuse"
