@@ -7,6 +7,7 @@ import torch
 from build import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import LINEARS
 from oracle import complaints, read_adapter, read_tensors, truth
 from peft import LoraConfig, get_peft_model
 from peft.utils.other import get_pattern_key
@@ -14,7 +15,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse.adapters.reading.keys import pattern_value
 from lorafuse.errors import AdapterError
 

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from build import refusal
+from models import QUANTIZED
 from oracle import CONV1D, config, decode, read_adapter, read_tensors
 from peft.tuners.waveft.constants import WAVELET_REDUCTIONS
 from peft.tuners.waveft.wavelet import Wavelet
@@ -15,7 +16,6 @@ from safetensors.torch import save_file
 from test_lora import Convolutions, assert_same_answers, rewrite
 
 import lorafuse
-from conftest import QUANTIZED
 from lorafuse.arithmetic.seeded import _inside_out, first_of_randperm
 from lorafuse.arithmetic.wavelets import FAMILIES, reconstruction_filters
 from lorafuse.errors import AdapterError

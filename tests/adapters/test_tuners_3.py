@@ -10,13 +10,13 @@ import json
 import pytest
 import torch
 from build import refusal
+from models import LINEARS
 from oracle import CONV1D as CONV1D_NAME
 from oracle import config, decode, read_adapter, read_tensors
 from safetensors.torch import save_file
 from test_lora import Convolutions, assert_same_answers, rewrite
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse.adapters.types import frod
 from lorafuse.errors import AdapterError, UsageError
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import build
 import huggingface_hub
 import pytest
+from fake_hub import hub_error, wanted
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors import safe_open
-from test_hub import hub_error, wanted
 
 import lorafuse
 from lorafuse.errors import AdapterError, CheckpointError, StorageError

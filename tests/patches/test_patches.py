@@ -7,15 +7,15 @@ from contextlib import closing
 import peft
 import pytest
 import torch
+from models import spread
 from oracle import config, read_tensors
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from renamed_models import answers, tiny
 from safetensors.torch import save_file
-from test_naming import answers, tiny
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import lorafuse
-from conftest import _spread
 from lorafuse.adapters import ADAPTERS, open_adapter
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.errors import AdapterError
@@ -263,7 +263,7 @@ JOINED = {
 def nomic(tmp_path_factory):
     """A NomicBert as transformers writes it, whose query, key and value are one stored weight."""
     path = tmp_path_factory.mktemp("joined") / "nomic_bert"
-    _spread(tiny("nomic_bert")).save_pretrained(path)
+    spread(tiny("nomic_bert")).save_pretrained(path)
     return path
 
 

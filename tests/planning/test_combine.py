@@ -8,16 +8,17 @@ import shutil
 from contextlib import suppress
 
 import huggingface_hub
+import moe_models
 import peft
 import pytest
 import torch
 from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
+from models import LINEARS
 from oracle import Truth, complaints, config, decode, read_adapter, read_tensors, truth
 from safetensors.torch import save_file
 from test_tuners_1 import TARGETS, TYPES, assert_weights, expected, load, logits, tuned  # noqa: F401 (a fixture)
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse import cli
 from lorafuse.adapters import open_adapter
 from lorafuse.errors import AdapterError, OutDirError, UsageError
@@ -208,12 +209,10 @@ def test_a_weight_of_zero_adds_nothing(base, adapter, tmp_path):
 
 def test_experts_are_summed(tmp_path, monkeypatch):
     """LoRA on a stack of experts' matrices, from two adapters, beside a single layer's."""
-    from test_experts import BOTH, MODELS, load, logits, train
-
     torch.manual_seed(0)
-    MODELS["gpt_oss"]().save_pretrained(tmp_path / "moe")
-    for i, targets in enumerate((BOTH, BOTH[1:])):
-        train(
+    moe_models.MODELS["gpt_oss"]().save_pretrained(tmp_path / "moe")
+    for i, targets in enumerate((moe_models.BOTH, moe_models.BOTH[1:])):
+        moe_models.train(
             tmp_path / "moe", tmp_path / f"{i}", target_parameters=targets, target_modules=["o_proj"], r=2 + i
         )
         lorafuse.convert(tmp_path / "moe", tmp_path / f"{i}", tmp_path / f"only{i}")
@@ -226,7 +225,7 @@ def test_experts_are_summed(tmp_path, monkeypatch):
     for name in stored:
         value = zero[name].double() - 0.5 * (one[name].double() - stored[name].double())
         assert (both[name].double() - value).abs().max() < 1e-5
-    assert (logits(load(tmp_path / "out")) - logits(load(tmp_path / "only0"))).abs().max() > 1e-4
+    assert (moe_models.logits(moe_models.load(tmp_path / "out")) - moe_models.logits(moe_models.load(tmp_path / "only0"))).abs().max() > 1e-4
 
 
 # ---- the order

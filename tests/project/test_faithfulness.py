@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from models import by_transformers, tiny_llama
 from safetensors.torch import load_file, save_file
 from unmerged import train
 
@@ -15,7 +16,6 @@ from bench.faithfulness.accuracy import same_weights
 from bench.faithfulness.bars import Bar, decades, svg
 from bench.faithfulness.distance import around_block, kept_and_noise, merged_in_float64
 from bench.faithfulness.smollm2 import ADAPTERS, QLORA, Adapter, merges, quantize, save_decoded, titles
-from conftest import by_transformers, tiny_llama
 from lorafuse import cli
 
 ROOT = Path(__file__).resolve().parents[2]

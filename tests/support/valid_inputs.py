@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 from build import adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint
+from models import by_hand
 from safetensors.torch import load_file, save_file
-
-from conftest import by_hand
 
 Files = dict[str, bytes]
 
