@@ -48,6 +48,28 @@ def base(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="session")
+def trained(base, tmp_path_factory):
+    """trained(case, base) → Trained, of the table in peft_cases.py, made once; without a base on the first of
+    the case. More settings are those of its config."""
+    import trained as training
+    from peft_cases import CASES
+
+    made = {}
+
+    def get(name, base_kind=None, **settings):
+        case = CASES[name]
+        case = case._replace(settings=case.settings | settings)
+        base_kind = base_kind or case.bases[0]
+        key = (name, base_kind, repr(settings))
+        if key not in made:
+            path = tmp_path_factory.mktemp("trained") / "adapter"
+            made[key] = training.train(case, base(base_kind), path)
+        return made[key]
+
+    return get
+
+
 @pytest.fixture
 def adapter(base, tmp_path):
     """adapter(kind, …LoraConfig) → an adapter that PEFT wrote for the dense twin of that checkpoint, no

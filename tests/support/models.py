@@ -1,4 +1,4 @@
-"""Tiny but real checkpoints, made by transformers and bitsandbytes: the kinds that the fixture `base` knows."""
+"""Tiny but real checkpoints, made by transformers and bitsandbytes: what the fixture `base` knows."""
 
 import json
 
