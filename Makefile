@@ -31,13 +31,13 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 real: $(VENV)/.real
-	$(BIN)/python bench/real.py --work $(BUILD)/real
+	$(BIN)/python -m bench.faithfulness.real --work $(BUILD)/real
 
 faithfulness: $(VENV)/.real
-	$(BIN)/python bench/faithfulness.py --work $(BUILD)/real --docs docs/accuracy.md
+	$(BIN)/python -m bench.faithfulness.accuracy --work $(BUILD)/real --docs docs/accuracy.md
 
 bench: $(VENV)/.dev
-	$(BIN)/python bench/run.py --work $(BUILD)/bench
+	$(BIN)/python -m bench.run --work $(BUILD)/bench
 
 fixtures: $(VENV)/.dev
 	$(BIN)/python fixtures/make.py

@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes what they print, with the machine they ran on.
 
-    python bench/run.py --work build/bench [--only compute] [--docs docs/benchmarks.md]
+    python -m bench.run --work build/bench [--only compute] [--docs docs/benchmarks.md]
 
 Nothing else should run meanwhile. The work directory needs about 50 GB; the inputs in it are kept for the
 next run.
@@ -9,15 +9,12 @@ next run.
 import argparse
 from pathlib import Path
 
-import base_quant
-import batch
-import compute
-import measure
-import memory
-import peers
+from bench.memory import peak
+from bench.speed import base_quant, batch, compute, peers
+from bench.support import measure
 
 LAYERS = 16
-BENCHMARKS = {"compute": compute, "base_quant": base_quant, "memory": memory, "peers": peers, "batch": batch}
+BENCHMARKS = {"compute": compute, "base_quant": base_quant, "memory": peak, "peers": peers, "batch": batch}
 TITLES = {
     "compute": "CPU time of the arithmetic",
     "base_quant": "CPU time of --base-quant",
@@ -27,10 +24,10 @@ TITLES = {
 }
 PREAMBLE = """# Benchmarks
 
-Written by `python bench/run.py --work build/bench --docs docs/benchmarks.md`; each table by the command above
+Written by `python -m bench.run --work build/bench --docs docs/benchmarks.md`; each table by the command above
 it.
 
-The inputs are synthetic (`bench/synthetic.py`): a checkpoint with the shapes of Llama-3.2-1B in
+The inputs are synthetic (`bench/support/synthetic.py`): a checkpoint with the shapes of Llama-3.2-1B in
 double-quantized NF4, one matrix of 16384 x 53248 in the same format, and a rank-16 LoRA adapter over every
 linear layer of either. What is compared runs in alternation, each run in a process of its own, and what
 counts is the ratio of the medians. Seconds depend on the machine, and on a rented one on its neighbours; only

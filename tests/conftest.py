@@ -1,6 +1,5 @@
 """Tiny but real checkpoints (transformers, bitsandbytes) and adapters (PEFT), made once a session."""
 
-import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -8,14 +7,12 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import bitsandbytes.functional as bnb
 import fix_bnb_avx512
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from models import DENSE, QUANTIZED
 
 fix_bnb_avx512.mend()
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MARKED_GPU = "needs a CUDA device, and torch sees none here"
 
 
@@ -33,94 +30,6 @@ def share_s(request):
     return float(os.environ.get("LORAFUSE_SOAK", "0")) * 3600 / n_tests
 
 
-def tiny_llama(*, tied=False, dtype=torch.float32, hidden=64, inter=96, bias=True):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=hidden, intermediate_size=inter, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return _spread(LlamaForCausalLM(config)).to(dtype)
-
-
-def tiny_gpt2(dtype=torch.float32):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=96, n_positions=32, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
-    )
-    return _spread(GPT2LMHeadModel(config)).to(dtype)
-
-
-def _spread(model):
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.05 + (1.0 if p.dim() == 1 else 0.0))
-    return model
-
-
-def by_transformers(source, target, shard="40KB", **settings):
-    """Quantize as users do."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=BitsAndBytesConfig(**settings))
-    model.save_pretrained(target, max_shard_size=shard)
-
-
-def by_hand(source, target, *, storage=torch.uint8, **settings):
-    """Quantize with bitsandbytes alone, for settings that transformers does not offer."""
-    tensors = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        if tensor.dim() == 2 and not name.startswith(("model.embed_tokens", "lm_head")):
-            packed, state = bnb.quantize_4bit(tensor, quant_storage=storage, **settings)
-            tensors[name] = packed
-            tensors |= {f"{name}.{k}": v.contiguous() for k, v in state.as_dict(packed=True).items()}
-        else:
-            tensors[name] = tensor
-    target.mkdir()
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (target / "config.json").write_text(json.dumps(config))
-
-
-DENSE = {
-    "fp32": tiny_llama,
-    "fp16": lambda: tiny_llama(dtype=torch.float16),
-    "bf16": lambda: tiny_llama(dtype=torch.bfloat16),
-    "fp32_tied": lambda: tiny_llama(tied=True),
-    "bf16_tied": lambda: tiny_llama(tied=True, dtype=torch.bfloat16),
-    "bf16_odd": lambda: tiny_llama(dtype=torch.bfloat16, hidden=40, inter=50, bias=False),
-    "gpt2": tiny_gpt2,
-    "gpt2_bf16": lambda: tiny_gpt2(torch.bfloat16),
-}
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-QUANTIZED = {
-    "nf4": ("bf16", by_transformers, NF4),
-    "nf4_dq": ("bf16", by_transformers, NF4 | {"bnb_4bit_use_double_quant": True}),
-    "nf4_fp16": ("fp16", by_transformers, NF4 | {"bnb_4bit_use_double_quant": True}),
-    "nf4_tied": ("bf16_tied", by_transformers, NF4),
-    "fp4_dq": (
-        "bf16",
-        by_transformers,
-        NF4 | {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
-    ),
-    "nf4_bs256": ("bf16", by_hand, {"quant_type": "nf4", "blocksize": 256, "compress_statistics": True}),
-    "nf4_bf16storage": ("bf16", by_hand, {"quant_type": "nf4", "storage": torch.bfloat16}),
-    "fp4_fp32storage": (
-        "fp32",
-        by_hand,
-        {"quant_type": "fp4", "storage": torch.float32, "compress_statistics": True},
-    ),
-    "nf4_odd": ("bf16_odd", by_hand, {"quant_type": "nf4", "compress_statistics": True}),
-    "int8": ("bf16", by_transformers, {"load_in_8bit": True}),
-    "gpt2_nf4": ("gpt2_bf16", by_transformers, NF4),
-    "gpt2_int8": ("gpt2_bf16", by_transformers, {"load_in_8bit": True}),
-}
-
-
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """base(kind) → a checkpoint directory, not to be changed."""
@@ -135,6 +44,28 @@ def base(tmp_path_factory):
                 source, quantize, settings = QUANTIZED[kind]
                 quantize(get(source), path, **settings)
         return path
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def trained(base, tmp_path_factory):
+    """trained(case, base) → Trained, of the table in peft_cases.py, made once; without a base on the first of
+    the case. More settings are those of its config."""
+    import trained as training
+    from peft_cases import CASES
+
+    made = {}
+
+    def get(name, base_kind=None, **settings):
+        case = CASES[name]
+        case = case._replace(settings=case.settings | settings)
+        base_kind = base_kind or case.bases[0]
+        key = (name, base_kind, repr(settings))
+        if key not in made:
+            path = tmp_path_factory.mktemp("trained") / "adapter"
+            made[key] = training.train(case, base(base_kind), path)
+        return made[key]
 
     return get
 

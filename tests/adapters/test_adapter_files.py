@@ -8,11 +8,11 @@ import build
 import pytest
 import torch
 from click.testing import CliRunner
+from models import LINEARS
 from oracle import complaints, truth
 from safetensors.torch import load_file, save_file
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse import cli
 from lorafuse.errors import AdapterError, CheckpointError, UsageError
 

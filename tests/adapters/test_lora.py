@@ -1,20 +1,17 @@
 """PEFT's LoRA: scaling, orientation, layer kinds, replacements and refusals, each against PEFT itself."""
 
-import json
-
 import pytest
 import torch
-from build import refusal
+from build import refusal, rewrite
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import LINEARS
 from oracle import complaints, read_adapter, read_tensors, truth
-from peft import LoraConfig, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
-from torch import nn
+from trained import assert_same_answers
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse.adapters.reading.keys import pattern_value
 from lorafuse.errors import AdapterError
 
@@ -42,11 +39,6 @@ def test_patterns_match_as_in_peft(keys, module):
     assert pattern_value(pattern, module, "default") == pattern.get(get_pattern_key(keys, module), "default")
 
 
-def rewrite(path, **fields):
-    config = json.loads((path / "adapter_config.json").read_text()) | fields
-    (path / "adapter_config.json").write_text(json.dumps(config))
-
-
 def test_patterns_scale_each_module(base, adapter, tmp_path):
     """rank_pattern and alpha_pattern give the merged model the answers of the unmerged one."""
     lora = adapter(
@@ -67,57 +59,11 @@ def test_patterns_scale_each_module(base, adapter, tmp_path):
     assert_same_answers(tmp_path / "out", adapter.model)
 
 
-def assert_same_answers(out_dir, model, tolerance=1e-4):
-    from transformers import AutoModelForCausalLM
-
-    merged, info = AutoModelForCausalLM.from_pretrained(
-        out_dir, dtype=torch.float32, output_loading_info=True
-    )
-    assert not any(info.values())
-    ids = torch.arange(1, 20)[None]
-    with torch.no_grad():
-        assert (merged.eval()(ids).logits - model(ids).logits).abs().max() < tolerance
-
-
 def test_null_patterns_mean_none(base, adapter, tmp_path):
     lora = adapter("fp32", target_modules=["q_proj"])
     rewrite(lora, rank_pattern=None, alpha_pattern=None)
     lorafuse.convert(base("fp32"), lora, tmp_path / "out")
     assert complaints(tmp_path / "out", truth(base("fp32"), lora)) == []
-
-
-class Convolutions(nn.Module):
-    """One layer of each kind that LoRA adapts beside linears."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two, self.three = nn.Conv1d(6, 8, 3), nn.Conv2d(4, 6, (3, 2)), nn.Conv3d(2, 5, 2)
-        self.point, self.words = nn.Conv2d(4, 4, 1), nn.Embedding(11, 8)
-
-
-def test_convolutions_and_embeddings_merge_as_in_peft(tmp_path):
-    """Conv1d, Conv2d, Conv3d, 1×1 and Embedding: PEFT's own merge in fp32 is the reference."""
-    torch.manual_seed(0)
-    model = Convolutions()
-    ckpt = tmp_path / "ckpt"
-    ckpt.mkdir()
-    save_file(dict(model.state_dict()), ckpt / "model.safetensors")
-    (ckpt / "config.json").write_text(
-        '{"model_type": "none", "architectures": ["Convolutions"], "dtype": "float32"}'
-    )
-    peft = get_peft_model(
-        model, LoraConfig(r=3, lora_alpha=5, target_modules=["one", "two", "three", "point", "words"])
-    )
-    with torch.no_grad():
-        for p in peft.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn_like(p) * 0.1)
-    peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    lorafuse.convert(ckpt, tmp_path / "adapter", tmp_path / "out")
-    expected, found = peft.merge_and_unload().state_dict(), read_tensors(tmp_path / "out")
-    assert expected.keys() == found.keys()
-    for name, tensor in expected.items():
-        assert torch.allclose(found[name], tensor, rtol=1e-6, atol=1e-6), name
 
 
 def test_square_conv1d_is_decided_by_the_architecture(base, adapter, tmp_path):

@@ -3,13 +3,13 @@
 import build
 import pytest
 import torch
+from mlx_adapters import RANK, factors, truth
 from oracle import NAMES, Truth, complaints, decode
 from safetensors.torch import load_file, save_file
 
 import lorafuse
 from lorafuse.errors import AdapterError
 
-RANK = 4
 # As mlx_lm.lora writes it: all its options.
 CONFIG = {
     "adapter_path": "adapters",
@@ -30,32 +30,6 @@ def write(path, tensors, drop=(), **fields):
     )
     save_file(tensors, path / "adapters.safetensors", {"format": "mlx"})
     return path
-
-
-def factors(modules, seed=5, dtype=torch.float32):
-    """{key: tensor} of lora_a [in, r] and lora_b [r, out] for {module: (in, out)}."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for module, (n_in, n_out) in modules.items():
-        tensors[f"{module}.lora_a"] = (torch.randn(n_in, RANK, generator=generator) * 0.1).to(dtype)
-        tensors[f"{module}.lora_b"] = (torch.randn(RANK, n_out, generator=generator) * 0.1).to(dtype)
-    return tensors
-
-
-def truth(ckpt, tensors, scale, weight=lambda module: f"{module}.weight", as_is=()):
-    """Every weight with its update: (lora_a @ lora_b)ᵀ of linears, lora_a @ lora_b of the modules in
-    `as_is`."""
-    wanted = {name: Truth(*pair) for name, pair in decode(ckpt).items()}
-    for key in [key for key in tensors if key.endswith(".lora_a")]:
-        module = key.removesuffix(".lora_a")
-        a, b = tensors[key].double(), tensors[f"{module}.lora_b"].double()
-        delta, size = scale * a @ b, abs(scale) * a.abs() @ b.abs()
-        if module not in as_is:
-            delta, size = delta.T, size.T
-        w = wanted[weight(module)]
-        value = w.value + delta
-        wanted[weight(module)] = Truth(value, w.dtype, 2.0**-24 * (value.abs() + (RANK + 2) * size) * 2)
-    return wanted
 
 
 LINEARS = {f"model.layers.{i}.self_attn.q_proj": (64, 64) for i in (0, 1)}

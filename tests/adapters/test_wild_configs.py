@@ -10,12 +10,12 @@ from pathlib import Path
 import build
 import pytest
 import torch
+from mlx_adapters import factors
+from mlx_adapters import truth as mlx_truth
 from oracle import complaints, truth
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
-from test_mlx import factors
-from test_mlx import truth as mlx_truth
 
 import lorafuse
 from lorafuse.errors import AdapterError

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from build import adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint
+from models import LINEARS
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse.batching import batch as batching
 from lorafuse.codecs import open_weights
 from lorafuse.codecs.bnb4 import FourBitSources

@@ -1,7 +1,6 @@
 """Inputs by name: a local directory, else a snapshot from the hub; the hub itself is replaced by a
 function."""
 
-import fnmatch
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import build
 import huggingface_hub
 import pytest
+from fake_hub import hub_error, wanted
 from huggingface_hub import errors as hub_errors
 
 import lorafuse
@@ -39,13 +39,6 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-
-
-def hub_error(kind: type[Exception], message: str = "the hub's own words") -> Exception:
-    """An error of the hub without the response that it is normally made from."""
-    error = kind.__new__(kind)
-    error.args = (message,)
-    return error
 
 
 def test_local_directory_wins(calls: list[Any], tmp_path: Path) -> None:
@@ -99,14 +92,6 @@ def test_name_is_escaped(calls: list[Any]) -> None:
     with pytest.raises(CheckpointError) as caught:
         checkpoint_folder("\x1b[31m")
     assert str(caught.value) == "\\x1b[31m: no such directory."
-
-
-def wanted(options: dict[str, Any], file: str) -> bool:
-    """Whether snapshot_download fetches a file, by its documented patterns, where * matches a slash too."""
-    allowed = any(fnmatch.fnmatchcase(file, pattern) for pattern in options["allow_patterns"])
-    return allowed and not any(
-        fnmatch.fnmatchcase(file, pattern) for pattern in options.get("ignore_patterns") or []
-    )
 
 
 @pytest.mark.parametrize(

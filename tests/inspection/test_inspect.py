@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import QUANTIZED
 from safetensors.torch import load_file, save_file
 
 import lorafuse
-from conftest import QUANTIZED
 from lorafuse import cli
 from lorafuse.errors import LorafuseError, ResultError
 

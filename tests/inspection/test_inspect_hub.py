@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import build
 import huggingface_hub
 import pytest
+from fake_hub import hub_error, wanted
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors import safe_open
-from test_hub import hub_error, wanted
 
 import lorafuse
 from lorafuse.errors import AdapterError, CheckpointError, StorageError
@@ -22,7 +22,7 @@ def header_of(path):
     """A file's header as huggingface_hub gives it."""
     tensors = {}
     with safe_open(path, framework="np") as f:
-        for name in f.keys():  # noqa: SIM118 (not a dict)
+        for name in f.keys():
             part = f.get_slice(name)
             tensors[name] = TensorInfo(dtype=part.get_dtype(), shape=part.get_shape(), data_offsets=(0, 0))
     return SafetensorsFileMetadata(metadata={}, tensors=tensors)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from build import adapter_tensors, checkpoint_tensors, files_of, raw_file, write_adapter, write_checkpoint
 from click.testing import CliRunner
+from models import LINEARS
 from safetensors.torch import load_file, save_file
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse import cli
 from lorafuse.errors import CheckpointError, LorafuseError, OutDirError
 from lorafuse.files.names import RECEIPT

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models import LINEARS
 from oracle import decode, read_adapter, read_tensors
 from safetensors.torch import load_file, save_file
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse.errors import AdapterError, CheckpointError, ResultError, StorageError
 from lorafuse.files.safetensors_file import Shard
 from lorafuse.merge import workers as merge

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from models import LINEARS
 from oracle import complaints, round_once, truth
 
 import lorafuse
-from conftest import LINEARS
 
 BASES = [
     "fp32", "fp16", "bf16", "bf16_odd", "nf4", "nf4_dq", "nf4_fp16", "fp4_dq", "nf4_bs256", "nf4_bf16storage", "fp4_fp32storage",

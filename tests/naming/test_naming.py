@@ -6,14 +6,15 @@ import json
 import pytest
 import torch
 import transformers
+from models import spread
 from oracle import config, read_adapter, read_tensors
 from peft import LoraConfig, get_peft_model
+from renamed_models import answers, tiny
 from safetensors.torch import load_file, save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key, revert_weight_conversion
 
 import lorafuse
-from conftest import _spread
 from lorafuse.adapters.reading.keys import plain_name
 from lorafuse.errors import AdapterError
 from lorafuse.naming.aliases import Unsupported, find
@@ -70,62 +71,6 @@ def test_names_and_shapes_are_those_of_transformers(name):
         assert parameter.shape == tuple(state[key].shape) or parameter.parts[0].transposed, key
 
 
-def tiny(kind):
-    common = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    text = common | {"num_key_value_heads": 2, "max_position_embeddings": 64}
-    moe = text | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 16,
-    }
-    vision |= {"patch_size": 8}
-    qwen_vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "out_hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 4,
-        "patch_size": 8,
-    }
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    gemma = text | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
-    t = transformers
-    torch.manual_seed(0)
-    return {
-        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**text, num_local_experts=4)),
-        "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**moe, head_dim=8)),
-        "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**common)),
-        "nomic_bert": lambda: t.AutoModelForMaskedLM.from_config(
-            t.AutoConfig.for_model("nomic_bert", **common)
-        ),
-        "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**vision, num_labels=5)),
-        "gemma3": lambda: t.Gemma3ForConditionalGeneration(
-            t.Gemma3Config(
-                text_config=gemma, vision_config=vision, mm_tokens_per_image=1, image_token_index=95
-            )
-        ),
-        "llava": lambda: t.LlavaForConditionalGeneration(
-            t.LlavaConfig(
-                text_config=t.LlamaConfig(**text),
-                vision_config=t.CLIPVisionConfig(**vision),
-                image_token_index=95,
-            )
-        ),
-        "qwen2_5_vl": lambda: t.Qwen2_5_VLForConditionalGeneration(
-            t.Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=qwen_vision)
-        ),
-    }[kind]()
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """saved(kind) → a checkpoint as transformers writes it, not to be changed."""
@@ -133,7 +78,7 @@ def saved(tmp_path_factory):
 
     def get(kind):
         if not (root / kind).exists():
-            _spread(tiny(kind)).save_pretrained(root / kind)
+            spread(tiny(kind)).save_pretrained(root / kind)
         return root / kind
 
     return get
@@ -166,21 +111,6 @@ def train(model, **settings):
             if p.requires_grad:
                 p.add_(torch.randn_like(p) * 0.05)
     return peft.eval()
-
-
-def answers(model):
-    ids = torch.arange(1, 11)[None]
-    kind = model.config.model_type
-    inputs = (
-        {"pixel_values": torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)}
-        if kind == "vit"
-        else {"input_ids": ids}
-    )
-    if kind in ("gemma3", "llava"):
-        ids[0, 3 : 3 + (1 if kind == "gemma3" else 4)] = 95
-        inputs["pixel_values"] = torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)
-    with torch.no_grad():
-        return model.eval()(**inputs).logits
 
 
 TRAINED = {
@@ -300,7 +230,7 @@ def test_gpt2_of_the_hub_has_no_base_prefix(base, adapter, tmp_path):
 @pytest.mark.parametrize("modules", [["mlp.gate"], ["block_sparse_moe.gate"]])
 def test_a_checkpoint_in_the_names_of_transformers_5(modules, tmp_path):
     """Saved without reverting the names; adapters with old and new names find their weights."""
-    _spread(tiny("mixtral")).save_pretrained(tmp_path / "ckpt", save_original_format=False)
+    spread(tiny("mixtral")).save_pretrained(tmp_path / "ckpt", save_original_format=False)
     lora = write_adapter(tmp_path / "adapter", {f"model.layers.0.{name}": (4, 32) for name in modules})
     merged, _ = merged_weights(tmp_path / "ckpt", lora, tmp_path / "out")
     assert merged == ["model.layers.0.mlp.gate.weight"]

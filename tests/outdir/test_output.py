@@ -6,11 +6,11 @@ import shutil
 import stat
 
 import pytest
+from models import LINEARS
 from oracle import config, read_tensors
 from safetensors import safe_open
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse.errors import CheckpointError, OutDirError, StorageError
 from lorafuse.outdir import commit as place
 from lorafuse.outdir.sidecars import output_config

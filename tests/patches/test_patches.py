@@ -4,18 +4,17 @@ the same."""
 import json
 from contextlib import closing
 
-import peft
 import pytest
 import torch
+from models import spread
+from one_linear import ON_ONE_LINEAR, save_one_linear
 from oracle import config, read_tensors
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from renamed_models import answers, tiny
 from safetensors.torch import save_file
-from test_naming import answers, tiny
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from trained import in_peft
 
 import lorafuse
-from conftest import _spread
 from lorafuse.adapters import ADAPTERS, open_adapter
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.errors import AdapterError
@@ -28,77 +27,6 @@ from lorafuse.planning.make_plan import make_plan
 from lorafuse.settings import Settings
 
 CPU = torch.device("cpu")
-
-
-class Layer(nn.Module):
-    """A weight of more than one tile, and its bias."""
-
-    def __init__(self):
-        super().__init__()
-        self.one = nn.Linear(640, 1024)
-
-
-# PEFT type, perhaps with a variant → settings.
-CASES = {
-    "ADALORA": {"init_r": 6, "target_r": 3, "total_step": 10},
-    "BEFT": {},
-    "BOFT": {"boft_block_size": 8},
-    "C3A": {"block_size": 64},
-    "DEFT": {"r": 8},
-    "DEFT qr": {"r": 8, "decomposition_method": "qr"},
-    "DELORA": {"r": 8},
-    "FOURIERFT": {"n_frequency": 300},
-    "FOURIERFT many": {"n_frequency": 4000},
-    "FROD": {"progressbar": False},
-    "GLORA": {"r": 4},
-    "GRALORA": {"r": 8, "gralora_k": 2, "hybrid_r": 4},
-    "HIRA": {"r": 8},
-    "HRA": {"r": 8},
-    "HRA orthonormal": {"r": 8, "apply_GS": True},
-    "IA3": {"feedforward_modules": []},
-    "IA3 inputs": {"feedforward_modules": ["one"]},
-    "LN_TUNING": {},
-    "LOHA": {"r": 8, "alpha": 8},
-    "LOKR": {"r": 8, "alpha": 8},
-    "LOKR both": {"r": 2, "alpha": 8, "decompose_both": True},
-    "LORA": {"r": 8, "lora_bias": True},
-    "LORA dora": {"r": 8, "use_dora": True},
-    "LORA olora": {"r": 8, "init_lora_weights": "olora"},
-    "LORA pissa": {"r": 8, "init_lora_weights": "pissa"},
-    "MISS": {"r": 64},
-    "MISS bat": {"r": 64, "init_weights": "bat"},
-    "MISS mini": {"r": 64, "mini_r": 8, "init_weights": "mini"},
-    "OFT": {"oft_block_size": 32},
-    "OSF": {},
-    "PVERA": {"r": 8},
-    "RANDLORA": {"r": 8},
-    "ROAD": {"group_size": 64},
-    "SHIRA": {"r": 16},
-    "SUPERTUNING": {"sparsity": 0.9, "r": 4},
-    "TINYLORA": {},
-    "UNILORA": {"r": 8, "save_indices": True},
-    "VBLORA": {"r": 8, "num_vectors": 90, "vector_length": 64},
-    "VERA": {"r": 8},
-    "WAVEFT": {"n_frequency": 300, "wavelet_family": "db4"},
-    "WAVEFT many": {"n_frequency": 9000, "wavelet_family": "sym7"},
-}
-
-
-def save(model, path):
-    path.mkdir()
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path / "model.safetensors")
-    (path / "config.json").write_text('{"model_type": "none", "architectures": ["None"], "dtype": "float32"}')
-
-
-def tune(model, kind, settings, path, spread=0.05):
-    torch.manual_seed(1)
-    tuned = peft.get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**settings))
-    with torch.no_grad():
-        for p in tuned.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn_like(p) * spread)
-    tuned.save_pretrained(path, save_embedding_layers=False)
-    return tuned.eval()
 
 
 def measured(call):
@@ -115,7 +43,7 @@ def measured(call):
 
 def test_what_is_measured_is_what_torch_allocates():
     kept = []
-    call = lambda: kept.append((torch.ones(1 << 20) * 2 + 1).sum() + torch.ones(1 << 18))  # noqa: E731
+    call = lambda: kept.append((torch.ones(1 << 20) * 2 + 1).sum() + torch.ones(1 << 18))
     held, most = measured(call)
     assert 1 << 20 <= held < (1 << 20) + 1000
     assert 8 << 20 <= most < (8 << 20) + 1000
@@ -126,20 +54,18 @@ PIECE = 1 << 12
 
 
 def test_there_is_a_case_of_each_type():
-    assert {case.split()[0] for case in CASES} == ADAPTERS.keys() - {
+    assert {case.split()[0] for case in ON_ONE_LINEAR} == ADAPTERS.keys() - {
         "TRAINABLE_TOKENS",
         "MLX",
     }  # only rows of embeddings; LoRA's patches
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ON_ONE_LINEAR)
 def test_patches_take_no_more_memory_than_they_say(case, tmp_path, monkeypatch):
     """From prepare to release, and in each worker for a tile."""
     for module in ("patches.factor", "adapters.types.randlora", "adapters.reading.vera_vectors"):
         monkeypatch.setattr(f"lorafuse.{module}.READ_NUMEL", PIECE)
-    model = Layer()
-    save(model, tmp_path / "ckpt")
-    tune(model, case.split()[0], {"target_modules": ["one"]} | CASES[case], tmp_path / "adapter")
+    save_one_linear(case, 640, 1024, tmp_path)
     scale = 0.5 if case == "LN_TUNING" else 1.0  # a layer trained whole needs no patch
     with (
         closing(Checkpoint(LocalFolder(tmp_path / "ckpt"))) as ckpt,
@@ -263,7 +189,7 @@ JOINED = {
 def nomic(tmp_path_factory):
     """A NomicBert as transformers writes it, whose query, key and value are one stored weight."""
     path = tmp_path_factory.mktemp("joined") / "nomic_bert"
-    _spread(tiny("nomic_bert")).save_pretrained(path)
+    spread(tiny("nomic_bert")).save_pretrained(path)
     return path
 
 
@@ -274,13 +200,9 @@ def test_parameters_that_are_stored_joined(kind, nomic, tmp_path, monkeypatch):
     cls = type(tiny("nomic_bert"))
     model = cls.from_pretrained(nomic, dtype=torch.float32)
     before = answers(model)
-    tuned = tune(
-        model,
-        kind,
-        {"target_modules": ["q_proj", "v_proj", "up_proj"]} | JOINED[kind],
-        tmp_path / "adapter",
-        spread=0.2,
-    )
+    settings = {"target_modules": ["q_proj", "v_proj", "up_proj"]} | JOINED[kind]
+    tuned = in_peft(model, kind, settings, spread=0.2)
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     lorafuse.convert(nomic, tmp_path / "adapter", tmp_path / "out")
     found = answers(cls.from_pretrained(tmp_path / "out", dtype=torch.float32))
     assert (found - answers(tuned)).abs().max() < 1e-4 < (found - before).abs().max()
@@ -290,7 +212,8 @@ def test_parameters_that_are_stored_joined(kind, nomic, tmp_path, monkeypatch):
 def test_an_update_of_the_whole_is_refused_where_it_is_stored_joined(kind, settings, nomic, tmp_path):
     """One that reads the base, and one that mixes rows."""
     model = type(tiny("nomic_bert")).from_pretrained(nomic, dtype=torch.float32)
-    tune(model, kind, {"target_modules": ["q_proj"]} | settings, tmp_path / "adapter")
+    tuned = in_peft(model, kind, {"target_modules": ["q_proj"]} | settings)
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(
         AdapterError,
         match=r"changes .*q_proj\.weight as a whole, which the checkpoint stores in another form",

@@ -8,16 +8,18 @@ import shutil
 from contextlib import suppress
 
 import huggingface_hub
+import moe_models
 import peft
 import pytest
 import torch
 from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
+from models import LINEARS
 from oracle import Truth, complaints, config, decode, read_adapter, read_tensors, truth
+from peft_cases import CASES, Q_K_DOWN
 from safetensors.torch import save_file
-from test_tuners_1 import TARGETS, TYPES, assert_weights, expected, load, logits, tuned  # noqa: F401 (a fixture)
+from trained import answers, assert_weights, load, weights_in_float64
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse import cli
 from lorafuse.adapters import open_adapter
 from lorafuse.errors import AdapterError, OutDirError, UsageError
@@ -38,6 +40,15 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 def model_bytes(path):
     return (path / "model.safetensors").read_bytes()
+
+
+def stored_weights(ckpt):
+    return {name: value for name, (value, _) in decode(ckpt).items()}
+
+
+def slack(value, w):
+    """The error of a sum of updates in fp32."""
+    return 3e-6 * (value.abs() + w.abs()) + 1e-6 * w.abs().max()
 
 
 # ---- values
@@ -76,10 +87,10 @@ def test_lora_is_what_peft_calls_cat(kind, base, tmp_path):
     lorafuse.convert(
         base(kind), tmp_path / "a", out, adapter_scale=weights["a"], adapters=[(tmp_path / "b", weights["b"])]
     )
-    merged, unmerged = logits(load(out)), logits(wrapped)
+    merged, unmerged = answers(load(out)), answers(wrapped)
     assert (merged - unmerged).abs().max() < 1e-4
     lorafuse.convert(base(kind), tmp_path / "a", tmp_path / "one", adapter_scale=0.3)
-    assert (logits(load(tmp_path / "one")) - unmerged).abs().max() > 1e-2
+    assert (answers(load(tmp_path / "one")) - unmerged).abs().max() > 1e-2
 
 
 def summed(ckpt, *weighted):
@@ -117,19 +128,18 @@ MIX = [("loha", 0.6), ("ia3", -0.5), ("oft", 0.3), ("hra", 1.5), ("miss_bat", -0
 
 
 @pytest.mark.parametrize("kind", ["fp32", "nf4_dq"])
-def test_types_may_be_mixed(kind, base, adapter, tuned, tmp_path, monkeypatch):  # noqa: F811  # noqa: F811
+def test_types_may_be_mixed(kind, base, adapter, trained, tmp_path, monkeypatch):
     """Each W'_i is made from the base alone, though most of these types multiply the weight; here with tiles
     of a few rows."""
-    lora = adapter(kind, name="lora", target_modules=TARGETS, r=4, lora_alpha=8)
+    lora = adapter(kind, name="lora", **Q_K_DOWN, r=4, lora_alpha=8)
     wanted = {name: [value.clone(), False] for name, (value, _) in decode(base(kind)).items()}
     for name, entry in truth(base(kind), lora, 0.7).items():
         wanted[name] = [entry.value, entry.slack is not None]
     paths = [(lora, 0.7)]
     for name, weight in MIX:
-        make, settings, formula = TYPES[name]
-        path, _ = tuned(make(target_modules=TARGETS, **settings), name=name)
+        path, formula = trained(name).adapter, CASES[name].formula
         paths.append((path, weight))
-        for key, (value, changed) in expected(base(kind), path, formula, weight).items():
+        for key, (value, changed) in weights_in_float64(base(kind), path, formula, weight).items():
             if changed:
                 wanted[key] = [wanted[key][0] + (value - decode(base(kind))[key][0]), True]
     monkeypatch.setattr("lorafuse.planning.plan.TILE_NUMEL", 480)
@@ -137,25 +147,24 @@ def test_types_may_be_mixed(kind, base, adapter, tuned, tmp_path, monkeypatch): 
     lorafuse.convert(
         base(kind), first, tmp_path / "out", adapters=others, adapter_scale=scale, dtype="float32"
     )
-    assert_weights(tmp_path / "out", wanted, decode(base(kind)))
+    assert_weights(tmp_path / "out", wanted, stored_weights(base(kind)), slack)
 
 
 @pytest.mark.parametrize("turn", [1, -1])
 def test_a_type_that_reads_the_tile_goes_before_those_that_add(
-    turn, base, adapter, tuned, tmp_path, monkeypatch
+    turn, base, adapter, trained, tmp_path, monkeypatch
 ):
     """Wherever the order of the sum puts it, so that one such adapter needs no copy of the tile."""
-    make, settings, formula = TYPES["ia3"]
-    ia3, _ = tuned(make(target_modules=TARGETS, **settings))
-    lora = adapter("fp32", name="lora", target_modules=TARGETS)
+    ia3 = trained("ia3").adapter
+    lora = adapter("fp32", name="lora", **Q_K_DOWN)
     monkeypatch.setattr("lorafuse.planning.make_plan.in_order", lambda adapters: list(adapters)[::turn])
     lorafuse.convert(base("fp32"), lora, tmp_path / "out", adapters=[ia3])
-    stored = decode(base("fp32"))
-    wanted = expected(base("fp32"), ia3, formula)
+    stored = stored_weights(base("fp32"))
+    wanted = weights_in_float64(base("fp32"), ia3, CASES["ia3"].formula)
     for name, entry in truth(base("fp32"), lora).items():
         if entry.slack is not None:
-            wanted[name][0] = wanted[name][0] + (entry.value - stored[name][0])
-    assert_weights(tmp_path / "out", wanted, stored)
+            wanted[name][0] = wanted[name][0] + (entry.value - stored[name])
+    assert_weights(tmp_path / "out", wanted, stored, slack)
 
 
 def test_parts_of_joined_weights_add_as_what_is_placed_there(tmp_path):
@@ -186,15 +195,15 @@ def test_dora_is_summed_with_others(base, adapter, tmp_path):
             wanted[name][1] |= not torch.equal(value.double(), stored[name])
     (first, scale), *others = paths
     lorafuse.convert(base("fp32"), first, tmp_path / "out", adapters=others, adapter_scale=scale)
-    assert_weights(tmp_path / "out", wanted, {name: [value] for name, value in stored.items()})
+    assert_weights(tmp_path / "out", wanted, stored, slack)
 
 
 @pytest.mark.parametrize("name", ["ia3", "loha"])
-def test_the_same_adapter_twice_adds_its_weights(name, base, tuned, tmp_path):  # noqa: F811
-    make, settings, formula = TYPES[name]
-    path, _ = tuned(make(target_modules=TARGETS, **settings))
+def test_the_same_adapter_twice_adds_its_weights(name, base, trained, tmp_path):
+    path = trained(name).adapter
     lorafuse.convert(base("fp32"), path, tmp_path / "out", adapters=[path, (path, -0.3)])
-    assert_weights(tmp_path / "out", expected(base("fp32"), path, formula, 1.7), decode(base("fp32")))
+    wanted = weights_in_float64(base("fp32"), path, CASES[name].formula, 1.7)
+    assert_weights(tmp_path / "out", wanted, stored_weights(base("fp32")), slack)
 
 
 def test_a_weight_of_zero_adds_nothing(base, adapter, tmp_path):
@@ -208,12 +217,10 @@ def test_a_weight_of_zero_adds_nothing(base, adapter, tmp_path):
 
 def test_experts_are_summed(tmp_path, monkeypatch):
     """LoRA on a stack of experts' matrices, from two adapters, beside a single layer's."""
-    from test_experts import BOTH, MODELS, load, logits, train
-
     torch.manual_seed(0)
-    MODELS["gpt_oss"]().save_pretrained(tmp_path / "moe")
-    for i, targets in enumerate((BOTH, BOTH[1:])):
-        train(
+    moe_models.MODELS["gpt_oss"]().save_pretrained(tmp_path / "moe")
+    for i, targets in enumerate((moe_models.BOTH, moe_models.BOTH[1:])):
+        moe_models.train(
             tmp_path / "moe", tmp_path / f"{i}", target_parameters=targets, target_modules=["o_proj"], r=2 + i
         )
         lorafuse.convert(tmp_path / "moe", tmp_path / f"{i}", tmp_path / f"only{i}")
@@ -226,20 +233,22 @@ def test_experts_are_summed(tmp_path, monkeypatch):
     for name in stored:
         value = zero[name].double() - 0.5 * (one[name].double() - stored[name].double())
         assert (both[name].double() - value).abs().max() < 1e-5
-    assert (logits(load(tmp_path / "out")) - logits(load(tmp_path / "only0"))).abs().max() > 1e-4
+    assert (
+        moe_models.logits(moe_models.load(tmp_path / "out"))
+        - moe_models.logits(moe_models.load(tmp_path / "only0"))
+    ).abs().max() > 1e-4
 
 
 # ---- the order
 
 
 @pytest.fixture
-def three(base, adapter, tuned, tmp_path):  # noqa: F811
+def three(base, adapter, trained, tmp_path):
     """Adapters whose fp32 sum depends on its order, one of them no LoRA; two have the same config and
     shapes."""
-    make, settings, _ = TYPES["ia3"]
     paths = [
         (adapter("fp32", name="one", target_modules=LINEARS), 0.3),
-        (tuned(make(target_modules=TARGETS, **settings))[0], -0.5),
+        (trained("ia3").adapter, -0.5),
     ]
     shutil.copytree(paths[0][0], tmp_path / "two")
     tensors = {key: t * 1.01 for key, t in read_adapter(paths[0][0]).items()}
@@ -362,9 +371,8 @@ def test_an_update_is_added_to_what_another_adapter_holds(ckpt, tmp_path):
     ]
 
 
-def test_a_rescaling_of_what_another_adapter_holds_is_refused(base, tuned, tmp_path):  # noqa: F811
-    make, settings, _ = TYPES["ia3"]
-    ia3, _ = tuned(make(target_modules=TARGETS, **settings))
+def test_a_rescaling_of_what_another_adapter_holds_is_refused(base, trained, tmp_path):
+    ia3 = trained("ia3").adapter
     one = write_adapter(tmp_path / "one", {f"base_model.model.{Q}": torch.ones(64, 64)})
     key = f"base_model.model.{Q.removesuffix('.weight')}.ia3_l"
     assert refused(base("fp32"), one, ia3, tmp_path) == (
@@ -553,7 +561,7 @@ def plan_of(ckpt, *paths, **settings):
     return make_plan(Checkpoint(LocalFolder(ckpt)), first.adapter, Settings(**settings), others)
 
 
-def test_the_plan_counts_what_all_adapters_hold(base, adapter, tuned, tmp_path):  # noqa: F811
+def test_the_plan_counts_what_all_adapters_hold(base, adapter, trained, tmp_path):
     """Adapters loaded whole, the factors of a weight, and the copies of a tile for types that do more than
     add."""
     one, two = (adapter("nf4_dq", name=name, target_modules=["q_proj"], r=4) for name in ("one", "two"))
@@ -571,8 +579,7 @@ def test_the_plan_counts_what_all_adapters_hold(base, adapter, tuned, tmp_path):
         steps[1].resident_nbytes == 3 * steps[0].resident_nbytes
         and steps[1].worker_nbytes == steps[0].worker_nbytes
     )
-    make, settings, _ = TYPES["ia3"]
-    ia3, _ = tuned(make(target_modules=TARGETS, **settings))
+    ia3 = trained("ia3").adapter
     mixed, twice = (
         next(s for s in plan_of(base("nf4_dq"), *paths).steps if s.name == Q)
         for paths in ((ia3, one), (ia3, one, ia3))

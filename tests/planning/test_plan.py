@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import LINEARS
 from oracle import read_adapter, read_tensors
 from safetensors.torch import save_file
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse.adapters import open_adapter
 from lorafuse.codecs.plain import PlainEncoder
 from lorafuse.errors import UsageError

@@ -5,9 +5,9 @@ import gc
 
 import pytest
 import torch
+from models import LINEARS
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse.adapters import open_adapter
 from lorafuse.codecs import open_weights
 from lorafuse.codecs.bnb4 import FourBitSources

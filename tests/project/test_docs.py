@@ -132,6 +132,25 @@ def test_the_functions_that_a_weight_passes_are_there_and_called(tmp_path):
         sys.setprofile(before)
         threading.setprofile(None)
     assert not {name for code, name in functions.items() if code not in called}
+def test_benchmarks_that_are_named_exist_and_name_themselves():
+    scripts = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in (ROOT / "bench").rglob("*.py")
+        if "__main__" in path.read_text(encoding="utf-8")
+    }
+    for path in (*DOCS, ROOT / "Makefile", *(ROOT / "bench").rglob("*.py")):
+        named = set(re.findall(r"(?<=python -m )bench[\w.]*", path.read_text(encoding="utf-8")))
+        assert named <= scripts.keys(), path
+    for name, path in scripts.items():
+        assert f"python -m {name} " in path.read_text(encoding="utf-8"), path
+
+
+def test_every_module_has_its_line_in_the_architecture():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    package = ROOT / "convert" / "lorafuse"
+    for module in package.rglob("*.py"):
+        if not module.name.startswith("_"):
+            assert module.name in text, module.name
 
 
 def test_inspect_prints_what_the_readme_shows(tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
-"""What bench/faithfulness.py measures and writes: its formulas against PEFT and bitsandbytes, its page
-against itself."""
+"""What bench/faithfulness/ measures and writes: its formulas against PEFT and bitsandbytes, its page against
+itself."""
 
 import re
 from pathlib import Path
@@ -8,15 +8,15 @@ from xml.etree import ElementTree
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from models import by_transformers, tiny_llama
 from safetensors.torch import load_file, save_file
 from unmerged import train
 
-from bars import Bar, decades, svg
-from conftest import by_transformers, tiny_llama
-from distance import around_block, kept_and_noise, merged_in_float64
-from faithfulness import same_weights
+from bench.faithfulness.accuracy import same_weights
+from bench.faithfulness.bars import Bar, decades, svg
+from bench.faithfulness.distance import around_block, kept_and_noise, merged_in_float64
+from bench.faithfulness.smollm2 import ADAPTERS, QLORA, Adapter, merges, quantize, save_decoded, titles
 from lorafuse import cli
-from smollm2 import ADAPTERS, QLORA, Adapter, merges, quantize, save_decoded, titles
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "accuracy.md"

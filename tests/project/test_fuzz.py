@@ -156,7 +156,7 @@ def _check_files(root: Path, files: Files, end: str) -> None:
     assert {k: v for k, v in files_of(root).items() if k in files} == files
     for path in (root / "out").glob("*.safetensors"):
         with safe_open(path, framework="pt") as f:
-            assert all(f.get_tensor(key) is not None for key in f.keys())  # noqa: SIM118 (not a dict)
+            assert all(f.get_tensor(key) is not None for key in f.keys())
 
 
 def damaged(

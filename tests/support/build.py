@@ -127,3 +127,9 @@ def refusal(caught: object) -> str:
     """What a refusal says, up to the base that the adapter's config names; test_right_base.py looks at
     that."""
     return re.sub(r" The adapter's config names .* as its base\.$", "", str(getattr(caught, "value", caught)))
+
+
+def rewrite(path: Path, **fields: object) -> None:
+    """Changes fields of an adapter's config."""
+    settings = json.loads((path / "adapter_config.json").read_text()) | fields
+    (path / "adapter_config.json").write_text(json.dumps(settings))

@@ -2,9 +2,8 @@
 top, unmerged."""
 
 import torch
+from models import spread
 from oracle import config, decode
-
-from conftest import _spread
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -19,7 +18,7 @@ def small(kind, auto, path, **settings):
 
     torch.manual_seed(0)
     model = auto.from_config(AutoConfig.for_model(kind, **SMALL | settings))
-    _spread(model).save_pretrained(path)
+    spread(model).save_pretrained(path)
     return path
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from build import adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint
+from models import by_hand
+from one_linear import ON_ONE_LINEAR, save_one_linear
 from safetensors.torch import load_file, save_file
-
-from conftest import by_hand
 
 Files = dict[str, bytes]
 
@@ -50,23 +50,11 @@ def write_files(root: Path, files: Files) -> None:
 
 
 def good_types(root: Path) -> dict[str, Files]:
-    """An adapter of each PEFT type and variant that tests/test_patches.py knows, and a checkpoint of one
-    linear layer."""
-    from test_patches import CASES, save, tune
-    from torch import nn
-
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one = nn.Linear(128, 128)
-
-    for case, settings in CASES.items():
+    """An adapter of each PEFT type and variant of one_linear.py, and its checkpoint."""
+    for case in ON_ONE_LINEAR:
         (root / case).mkdir()
-        torch.manual_seed(0)
-        layer = Layer()
-        save(layer, root / case / "ckpt")
-        tune(layer, case.partition(" ")[0], {**settings, "target_modules": ["one"]}, root / case / "adapter")
+        save_one_linear(case, 128, 128, root / case)
     return {
         case: {p: data for p, data in files_of(root / case).items() if not p.endswith(".md")}
-        for case in CASES
+        for case in ON_ONE_LINEAR
     }

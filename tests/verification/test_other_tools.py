@@ -7,11 +7,11 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from click.testing import CliRunner
+from models import LINEARS
 from oracle import decode, read_tensors
 from safetensors.torch import load_file, save_file
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse import cli
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"

@@ -9,10 +9,10 @@ import struct
 import pytest
 import torch
 from click.testing import CliRunner
+from models import LINEARS
 from safetensors.torch import load_file, save_file
 
 import lorafuse
-from conftest import LINEARS
 from lorafuse import cli
 from lorafuse.errors import ResultError, UsageError
 

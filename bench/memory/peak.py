@@ -1,7 +1,7 @@
 """Peak resident memory of the whole command beyond that of `import torch`, on a model and on one enormous
 matrix.
 
-    python bench/memory.py --work build/bench
+    python -m bench.memory.peak --work build/bench
 
 The matrix is 16384 x 53248 in NF4 (1.7 GB once merged), beside an embedding of 1.05 GB. What counts is the
 highest figure of the runs against the median of a process that imports torch and ends; outputs go to the work
@@ -10,8 +10,8 @@ directory.
 
 from pathlib import Path
 
-import measure
-from measure import GB, MB, each, median, table
+from bench.support import measure
+from bench.support.measure import GB, MB, each, median, table
 
 RUNS = 3
 

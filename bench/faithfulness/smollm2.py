@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 HELD_OUT = FIXTURES / "smollm2-qlora" / "eval_ids.safetensors"
 BATCH = 8  # sequences of 128 tokens: 200 MB of float32 logits
 QUANTIZATIONS = {
@@ -78,8 +78,7 @@ def once(out: Path, make: Callable[[Path], None]) -> Path:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- the
-# inputs
+# ---- the inputs
 
 
 def make_dense(out: Path) -> None:
@@ -153,8 +152,7 @@ class Work:
         )
 
 
-# ----------------------------------------------------------------------------------------------- the ways to
-# merge
+# ---- the ways to merge
 
 
 def load(path: Path) -> PreTrainedModel:

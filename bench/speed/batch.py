@@ -1,7 +1,7 @@
 """Many adapters in one call of `lorafuse batch`, against as many runs of `lorafuse convert`, and what the
 next adapter costs.
 
-    python bench/batch.py --work build/bench
+    python -m bench.speed.batch --work build/bench
 
 The base is a Llama of 1.2 B parameters in NF4 (--layers makes it smaller), the adapters are rank 16 over all
 linear layers, or on q_proj and v_proj. Wall and CPU time are those of whole commands, one run each; disk is
@@ -15,13 +15,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import measure
-from measure import GB, MB, Usage, table
+from bench.support import measure
+from bench.support.measure import GB, MB, Usage, table
 
 COUNTS = (1, 4, 16)
 ADAPTERS = {"all linear layers": "adapter", "q_proj and v_proj": "adapter-qv"}
 LIMITS = ("100MB", "1GB")
-MOST = 32  # jobs of a pass: batching.py, MAX_MEMBERS
+MOST = 32  # jobs of a pass: batching/batch.py, MAX_MEMBERS
 N_LARGE = 1000
 
 

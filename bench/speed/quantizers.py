@@ -1,6 +1,6 @@
 """base_quant.py's measurement of one kind of quantization.
 
-    python bench/quantizers.py nf4|fp4|int8 [single]
+    python -m bench.speed.quantizers nf4|fp4|int8 [single]
 
 Prints nanoseconds of CPU time for each element: lorafuse's, bitsandbytes' quantization, and with its
 dequantization.

@@ -1,7 +1,7 @@
 """compute.py's side of lorafuse: every NF4 weight of a checkpoint is decoded, updated and rounded, tile by
 tile.
 
-    python bench/arithmetic.py BASE ADAPTER
+    python -m bench.speed.arithmetic BASE ADAPTER
 
 Prints the CPU seconds of the arithmetic alone: the tiles of a merge, computed by the code of a merge, in as
 many threads as there are cores. They are read too, which is not counted, but not measured, hashed or written.

@@ -1,7 +1,7 @@
 """The whole merge: against transformers + PEFT, against writing the bytes alone, and how soon the command
 answers.
 
-    python bench/peers.py --work build/bench
+    python -m bench.speed.peers --work build/bench
 
 Each pair of commands takes turns; every output goes to the work directory, and before each run nothing waits
 to be written. lorafuse's time includes hashing all it reads and writes and syncing it to disk, which the save
@@ -11,8 +11,8 @@ the page cache.
 
 from pathlib import Path
 
-import measure
-from measure import GB, MB, Usage, each, median, table
+from bench.support import measure
+from bench.support.measure import GB, MB, Usage, each, median, table
 
 PAIRS = 3
 STARTS = 10
@@ -26,12 +26,12 @@ def merges(work: Path, layers: int) -> str:
         ours_dir, theirs_dir = outputs / "lorafuse", outputs / "peft"
 
         def theirs() -> Usage:
-            return measure.python(measure.BENCH / "peft_merge.py", base, adapter, measure.fresh(theirs_dir))
+            return measure.python("-m", "bench.speed.peft_merge", base, adapter, measure.fresh(theirs_dir))
 
         a, b = measure.alternate(
             lambda: measure.convert(base, adapter, measure.fresh(ours_dir)), theirs, PAIRS
         )
-        differing, total = measure.python(measure.BENCH / "differing.py", ours_dir, theirs_dir).stdout.split()
+        differing, total = measure.python("-m", "bench.speed.differing", ours_dir, theirs_dir).stdout.split()
     rows = [
         versus("wall time, s", [run.wall_s for run in a], [run.wall_s for run in b]),
         versus("CPU time, s", [run.cpu_s for run in a], [run.cpu_s for run in b]),

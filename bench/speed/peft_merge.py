@@ -1,6 +1,6 @@
 """The peer of peers.py: the merge with transformers and PEFT, as their documentation has a user do it.
 
-python bench/peft_merge.py CKPT ADAPTER OUT_DIR
+python -m bench.speed.peft_merge CKPT ADAPTER OUT_DIR
 """
 
 import os

@@ -1,8 +1,10 @@
 """Three adapters trained on a quantized base, merged in every common way: how far each result is from what
 was trained.
 
-    python bench/faithfulness.py --work DIR [--docs docs/accuracy.md]      every row of docs/accuracy.md, and its plot
-    python bench/faithfulness.py --work DIR --adapter smollm2-dora --row float16                    one row
+Every row of docs/accuracy.md, and its plot:
+    python -m bench.faithfulness.accuracy --work DIR [--docs docs/accuracy.md]
+One row:
+    python -m bench.faithfulness.accuracy --work DIR --adapter smollm2-dora --row float16
 
 smollm2.py says what the inputs are and how each row is merged, distance.py what is measured. It takes about
 half an hour on two busy cores, 2.6 GB of memory and 11 GB of disk; inputs, PEFT's merges and the unmerged
@@ -17,10 +19,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from bars import Bar, svg
-from distance import HEADER, Row, around_block, figures, measure, relative_sizes, versions
-from measure import table
-from smollm2 import ADAPTERS, Adapter, Work, directory, merges, titles
+from bench.faithfulness.bars import Bar, svg
+from bench.faithfulness.distance import HEADER, Row, around_block, figures, measure, relative_sizes, versions
+from bench.faithfulness.smollm2 import ADAPTERS, Adapter, Work, directory, merges, titles
+from bench.support.measure import table
 
 
 def same_weights(a: Path, b: Path) -> bool:

@@ -1,7 +1,7 @@
 """The yardstick of compute.py: bitsandbytes dequantizes each NF4 weight of a safetensors file, as a user
 would call it.
 
-    python bench/bnb_dequantize.py FILE
+    python -m bench.speed.bnb_dequantize FILE
 
 Prints the CPU seconds (every thread) of the calls of dequantize_4bit alone. A pass over all weights goes
 before the timed one, since load_file maps the file: what is timed finds the weights in memory and the library

@@ -1,7 +1,7 @@
 """Do two merged directories hold the same weights? Checked after the peers' race, which would mean little
 otherwise.
 
-    python bench/differing.py DIR DIR
+    python -m bench.speed.differing DIR DIR
 
 Prints how many elements differ, and of how many. Fails where names or shapes differ.
 """

@@ -1,6 +1,6 @@
 """Nanoseconds an element of decode + update + cast, and of the measures, for several sizes of a tile.
 
-    python bench/tiles.py --work build/bench
+    python -m bench.speed.tiles --work build/bench
 
 The tiles of an eighth of the 1B checkpoint's layers, in this process, by one worker: no writing, no hashing.
 A size in the package is a compromise between the fixed cost of an op and the cache; it is a constant, since
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-import measure
+from bench.support import measure
 from lorafuse.adapters import open_adapter
 from lorafuse.codecs import Arena
 from lorafuse.files.checkpoint import Checkpoint

@@ -1,9 +1,9 @@
 """Merges a trained QLoRA adapter into a real model, several ways, and measures how much of it is left.
 
-    python bench/real.py --work DIR [--readme README.md]
+    python -m bench.faithfulness.real --work DIR [--readme README.md]
 
-The table of the README: the rows of bench/faithfulness.py that matter most, for one adapter, and what each
-model writes. smollm2.py says what the inputs are, distance.py what is measured.
+The table of the README: the rows of accuracy.py that matter most, for one adapter, and what each model
+writes. smollm2.py says what the inputs are, distance.py what is measured.
 
 It takes 5 to 13 minutes on two cores, 2.6 GB of memory and 3.5 GB of disk.
 """
@@ -16,9 +16,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
-from distance import HEADER, around_block, figures, measure, versions
-from measure import table
-from smollm2 import QLORA, Work, directory, load, titles
+from bench.faithfulness.distance import HEADER, around_block, figures, measure, versions
+from bench.faithfulness.smollm2 import QLORA, Work, directory, load, titles
+from bench.support.measure import table
 
 PROMPT = "def read_lines(path):\n"
 ROWS = ("float32", "float16", "bfloat16", "16bit", "peft", "none")

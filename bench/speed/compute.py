@@ -1,6 +1,6 @@
 """CPU time of the arithmetic: lorafuse's decode + update + cast against bitsandbytes' dequantization alone.
 
-    python bench/compute.py --work build/bench
+    python -m bench.speed.compute --work build/bench
 
 Both work on the same NF4 weights, read from the same file, each in a process of its own, in turns, with one
 thread for each core. arithmetic.py and bnb_dequantize.py say what they count; neither counts reading. The
@@ -14,15 +14,15 @@ import os
 import shutil
 from pathlib import Path
 
-import measure
-from measure import each, median
+from bench.support import measure
+from bench.support.measure import each, median
 
 SHM = Path("/dev/shm")
 ROUNDS = 5
 
 
 def arithmetic_cpu_s(base: Path, adapter: Path) -> float:
-    return float(measure.python(measure.BENCH / "arithmetic.py", base, adapter).stdout)
+    return float(measure.python("-m", "bench.speed.arithmetic", base, adapter).stdout)
 
 
 def within_merge_cpu_s(base: Path, adapter: Path, out_dir: Path) -> float:
@@ -32,7 +32,7 @@ def within_merge_cpu_s(base: Path, adapter: Path, out_dir: Path) -> float:
 
 
 def bitsandbytes_cpu_s(base: Path) -> float:
-    return float(measure.python(measure.BENCH / "bnb_dequantize.py", base / "model.safetensors").stdout)
+    return float(measure.python("-m", "bench.speed.bnb_dequantize", base / "model.safetensors").stdout)
 
 
 def roomy(work: Path, base: Path) -> Path:

@@ -1,7 +1,9 @@
 """Writes checkpoints and adapters of real shapes with random values, so that the benchmarks need no download.
 
-    python bench/synthetic.py llama DIR [--layers 16] [--shards 1]   a Llama of 1.2 B parameters in double-quantized NF4
-    python bench/synthetic.py wide DIR                               one NF4 matrix of 16384 x 53248 beside an embedding
+A Llama of 1.2 B parameters in double-quantized NF4:
+    python -m bench.support.synthetic llama DIR [--layers 16] [--shards 1]
+One NF4 matrix of 16384 x 53248 beside an embedding:
+    python -m bench.support.synthetic wide DIR
 
 DIR/base is the checkpoint, DIR/adapter a rank-16 LoRA over every linear layer, DIR/adapter-qv one on q_proj
 and v_proj (llama alone). Every tensor is written in pieces of a few MB: nothing here ever holds one. The

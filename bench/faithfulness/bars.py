@@ -12,7 +12,8 @@ SPAN = WIDTH - LABELS - VALUES
 # not every program that shows SVG knows them.
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328; }
-.title { font-weight: 600; } .small { font-size: 11px; } .end { text-anchor: end; } .middle { text-anchor: middle; }
+.title { font-weight: 600; } .small { font-size: 11px; } \
+.end { text-anchor: end; } .middle { text-anchor: middle; }
 .paper { fill: #ffffff; } .right { fill: #1a7f5a; } .wrong { fill: #c4501b; } .none { fill: #8c959f; }
 line { stroke: #d0d7de; }
 @media (prefers-color-scheme: dark) {
@@ -58,7 +59,8 @@ def svg(title: str, panels: Mapping[str, Sequence[Bar]]) -> str:
             width = max(x(bar.value) - LABELS, 0) if bar.value > 0 else 0
             out.append(f'<text class="end" x="{LABELS - 8}" y="{y + 15}">{escape(bar.label)}</text>')
             out.append(
-                f'<rect class="{bar.colour}" x="{LABELS}" y="{y + 3}" width="{width:.1f}" height="{LINE - 6}"/>'
+                f'<rect class="{bar.colour}" x="{LABELS}" y="{y + 3}" width="{width:.1f}" '
+                f'height="{LINE - 6}"/>'
             )
             out.append(
                 f'<text class="small" x="{LABELS + width + 6:.1f}" y="{y + 15}">{bar.value:.1e}</text>'

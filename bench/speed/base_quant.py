@@ -1,7 +1,7 @@
 """CPU time of `--base-quant`: lorafuse's quantization and dequantization against bitsandbytes' quantization
 alone.
 
-    python bench/base_quant.py --work build/bench
+    python -m bench.speed.base_quant --work build/bench
 
 The same bfloat16 weight of 4096 x 4096, one thread each, in turns in one process, quantize.py and
 simulated.py against quantize_4bit and int8_vectorwise_quant. lorafuse's time includes what double
@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import measure
-from measure import table
+from bench.support import measure
+from bench.support.measure import table
 
 KINDS = ("nf4", "nf4 single", "fp4", "int8")
 
@@ -25,7 +25,7 @@ def report(work: Path, layers: int) -> str:
     rows = []
     for kind in KINDS:
         done = subprocess.run(
-            [sys.executable, measure.BENCH / "quantizers.py", *kind.split()], check=True, capture_output=True
+            [sys.executable, "-m", "bench.speed.quantizers", *kind.split()], check=True, capture_output=True
         )
         ours, theirs, both = json.loads(done.stdout)
         rows.append((kind, f"{ours:.1f}", f"{theirs:.1f}", f"**{theirs / ours:.1f}**", f"{both:.1f}"))

@@ -5,9 +5,11 @@ compared with it is a directory, which transformers loads without complaint; bot
 on 40 × 128 held-out tokens.
 
 * KL: mean over tokens of KL(unmerged ‖ row), from logits in float64.
-* loss: mean next-token cross-entropy. top-1: share of tokens whose likeliest successor is the unmerged model's.
-* kept = ⟨S − W, Δ⟩ / ⟨Δ, Δ⟩ and noise = ‖S − W − Δ‖ / ‖Δ‖ over all merged weights together, in float64 and from the
-  files: S the row's weights, W the decoded base, Δ the update. kept 1 = the whole update is there, 0 = it is gone.
+* loss: mean next-token cross-entropy.
+* top-1: share of tokens whose likeliest successor is the unmerged model's.
+* kept = ⟨S − W, Δ⟩ / ⟨Δ, Δ⟩ and noise = ‖S − W − Δ‖ / ‖Δ‖ over all merged weights together, in float64 and
+  from the files: S the row's weights, W the decoded base, Δ the update. kept 1 = the whole update is there,
+  0 = it is gone.
 """
 
 import json
@@ -24,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from smollm2 import HELD_OUT, Adapter, Work, load, once
+from bench.faithfulness.smollm2 import HELD_OUT, Adapter, Work, load, once
 
 BATCH = 8  # sequences of 128 tokens: 200 MB of float32 logits
 
@@ -118,8 +120,7 @@ def relative_sizes(adapter: Adapter, work: Work) -> tuple[float, float]:
     return (update / norm) ** 0.5, (error / norm) ** 0.5
 
 
-# ------------------------------------------------------------------------------------------------------ the
-# report
+# ---- the report
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from typing import TypeVar
 A = TypeVar("A")
 B = TypeVar("B")
 
-BENCH = Path(__file__).resolve().parent
 MB, GB = 10**6, 10**9
 KIB = 1024
 LARGEST_PARENT = 60 * MB
@@ -126,7 +125,7 @@ def inputs(work: Path, shape: str, layers: int = 16) -> tuple[Path, Path]:
     directory = work / (f"llama-{layers}" if shape == "llama" else shape)
     if not directory.exists():
         work.mkdir(parents=True, exist_ok=True)
-        python(BENCH / "synthetic.py", shape, directory, "--layers", str(layers))
+        python("-m", "bench.support.synthetic", shape, directory, "--layers", str(layers))
     return directory / "base", directory / "adapter"
 
 

@@ -1,6 +1,6 @@
 """Trains the adapters smollm2-dora and smollm2-int8 on the Python source code of the standard library.
 
-    python bench/train_smollm2.py --work DIR [NAME ...]
+    python -m bench.faithfulness.train_smollm2 --work DIR [NAME ...]
 
 As smollm2-qlora was: rank 8, alpha 16, the q, k, v and o projections, 90 steps of AdamW (lr 1e-3) on batches
 of 4 × 128 tokens, dropout 0. The base is the quantized one, decoded by bitsandbytes (smollm2.py) and frozen
@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from smollm2 import ADAPTERS, HELD_OUT, Adapter, Work, load
+from bench.faithfulness.smollm2 import ADAPTERS, HELD_OUT, Adapter, Work, load
 
 STEPS, BATCH, LENGTH = 90, 4, 128
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -105,7 +105,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--work", type=Path, required=True, help="directory for checkpoints, as that of bench/faithfulness.py"
+        "--work", type=Path, required=True, help="directory for checkpoints, as that of accuracy.py"
     )
     parser.add_argument("names", nargs="*", default=["smollm2-dora", "smollm2-int8"], metavar="NAME")
     parser.add_argument("--threads", type=int, default=2)
