@@ -113,8 +113,7 @@ def finished(child: subprocess.Popen[str]) -> tuple[int, str, str]:
     return child.returncode, out, err
 
 
-# --- exit code 0
-# -----------------------------------------------------------------------------------------------------------
+# ---- exit code 0
 
 
 def test_merge(run: Cli, ckpt: Path, adapter: Path, out: Path) -> None:
@@ -274,8 +273,7 @@ def test_version(run: Cli) -> None:
     assert run.out == f"lorafuse, version {__version__}\n"
 
 
-# --- exit code 2, and starting without torch
-# ------------------------------------------------------------------------------
+# ---- exit code 2, and starting without torch
 
 WRONG_OPTIONS = [
     ([], "Missing argument 'CKPT'."),
@@ -354,7 +352,8 @@ def test_help_is_quick() -> None:
 def test_memory_limit_too_small(run: Cli, ckpt: Path, adapter: Path, out: Path, untouched: None) -> None:
     """A limit that nothing fits into is a usage error that says how much is needed."""
     assert run(ckpt, adapter, out, "--memory-limit", "1MB") == 2
-    pattern = r"Error: A memory limit of 1 MB is too small: \d+ MB are needed beyond `import torch`, most of it for \S+\. "
+    pattern = r"Error: A memory limit of 1 MB is too small: \d+ MB are needed beyond `import torch`, most "
+    pattern += r"of it for \S+\. "
     assert re.fullmatch(pattern + r"Raise --memory-limit\.\n", run.err)
 
 
@@ -365,8 +364,7 @@ def test_no_cuda(run: Cli, ckpt: Path, adapter: Path, out: Path, untouched: None
     assert run.err == "Error: device cuda:1: torch sees 0 CUDA devices here.\n"
 
 
-# --- exit codes 3, 4, 5, 7, 8
-# ----------------------------------------------------------------------------------------------
+# ---- exit codes 3, 4, 5, 7, 8
 
 
 def test_bad_checkpoint(run: Cli, ckpt: Path, adapter: Path, out: Path, untouched: None) -> None:
@@ -513,8 +511,7 @@ def test_bug(ckpt: Path, adapter: Path, out: Path, untouched: None, monkeypatch:
         exit_code_of(ckpt, adapter, out)
 
 
-# --- interrupted
-# -----------------------------------------------------------------------------------------------------------
+# ---- interrupted
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -559,8 +556,7 @@ def test_two_interruptions(ckpt: Path, adapter: Path, out: Path) -> None:
     assert finished(process(ckpt, adapter, out, code=stuck + MAIN))[0] == 130
 
 
-# --- every refusal
-# --------------------------------------------------------------------------------------------------------
+# ---- every refusal
 
 
 @pytest.mark.parametrize("n_shards", [1, 3])

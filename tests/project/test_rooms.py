@@ -17,8 +17,8 @@ PACKAGE = Path(lorafuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from the rooms before it; rooms of one floor, joined by commas, do not know each other.
 FLOORS = """
-    _version, errors < settings, events < files < arithmetic < codecs < patches < adapters, naming < structure, trained_base
-    < planning < merge < outdir < receipt, inputs < pipeline, verification, inspection < batching < cli
+    _version, errors < settings, events < files < arithmetic < codecs < patches < adapters, naming
+    < structure, trained_base < planning < merge < outdir < receipt, inputs < pipeline, verification, inspection < batching < cli
 """
 RANK = {room.strip(): rank for rank, floor in enumerate(FLOORS.split("<")) for room in floor.split(",")}
 # Files and rooms that know paths: those that are a file system's own, or ask where an input lies, and those
