@@ -3,39 +3,66 @@
     >>> import lorafuse
     >>> receipt = lorafuse.convert("base-nf4", "my-adapter", "merged")
 
-The command line (`lorafuse-convert`) is a thin layer over `convert`.
+The command line (`lorafuse-convert`) is a thin layer over `convert`. What is not in `__all__` is private.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lorafuse._version import __version__
-from lorafuse.errors import LorafuseError
+from lorafuse.errors import (
+    AdapterError,
+    BatchError,
+    CheckpointError,
+    HeldError,
+    LorafuseError,
+    OutDirError,
+    ResultError,
+    StorageError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from lorafuse.batching.batch import batch
+    from lorafuse.batching.jobs import JobState
     from lorafuse.inspection import inspect
     from lorafuse.pipeline import convert
     from lorafuse.verification.verify import verify
 
-__all__ = ["LorafuseError", "__version__", "batch", "convert", "inspect", "verify"]
+__all__ = [
+    "AdapterError",
+    "BatchError",
+    "CheckpointError",
+    "HeldError",
+    "JobState",
+    "LorafuseError",
+    "OutDirError",
+    "ResultError",
+    "StorageError",
+    "UsageError",
+    "__version__",
+    "batch",
+    "convert",
+    "inspect",
+    "verify",
+]
+
+# Where a name is that `import lorafuse` does not bring: torch comes with most of them, and the command line
+# shows its help without it.
+_LATER = {
+    "JobState": "lorafuse.batching.jobs",
+    "batch": "lorafuse.batching.batch",
+    "convert": "lorafuse.pipeline",
+    "inspect": "lorafuse.inspection",
+    "verify": "lorafuse.verification.verify",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # `import lorafuse` must not import torch: the command line shows its help without it.
-    if name == "convert":
-        from lorafuse.pipeline import convert
-
-        return convert
-    if name == "inspect":
-        from lorafuse.inspection import inspect
-
-        return inspect
-    if name == "batch":
-        from lorafuse.batching.batch import batch
-
-        return batch
-    if name == "verify":
-        from lorafuse.verification.verify import verify
-
-        return verify
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from os import fspath
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorafuse.arithmetic.arena import pick_device
+from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import RECEIPT
 from lorafuse.inputs.hashes import InputHashes
@@ -45,63 +46,87 @@ def convert(
     memory_limit: str | int = "100MB",
     adapter_scale: float = 1.0,
     adapter_name: str | None = None,
+    base_quant: str = "none",
+    double_quant: bool = True,
+    quant_blocksize: int = 64,
+    quant_skip: Sequence[str] = (),
+    quant_experts: bool = False,
+    base_quant_from: Name | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     restart: bool = False,
     dry_run: bool = False,
-    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
-    **training: Any,
+    on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
     """Merge a PEFT or MLX-LM adapter into a checkpoint and write the result to `out_dir`.
 
     `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder
     of `adapter`. `adapters`: further ones, or pairs (adapter, weight), to be added in any order;
-    `adapter_scale`: the weight of `adapter`, whose tokenizer is taken. `training`: how it quantized this
-    full-precision base: `base_quant`, `double_quant`, `quant_blocksize`, `quant_skip`, `quant_experts`, or
-    the file `base_quant_from` (`trained_base.options.chosen_base_quant`). `allow_nonfinite` keeps such values
-    of the base. Returns the receipt, or with `dry_run` the plan. `on_event` gets a dict for each "event":
-    "warning", "plan", "resumed", "progress", "shard" or "done". Raises a LorafuseError or an OSError; then
-    `out_dir` is as it was, and after an I/O error or an interruption the same call goes on, unless `restart`.
+    `adapter_scale`: the weight of `adapter`, whose tokenizer is taken. `base_quant` and the five after it:
+    how training quantized this full-precision base (`trained_base.options.chosen_base_quant`).
+    `allow_nonfinite` keeps such values of the base. Returns the receipt, or with `dry_run` the plan.
+    `on_event` gets a dict for each "event": "warning", "plan", "resumed", "progress", "shard" or "done".
+    Raises a LorafuseError or an OSError; then `out_dir` is as it was, and after an I/O error or an
+    interruption the same call goes on, unless `restart`.
     """
-    began = time.perf_counter()
-    given: dict[str, Any] = {
-        "max_shard_nbytes": parse_nbytes(max_shard_size),
-        "memory_nbytes": parse_nbytes(memory_limit),
-    }
-    given |= {
-        "adapter_scale": adapter_scale,
-        "adapter_name": adapter_name,
-        "allow_nonfinite": allow_nonfinite,
-    }
-    settings = Settings(dtype=dtype, device=device, base_quant=chosen_base_quant(**training), **given)
-    target, ckpt_folder = pick_device(device), checkpoint_folder(fspath(ckpt))
-    first = located_adapter(fspath(adapter), settings.adapter_scale, adapter_name, on_event)
-    located = [first, *(located_adapter(*named_weight(other), None, on_event) for other in adapters)]
-    kind = kind_of(fspath(out_dir))
-    kind.check_out_dir(
-        fspath(out_dir), [ckpt_folder, *(adapter.root for adapter in located)], overwrite=overwrite
-    )
-    with closing(Checkpoint(ckpt_folder)) as base, opened(located) as (lora, *others):
-        plan = make_plan(base, lora.adapter, settings, others)
+    settings = Settings(
+        dtype=dtype, device=device, adapter_scale=adapter_scale, adapter_name=adapter_name,
+        max_shard_nbytes=parse_nbytes(max_shard_size), memory_nbytes=parse_nbytes(memory_limit),
+        base_quant=chosen_base_quant(base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
+            quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
+        allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
+    named = [(fspath(adapter), settings.adapter_scale), *map(named_weight, adapters)]
+    writing = Writing(fspath(out_dir), overwrite, restart, dry_run)
+    return _convert(fspath(ckpt), named, writing, settings, on_event)
+
+
+class Writing(NamedTuple):
+    """What is written, if anything, and what becomes of what is there."""
+
+    out_dir: str
+    overwrite: bool
+    restart: bool
+    dry_run: bool
+
+
+def _convert(
+    ckpt: str,
+    named: Sequence[tuple[str, float]],
+    writing: Writing,
+    settings: Settings,
+    on_event: OnEvent,
+) -> dict[str, Any]:
+    """The same with checked options. `named`: (adapter, weight) of all adapters."""
+    began, (out_dir, overwrite, restart, dry_run) = time.perf_counter(), writing
+    target, ckpt_folder = pick_device(settings.device), checkpoint_folder(ckpt)
+    folder_names = [settings.adapter_name, *[None] * (len(named) - 1)]
+    located = [
+        located_adapter(name, weight, folder_name, on_event)
+        for (name, weight), folder_name in zip(named, folder_names, strict=True)
+    ]
+    kind = kind_of(out_dir)
+    kind.check_out_dir(out_dir, [ckpt_folder, *(adapter.root for adapter in located)], overwrite=overwrite)
+    with closing(Checkpoint(ckpt_folder)) as base, opened(located) as adapters:
+        first, *others = adapters
+        plan = make_plan(base, first.adapter, settings, others)
         announced = announce(plan, on_event, dry_run=dry_run)
         if dry_run:
             return announced
-        files = UnchangedInputs(base, [lora, *others])
+        files = UnchangedInputs(base, adapters)
         files.refuse_nonfinite()
         attempt = files.attempt(plan, settings, target.type)
         result = kind.open_out_dir(
-            fspath(out_dir), plan.plan_id, attempt, overwrite=overwrite, restart=restart, on_event=on_event
+            out_dir, plan.plan_id, attempt, overwrite=overwrite, restart=restart, on_event=on_event
         )
-        with InputHashes(base, fspath(ckpt), [lora, *others]) as inputs, result:
+        with InputHashes(base, ckpt, adapters) as inputs, result:
             output = output_of(plan, result, on_event)
-            receipt = carry_out(output, base, first, settings, files, inputs, began)
-    on_event(done_event(fspath(out_dir), receipt))
+            receipt = carry_out(output, base, located[0], settings, files, inputs, began)
+    on_event(done_event(out_dir, receipt))
     return receipt
 
 
-def announce(
-    plan: Plan, on_event: Callable[[dict[str, Any]], None], *, dry_run: bool = False
-) -> dict[str, Any]:
+def announce(plan: Plan, on_event: OnEvent, *, dry_run: bool = False) -> dict[str, Any]:
     """An event for each warning, and the plan's, which is returned. The adapters' copies of base weights,
     which planning did not read, are compared before a merge."""
     for message in plan.warnings if dry_run else plan.all_warnings():

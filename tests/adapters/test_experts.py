@@ -232,7 +232,8 @@ REFUSED = {
         {},
         f"{FUSED} has LoRA on 2 parameters, but target_parameters in adapter_config.json names none of it.",
     ),
-    "no list": (LORA, {"target_parameters": "down_proj"}, "target_parameters is down_proj, expected a list of names."),
+    "no list": (LORA, {"target_parameters": "down_proj"},
+    "target_parameters is down_proj, expected a list of names."),
     "another size": (
         {f"{PRE}.lora_A.weight": A[:, :7].contiguous(), f"{PRE}.lora_B.weight": B},
         DOWN,

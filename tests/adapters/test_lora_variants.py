@@ -229,7 +229,10 @@ def test_pissa_of_a_conv1d(base, adapter, tmp_path):
 @pytest.mark.parametrize("case", ["pissa", "olora", "kasa"])
 def test_a_quantized_base_is_not_what_training_changed(case, base, adapter, tmp_path):
     lora = adapter("bf16", **RESIDUALS[case] | {"target_modules": ["q_proj"]})
-    message = rf"q_proj\.lora_A\.weight: {case} took a part of model\.layers\.0\.self_attn\.q_proj\.weight out of it .*16- or 32-bit"
+    message = (
+        rf"q_proj\.lora_A\.weight: {case} took a part of model\.layers\.0\.self_attn\.q_proj\.weight out of "
+        "it .*16- or 32-bit"
+    )
     with pytest.raises(AdapterError, match=message):
         lorafuse.convert(base("nf4"), lora, tmp_path / "out")
     assert not (tmp_path / "out").exists()

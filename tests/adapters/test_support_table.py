@@ -1,8 +1,8 @@
 """docs/adapters.md says what is done with every PEFT type; it is made from the tables of the package.
 
-`python tests/test_support_table.py` writes it. Every module says what it merges in SUPPORTED and what it holds in MEMORY; one
-without the constants REFUSED_FIELDS and REFUSED_INITS refuses no field by its mere presence, and knows no such
-initialization.
+`python tests/adapters/test_support_table.py` writes it. Every module says what it merges in SUPPORTED and
+what it holds in MEMORY. A module without the constants REFUSED_FIELDS and REFUSED_INITS refuses no field by its
+mere presence, and knows no such initialization.
 """
 
 import importlib.util
@@ -21,16 +21,18 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
 DEFAULTS = {"REFUSED_FIELDS": {}, "REFUSED_INITS": {}}
 INTRO = """# PEFT types
 
-Made from the adapter modules by `python tests/test_support_table.py`, and checked by the tests: every type of PEFT has a row.
+Made from the adapter modules by `python tests/adapters/test_support_table.py`, and checked by the tests:
+every type of PEFT has a row.
 
-An adapter is merged as PEFT's unmerged model computes, in fp32 and with one rounding, or it is refused before anything is written
-(exit code 4), with the reason below.
+An adapter is merged as PEFT's unmerged model computes, in fp32 and with one rounding, or it is refused before
+anything is written (exit code 4), with the reason below.
 
 MLX stands for the adapters of MLX-LM, whose configs have a `fine_tune_type` instead of a `peft_type`.
 
 ## Merged
 
-*Memory*: what is held of one weight at a time beside its tiles and the module's own adapter tensors; *tiles* means nothing.
+*Memory*: what is held of one weight at a time beside its tiles and the module's own adapter tensors; *tiles*
+means nothing.
 
 """
 

@@ -34,7 +34,8 @@ LINEAR_ATTENTION = [
     f"linear_attn.{p}" for p in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
 ]
 QWEN_VISION = ["attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-# model_type → {where layers lie: their modules}, as the checkpoints on the hub name them; layer 31 is that of the dotted targets.
+# model_type → {where layers lie: their modules}, as the checkpoints on the hub name them; layer 31 is that of
+# the dotted targets.
 ARCHITECTURES = {
     "llama": {"model.layers.0": GATED, "model.layers.31": GATED},
     "baichuan": {"model.layers.0": ["self_attn.W_pack", "self_attn.o_proj", *GATED[4:]]},

@@ -100,8 +100,7 @@ def assert_nothing_hidden(out):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-# --- equality
-# ----------------------------------------------------------------------------------------------------------------
+# ---- equality
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("nf4_dq", "auto"), ("bf16", "float16"), ("int8", "auto")])
@@ -149,8 +148,7 @@ def test_scale_and_dtype_of_a_job(ckpt, jobs, run, out, tmp_path):
         assert contents(out / name) == contents(tmp_path / name)
 
 
-# --- how many jobs a pass takes
-# ----------------------------------------------------------------------------------------------
+# ---- how many jobs a pass takes
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
@@ -183,7 +181,7 @@ def test_the_memory_limit_decides(ckpt, jobs, run, out, tmp_path):
 def test_more_jobs_must_be_worth_the_workers_that_they_cost():
     """The speed of a pass falls when the memory of one job more was that of half the workers."""
     fast, slow = SimpleNamespace(n_workers=4), SimpleNamespace(n_workers=2)
-    assert batching._speed(slow, 3) < batching._speed(fast, 2) < batching._speed(fast, 3)
+    assert batching.speed(slow, 3) < batching.speed(fast, 2) < batching.speed(fast, 3)
 
 
 def test_open_files_decide(ckpt, jobs, run, out):
@@ -267,8 +265,7 @@ def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(
     assert sizes.sum() < n_decoded <= 2 * sizes.sum() + 2 * 64 * 64
 
 
-# --- a job that fails
-# --------------------------------------------------------------------------------------------------------
+# ---- a job that fails
 
 
 def test_an_adapter_that_cannot_be_planned(ckpt, jobs, run, out, tmp_path):
@@ -407,8 +404,7 @@ def test_a_tokenizer_that_leads_out_of_its_directory(ckpt, jobs, run, out, tmp_p
     assert isinstance(run.error("b"), CheckpointError) and "outside its directory" in str(run.error("b"))
 
 
-# --- a second call
-# -----------------------------------------------------------------------------------------------------------
+# ---- a second call
 
 
 def test_a_second_call_makes_only_what_is_missing(ckpt, jobs, run, out, tmp_path, monkeypatch):
@@ -489,8 +485,7 @@ def test_an_interrupted_call_keeps_what_is_finished(ckpt, jobs, run, out, monkey
     assert run(ckpt, jobs, out) == {"a": "skipped", "b": "skipped", "c": "done", "d": "done"}
 
 
-# --- the list and the places
-# -------------------------------------------------------------------------------------------------
+# ---- the list and the places
 
 
 def test_shares_are_made_apart(ckpt, jobs, run, out):
@@ -540,8 +535,7 @@ def test_a_dry_run_writes_nothing(ckpt, jobs, run, out, tmp_path):
     assert files_of(tmp_path) == before and not out.exists()
 
 
-# --- values
-# ------------------------------------------------------------------------------------------------------------------
+# ---- values
 
 
 def test_an_adapter_that_is_not_finite_fails_alone(run, ckpt, jobs, out):

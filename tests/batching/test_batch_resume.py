@@ -12,7 +12,7 @@ from scenario import content
 import lorafuse
 from lorafuse.batching import batch as batching
 from lorafuse.errors import OutDirError, StorageError
-from lorafuse.outdir.staging import left_nbytes
+from lorafuse.outdir.local import left_nbytes
 
 NAMES = ["a", "b", "c"]
 SHARD = "2KB"

@@ -24,8 +24,7 @@ PACKAGE_ROOT = str(Path(cli.__file__).parents[2])
 EXAMPLES = sorted((ROOT / "docs" / "examples").iterdir())
 
 
-# --- JOBS
-# --------------------------------------------------------------------------------------------------------------------
+# ---- JOBS
 
 
 def test_lines(tmp_path):
@@ -108,8 +107,7 @@ def test_no_jobs(tmp_path):
             read_jobs(tmp_path / name)
 
 
-# --- shares
-# ------------------------------------------------------------------------------------------------------------------
+# ---- shares
 
 
 @given(n_jobs=st.integers(0, 60), of=st.integers(1, 20))
@@ -182,8 +180,7 @@ def test_shares_that_are_refused(index, of, environ, complaint):
         checked_share(index, of, environ)
 
 
-# --- the command
-# -------------------------------------------------------------------------------------------------------------
+# ---- the command
 
 
 @pytest.fixture
@@ -308,8 +305,7 @@ def test_signals(error, code, inputs, run, monkeypatch):
     assert run(*inputs)[0] == 0
 
 
-# --- docs
-# --------------------------------------------------------------------------------------------------------------------
+# ---- docs
 
 
 def options_of(text):

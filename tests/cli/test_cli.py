@@ -28,7 +28,8 @@ from build import (
     write_json,
 )
 
-from lorafuse import __version__, cli
+import lorafuse
+from lorafuse import __version__, cli, errors
 from lorafuse.files.safetensors_writer import ShardWriter
 
 PACKAGE_ROOT = Path(cli.__file__).parents[2]
@@ -113,8 +114,7 @@ def finished(child: subprocess.Popen[str]) -> tuple[int, str, str]:
     return child.returncode, out, err
 
 
-# --- exit code 0
-# -----------------------------------------------------------------------------------------------------------
+# ---- exit code 0
 
 
 def test_merge(run: Cli, ckpt: Path, adapter: Path, out: Path) -> None:
@@ -274,8 +274,7 @@ def test_version(run: Cli) -> None:
     assert run.out == f"lorafuse, version {__version__}\n"
 
 
-# --- exit code 2, and starting without torch
-# ------------------------------------------------------------------------------
+# ---- exit code 2, and starting without torch
 
 WRONG_OPTIONS = [
     ([], "Missing argument 'CKPT'."),
@@ -354,7 +353,8 @@ def test_help_is_quick() -> None:
 def test_memory_limit_too_small(run: Cli, ckpt: Path, adapter: Path, out: Path, untouched: None) -> None:
     """A limit that nothing fits into is a usage error that says how much is needed."""
     assert run(ckpt, adapter, out, "--memory-limit", "1MB") == 2
-    pattern = r"Error: A memory limit of 1 MB is too small: \d+ MB are needed beyond `import torch`, most of it for \S+\. "
+    pattern = r"Error: A memory limit of 1 MB is too small: \d+ MB are needed beyond `import torch`, most "
+    pattern += r"of it for \S+\. "
     assert re.fullmatch(pattern + r"Raise --memory-limit\.\n", run.err)
 
 
@@ -365,8 +365,7 @@ def test_no_cuda(run: Cli, ckpt: Path, adapter: Path, out: Path, untouched: None
     assert run.err == "Error: device cuda:1: torch sees 0 CUDA devices here.\n"
 
 
-# --- exit codes 3, 4, 5, 7, 8
-# ----------------------------------------------------------------------------------------------
+# ---- exit codes 3, 4, 5, 7, 8
 
 
 def test_bad_checkpoint(run: Cli, ckpt: Path, adapter: Path, out: Path, untouched: None) -> None:
@@ -513,8 +512,7 @@ def test_bug(ckpt: Path, adapter: Path, out: Path, untouched: None, monkeypatch:
         exit_code_of(ckpt, adapter, out)
 
 
-# --- interrupted
-# -----------------------------------------------------------------------------------------------------------
+# ---- interrupted
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -559,8 +557,7 @@ def test_two_interruptions(ckpt: Path, adapter: Path, out: Path) -> None:
     assert finished(process(ckpt, adapter, out, code=stuck + MAIN))[0] == 130
 
 
-# --- every refusal
-# --------------------------------------------------------------------------------------------------------
+# ---- every refusal
 
 
 @pytest.mark.parametrize("n_shards", [1, 3])
@@ -572,3 +569,25 @@ def test_inputs_are_not_changed(run: Cli, tmp_path: Path, adapter: Path, out: Pa
     write_json(out / "config.json", [])
     assert run(out, adapter, tmp_path / "more") == 3
     assert files_of(ckpt) | files_of(adapter) == before
+
+
+def test_python_m_lorafuse_is_the_command() -> None:
+    """`python -m lorafuse` does what `lorafuse` does."""
+    env = os.environ | {"PYTHONPATH": str(PACKAGE_ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "lorafuse", "--version"], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith(lorafuse.__version__)
+
+
+def test_the_public_names_are_there_and_all_that_dir_shows() -> None:
+    """Every name of `__all__`, the errors among them; and the package says that it is typed."""
+    assert dir(lorafuse) == sorted(lorafuse.__all__)
+    assert all(getattr(lorafuse, name) is not None for name in lorafuse.__all__)
+    kinds = {
+        kind.__name__
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and kind.__module__ == errors.__name__
+    }
+    assert kinds <= {*lorafuse.__all__}
+    assert (PACKAGE_ROOT / "lorafuse/py.typed").exists()

@@ -56,8 +56,7 @@ def assert_holds(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> No
     checkpoint.close()
 
 
-# --- what is read
-# ----------------------------------------------------------------------------------------------------------
+# ---- what is read
 
 
 @pytest.mark.parametrize("n_shards", [1, 2, 5])
@@ -112,8 +111,7 @@ def test_total_size_is_not_believed(sharded: Path, total_size: object) -> None:
     assert_holds(Checkpoint(LocalFolder(sharded)), checkpoint_tensors())
 
 
-# --- config.json
-# -----------------------------------------------------------------------------------------------------------
+# ---- config.json
 
 
 def test_no_config(single: Path) -> None:
@@ -180,8 +178,7 @@ def test_config_is_a_fifo(single: Path) -> None:
     assert refused(single) == "CKPT/config.json: is not a regular file."
 
 
-# --- the index
-# -------------------------------------------------------------------------------------------------------------
+# ---- the index
 
 
 def test_no_weights(single: Path) -> None:
@@ -195,7 +192,8 @@ def test_only_bin(single: Path) -> None:
     (single / SINGLE).rename(single / "pytorch_model.bin")
     assert (
         refused(single)
-        == f"CKPT: holds neither {SINGLE} nor {INDEX}. It has pytorch_model.bin: convert these to safetensors first."
+        == f"CKPT: holds neither {SINGLE} nor {INDEX}. It has pytorch_model.bin: convert these to "
+        "safetensors first."
     )
 
 

@@ -28,7 +28,8 @@ from lorafuse.outdir.local_file import LocalOutFile
 
 # The order of safetensors' Rust enum Dtype, which its writer sorts by, largest first; then by name.
 REFERENCE_ORDER = (
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0",
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ",
+    "F8_E4M3FNUZ", "F8_E8M0",
     "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
 )  # fmt: skip
 AWKWARD = [
@@ -92,8 +93,7 @@ def one(name: str = "x", **changes: object) -> dict[str, object]:
     return {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
 
 
-# --- writing
-# ---------------------------------------------------------------------------------------------------------------
+# ---- writing
 
 
 @st.composite
@@ -239,8 +239,7 @@ def test_synced_before_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert calls == ["fsync", "rename"]
 
 
-# --- reading
-# ---------------------------------------------------------------------------------------------------------------
+# ---- reading
 
 
 @pytest.mark.parametrize(
@@ -558,8 +557,7 @@ def test_nothing_stays_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-# --- against the reference
-# ---------------------------------------------------------------------------------------------------
+# ---- against the reference
 
 
 def agrees(path: Path) -> bool | None:
@@ -572,7 +570,7 @@ def agrees(path: Path) -> bool | None:
         with safe_open(path, framework="np") as f:
             found = {
                 name: (f.get_slice(name).get_dtype(), tuple(f.get_slice(name).get_shape()))
-                for name in f.keys()
+                for name in f.keys()  # noqa: SIM118 (not a dict)
             }
             assert (f.metadata() or {}) == shard.metadata
     except SafetensorError as e:
@@ -583,9 +581,13 @@ def agrees(path: Path) -> bool | None:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from([2**62, 2**63, 2**64, 0.0, 2.0, 1e999, float("nan")])
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.sampled_from([2**62, 2**63, 2**64, 0.0, 2.0, 1e999, float("nan")])
     | st.sampled_from(["F32", "F16", "U8", "BOOL", "F8_E8M0", "F4", "a", "\ud800", "🙂"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a"]), inner),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a"]), inner),
     max_leaves=6,
 )  # fmt: skip
 

@@ -70,8 +70,7 @@ def shared_files(first, second):
     return equal, {name for name in equal if (first / name).samefile(second / name)}
 
 
-# --- one file
-# ----------------------------------------------------------------------------------------------------------------
+# ---- one file
 
 
 def test_a_reflink_is_asked_for_first(pair, monkeypatch):
@@ -142,8 +141,7 @@ def test_other_errors_pass_through(how, pair, monkeypatch):
     assert [path.name for path in pair[0].parent.iterdir()] == ["source"]
 
 
-# --- results
-# -----------------------------------------------------------------------------------------------------------------
+# ---- results
 
 
 def test_equal_files_of_a_pass_are_one(ckpt, jobs, out, monkeypatch):

@@ -62,8 +62,7 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
 
 
-# --- checkpoints
-# -----------------------------------------------------------------------------------------------------------
+# ---- checkpoints
 
 
 def test_checkpoint_text(monkeypatch):
@@ -149,8 +148,7 @@ def test_checkpoint_of_another_quantization(tmp_path):
     )
 
 
-# --- adapters
-# --------------------------------------------------------------------------------------------------------------
+# ---- adapters
 
 
 def test_adapter_text(monkeypatch):
@@ -266,8 +264,7 @@ def test_several_adapters(tmp_path):
     assert "  sub-folders   a, b\n" in text_of(tmp_path / "all")
 
 
-# --- merged directories
-# ----------------------------------------------------------------------------------------------------
+# ---- merged directories
 
 
 def test_merged_text(merged):
@@ -360,8 +357,7 @@ def test_hostile_names(tmp_path_factory, weight, path, semantics, model_type):
     assert json.loads(text_of(folder, "--json"))["weights"][0]["name"] == weight
 
 
-# --- what ends otherwise
-# ---------------------------------------------------------------------------------------------------
+# ---- what ends otherwise
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -8,7 +8,8 @@ from oracle import complaints, round_once, truth
 import lorafuse
 
 BASES = [
-    "fp32", "fp16", "bf16", "bf16_odd", "nf4", "nf4_dq", "nf4_fp16", "fp4_dq", "nf4_bs256", "nf4_bf16storage", "fp4_fp32storage",
+    "fp32", "fp16", "bf16", "bf16_odd", "nf4", "nf4_dq", "nf4_fp16", "fp4_dq", "nf4_bs256", "nf4_bf16storage",
+    "fp4_fp32storage",
     "nf4_odd", "int8",
 ]  # fmt: skip
 GPT2 = ["gpt2", "gpt2_bf16", "gpt2_nf4", "gpt2_int8"]

@@ -22,13 +22,19 @@ from lorafuse.naming.resolve import Resolver
 from lorafuse.naming.table import Renames
 
 CLASSES = [
-    "LlamaForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "BertForMaskedLM", "MixtralForCausalLM", "MixtralModel",
-    "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "PhimoeForCausalLM", "DeepseekV3ForCausalLM",
-    "GptOssForCausalLM", "GraniteMoeForCausalLM", "JambaForCausalLM", "LlavaForConditionalGeneration", "LlavaModel",
-    "LlavaNextForConditionalGeneration", "Gemma3ForConditionalGeneration", "PaliGemmaForConditionalGeneration",
+    "LlamaForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "BertForMaskedLM", "MixtralForCausalLM",
+    "MixtralModel",
+    "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "PhimoeForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "GptOssForCausalLM", "GraniteMoeForCausalLM", "JambaForCausalLM", "LlavaForConditionalGeneration",
+    "LlavaModel",
+    "LlavaNextForConditionalGeneration", "Gemma3ForConditionalGeneration",
+    "PaliGemmaForConditionalGeneration",
     "Mistral3ForConditionalGeneration", "InternVLForConditionalGeneration", "MllamaForConditionalGeneration",
-    "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration",
-    "Qwen2AudioForConditionalGeneration", "ViTForImageClassification", "ViTModel", "DeiTModel", "BeitModel", "Dinov2Model",
+    "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration", "ViTForImageClassification", "ViTModel", "DeiTModel", "BeitModel",
+    "Dinov2Model",
     "ASTModel", "CLIPModel", "SiglipModel", "NomicBertForMaskedLM", "NomicBertModel", "Qwen3_5ForCausalLM",
     "KimiLinearForCausalLM", "Molmo2ForConditionalGeneration", "Ernie4_5_VLMoeForConditionalGeneration",
 ]  # fmt: skip

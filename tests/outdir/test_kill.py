@@ -47,7 +47,8 @@ for line in sys.stdin:
         time.sleep(order["kill_after"])
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    print(json.dumps({"status": os.waitstatus_to_exitcode(status), "wall_s": time.monotonic() - began}), flush=True)
+    wall_s = time.monotonic() - began
+    print(json.dumps({"status": os.waitstatus_to_exitcode(status), "wall_s": wall_s}), flush=True)
 """
 
 
@@ -168,8 +169,7 @@ def same_weights(out, clean):
     )
 
 
-# --- system calls, by strace
-# -----------------------------------------------------------------------------------------------------
+# ---- system calls, by strace
 
 
 def traced(inject, numbers, argv, *options):

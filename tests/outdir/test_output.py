@@ -53,8 +53,10 @@ def test_the_directory_holds_what_belongs_and_nothing_else(ckpt, lora, tmp_path)
     lorafuse.convert(ckpt, lora, tmp_path / "out")
     found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert found == [
-        "LICENSE", "added_tokens.json", "additional_chat_templates/rag.jinja", "chat_template.jinja", "config.json",
-        "generation_config.json", "lorafuse_receipt.json", "model.safetensors", "modeling_custom.py", "preprocessor_config.json",
+        "LICENSE", "added_tokens.json", "additional_chat_templates/rag.jinja", "chat_template.jinja",
+        "config.json",
+        "generation_config.json", "lorafuse_receipt.json", "model.safetensors", "modeling_custom.py",
+        "preprocessor_config.json",
         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert (tmp_path / "out/modeling_custom.py").read_text() == "ckpt modeling_custom.py"
@@ -109,11 +111,14 @@ def test_the_layout_of_a_hub_cache_works(base, lora, tmp_path):
 def test_config_loses_quantization_and_gets_the_dtype_in_place():
     """In sub-configs too; everything else is as it was."""
     before = {
-        "model_type": "x", "torch_dtype": "float16", "quantization_config": {"quant_method": "bitsandbytes"}, "_load_in_4bit": True,
-        "text_config": {"dtype": "float16", "tie_word_embeddings": True, "vocab_size": 5, "quantization_config": {}},
+        "model_type": "x", "torch_dtype": "float16", "quantization_config": {"quant_method": "bitsandbytes"},
+        "_load_in_4bit": True,
+        "text_config": {"dtype": "float16", "tie_word_embeddings": True, "vocab_size": 5,
+        "quantization_config": {}},
         "vision_config": {"vocab_size": 7, "torch_dtype": None}, "own": {"a": [1, "ü"]},
     }  # fmt: skip
-    assert output_config(before, {"dtype": "bfloat16", "tie_word_embeddings": False, "vocab_size": 9}, {}) == {
+    changes = {"dtype": "bfloat16", "tie_word_embeddings": False, "vocab_size": 9}
+    assert output_config(before, changes, {}) == {
         "model_type": "x", "torch_dtype": "bfloat16",
         "text_config": {"dtype": "bfloat16", "tie_word_embeddings": False, "vocab_size": 9},
         "vision_config": {"vocab_size": 7, "torch_dtype": None}, "own": {"a": [1, "ü"]},
@@ -124,7 +129,8 @@ def test_config_loses_quantization_and_gets_the_dtype_in_place():
 
 
 @pytest.mark.parametrize(("kind", "dtype", "expected"), [
-    ("nf4_dq", "auto", "bfloat16"), ("nf4_fp16", "auto", "float16"), ("int8", "auto", "bfloat16"), ("nf4_dq", "float16", "float16"),
+    ("nf4_dq", "auto", "bfloat16"), ("nf4_fp16", "auto", "float16"), ("int8", "auto", "bfloat16"),
+    ("nf4_dq", "float16", "float16"),
 ])  # fmt: skip
 def test_config_says_the_dtype_of_the_weights(kind, dtype, expected, base, adapter, tmp_path):
     lorafuse.convert(base(kind), adapter(kind, target_modules=["q_proj"]), tmp_path / "out", dtype=dtype)

@@ -153,8 +153,7 @@ def test_a_write_that_lies_is_noticed(inputs, clean, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-# --- resuming
-# ----------------------------------------------------------------------------------------------------------------
+# ---- resuming
 
 
 class Stop(KeyboardInterrupt):
@@ -374,8 +373,7 @@ def test_other_errors_leave_nothing(error, stopped, inputs, tmp_path, monkeypatc
     assert [*(tmp_path / "work").iterdir()] == []
 
 
-# --- inputs that change meanwhile
-# --------------------------------------------------------------------------------------------
+# ---- inputs that change meanwhile
 
 
 @pytest.mark.parametrize("change", [touch_checkpoint, replace_checkpoint, change_config, "remove", "adapter"])
@@ -407,8 +405,7 @@ def test_an_input_that_changes_during_the_run_is_refused(change, inputs, tmp_pat
     assert [*(tmp_path / "work").iterdir()] == []
 
 
-# --- the bytes
-# ---------------------------------------------------------------------------------------------------------------
+# ---- the bytes
 
 
 @pytest.mark.parametrize("memory_limit", ["40MB", "60MB", "1GB"])
@@ -456,7 +453,8 @@ def test_a_killed_process(inputs, clean, tmp_path):
     import sys
 
     code = (
-        "import os, signal, sys, lorafuse\nfrom lorafuse.outdir import output as outputs\nreal, n = outputs.Output._finish, "
+        "import os, signal, sys, lorafuse\nfrom lorafuse.outdir import output as outputs\nreal, n = "
+        "outputs.Output._finish, "
         "[]\ndef finish(self, shard, writer):\n    real(self, shard, writer)\n    n.append(1)\n"
         "    if len(n) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"outputs.Output._finish = finish\nlorafuse.convert(*sys.argv[1:], max_shard_size={SHARD!r})"

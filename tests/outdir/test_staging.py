@@ -23,9 +23,10 @@ from lorafuse.outdir import commit as place
 from lorafuse.outdir import interrupts as hold
 from lorafuse.outdir.commit import StagingPlace
 from lorafuse.outdir.journal import Attempt, read_journal
+from lorafuse.outdir.local import check_out_dir
 from lorafuse.outdir.lock import Lock
 from lorafuse.outdir.sidecars import write_json
-from lorafuse.outdir.staging import LocalOutDir, check_out_dir
+from lorafuse.outdir.staging import LocalOutDir
 
 ATTEMPT = Attempt("0123456789abcdef", {"dtype": "auto"}, {"file": "hash"}, {"lorafuse": "1"})
 
@@ -39,8 +40,7 @@ def names(path):
     return sorted(p.name for p in path.iterdir())
 
 
-# --- the lock
-# ----------------------------------------------------------------------------------------------------------------
+# ---- the lock
 
 
 def test_a_second_run_is_refused_while_the_first_writes(tmp_path):
@@ -170,8 +170,7 @@ def test_a_run_whose_work_was_taken_over_says_so(tmp_path, monkeypatch):
     assert files_of(tmp_path) == {"out/s": b"1"}
 
 
-# --- where it is staged
-# ------------------------------------------------------------------------------------------------------
+# ---- where it is staged
 
 
 def test_staging_is_hidden_and_beside(tmp_path):
@@ -233,8 +232,7 @@ def test_the_journal_survives_json(tmp_path):
     assert record.attempt == ATTEMPT and record.finished["s"].measures == measures
 
 
-# --- inside OUT_DIR
-# ----------------------------------------------------------------------------------------------------------
+# ---- inside OUT_DIR
 
 
 @pytest.fixture
@@ -326,8 +324,7 @@ def test_a_parent_that_may_not_be_written(tmp_path, monkeypatch):
     assert StagingPlace.of(tmp_path / "out").inside and not StagingPlace.of(tmp_path / "none").inside
 
 
-# --- the commit
-# --------------------------------------------------------------------------------------------------------------
+# ---- the commit
 
 
 def test_a_directory_that_another_run_filled_meanwhile_stays(tmp_path):
@@ -368,8 +365,7 @@ def test_every_directory_is_synced(tmp_path, monkeypatch):
     } <= synced
 
 
-# --- interruptions
-# -----------------------------------------------------------------------------------------------------------
+# ---- interruptions
 
 
 def test_an_interruption_waits_while_it_must():

@@ -43,7 +43,7 @@ def measured(call):
 
 def test_what_is_measured_is_what_torch_allocates():
     kept = []
-    call = lambda: kept.append((torch.ones(1 << 20) * 2 + 1).sum() + torch.ones(1 << 18))
+    call = lambda: kept.append((torch.ones(1 << 20) * 2 + 1).sum() + torch.ones(1 << 18))  # noqa: E731
     held, most = measured(call)
     assert 1 << 20 <= held < (1 << 20) + 1000
     assert 8 << 20 <= most < (8 << 20) + 1000

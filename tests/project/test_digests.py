@@ -1,11 +1,11 @@
-"""bench/digests.py says which file of which merge differs, and compares no more than what decides bytes."""
+"""bench/faithfulness/digests.py says which file of which merge differs, and compares what decides bytes."""
 
 import json
 
 import pytest
 
-from digests import compare, joined
-from logged_lorafuse import RECEIPT, results_of
+from bench.faithfulness.digests import compare, joined
+from bench.faithfulness.logged_lorafuse import RECEIPT, results_of
 
 
 @pytest.fixture

@@ -132,6 +132,8 @@ def test_the_functions_that_a_weight_passes_are_there_and_called(tmp_path):
         sys.setprofile(before)
         threading.setprofile(None)
     assert not {name for code, name in functions.items() if code not in called}
+
+
 def test_benchmarks_that_are_named_exist_and_name_themselves():
     scripts = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -143,14 +145,6 @@ def test_benchmarks_that_are_named_exist_and_name_themselves():
         assert named <= scripts.keys(), path
     for name, path in scripts.items():
         assert f"python -m {name} " in path.read_text(encoding="utf-8"), path
-
-
-def test_every_module_has_its_line_in_the_architecture():
-    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    package = ROOT / "convert" / "lorafuse"
-    for module in package.rglob("*.py"):
-        if not module.name.startswith("_"):
-            assert module.name in text, module.name
 
 
 def test_inspect_prints_what_the_readme_shows(tmp_path, monkeypatch):

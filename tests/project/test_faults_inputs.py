@@ -67,8 +67,7 @@ def weights(out: Path) -> Files:
     return {path: data for path, data in files_of(out).items() if path != "lorafuse_receipt.json"}
 
 
-# --- the damage: each makes of a path's bytes others
-# ------------------------------------------------------------------------
+# ---- the damage: each makes of a path's bytes others
 
 Damage = Callable[[Path], object]
 
@@ -204,8 +203,10 @@ REFUSED = [
     (5, "thousands of digits", "whole", entry(raw=BIG % (b"9" * 5000)), 3, CKPT),
     (5, "NaN", "whole", entry(shape=[float("nan")]), 3, CKPT),
     (5, "1e999", "whole", entry(raw=BIG % b"1e999"), 3, CKPT),
-    (6, "a name twice", "whole", put(CKPT, raw_file(b"{" + TWICE % (0, 4) + b"," + TWICE % (4, 8) + b"}", bytes(8))), 3, CKPT),
-    (7, "a key of the metadata twice", "whole", header(lambda h: h.replace(b'"format":', b'"format":"x","format":', 1)), 3, CKPT),
+    (6, "a name twice", "whole",
+     put(CKPT, raw_file(b"{" + TWICE % (0, 4) + b"," + TWICE % (4, 8) + b"}", bytes(8))), 3, CKPT),
+    (7, "a key of the metadata twice", "whole",
+     header(lambda h: h.replace(b'"format":', b'"format":"x","format":', 1)), 3, CKPT),
     (8, "hole", "whole", entry(data=bytes(12), data_offsets=[4, 12]), 3, CKPT),
     (8, "overlap", "whole", put(CKPT, raw_file(OVERLAP, bytes(8))), 3, CKPT),
     (8, "end before start", "whole", entry(data_offsets=[8, 0]), 3, CKPT),
@@ -221,7 +222,8 @@ REFUSED = [
     (10, "a byte too many", "whole", by(CKPT, lambda d: d + b"\0"), 3, CKPT),
     (11, "F4", "whole", entry(dtype="F4", data=bytes(8)), 3, "x has the dtype F4"),
     (11, "F6_E3M2", "whole", entry(dtype="F6_E3M2"), 3, "x has the dtype F6_E3M2"),
-    (12, "a number in the metadata", "whole", header(lambda h: h.replace(b'"pt"', b"1", 1)), 3, "__metadata__"),
+    (12, "a number in the metadata", "whole", header(lambda h: h.replace(b'"pt"', b"1", 1)), 3,
+     "__metadata__"),
     (16, "absolute", "shards", mapped("lm_head.weight", "/etc/passwd"), 3, INDEX),
     *((16, repr(file), "shards", mapped("lm_head.weight", file), 3, INDEX) for file in OUTSIDE),
     (17, "no string", "shards", mapped("lm_head.weight", 5), 3, INDEX),
@@ -233,7 +235,8 @@ REFUSED = [
     (20, "not in its shard", "shards", mapped("ghost.weight", shard_name(1, 2)), 3, "ghost.weight"),
     (21, "not in the index", "shards", mapped("lm_head.weight", None), 3, "lm_head.weight"),
     (22, "in two shards", "shards", tensors(TWO, **{EMBED: torch.zeros(32, 16)}), 3, f"{EMBED} is also in"),
-    (24, "a stale file beside the index", "shards", put(CKPT, save({"x": torch.zeros(1)})), 3, "which it does not name"),
+    (24, "a stale file beside the index", "shards", put(CKPT, save({"x": torch.zeros(1)})), 3,
+     "which it does not name"),
     (26, "pointer of a shard", "shards", put(ONE, POINTER), 3, "git lfs pull"),
     (26, "pointer of an index", "shards", put(INDEX, POINTER), 3, "git lfs pull"),
     (26, "pointer of an adapter", "whole", put(ADAPTER, POINTER), 4, "git lfs pull"),
@@ -253,12 +256,17 @@ REFUSED = [
     (31, "its directory damaged", "bin", by(BIN, lambda data: data.replace(b"PK\1\2", b"PK\1\0")), 4, BIN),
     (31, "a bomb", "bin", instead(BIN, bomb), 4, "unpacks to 50000000 bytes"),
     (31, "no tensors", "bin", instead(BIN, lambda path: torch.save([1], path)), 4, BIN),
-    (32, "another base", "whole", tensors(CKPT, **{"model.layers.0.self_attn.q_proj.weight": torch.zeros(24, 16)}), 4, "q_proj"),
+    (32, "another base", "whole",
+     tensors(CKPT, **{"model.layers.0.self_attn.q_proj.weight": torch.zeros(24, 16)}), 4, "q_proj"),
     (32, "no such module", "whole", lora(lambda name: name.replace("layers.1", "layers.9")), 4, "layers.9"),
-    (32, "A without B", "whole", lora(lambda n: None if "0.self_attn.q_proj.lora_B" in n else n), 4, "q_proj"),
-    (32, "B without A", "whole", lora(lambda n: None if "0.self_attn.q_proj.lora_A" in n else n), 4, "q_proj"),
-    (33, "a typo", "whole", lora(lambda n: n.replace("1.mlp.down_proj.lora", "1.mlp.down_prj.lora")), 4, "down_prj"),
-    (33, "an unknown leaf", "whole", lora(lambda n: n.replace("1.mlp.down_proj.lora_A", "1.mlp.down_proj.Q")), 4, "down_proj"),
+    (32, "A without B", "whole", lora(lambda n: None if "0.self_attn.q_proj.lora_B" in n else n), 4,
+     "q_proj"),
+    (32, "B without A", "whole", lora(lambda n: None if "0.self_attn.q_proj.lora_A" in n else n), 4,
+     "q_proj"),
+    (33, "a typo", "whole", lora(lambda n: n.replace("1.mlp.down_proj.lora", "1.mlp.down_prj.lora")), 4,
+     "down_prj"),
+    (33, "an unknown leaf", "whole", lora(lambda n: n.replace("1.mlp.down_proj.lora_A", "1.mlp.down_proj.Q")),
+     4, "down_proj"),
     (34, "a field", "whole", fields(LORA, use_qalora=True), 4, "use_qalora"),
     (34, "a type", "whole", fields(LORA, peft_type="XLORA"), 4, "XLORA"),
     (34, "no type", "whole", fields(LORA, peft_type="NEW\x1b[31m"), 4, "NEW\\x1b[31m"),
@@ -272,10 +280,12 @@ REFUSED = [
     (36, "alpha null", "whole", fields(LORA, lora_alpha=None), 4, LORA),
     (36, "a pattern is a list", "whole", fields(LORA, alpha_pattern=[1]), 4, "alpha_pattern"),
     (36, "a pattern is no expression", "whole", fields(LORA, rank_pattern={"(": 4}), 4, LORA),
-    (37, "absmax too short", "nf4", tensors(CKPT, **{f"{NF4}.absmax": torch.zeros(3, dtype=torch.uint8)}), 3, NF4),
+    (37, "absmax too short", "nf4", tensors(CKPT, **{f"{NF4}.absmax": torch.zeros(3, dtype=torch.uint8)}), 3,
+     NF4),
     (37, "quant_map of 8", "nf4", tensors(CKPT, **{f"{NF4}.quant_map": torch.zeros(8)}), 3, NF4),
     (37, "no nested_absmax", "nf4", tensors(CKPT, **{f"{NF4}.nested_absmax": None}), 3, NF4),
-    (37, "quant_state no JSON", "nf4", tensors(CKPT, **{STATE: torch.tensor([1, 2, 3], dtype=torch.uint8)}), 3, NF4),
+    (37, "quant_state no JSON", "nf4", tensors(CKPT, **{STATE: torch.tensor([1, 2, 3], dtype=torch.uint8)}),
+     3, NF4),
     (37, "quant_state missing", "nf4", tensors(CKPT, **{STATE: None}), 3, NF4),
     (37, "block size 0", "nf4", state(blocksize=0), 3, NF4),
     (37, "wrong block size", "nf4", state(blocksize=128), 3, NF4),
@@ -314,13 +324,13 @@ def test_refused(number, what, kind, damage, exit_code, names, good, clean, tmp_
 def listing(root: Path) -> dict[str, object]:
     """Every name below a directory: kind and size of the thing, and the bytes of files."""
     return {
-        str(p.relative_to(root)): (p.lstat().st_mode, p.lstat().st_mtime_ns, p.read_bytes() if p.is_file() else None)
+        str(p.relative_to(root)): (p.lstat().st_mode, p.lstat().st_mtime_ns,
+        p.read_bytes() if p.is_file() else None)
         for p in sorted(root.rglob("*"))
     }  # fmt: skip
 
 
-# --- what is odd and must work
-# ---------------------------------------------------------------------------------------------
+# ---- what is odd and must work
 
 
 def padded(data: bytes, n: int) -> bytes:
@@ -449,8 +459,7 @@ def test_an_input_that_vanishes(good, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.part"))
 
 
-# --- what the system does
-# --------------------------------------------------------------------------------------------------
+# ---- what the system does
 
 
 def test_interrupted_calls_go_on(good, clean, tmp_path):
@@ -474,7 +483,8 @@ from lorafuse.cli import main_convert
 real = lorafuse.pipeline.merge
 
 def merge(*args, **kw):
-    nbytes = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+    status = open("/proc/self/status")
+    nbytes = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (nbytes + (1 << 20), -1))
     real(*args, **kw)
 

@@ -35,25 +35,31 @@ MAX_DATA_NBYTES = (
     400 << 20
 )  # --memory-limit, and as much again for what torch and threads take at their first use
 CKPT_WORDS = (
-    "model.layers.0", "model.layers.1", "model.layers.2", "model.", "q_proj", "k_proj", "down_proj", "weight", "bias",
-    "absmax", "nested_absmax", "quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4", "SCB",
+    "model.layers.0", "model.layers.1", "model.layers.2", "model.", "q_proj", "k_proj", "down_proj", "weight",
+    "bias",
+    "absmax", "nested_absmax", "quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4",
+    "SCB",
     "lm_head", "embed_tokens", "norm", "weight_format",
 )  # fmt: skip
 ADAPTER_WORDS = (
-    "base_model.model.", "model.layers.0", "layers.1", "layers.9", "q_proj", "k_proj", "down_proj", "mlp", "lora_A.weight",
+    "base_model.model.", "model.layers.0", "layers.1", "layers.9", "q_proj", "k_proj", "down_proj", "mlp",
+    "lora_A.weight",
     "lora_B.weight", "lora_A", "lora_B", "weight", "bias", "default", "lora_embedding_A", "lora_embedding_B",
     "lora_magnitude_vector", "lora_B.bias", "modules_to_save.weight", "base_layer.weight", "lora_diag",
-    "token_adapter.trainable_tokens_delta", "embed_tokens", "lm_head", "self_attn", "hada_w1_a", "lokr_w1", "ia3_l",
+    "token_adapter.trainable_tokens_delta", "embed_tokens", "lm_head", "self_attn", "hada_w1_a", "lokr_w1",
+    "ia3_l",
     "oft_R.weight", "vera_lambda_b", "experts", "score.weight",
 )  # fmt: skip
 ADAPTER_FIELDS = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "modules_to_save",
     "target_parameters", "layers_to_transform", "layer_replication", "init_lora_weights", "fan_in_fan_out",
-    "trainable_token_indices", "peft_type", "task_type", "ensure_weight_tying", "use_bdlora", "lora_bias", "fine_tune_type",
+    "trainable_token_indices", "peft_type", "task_type", "ensure_weight_tying", "use_bdlora", "lora_bias",
+    "fine_tune_type",
     "lora_parameters", "num_layers", "base_model_name_or_path", "inference_mode",
 )  # fmt: skip
 CONFIG_FIELDS = (
-    "tie_word_embeddings", "model_type", "architectures", "quantization_config", "text_config", "num_hidden_layers",
+    "tie_word_embeddings", "model_type", "architectures", "quantization_config", "text_config",
+    "num_hidden_layers",
     "vocab_size", "dtype", "torch_dtype", "num_local_experts", "layer_types", "num_labels", "id2label",
 )  # fmt: skip
 
@@ -156,7 +162,7 @@ def _check_files(root: Path, files: Files, end: str) -> None:
     assert {k: v for k, v in files_of(root).items() if k in files} == files
     for path in (root / "out").glob("*.safetensors"):
         with safe_open(path, framework="pt") as f:
-            assert all(f.get_tensor(key) is not None for key in f.keys())
+            assert all(f.get_tensor(key) is not None for key in f.keys())  # noqa: SIM118 (not a dict)
 
 
 def damaged(
@@ -321,9 +327,12 @@ def test_configs_of_all_types(types, fuzz):
 def test_files_that_say_how_training_quantized(good, fuzz):
     """--base-quant-from: a JSON, YAML or Markdown file."""
     texts = {
-        "config.json": b'{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["lm_head"]}',
-        "axolotl.yml": b"base_model: a/b\nadapter: qlora\nload_in_8bit: false\nload_in_4bit: true\ndatasets:\n  - path: x\n",
-        "README.md": b"- quant_method: bitsandbytes\n- load_in_8bit: False\n- load_in_4bit: True\n- bnb_4bit_quant_type: nf4\n",
+        "config.json": b'{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": '
+        b'["lm_head"]}',
+        "axolotl.yml": b"base_model: a/b\nadapter: qlora\nload_in_8bit: false\nload_in_4bit: "
+        b"true\ndatasets:\n  - path: x\n",
+        "README.md": b"- quant_method: bitsandbytes\n- load_in_8bit: False\n- load_in_4bit: True\n- "
+        b"bnb_4bit_quant_type: nf4\n",
     }
 
     def damage(place: tuple[str, bytes]) -> st.SearchStrategy[tuple[str, bytes]]:

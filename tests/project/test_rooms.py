@@ -17,8 +17,9 @@ PACKAGE = Path(lorafuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from the rooms before it; rooms of one floor, joined by commas, do not know each other.
 FLOORS = """
-    _version, errors < settings, events < files < arithmetic < codecs < patches < adapters, naming < structure, trained_base
-    < planning < merge < outdir < receipt, inputs < pipeline, verification, inspection < batching < cli
+    _version, errors < settings, events < files < arithmetic < codecs < patches < adapters, naming
+    < structure, trained_base < planning < merge < outdir < receipt, inputs
+    < pipeline, verification, inspection < batching < cli
 """
 RANK = {room.strip(): rank for rank, floor in enumerate(FLOORS.split("<")) for room in floor.split(",")}
 ARCHITECTURE = Path(__file__).resolve().parents[2] / "ARCHITECTURE.md"
@@ -154,7 +155,7 @@ def test_codecs_know_no_codec() -> None:
 
 
 def test_codecs_are_files() -> None:
-    """Every codec on disk, which is a file that claims stored tensors, is in the table, once, and the other way
+    """Every codec on disk, a file that claims stored tensors, is in the table, once, and the other way
     round."""
     paths = [path for path in (PACKAGE / "codecs").glob("*.py") if path.name != "__init__.py"]
     files = {path.stem for path in paths if "claim" in defined_names(path)}

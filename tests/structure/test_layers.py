@@ -111,7 +111,8 @@ def test_variants_of_lora_on_copies(settings, tmp_path):
     ckpt = small("llama", AutoModelForCausalLM, tmp_path / "ckpt", num_key_value_heads=2, attention_bias=True)
     pairs = [[0, 2], [1, 3]]
     peft = train(
-        dense_model(ckpt, AutoModelForCausalLM), tmp_path / "lora", layer_replication=pairs, target_modules=["q_proj", "down_proj"],
+        dense_model(ckpt, AutoModelForCausalLM), tmp_path / "lora", layer_replication=pairs,
+        target_modules=["q_proj", "down_proj"],
         **settings,
     )  # fmt: skip
     merge(ckpt, tmp_path / "lora", tmp_path / "out")

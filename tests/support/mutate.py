@@ -39,8 +39,10 @@ NUMBERS = [
     float("nan"),
 ]
 WORDS = [
-    "", "x", " ", "0", "../x", "/etc/passwd", "C:\\x", "\x1b[31m", "\n", "\0", "\ud800", "🙂", "(", ".*", "a" * 300,
-    "all-linear", "none", "all", "lora_only", "float16", "bfloat16", "torch.float16", "nf4", "fp4", "default", "weight",
+    "", "x", " ", "0", "../x", "/etc/passwd", "C:\\x", "\x1b[31m", "\n", "\0", "\ud800", "🙂", "(", ".*",
+    "a" * 300,
+    "all-linear", "none", "all", "lora_only", "float16", "bfloat16", "torch.float16", "nf4", "fp4", "default",
+    "weight",
     "q_proj", "lm_head", "F16", "BF16", "F32", "F8_E4M3", "U8", "I64", "BOOL", "@deep@", "@digits@", "@long@",
 ]  # fmt: skip
 # Each a trap of its own: for the terminal, for UTF-8, for the stack, for int().

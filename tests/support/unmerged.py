@@ -6,7 +6,8 @@ from models import spread
 from oracle import config, decode
 
 SMALL = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4,
     "max_position_embeddings": 64, "pad_token_id": 0,
 }  # fmt: skip
 IDS = torch.arange(1, 20)[None]

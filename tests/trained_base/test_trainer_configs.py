@@ -92,16 +92,23 @@ def test_the_config_of_a_quantized_checkpoint(base):
 
 
 CONFIG_REFUSALS = {
-    '{"load_in_4bit": true, "load_in_8bit": true}': "load_in_4bit and load_in_8bit are both set; which is meant?",
-    '{"load_in_4bit": false, "quant_method": "bitsandbytes"}': "quantizes nothing: neither load_in_4bit nor load_in_8bit is set.",
+    '{"load_in_4bit": true, "load_in_8bit": true}': "load_in_4bit and load_in_8bit are both set; which is "
+    "meant?",
+    '{"load_in_4bit": false, "quant_method": "bitsandbytes"}': "quantizes nothing: neither load_in_4bit nor "
+    "load_in_8bit is set.",
     '{"load_in_4bit": false, "_load_in_4bit": true}': "load_in_4bit and _load_in_4bit contradict each other.",
     '{"load_in_4bit": "yes"}': "load_in_4bit is yes; expected true or false.",
     '{"load_in_4bit": 1}': "load_in_4bit is 1; expected true or false.",
-    '{"load_in_4bit": true, "bnb_4bit_quant_type": "int4"}': "bnb_4bit_quant_type is int4; expected nf4 or fp4.",
-    '{"load_in_4bit": true, "bnb_4bit_quant_type": null}': "bnb_4bit_quant_type is null; expected nf4 or fp4.",
-    '{"load_in_4bit": true, "llm_int8_skip_modules": "x"}': "llm_int8_skip_modules is x; expected a list of names.",
-    '{"load_in_4bit": true, "llm_int8_skip_modules": [1]}': "llm_int8_skip_modules is a list; expected a list of names.",
-    '{"load_in_8bit": true, "load_in_4bit": {}}': "load_in_4bit is a group of fields; expected true or false.",
+    '{"load_in_4bit": true, "bnb_4bit_quant_type": "int4"}': "bnb_4bit_quant_type is int4; expected nf4 or "
+    "fp4.",
+    '{"load_in_4bit": true, "bnb_4bit_quant_type": null}': "bnb_4bit_quant_type is null; expected nf4 or "
+    "fp4.",
+    '{"load_in_4bit": true, "llm_int8_skip_modules": "x"}': "llm_int8_skip_modules is x; expected a list of "
+    "names.",
+    '{"load_in_4bit": true, "llm_int8_skip_modules": [1]}': "llm_int8_skip_modules is a list; expected a "
+    "list of names.",
+    '{"load_in_8bit": true, "load_in_4bit": {}}': "load_in_4bit is a group of fields; expected true or "
+    "false.",
     '{"load_in_8bit": true, "llm_int8_has_fp16_weight": true}': (
         "llm_int8_has_fp16_weight is set, which keeps 16-bit weights: merge without --base-quant."
     ),
@@ -112,7 +119,8 @@ CONFIG_REFUSALS = {
     '{"quant_method": "gptq", "bits": 4}': f"quant_method is gptq; {ONLY_BNB}",
     '{"load_in_4bit": true, "max_seq_length": 1, "dtype": 2}': f"dtype, max_seq_length: {UNKNOWN}",
     '{"model_type": "llama"}': f"says nothing of how the base was quantized; {READ}.",
-    '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}': f"says nothing of how the base was quantized; {READ}.",
+    '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}': f"says nothing of how the base was "
+    f"quantized; {READ}.",
     "[1, 2]": f"holds no fields; {READ}.",
     '{"load_in_4bit": true, "load_in_4bit": false}': "is not valid JSON: load_in_4bit is there twice.",
     "{": "is not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1).",
@@ -209,7 +217,8 @@ TRAINER_REFUSALS = {
     f"{QLORA}bnb_config_kwargs: {{blocks: 3}}\n": f"blocks: {UNKNOWN}",
     "adapter: lora\ngptq: true\n": f"gptq is true; {ONLY_BNB}",
     "adapter: lora\npeft: {backend: torchao, weight_dtype: int4}\n": f"peft.backend is torchao; {ONLY_BNB}",
-    "adapter: lora\nmodel_quantization_config: Mxfp4Config\n": f"model_quantization_config is Mxfp4Config; {ONLY_BNB}",
+    "adapter: lora\nmodel_quantization_config: Mxfp4Config\n": f"model_quantization_config is Mxfp4Config; "
+    f"{ONLY_BNB}",
     f"base_model: a/b-bnb-4bit\n{QLORA}": f"base_model is a/b-bnb-4bit, {QUANTIZED % 'nf4'}",
     "base_model: a/B-GPTQ\nadapter: lora\n": f"base_model is a/B-GPTQ, {QUANTIZED % 'GPTQ'}",
     f"base_model: a/Falcon-H1-1B\n{QLORA}": (
@@ -224,7 +233,8 @@ TRAINER_REFUSALS = {
         "use_unsloth is set: unsloth may load a checkpoint that it quantized itself, with modules left out; "
         "take the config.json of that."
     ),
-    "model_name_or_path: a/b-4bit\nload_in_4bit: true\n": f"model_name_or_path is a/b-4bit, {QUANTIZED % 'nf4'}",
+    "model_name_or_path: a/b-4bit\nload_in_4bit: true\n": "model_name_or_path is a/b-4bit, "
+    f"{QUANTIZED % 'nf4'}",
     "model_name: a/b\nload_in_4bit: true\n": f"model_name: {UNKNOWN}",
     "": f"holds no fields; {READ}.",
     "just text": f"holds no fields; {READ}.",

@@ -59,18 +59,25 @@ SHARD = "model-00001-of-00003.safetensors"
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda out: flip(out / SHARD, -1), rf"{SHARD}: was changed: its sha256 is \w{{64}}, the receipt says \w{{64}}\."),
+        (lambda out: flip(out / SHARD, -1),
+         rf"{SHARD}: was changed: its sha256 is \w{{64}}, the receipt says \w{{64}}\."),
         (lambda out: flip(out / "config.json", 3), r"config\.json: was changed: its sha256"),
-        (lambda out: (out / "config.json").write_text("{}"), r"config\.json: has 2 bytes, the receipt says \d+\."),
+        (lambda out: (out / "config.json").write_text("{}"),
+         r"config\.json: has 2 bytes, the receipt says \d+\."),
         (lambda out: (out / SHARD).unlink(), rf"{SHARD}: is missing\."),
         (lambda out: os.truncate(out / SHARD, 1000), rf"{SHARD}: has 1000 bytes, the receipt says \d+\."),
         (lambda out: ((out / SHARD).unlink(), os.mkfifo(out / SHARD)), rf"{SHARD}: has 0 bytes"),
-        (lambda out: shutil.copy(out / SHARD, out / "x.safetensors"), r"x\.safetensors: is not in the receipt; a loader may"),
-        (lambda out: (out / "adapter_config.json").write_text("{}"), r"adapter_config\.json: is not in the receipt; a loader"),
+        (lambda out: shutil.copy(out / SHARD, out / "x.safetensors"),
+         r"x\.safetensors: is not in the receipt; a loader may"),
+        (lambda out: (out / "adapter_config.json").write_text("{}"),
+         r"adapter_config\.json: is not in the receipt; a loader"),
         (lambda out: flip(out / "model.safetensors.index.json", 60), r"index\.json: was changed"),
-        (lambda out: (out / "lorafuse_receipt.json").write_text("{"), r"lorafuse_receipt\.json: is not valid JSON"),
-        (lambda out: (out / "lorafuse_receipt.json").write_text('{"schema": 2}'), r"is no receipt of schema 1; a newer"),
-        (lambda out: (out / "lorafuse_receipt.json").unlink(), r"has no lorafuse_receipt\.json; with the checkpoint"),
+        (lambda out: (out / "lorafuse_receipt.json").write_text("{"),
+         r"lorafuse_receipt\.json: is not valid JSON"),
+        (lambda out: (out / "lorafuse_receipt.json").write_text('{"schema": 2}'),
+         r"is no receipt of schema 1; a newer"),
+        (lambda out: (out / "lorafuse_receipt.json").unlink(),
+         r"has no lorafuse_receipt\.json; with the checkpoint"),
         (shutil.rmtree, r"out: is no directory\."),
     ],
 )  # fmt: skip
@@ -187,7 +194,8 @@ def test_the_command(merged):
     assert result.exit_code == 0
     assert (
         result.stdout
-        == f"{out}: {n_files} files, 0.2 MB, are what the receipt says.\n35 weights are what the inputs make.\n"
+        == f"{out}: {n_files} files, 0.2 MB, are what the receipt says.\n35 weights are what the inputs "
+        "make.\n"
     )
     event = json.loads(run(cli.verify, [str(out), "--json"]).stdout)
     assert event == {

@@ -6,7 +6,6 @@ put together. So nothing but a line for each job grows with their number.
 """
 
 import os
-import resource
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -20,8 +19,18 @@ from lorafuse.arithmetic.arena import pick_device
 from lorafuse.batching.existing_results import ExistingResults, Inputs
 from lorafuse.batching.jobs import Job, JobState, checked_share, read_jobs, refuse_overlap, share_of
 from lorafuse.batching.one_pass import Pass, PlannedJob
-from lorafuse.errors import LorafuseError, OutDirError, StorageError, UsageError, listed, shown
-from lorafuse.events import OnEvent
+from lorafuse.batching.pass_size import (
+    JOB_NBYTES,
+    MAX_MEMBERS,
+    MEMBER_FILES,
+    SPARE_FILES,
+    STEP_NBYTES,
+    disk_error,
+    files_left,
+    speed,
+)
+from lorafuse.errors import LorafuseError, OutDirError, StorageError, UsageError, shown
+from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.sharing import SHARE_CHOICES
@@ -38,17 +47,6 @@ from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.trained_base.base_weights import base_weights
 from lorafuse.trained_base.options import chosen_base_quant
 
-# A pass of 32 spends 3% of its time on what its jobs share: a larger one would gain little, and no result is
-# complete before its end.
-MAX_MEMBERS = 32
-JOB_NBYTES = 1500  # a job, its state and its error
-# A weight's step, patch, adapter tensors and measures; 1,650 were measured with LoRA on 560 of 723.
-STEP_NBYTES = 3000
-MEMBER_FILES = (
-    5  # open at once beside its adapter: two shards, a lock, a journal, and one that is synced or copied
-)
-SPARE_FILES = 16  # for hashing, sidecars, directories that are synced
-
 
 def batch(
     ckpt: Name,
@@ -60,6 +58,12 @@ def batch(
     device: str = "auto",
     memory_limit: str | int = "100MB",
     adapter_scale: float = 1.0,
+    base_quant: str = "none",
+    double_quant: bool = True,
+    quant_blocksize: int = 64,
+    quant_skip: Sequence[str] = (),
+    quant_experts: bool = False,
+    base_quant_from: Name | None = None,
     share: str = "auto",
     index: int | None = None,
     of: int | None = None,
@@ -67,11 +71,10 @@ def batch(
     overwrite: bool = False,
     restart: bool = False,
     dry_run: bool = False,
-    on_event: OnEvent = lambda event: None,
-    **training: Any,
+    on_event: OnEvent = ignore,
 ) -> list[JobState]:
     """Merge many adapters into one checkpoint, each result in `out_root`/NAME, byte for byte what `convert`
-    makes of it.
+    makes.
 
     `jobs` is a directory whose sub-directories are adapters, or a JSONL file of {"adapter", "name", "scale"?,
     "dtype"?}; `index` and `of` choose a share of them (default: that of a Slurm array task or a Kubernetes
@@ -79,31 +82,53 @@ def batch(
     settings is skipped. `share` says how files that no adapter changes are shared between results: "reflink",
     "hardlink", "copy", or "auto", the first of these that works. The other options are those of `convert`.
 
-    Returns a state for each job: one that fails does not cost the others. `on_event` gets a dict for each
-    "event": those of `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when
-    no job can go on: for options and lists that are wrong, a bad checkpoint, a full disk. What is finished by
-    then stays, and the same call goes on with the rest.
+    Returns a state for each job; a failed job does not cost the others. `on_event` gets the events of
+    `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no job can go on:
+    wrong options or lists, a bad checkpoint, a full disk. What is finished by then stays; the same call goes
+    on with the rest.
     """
-    given: dict[str, Any] = {
-        "max_shard_nbytes": parse_nbytes(max_shard_size),
-        "memory_nbytes": parse_nbytes(memory_limit),
-    }
-    given |= {"adapter_scale": adapter_scale, "allow_nonfinite": allow_nonfinite}
-    settings = Settings(dtype=dtype, device=device, base_quant=chosen_base_quant(**training), **given)
+    settings = Settings(
+        dtype=dtype, device=device, adapter_scale=adapter_scale, allow_nonfinite=allow_nonfinite,
+        max_shard_nbytes=parse_nbytes(max_shard_size), memory_nbytes=parse_nbytes(memory_limit),
+        base_quant=chosen_base_quant(base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
+            quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
+    )  # fmt: skip
+    chosen = Chosen(share, index, of, overwrite, restart, dry_run)
+    return _batch(fspath(ckpt), Path(jobs), Path(out_root), settings, chosen, on_event)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the caller chose beside the settings of a merge."""
+
+    share: str
+    index: int | None
+    of: int | None
+    overwrite: bool
+    restart: bool
+    dry_run: bool
+
+
+def _batch(
+    ckpt: str, jobs: Path, root: Path, settings: Settings, chosen: Chosen, on_event: OnEvent
+) -> list[JobState]:
+    """The same with checked settings."""
+    share, overwrite, dry_run = chosen.share, chosen.overwrite, chosen.dry_run
     if share not in SHARE_CHOICES:
         raise UsageError(f"share is {shown(share)}; expected one of {', '.join(SHARE_CHOICES)}.")
-    number, n_workers = checked_share(index, of, os.environ)
-    everything, root = read_jobs(Path(jobs)), Path(out_root)
+    number, n_workers = checked_share(chosen.index, chosen.of, os.environ)
+    everything = read_jobs(jobs)
     todo = share_of(everything, number, n_workers)
-    target = pick_device(device)
-    ckpt_folder = checkpoint_folder(fspath(ckpt))
+    target = pick_device(settings.device)
+    ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)
-    with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, fspath(ckpt), []) as hashes:
+    with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, ckpt, []) as hashes:
         finished = ExistingResults(root, settings, hashes.result)
         call = Batch(base, root, settings, overwrite, share, finished, on_event, deque(todo), dry_run)
         one_pass = Pass(
-            base, hashes.result, finished, share, overwrite, restart, target, on_event, call.done, call.failed
-        )
+            base, hashes.result, finished, share, overwrite, chosen.restart, target, on_event,
+            call.done, call.failed,
+        )  # fmt: skip
         call.run(None if dry_run else one_pass.run)
     return [call.states[job.name] for job in todo]
 
@@ -166,7 +191,7 @@ class Batch:
                         stack.callback(member.close)
                         more, full = (
                             self._memory([*members, member], memory),
-                            self._disk_error([*members, member]),
+                            disk_error([*members, member], self.root, self.share, self.finished),
                         )
                         if more is None or (full and members):
                             break
@@ -197,22 +222,9 @@ class Batch:
                 return None
             plan = make_plan(self.base, lora.adapter, settings, weights=self.weights)
             files.refuse_nonfinite()
-            attempt, nbytes = (
-                files.attempt(plan, settings, pick_device(settings.device).type),
-                lora.adapter.nbytes,
-            )
-            return PlannedJob(
-                job,
-                settings,
-                located,
-                fspath(out_dir),
-                plan,
-                inputs,
-                files,
-                attempt,
-                nbytes,
-                stack.pop_all().close,
-            )
+            attempt = files.attempt(plan, settings, pick_device(settings.device).type)
+            nbytes, close, name = lora.adapter.nbytes, stack.pop_all().close, fspath(out_dir)
+            return PlannedJob(job, settings, located, name, plan, inputs, files, attempt, nbytes, close)
 
     def _is_there(self, out_dir: Path, settings: Settings, inputs: Inputs) -> bool:
         try:
@@ -227,7 +239,7 @@ class Batch:
         sizes = {name: adapter.facts(name).nbytes for name in adapter.names("*") if adapter.exists(name)}
         n_files = sum(name.endswith(".safetensors") for name in sizes)
         loaded = 0 if n_files else sizes.get(BIN, 0)
-        enough_files = n_files + (len(members) + 1) * MEMBER_FILES + SPARE_FILES <= _files_left()
+        enough_files = n_files + (len(members) + 1) * MEMBER_FILES + SPARE_FILES <= files_left()
         return (
             enough_files
             and self._held_nbytes(members) + loaded + RUNTIME_NBYTES <= self.settings.memory_nbytes
@@ -243,7 +255,7 @@ class Batch:
         if len(members) == 1:
             return fit_memory(planned, held_nbytes, self.settings)
         memory = within_limit(planned, held_nbytes, self.settings)
-        slower = memory and _speed(memory, len(members)) < _speed(before, len(members) - 1)
+        slower = memory and speed(memory, len(members)) < speed(before, len(members) - 1)
         return None if slower else memory
 
     def _held_nbytes(self, members: Sequence[PlannedJob]) -> int:
@@ -255,26 +267,6 @@ class Batch:
             + self._n_jobs * JOB_NBYTES
             + self.finished.nbytes
             + own
-        )
-
-    def _disk_error(self, members: Sequence[PlannedJob]) -> StorageError | None:
-        """What is wrong when there is no room for what these write."""
-        wanted: dict[str, int] = {}
-        for member in members:
-            for shard in member.plan.shards:
-                key = member.keys.get(shard.file)
-                one = key if key and self.share != "copy" else f"{member.job.name}/{shard.file}"
-                wanted[one] = 0 if key == one and self.finished.find(one) else shard.nbytes
-        space, needed = self.kind.space_of(fspath(self.root)), sum(wanted.values())
-        free = space.free_nbytes if space else None
-        if free is not None and needed > free:  # not before: it lists OUT_ROOT for each member
-            free += self.kind.left_nbytes(member.out_dir for member in members)
-        if free is None or needed <= free:
-            return None
-        names = listed(member.job.name for member in members)
-        return StorageError(
-            f"{shown(self.root)}: {needed / 1e6:,.0f} MB are needed for {names}, {free / 1e6:,.0f} MB are "
-            "free."
         )
 
     def _events_of(self, job: Job) -> OnEvent:
@@ -302,13 +294,3 @@ class Batch:
         self.on_event(
             {"event": "job", "job": job.name, "state": state, "out_dir": fspath(one.out_dir), **why, **facts}
         )
-
-
-def _speed(memory: Memory, n_members: int) -> float:
-    """Of a pass, in jobs: decoding costs about as much as what is done to a tile for one result."""
-    return memory.n_workers * n_members / (n_members + 1)
-
-
-def _files_left() -> int:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return (limit if limit != resource.RLIM_INFINITY else 1 << 30) - len(os.listdir("/proc/self/fd"))

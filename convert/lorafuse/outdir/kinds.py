@@ -2,11 +2,11 @@
 
 from lorafuse.errors import UsageError, shown
 from lorafuse.files.names import scheme_of
-from lorafuse.outdir import staging
+from lorafuse.outdir import local
 from lorafuse.outdir.out_dir import OutDirKind
 
 # Scheme, as in memory://name → kind; none is a directory of this machine.
-OUT_DIRS: dict[str, OutDirKind] = {"": staging}
+OUT_DIRS: dict[str, OutDirKind] = {"": local}
 
 
 def kind_of(out_dir: str) -> OutDirKind:

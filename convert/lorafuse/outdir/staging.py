@@ -9,7 +9,6 @@ import errno
 import os
 import resource
 import shutil
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Self
 
 from lorafuse.arithmetic.measure import Measures
-from lorafuse.errors import HeldError, OutDirError, StorageError, shown
+from lorafuse.errors import OutDirError, StorageError, shown
 from lorafuse.events import OnEvent
-from lorafuse.files.folder import Folder
 from lorafuse.files.hashing import FileHash, hash_file
 from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import FormatError
@@ -35,48 +33,7 @@ from lorafuse.outdir.read_back import read_shapes
 from lorafuse.outdir.resume import goes_on
 
 
-def open_out_dir(
-    out_dir: str,
-    plan_id: str,
-    attempt: Attempt | None = None,
-    *,
-    overwrite: bool = False,
-    restart: bool = False,
-    on_event: OnEvent = lambda event: None,
-) -> "LocalOutDir":
-    """A directory of this machine. See OutDirKind."""
-    return LocalOutDir(
-        Path(out_dir), plan_id, attempt, overwrite=overwrite, restart=restart, on_event=on_event
-    )
-
-
-def check_out_dir(out_dir: str, inputs: Iterable[Folder], *, overwrite: bool) -> None:
-    """Raises OutDirError unless OUT_DIR may be written: absent or empty, or overwritten, and apart from the
-    inputs."""
-    path_out = Path(out_dir)
-    real_out = Path(os.path.realpath(out_dir))
-    for path in (folder.local_path for folder in inputs):
-        if path is None:
-            continue
-        real_in = Path(os.path.realpath(path))
-        if real_out == real_in or real_in in real_out.parents or real_out in real_in.parents:
-            raise OutDirError(
-                f"{shown(out_dir)}: is, contains or lies inside the input {shown(path)}; choose another "
-                "directory."
-            )
-    if not os.path.lexists(out_dir):
-        return
-    if not path_out.is_dir():
-        raise OutDirError(f"{shown(out_dir)}: exists and is not a directory.")
-    if overwrite:
-        return
-    place = StagingPlace.of(path_out)
-    # Else it is seen later what a run that was cut off got done.
-    if not place.lock.exists() and not place.folders():
-        _refuse_filled(place, path_out, overwrite)
-
-
-def _refuse_filled(place: StagingPlace, out_dir: Path, overwrite: bool) -> None:
+def refuse_filled(place: StagingPlace, out_dir: Path, overwrite: bool) -> None:
     if not overwrite and place.filled:
         raise OutDirError(
             f"{shown(out_dir)}: exists and is not empty; --overwrite replaces it once the new one is "
@@ -84,36 +41,8 @@ def _refuse_filled(place: StagingPlace, out_dir: Path, overwrite: bool) -> None:
         )
 
 
-def clean_up(out_dir: str) -> None:
-    """Remove what a run left that was killed when its result had its name already."""
-    path = Path(out_dir)
-    place = StagingPlace.of(path)
-    if place.lock.exists() or place.folders():
-        with suppress(HeldError):
-            LocalOutDir(path, plan_id="").clean_up()
-
-
-def left_nbytes(out_dirs: Iterable[str]) -> int:
-    """What runs for these that were cut off left on disk, and the next ones use or remove. A file that has a
-    name elsewhere too stays, and does not count."""
-    folders = [folder for out_dir in out_dirs for folder in StagingPlace.of(Path(out_dir)).folders()]
-    found = [path.lstat() for folder in folders for path in folder.rglob("*") if path.is_file()]
-    n_names = Counter((one.st_dev, one.st_ino) for one in found)
-    sizes = {
-        (one.st_dev, one.st_ino): one.st_blocks * 512
-        for one in found
-        if n_names[one.st_dev, one.st_ino] == one.st_nlink
-    }
-    return sum(sizes.values())
-
-
-def space_of(out_root: str) -> Space:
-    """What there is room for below a directory that may not be there yet."""
-    root = Path(out_root)
-    return _space(next(path for path in (root, *root.absolute().parents) if path.exists()))
-
-
-def _space(folder: Path) -> Space:
+def space_below(folder: Path) -> Space:
+    """What there is room for in a directory that is there."""
     found, (largest, _) = os.statvfs(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
     return Space(
         # Some file systems say nothing of their blocks and files.
@@ -173,7 +102,7 @@ class LocalOutDir:
 
     def _open(self) -> None:
         left = self._leftovers()
-        _refuse_filled(self._place, self._out_dir, self._overwrite)
+        refuse_filled(self._place, self._out_dir, self._overwrite)
         found = next((folder for folder, record in left.items() if self._goes_on(record)), None)
         for folder in left:
             if folder != found:
@@ -276,7 +205,7 @@ class LocalOutDir:
 
     def space(self) -> Space:
         unfinished = sum(path.stat().st_blocks * 512 for path in self.path.glob("*.part"))
-        return replace(_space(self.path), unfinished_nbytes=unfinished)
+        return replace(space_below(self.path), unfinished_nbytes=unfinished)
 
     def record(self, written: Written, measures: dict[str, Measures]) -> None:
         """A shard is finished: it is synced and has its name."""
@@ -292,7 +221,7 @@ class LocalOutDir:
             for folder, _, _ in os.walk(self.path):
                 fsync_dir(Path(folder))
             if self._place.inside:
-                _refuse_filled(self._place, self._out_dir, self._overwrite)
+                refuse_filled(self._place, self._out_dir, self._overwrite)
                 self._moving = os.listdir(self.path)
                 if self._journal:
                     self._journal.moving(self._moving)

@@ -1,10 +1,10 @@
 """Do merges write the same bytes as another commit's did, over a whole corpus of merges?
 
-    python bench/digests.py record DIGESTS.json --corpus PATH/accept.py --package OTHER/convert [-k NAME]
-    python bench/digests.py compare DIGESTS.json --corpus PATH/accept.py [-k NAME]
+    python -m bench.faithfulness.digests record DIGESTS.json --corpus ACCEPT.py --package OTHER/convert
+    python -m bench.faithfulness.digests compare DIGESTS.json --corpus ACCEPT.py [-k NAME]
 
 The corpus is a script that takes `--cli COMMAND --lorafuse COMMAND [-k NAME]` and runs these commands on
-inputs that it makes. The command that it gets is bench/logged_lorafuse.py, which runs lorafuse from
+inputs that it makes. The command that it gets is logged_lorafuse.py beside this file, which runs lorafuse from
 --package, by default this checkout's `convert`, and logs a digest of every file that a merge wrote, under a
 digest of its inputs.
 
@@ -28,7 +28,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from logged_lorafuse import Results
+from bench.faithfulness.logged_lorafuse import Results
 
 HERE = Path(__file__).resolve()
 
@@ -55,7 +55,12 @@ def run_corpus(corpus: Path, package: Path, tmp: Path, check: str | None) -> Res
         (tmp / "log").mkdir()
         (tmp / "work").mkdir()
         del env["PYTHONPATH"]  # the corpus itself does not need lorafuse
-        subprocess.run([sys.executable, HERE, "corpus", corpus, *options], env=env, check=False)
+        subprocess.run(
+            [sys.executable, "-m", "bench.faithfulness.digests", "corpus", corpus, *options],
+            env=env,
+            cwd=HERE.parents[2],
+            check=False,
+        )
         for lost in (tmp / "log").glob("lost-*"):
             print("not logged:", lost.read_text(encoding="utf-8"), file=sys.stderr)
         return joined(json.loads(p.read_bytes()) for p in sorted((tmp / "log").glob("[0-9]*")))
@@ -99,7 +104,7 @@ def main() -> int:
     parser.add_argument("action", choices=["record", "compare"])
     parser.add_argument("digests", type=Path, help="the JSON file to write, or to compare with")
     parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--package", type=Path, default=HERE.parent.parent / "convert")
+    parser.add_argument("--package", type=Path, default=HERE.parents[2] / "convert")
     parser.add_argument("--tmp", type=Path, default=Path("/tmp/lorafuse-digests"), help="made, and removed")
     parser.add_argument("-k", metavar="NAME", help="only the corpus' checks with this in their name")
     args = parser.parse_args()

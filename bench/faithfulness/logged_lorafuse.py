@@ -1,6 +1,6 @@
-"""lorafuse, with a log of what its merges came to: the command that bench/digests.py gives to a corpus.
+"""lorafuse, with a log of what its merges came to: the command that digests.py gives to a corpus.
 
-    python bench/logged_lorafuse.py LOG_DIR PACKAGE ARGUMENT...
+    python -m bench.faithfulness.logged_lorafuse LOG_DIR PACKAGE ARGUMENT...
 
 Runs `lorafuse ARGUMENT...` from the folder PACKAGE. After a `convert` or a `batch`, a file in LOG_DIR says
 what came of it. The key of a result is a digest of the names and contents of its input files, of the options

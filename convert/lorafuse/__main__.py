@@ -1,0 +1,5 @@
+"""`python -m lorafuse`."""
+
+from lorafuse.cli import main
+
+main()

@@ -1,0 +1,57 @@
+"""How large a pass may be: the jobs that go into it, within memory, open files and disk."""
+
+import os
+import resource
+from collections.abc import Sequence
+from os import fspath
+from pathlib import Path
+
+from lorafuse.batching.existing_results import ExistingResults
+from lorafuse.batching.one_pass import PlannedJob
+from lorafuse.errors import StorageError, listed, shown
+from lorafuse.outdir.kinds import kind_of
+from lorafuse.planning.plan import Memory
+
+# A pass of 32 spends 3% of its time on what its jobs share: a larger one would gain little, and no result is
+# complete before its end.
+MAX_MEMBERS = 32
+JOB_NBYTES = 1500  # a job, its state and its error
+# A weight's step, patch, adapter tensors and measures; 1,650 were measured with LoRA on 560 of 723.
+STEP_NBYTES = 3000
+MEMBER_FILES = (
+    5  # open at once beside its adapter: two shards, a lock, a journal, and one that is synced or copied
+)
+SPARE_FILES = 16  # for hashing, sidecars, directories that are synced
+
+
+def speed(memory: Memory, n_members: int) -> float:
+    """Of a pass, in jobs: decoding costs about as much as what is done to a tile for one result."""
+    return memory.n_workers * n_members / (n_members + 1)
+
+
+def files_left() -> int:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (limit if limit != resource.RLIM_INFINITY else 1 << 30) - len(os.listdir("/proc/self/fd"))
+
+
+def disk_error(
+    members: Sequence[PlannedJob], root: Path, share: str, finished: ExistingResults
+) -> StorageError | None:
+    """What is wrong when there is no room below `root` for what these write."""
+    wanted: dict[str, int] = {}
+    for member in members:
+        for shard in member.plan.shards:
+            key = member.keys.get(shard.file)
+            content = key if key and share != "copy" else f"{member.job.name}/{shard.file}"
+            wanted[content] = 0 if key == content and finished.find(content) else shard.nbytes
+    kind, needed = kind_of(fspath(root)), sum(wanted.values())
+    space = kind.space_of(fspath(root))
+    free = space.free_nbytes if space else None
+    if free is not None and needed > free:  # not before: it lists OUT_ROOT for each member
+        free += kind.left_nbytes(member.out_dir for member in members)
+    if free is None or needed <= free:
+        return None
+    names = listed(member.job.name for member in members)
+    return StorageError(
+        f"{shown(root)}: {needed / 1e6:,.0f} MB are needed for {names}, {free / 1e6:,.0f} MB are free."
+    )

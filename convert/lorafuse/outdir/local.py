@@ -1,0 +1,85 @@
+"""Directories of this machine, as a kind of place for results: opened, checked, cleaned up after."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from lorafuse.errors import HeldError, OutDirError, shown
+from lorafuse.events import OnEvent
+from lorafuse.files.folder import Folder
+from lorafuse.outdir.commit import StagingPlace
+from lorafuse.outdir.journal import Attempt
+from lorafuse.outdir.out_dir import Space
+from lorafuse.outdir.staging import LocalOutDir, refuse_filled, space_below
+
+
+def open_out_dir(
+    out_dir: str,
+    plan_id: str,
+    attempt: Attempt | None = None,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    on_event: OnEvent = lambda event: None,
+) -> "LocalOutDir":
+    """A directory of this machine. See OutDirKind."""
+    return LocalOutDir(
+        Path(out_dir), plan_id, attempt, overwrite=overwrite, restart=restart, on_event=on_event
+    )
+
+
+def check_out_dir(out_dir: str, inputs: Iterable[Folder], *, overwrite: bool) -> None:
+    """Raises OutDirError unless OUT_DIR may be written: absent or empty, or overwritten, and apart from the
+    inputs."""
+    path_out = Path(out_dir)
+    real_out = Path(os.path.realpath(out_dir))
+    for path in (folder.local_path for folder in inputs):
+        if path is None:
+            continue
+        real_in = Path(os.path.realpath(path))
+        if real_out == real_in or real_in in real_out.parents or real_out in real_in.parents:
+            raise OutDirError(
+                f"{shown(out_dir)}: is, contains or lies inside the input {shown(path)}; choose another "
+                "directory."
+            )
+    if not os.path.lexists(out_dir):
+        return
+    if not path_out.is_dir():
+        raise OutDirError(f"{shown(out_dir)}: exists and is not a directory.")
+    if overwrite:
+        return
+    place = StagingPlace.of(path_out)
+    # Else it is seen later what a run that was cut off got done.
+    if not place.lock.exists() and not place.folders():
+        refuse_filled(place, path_out, overwrite)
+
+
+def clean_up(out_dir: str) -> None:
+    """Remove what a run left that was killed when its result had its name already."""
+    path = Path(out_dir)
+    place = StagingPlace.of(path)
+    if place.lock.exists() or place.folders():
+        with suppress(HeldError):
+            LocalOutDir(path, plan_id="").clean_up()
+
+
+def left_nbytes(out_dirs: Iterable[str]) -> int:
+    """What runs for these that were cut off left on disk, and the next ones use or remove. A file that has a
+    name elsewhere too stays, and does not count."""
+    folders = [folder for out_dir in out_dirs for folder in StagingPlace.of(Path(out_dir)).folders()]
+    found = [path.lstat() for folder in folders for path in folder.rglob("*") if path.is_file()]
+    n_names = Counter((one.st_dev, one.st_ino) for one in found)
+    sizes = {
+        (one.st_dev, one.st_ino): one.st_blocks * 512
+        for one in found
+        if n_names[one.st_dev, one.st_ino] == one.st_nlink
+    }
+    return sum(sizes.values())
+
+
+def space_of(out_root: str) -> Space:
+    """What there is room for below a directory that may not be there yet."""
+    root = Path(out_root)
+    return space_below(next(path for path in (root, *root.absolute().parents) if path.exists()))
