@@ -4,7 +4,7 @@
     python -m bench.faithfulness.digests compare DIGESTS.json --corpus ACCEPT.py [-k NAME]
 
 The corpus is a script that takes `--cli COMMAND --lorafuse COMMAND [-k NAME]` and runs these commands on
-inputs that it makes. The command that it gets is logged_lorafuse.py beside this file, which runs lorafuse from
+inputs that it makes. The command that it gets is logged_lorafuse.py, which runs lorafuse from
 --package, by default this checkout's `convert`, and logs a digest of every file that a merge wrote, under a
 digest of its inputs.
 

@@ -1,8 +1,8 @@
 """docs/adapters.md says what is done with every PEFT type; it is made from the tables of the package.
 
 `python tests/adapters/test_support_table.py` writes it. Every module says what it merges in SUPPORTED and
-what it holds in MEMORY. A module without the constants REFUSED_FIELDS and REFUSED_INITS refuses no field by its
-mere presence, and knows no such initialization.
+what it holds in MEMORY. A module without the constants REFUSED_FIELDS and REFUSED_INITS refuses no field
+by its mere presence, and knows no such initialization.
 """
 
 import importlib.util

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = """
     _version, errors < settings, events < files < arithmetic < codecs < patches < adapters, naming
     < structure, trained_base < planning < merge < outdir < receipt, inputs
-    < pipeline, verification, inspection < batching < cli
+    < pipeline, verification, inspection < batching < cli < __main__
 """
 RANK = {room.strip(): rank for rank, floor in enumerate(FLOORS.split("<")) for room in floor.split(",")}
 ARCHITECTURE = Path(__file__).resolve().parents[2] / "ARCHITECTURE.md"
