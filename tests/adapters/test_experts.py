@@ -99,6 +99,16 @@ CASES |= {
     "the router too": ("mixtral", {"target_parameters": [*BOTH, "mlp.gate.weight"]}),
     "one layer": ("olmoe", {"target_parameters": [f"model.layers.1.{BOTH[0]}"]}),
 }
+# PEFT writes bare names itself, where target_modules name what transformers 5 stacks.
+BARE = {"target_parameters": ["gate_up_proj", "down_proj"], "target_modules": ["q_proj", "o_proj"]}
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"]
+CASES |= {f"bare names, {kind}": (kind, BARE) for kind in MODELS if kind != "deepseek_v3"}
+CASES |= {f"bare names by PEFT, {kind}": (kind, {"target_modules": LINEARS}) for kind in MODELS if kind != "gpt_oss"}
+CASES |= {
+    "bare names, nothing else": ("qwen3_moe", BARE | {"target_modules": []}),
+    "one bare name": ("mixtral", BARE | {"target_parameters": ["down_proj"]}),
+    "all-linear": ("qwen3_moe", {"target_modules": "all-linear"}),
+}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,7 +9,7 @@ from lorafuse.codecs import Sources
 from lorafuse.codecs.conv1d import is_conv1d
 from lorafuse.errors import AdapterError, listed, shown
 from lorafuse.files.tensors import FLOATS, TensorSpec
-from lorafuse.naming import Names
+from lorafuse.naming import Group, Names
 from lorafuse.patches.on_rows import OnRows
 from lorafuse.patches.target import Parameter, Part
 from lorafuse.planning.base_check import naming_the_base
@@ -38,12 +38,18 @@ def _edits(
     unusual = unusual_prefixes(adapter)
     if unusual:
         warn(unusual)
-    found = names.resolve(_parameters(said), adapter.file, warn)
+    groups = [
+        Group(one.parameters, one.least)
+        for one in said
+        if isinstance(one, Choice) and one.least is not None
+    ]
+    found = names.resolve(_parameters(said), adapter.file, warn, groups)
     updates: list[Update] = []
     for one in said:
-        updates += (
-            one.settle({name: found[name] for name in one.parameters}) if isinstance(one, Choice) else [one]
-        )
+        if isinstance(one, Choice):
+            updates += one.settle({name: found[name] for name in one.parameters if name in found})
+        else:
+            updates.append(one)
     edits: dict[str, Edit] = {}
     for update in sorted(updates, key=lambda update: update.make is not None):
         parameter = found.get(update.parameter) or _beside_weight(update.parameter, found, names)
