@@ -55,6 +55,18 @@ MODELS = {
         )
     ),
 }  # fmt: skip
+
+VISION = {"depth": 1, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 8}
+VISION |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+
+
+def vision_language(n_inner):
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = COMMON | FOUR | {"head_dim": 8, "moe_intermediate_size": n_inner, "rope_parameters": rope, "pad_token_id": 0}
+    return t.Qwen3VLMoeForConditionalGeneration(t.Qwen3VLMoeConfig(text_config=text, vision_config=VISION))
+
+
+MODELS |= {"qwen3_vl_moe": lambda: vision_language(24), "qwen3_vl_moe square": lambda: vision_language(16)}
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -73,7 +85,9 @@ def moe(tmp_path_factory):
 
 
 def load(path):
-    model, info = t.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    vision = json.loads((path / "config.json").read_text())["model_type"] == "qwen3_vl_moe"
+    cls = t.Qwen3VLMoeForConditionalGeneration if vision else t.AutoModelForCausalLM
+    model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     return model.eval()
 
@@ -120,6 +134,20 @@ def test_the_merged_model_answers_as_the_unmerged_one(case, moe, tmp_path):
     assert read_tensors(tmp_path / "out").keys() == read_tensors(moe(kind)).keys()
     merged = logits(load(tmp_path / "out"))
     assert (merged - logits(peft)).abs().max() < 1e-4 < (merged - logits(load(moe(kind)))).abs().max()
+
+
+@pytest.mark.parametrize("targets", [BOTH, BOTH[1:], ["gate_up_proj", "down_proj"]])
+def test_stacks_stored_in_the_other_orientation(targets, moe, tmp_path):
+    """The hub's Qwen3-VL-MoE has (E, in, out), which transformers 5 turns round when it loads them."""
+    kind = "qwen3_vl_moe"
+    stored = {
+        name: weight.transpose(1, 2).contiguous() if ".experts." in name else weight
+        for name, weight in read_tensors(moe(kind)).items()
+    }
+    base = write(tmp_path / "base", stored, **json.loads((moe(kind) / "config.json").read_text()))
+    peft = train(base, tmp_path / "adapter", target_modules=["o_proj"], target_parameters=targets)
+    lorafuse.convert(base, tmp_path / "adapter", tmp_path / "out")
+    assert (logits(load(tmp_path / "out")) - logits(peft)).abs().max() < 1e-4
 
 
 def test_linears_per_expert_that_peft_fused_and_saved_again(moe, tmp_path):

@@ -9,7 +9,7 @@ drops the name of a tower, so text and vision are not confused.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorafuse.errors import AdapterError, listed, nearest, shown
 from lorafuse.naming.aliases import FoundAs, MemoryNames, Shape, Unsupported, find
@@ -84,8 +84,7 @@ class Resolver:
             if complete:
                 most = max(len(attempt.found) for attempt in complete)
                 complete = [attempt for attempt in complete if len(attempt.found) == most]
-                self._refuse_ambiguity(complete, wanted, file)
-                return _supported(complete[0], wanted, file, warn)
+                return _supported(self._agreed(complete, wanted, file), wanted, file, warn)
         raise _unresolved(attempts, wanted, self._shapes, file)
 
     def _tiers(self) -> Iterator[list[PrefixEdit]]:
@@ -137,16 +136,33 @@ class Resolver:
         (renamed, component), *_ = self._renames.memory_names(name)
         return name if component else renamed
 
-    def _refuse_ambiguity(self, complete: list[NameAttempt], wanted: Mapping[str, str], file: object) -> None:
+    def _agreed(
+        self, complete: list[NameAttempt], wanted: Mapping[str, str], file: object
+    ) -> NameAttempt:
+        """The first of the rules. Raises AdapterError where another finds something else, unless it is the
+        same stack of matrices in the other orientation: transformers 5 transposes some when it loads
+        them."""
         first = complete[0]
         for other in complete[1:]:
             for parameter, found in first.found.items():
-                if other.found.get(parameter) != found:
+                if _as_stored(other.found.get(parameter)) == _as_stored(found):
+                    if other.found[parameter] != found and isinstance(found, Parameter):
+                        first.found[parameter] = replace(found, either_way=True)
+                else:
                     one, two = _weights(found), _weights(other.found.get(parameter))
                     raise AdapterError(
                         f"{file}: {shown(wanted[parameter])} may belong to {one}, by {first.naming.title} "
                         f"names, or to {two}, by {other.naming.title} names; which is meant?"
                     )
+        return first
+
+
+def _as_stored(found: FoundAs | None) -> FoundAs | None:
+    """A stack of matrices without its orientation in memory."""
+    if not isinstance(found, Parameter) or len(found.shape) != 3:
+        return found
+    parts = tuple(replace(part, transposed=False) for part in found.parts)
+    return Parameter(found.shape, parts)
 
 
 def _weights(found: FoundAs | None) -> str:

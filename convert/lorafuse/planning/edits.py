@@ -60,7 +60,7 @@ def _edits(
             edit.keys += update.keys
             sources = edit.replaced or names.base_of(part.weight)
             if update.replaced:
-                _replace(update, part, sources.spec, edit, names, adapter)
+                _replace(update, parameter, part, sources.spec, edit, names, adapter)
             if update.make:
                 beside = _sources_beside(update, found, names, edits)
                 edit.patches.append(_patch(update, parameter, part, sources, beside, names, adapter))
@@ -99,14 +99,21 @@ def _sources_beside(
 
 
 def _replace(
-    update: Update, part: Part, spec: TensorSpec, edit: Edit, names: Names, adapter: AdapterDir
+    update: Update,
+    parameter: Parameter,
+    part: Part,
+    spec: TensorSpec,
+    edit: Edit,
+    names: Names,
+    adapter: AdapterDir,
 ) -> None:
     if edit.replaced:
         both = listed(edit.keys)
         raise AdapterError(
             f"{adapter.file}: {both} replace the same weight, {shown(part.weight)}; which is meant?"
         )
-    if not part.whole or part.transposed:
+    square_either_way = parameter.either_way and spec.shape[-1] == spec.shape[-2]
+    if not part.whole or part.transposed or square_either_way:
         raise AdapterError(
             f"{adapter.file}: {shown(update.keys[0])} replaces a parameter that the checkpoint stores in "
             f"another form, in {shown(part.weight)}; that is not supported."

@@ -201,9 +201,9 @@ def _by_version(adapter: AdapterDir, name: str, parameter: Parameter) -> bool:
     in, out), later versions for (E, out, in) except where transformers 5 says that it is (E, in, out)."""
     version = str(adapter.config.get("peft_version") or "0.0").split(".")
     number = tuple(int(part) if part.isdecimal() else 0 for part in version[:2])
-    if number < (0, 19):
+    if number < (0, 19) and not parameter.either_way:
         return True
-    if parameter.in_out:
+    if parameter.in_out or parameter.either_way:
         raise AdapterError(
             f"{adapter.file}: the matrices of {shown(name)} are square, and PEFT {shown('.'.join(version))} "
             "stores their update in one orientation with transformers 4 and in the other with 5; the adapter "
