@@ -41,6 +41,18 @@ CASES |= {
     "the router too": ("mixtral", {"target_parameters": [*BOTH, "mlp.gate.weight"]}),
     "one layer": ("olmoe", {"target_parameters": [f"model.layers.1.{BOTH[0]}"]}),
 }
+# PEFT writes bare names itself, where target_modules name what transformers 5 stacks.
+BARE = {"target_parameters": ["gate_up_proj", "down_proj"], "target_modules": ["q_proj", "o_proj"]}
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"]
+CASES |= {f"bare names, {kind}": (kind, BARE) for kind in MODELS if kind != "deepseek_v3"}
+CASES |= {
+    f"bare names by PEFT, {kind}": (kind, {"target_modules": LINEARS}) for kind in MODELS if kind != "gpt_oss"
+}
+CASES |= {
+    "bare names, nothing else": ("qwen3_moe", BARE | {"target_modules": []}),
+    "one bare name": ("mixtral", BARE | {"target_parameters": ["down_proj"]}),
+    "all-linear": ("qwen3_moe", {"target_modules": "all-linear"}),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -52,6 +64,20 @@ def test_the_merged_model_answers_as_the_unmerged_one(case, moe, tmp_path):
     assert read_tensors(tmp_path / "out").keys() == read_tensors(moe(kind)).keys()
     merged = logits(load(tmp_path / "out"))
     assert (merged - logits(peft)).abs().max() < 1e-4 < (merged - logits(load(moe(kind)))).abs().max()
+
+
+@pytest.mark.parametrize("targets", [BOTH, BOTH[1:], ["gate_up_proj", "down_proj"]])
+def test_stacks_stored_in_the_other_orientation(targets, moe, tmp_path):
+    """The hub's Qwen3-VL-MoE has (E, in, out), which transformers 5 turns round when it loads them."""
+    kind = "qwen3_vl_moe"
+    stored = {
+        name: weight.transpose(1, 2).contiguous() if ".experts." in name else weight
+        for name, weight in read_tensors(moe(kind)).items()
+    }
+    base = write(tmp_path / "base", stored, **json.loads((moe(kind) / "config.json").read_text()))
+    peft = train(base, tmp_path / "adapter", target_modules=["o_proj"], target_parameters=targets)
+    lorafuse.convert(base, tmp_path / "adapter", tmp_path / "out")
+    assert (logits(load(tmp_path / "out")) - logits(peft)).abs().max() < 1e-4
 
 
 def test_linears_per_expert_that_peft_fused_and_saved_again(moe, tmp_path):

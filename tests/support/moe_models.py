@@ -1,5 +1,7 @@
 """Tiny models whose experts transformers stacks in memory, and LoRA on them."""
 
+import json
+
 import torch
 import transformers as t
 import unmerged
@@ -45,11 +47,28 @@ MODELS = {
         )
     ),
 }  # fmt: skip
+VISION = {
+    "depth": 1, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48,
+    "num_heads": 4, "patch_size": 8,
+    "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+}  # fmt: skip
+
+
+def vision_language(n_inner):
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    own = {"head_dim": 8, "moe_intermediate_size": n_inner, "rope_parameters": rope, "pad_token_id": 0}
+    config = t.Qwen3VLMoeConfig(text_config=COMMON | FOUR | own, vision_config=VISION)
+    return t.Qwen3VLMoeForConditionalGeneration(config)
+
+
+MODELS |= {"qwen3_vl_moe": lambda: vision_language(24), "qwen3_vl_moe square": lambda: vision_language(16)}
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def load(path):
-    model, info = t.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    vision = json.loads((path / "config.json").read_text())["model_type"] == "qwen3_vl_moe"
+    cls = t.Qwen3VLMoeForConditionalGeneration if vision else t.AutoModelForCausalLM
+    model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     return model.eval()
 

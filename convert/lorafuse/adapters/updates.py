@@ -42,12 +42,13 @@ class Choice:
     """What an adapter says about some of several parameters, without saying which: their shapes decide.
 
     `settle` maps the parameters found, by name, to updates; it raises AdapterError when none or several ways
-    fit.
+    fit. The checkpoint must have `least` of the parameters, or all of them where it is None.
     """
 
     parameters: tuple[str, ...]  # in the adapter's naming
     keys: tuple[str, ...]
     settle: Callable[[Mapping[str, Parameter]], list[Update]]
+    least: int | None = None
 
 
 @dataclass

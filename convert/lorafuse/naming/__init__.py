@@ -6,5 +6,6 @@ transformers renames.
 """
 
 from lorafuse.naming.names import Names, TiedPair
+from lorafuse.naming.resolve import Group
 
-__all__ = ["Names", "TiedPair"]
+__all__ = ["Group", "Names", "TiedPair"]

@@ -5,13 +5,13 @@ embedding can be named all the same: it exists as soon as an adapter makes it di
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorafuse.codecs import Sources
 from lorafuse.errors import AdapterError, shown
-from lorafuse.naming.resolve import Resolver, Warn
+from lorafuse.naming.resolve import Group, Resolver, Warn
 from lorafuse.patches.target import Parameter
 
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed")
@@ -43,14 +43,16 @@ class Names:
         self.head = self._head_of(self.embed) if self.embed else None
         self.tied = self._find_pair()
 
-    def resolve(self, wanted: Mapping[str, str], file: object, warn: Warn) -> dict[str, Parameter]:
+    def resolve(
+        self, wanted: Mapping[str, str], file: object, warn: Warn, groups: Sequence[Group] = ()
+    ) -> dict[str, Parameter]:
         """The parameters that an adapter names (parameter → the tensor that names it), found in the
-        checkpoint by one rule for all. Raises AdapterError naming the adapter's tensor and what was looked
-        for."""
+        checkpoint by one rule for all. Of a group, those parameters that are there. Raises AdapterError
+        naming the adapter's tensor and what was looked for."""
         shapes = {name: sources.spec.shape for name, sources in self.weights.items()}
         if self.tied:
             shapes.setdefault(self.tied.head, shapes[self.tied.embed])
-        return Resolver(shapes, self.config).resolve(wanted, file, warn)
+        return Resolver(shapes, self.config).resolve(wanted, file, warn, groups)
 
     def base_of(self, weight: str) -> Sources:
         """What a weight is before any edit: an output embedding that is not stored is the input embedding

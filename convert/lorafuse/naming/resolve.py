@@ -8,8 +8,8 @@ drops the name of a tower, so text and vision are not confused.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from lorafuse.errors import AdapterError, listed, nearest, shown
 from lorafuse.naming.aliases import FoundAs, MemoryNames, Shape, Unsupported, find
@@ -47,18 +47,23 @@ class PrefixEdit:
         return None if re.search(r"\.\d+\.", name) else name
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters of which the checkpoint has to have `least`, since the adapter does not say which are
+    meant."""
+
+    parameters: tuple[str, ...]
+    least: int
+
+
 @dataclass
 class NameAttempt:
-    """One rule and what it finds."""
+    """One rule, what it finds, and the parameters that it should have found."""
 
     naming: Naming
     edit: PrefixEdit
     found: dict[str, FoundAs]
-    n_wanted: int
-
-    @property
-    def complete(self) -> bool:
-        return len(self.found) == self.n_wanted
+    missing: list[str]
 
 
 class Resolver:
@@ -68,15 +73,18 @@ class Resolver:
         self._shapes, self._model_type = shapes, str(config.get("model_type"))
         self._renames = Renames(dict(config))
 
-    def resolve(self, wanted: Mapping[str, str], file: object, warn: Warn) -> dict[str, Parameter]:
+    def resolve(
+        self, wanted: Mapping[str, str], file: object, warn: Warn, groups: Sequence[Group] = ()
+    ) -> dict[str, Parameter]:
         """`wanted` maps parameters to the adapter tensors that name them. Raises AdapterError."""
         attempts: list[NameAttempt] = []
         for tier in self._tiers():
-            attempts += (tried := list(self._attempts(tier, wanted)))
-            complete = [attempt for attempt in tried if attempt.complete]
+            attempts += (tried := list(self._attempts(tier, wanted, groups)))
+            complete = [attempt for attempt in tried if not attempt.missing]
             if complete:
-                self._refuse_ambiguity(complete, wanted, file)
-                return _supported(complete[0], wanted, file, warn)
+                most = max(len(attempt.found) for attempt in complete)
+                complete = [attempt for attempt in complete if len(attempt.found) == most]
+                return _supported(self._agreed(complete, wanted, file), wanted, file, warn)
         raise _unresolved(attempts, wanted, self._shapes, file)
 
     def _tiers(self) -> Iterator[list[PrefixEdit]]:
@@ -86,7 +94,11 @@ class Resolver:
         prefixes = dict.fromkeys((*_TEXT_PREFIXES, base))
         yield [PrefixEdit(old, new, remarkable=True) for old in prefixes for new in prefixes if old != new]
 
-    def _attempts(self, edits: list[PrefixEdit], wanted: Mapping[str, str]) -> Iterator[NameAttempt]:
+    def _attempts(
+        self, edits: list[PrefixEdit], wanted: Mapping[str, str], groups: Sequence[Group]
+    ) -> Iterator[NameAttempt]:
+        grouped = {parameter for group in groups for parameter in group.parameters}
+        single = [parameter for parameter in wanted if parameter not in grouped]
         for naming in self._namings():
             prepared = {parameter: naming.prepare(parameter) for parameter in wanted}
             edited = [{parameter: edit.apply(name) for parameter, name in prepared.items()} for edit in edits]
@@ -94,7 +106,13 @@ class Resolver:
             found = find(self._shapes, asked, naming.memory_names, self._model_type)
             for edit, names in zip(edits, edited, strict=True):
                 hits = {parameter: found[name] for parameter, name in names.items() if name and name in found}
-                yield NameAttempt(naming, edit, hits, len(wanted))
+                missing = [parameter for parameter in single if parameter not in hits]
+                missing += [
+                    group.parameters[0]
+                    for group in groups
+                    if sum(parameter in hits for parameter in group.parameters) < group.least
+                ]
+                yield NameAttempt(naming, edit, hits, missing)
 
     def _namings(self) -> list[Naming]:
         namings = [Naming("the checkpoint's", lambda name: [(name, None)])]
@@ -118,24 +136,39 @@ class Resolver:
         (renamed, component), *_ = self._renames.memory_names(name)
         return name if component else renamed
 
-    def _refuse_ambiguity(self, complete: list[NameAttempt], wanted: Mapping[str, str], file: object) -> None:
+    def _agreed(self, complete: list[NameAttempt], wanted: Mapping[str, str], file: object) -> NameAttempt:
+        """The first of the rules. Raises AdapterError where another finds something else, unless it is the
+        same stack of matrices in the other orientation: transformers 5 transposes some when it loads
+        them."""
         first = complete[0]
         for other in complete[1:]:
             for parameter, found in first.found.items():
-                if other.found[parameter] != found:
-                    one, two = _weights(found), _weights(other.found[parameter])
+                if _as_stored(other.found.get(parameter)) == _as_stored(found):
+                    if other.found[parameter] != found and isinstance(found, Parameter):
+                        first.found[parameter] = replace(found, either_way=True)
+                else:
+                    one, two = _weights(found), _weights(other.found.get(parameter))
                     raise AdapterError(
                         f"{file}: {shown(wanted[parameter])} may belong to {one}, by {first.naming.title} "
                         f"names, or to {two}, by {other.naming.title} names; which is meant?"
                     )
+        return first
 
 
-def _weights(found: FoundAs) -> str:
-    return (
-        f"one that {found.why}"
-        if isinstance(found, Unsupported)
-        else listed((part.weight for part in found.parts), most=1)
-    )
+def _as_stored(found: FoundAs | None) -> FoundAs | None:
+    """A stack of matrices without its orientation in memory."""
+    if not isinstance(found, Parameter) or len(found.shape) != 3:
+        return found
+    parts = tuple(replace(part, transposed=False) for part in found.parts)
+    return Parameter(found.shape, parts)
+
+
+def _weights(found: FoundAs | None) -> str:
+    if found is None:
+        return "nothing"
+    if isinstance(found, Unsupported):
+        return f"one that {found.why}"
+    return listed((part.weight for part in found.parts), most=1)
 
 
 def _supported(
@@ -149,7 +182,7 @@ def _supported(
             )
         result[parameter] = found
     if attempt.edit.remarkable:
-        some = next(iter(wanted))
+        some = next(name for name in wanted if name in attempt.found)
         warn(
             f"{file}: the adapter's names are those of a model with other prefixes; {shown(some)} is taken "
             f"for {_weights(attempt.found[some])}."
@@ -164,7 +197,7 @@ def _unresolved(
     best = max(
         attempts, key=lambda attempt: len(attempt.found)
     )  # the first of equals, which changes names least
-    missing = [parameter for parameter in wanted if parameter not in best.found]
+    missing = best.missing
     elsewhere = [a for a in attempts if a.edit == PrefixEdit() and missing[0] in a.found]
     if elsewhere:
         one, other = next(iter(best.found)), missing[0]

@@ -37,6 +37,7 @@ class Parameter:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     in_out: bool = False  # a stack that transformers 5 keeps as (E, in, out), against its custom
+    either_way: bool = False  # a stack whose orientation in memory depends on the version that loads it
 
 
 @dataclass(frozen=True)

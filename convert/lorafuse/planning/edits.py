@@ -9,7 +9,7 @@ from lorafuse.codecs import Sources
 from lorafuse.codecs.conv1d import is_conv1d
 from lorafuse.errors import AdapterError, listed, shown
 from lorafuse.files.tensors import FLOATS, TensorSpec
-from lorafuse.naming import Names
+from lorafuse.naming import Group, Names
 from lorafuse.patches.on_rows import OnRows
 from lorafuse.patches.target import Parameter, Part
 from lorafuse.planning.base_check import naming_the_base
@@ -38,12 +38,16 @@ def _edits(
     unusual = unusual_prefixes(adapter)
     if unusual:
         warn(unusual)
-    found = names.resolve(_parameters(said), adapter.file, warn)
+    groups = [
+        Group(one.parameters, one.least) for one in said if isinstance(one, Choice) and one.least is not None
+    ]
+    found = names.resolve(_parameters(said), adapter.file, warn, groups)
     updates: list[Update] = []
     for one in said:
-        updates += (
-            one.settle({name: found[name] for name in one.parameters}) if isinstance(one, Choice) else [one]
-        )
+        if isinstance(one, Choice):
+            updates += one.settle({name: found[name] for name in one.parameters if name in found})
+        else:
+            updates.append(one)
     edits: dict[str, Edit] = {}
     for update in sorted(updates, key=lambda update: update.make is not None):
         parameter = found.get(update.parameter) or _beside_weight(update.parameter, found, names)
@@ -54,7 +58,7 @@ def _edits(
             edit.keys += update.keys
             sources = edit.replaced or names.base_of(part.weight)
             if update.replaced:
-                _replace(update, part, sources.spec, edit, names, adapter)
+                _replace(update, parameter, part, sources.spec, edit, names, adapter)
             if update.make:
                 beside = _sources_beside(update, found, names, edits)
                 edit.patches.append(_patch(update, parameter, part, sources, beside, names, adapter))
@@ -93,14 +97,21 @@ def _sources_beside(
 
 
 def _replace(
-    update: Update, part: Part, spec: TensorSpec, edit: Edit, names: Names, adapter: AdapterDir
+    update: Update,
+    parameter: Parameter,
+    part: Part,
+    spec: TensorSpec,
+    edit: Edit,
+    names: Names,
+    adapter: AdapterDir,
 ) -> None:
     if edit.replaced:
         both = listed(edit.keys)
         raise AdapterError(
             f"{adapter.file}: {both} replace the same weight, {shown(part.weight)}; which is meant?"
         )
-    if not part.whole or part.transposed:
+    square_either_way = parameter.either_way and spec.shape[-1] == spec.shape[-2]
+    if not part.whole or part.transposed or square_either_way:
         raise AdapterError(
             f"{adapter.file}: {shown(update.keys[0])} replaces a parameter that the checkpoint stores in "
             f"another form, in {shown(part.weight)}; that is not supported."

@@ -16,7 +16,7 @@ from lorafuse.adapters.reading.check_tensors import shape_of
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir
 from lorafuse.adapters.reading.keys import Modules
 from lorafuse.adapters.reading.lora_pair import Pair
-from lorafuse.adapters.reading.modules import take
+from lorafuse.adapters.reading.modules import Leaves, take
 from lorafuse.adapters.updates import Choice, Update
 from lorafuse.errors import AdapterError, listed, shown
 from lorafuse.patches.experts import Stack
@@ -26,6 +26,7 @@ from lorafuse.patches.target import Parameter
 _REGISTERED = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 Scaling = Callable[[str, int], float]  # (parameter, rank) → scale
+Ordinary = Callable[[str, Leaves], list[Update]]  # (module, its leaves) → LoRA on the module's own weight
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Wrapper:
     n_ranks: int  # of all experts
 
 
-def choices(adapter: AdapterDir, modules: Modules, scaling: Scaling) -> list[Choice]:
-    """LoRA on parameters; takes its leaves."""
+def choices(adapter: AdapterDir, modules: Modules, scaling: Scaling, ordinary: Ordinary) -> list[Choice]:
+    """LoRA on parameters; takes its leaves. A target without a module's name, as PEFT writes them itself,
+    says nothing of the modules that have this parameter: there the checkpoint decides."""
     targets = adapter.config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise AdapterError(
@@ -51,6 +53,9 @@ def choices(adapter: AdapterDir, modules: Modules, scaling: Scaling) -> list[Cho
         names = sorted(ends, key=lambda name: _REGISTERED.index(name) if name in _REGISTERED else 0)
         nested = f"{module}.base_layer" in modules
         if names or nested:
+            plain = [] if nested else _plain(adapter, modules[module], module, names, targets, ordinary)
+            if plain is None:
+                continue
             wrappers = _take(adapter, modules, module)
             if len(names) < len(wrappers):
                 raise AdapterError(
@@ -60,8 +65,38 @@ def choices(adapter: AdapterDir, modules: Modules, scaling: Scaling) -> list[Cho
             parameters = tuple(f"{module}.{name}" for name in names)
             keys = tuple(key for wrapper in wrappers for key in (wrapper.key_a, wrapper.key_b))
             if wrappers:
-                result.append(Choice(parameters, keys, partial(_settle, adapter, wrappers, scaling)))
+                own = tuple(dict.fromkeys(update.parameter for update in plain))
+                settle = partial(_settle_kind, plain, partial(_settle, adapter, wrappers, scaling))
+                bare = any("." not in target for target in targets)
+                result.append(Choice((*own, *parameters), keys, settle, len(wrappers) if bare else None))
     return result
+
+
+def _plain(
+    adapter: AdapterDir,
+    leaves: Leaves,
+    module: str,
+    names: list[str],
+    targets: list[str],
+    ordinary: Ordinary,
+) -> list[Update] | None:
+    """What the factors of a module are if they are those of its own weight: none where a target names the
+    module, None where LoRA on a parameter cannot have these leaves."""
+    if any("." in target and _targeted(module, target) for target in targets):
+        return []
+    factors = [leaves.get(leaf) for leaf in ("lora_A.weight", "lora_B.weight")]
+    if len(leaves) != 2 or any(key is None or len(shape_of(adapter, key)) != 2 for key in factors):
+        return None
+    return ordinary(module, dict(leaves)) if "weight" not in names else []
+
+
+def _settle_kind(
+    plain: list[Update],
+    settle: Callable[[Mapping[str, Parameter]], list[Update]],
+    parameters: Mapping[str, Parameter],
+) -> list[Update]:
+    """The module's own weight, if it has one."""
+    return plain if any(update.parameter in parameters for update in plain) else settle(parameters)
 
 
 def _targeted(module: str, target: str) -> bool:
@@ -164,9 +199,9 @@ def _by_version(adapter: AdapterDir, name: str, parameter: Parameter) -> bool:
     in, out), later versions for (E, out, in) except where transformers 5 says that it is (E, in, out)."""
     version = str(adapter.config.get("peft_version") or "0.0").split(".")
     number = tuple(int(part) if part.isdecimal() else 0 for part in version[:2])
-    if number < (0, 19):
+    if number < (0, 19) and not parameter.either_way:
         return True
-    if parameter.in_out:
+    if parameter.in_out or parameter.either_way:
         raise AdapterError(
             f"{adapter.file}: the matrices of {shown(name)} are square, and PEFT {shown('.'.join(version))} "
             "stores their update in one orientation with transformers 4 and in the other with 5; the adapter "

@@ -73,8 +73,13 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Updates:
     lora = _Lora(adapter, config, scale, once(warn), n_blocks_of(adapter))
     # Rows of embeddings come first: LoRA is trained on top of them.
     result: list[Update | Choice] = [*take_tokens(adapter, modules, scale)]
-    result += experts.choices(adapter, modules, lambda name, rank: scale * lora.scaling(name, rank))
     attentions = {unwrapped(path) for path in modules if f"{path}.base_layer.out_proj" in modules}
+    result += experts.choices(
+        adapter,
+        modules,
+        lambda name, rank: scale * lora.scaling(name, rank),
+        lambda path, leaves: lora.updates(unwrapped(path), leaves, attentions, base_saved=False),
+    )
     for path, leaves in modules.items():
         module, base_saved = unwrapped(path), "base_layer.weight" in leaves
         result += replacements(adapter, module, leaves)
