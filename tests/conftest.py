@@ -107,3 +107,15 @@ def in_memory(monkeypatch):
     memory = Memory()
     monkeypatch.setitem(FOLDERS, "memory", memory.at)
     return memory
+
+
+@pytest.fixture
+def object_store(in_memory, monkeypatch):
+    """What is in memory, as a place for results too: `memory://name` is a second kind of OUT_DIR."""
+    from memory_out_dir import MemoryOutDirs, ObjectStore
+
+    from lorafuse.outdir.kinds import OUT_DIRS
+
+    store = ObjectStore(in_memory.store)
+    monkeypatch.setitem(OUT_DIRS, "memory", MemoryOutDirs(store))
+    return store

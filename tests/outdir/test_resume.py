@@ -16,8 +16,8 @@ import pytest
 import torch
 from build import write_adapter, write_checkpoint
 from faults import Disk, Killed, Power
-from safetensors.torch import load_file, save_file
-from scenario import N_SHARDS, SHARD, WAYS, Work, content, five_shards, uninterrupted
+from safetensors.torch import load, load_file, save_file
+from scenario import N_SHARDS, SHARD, WAYS, Bucket, Directory, Work, content, five_shards, uninterrupted
 
 import lorafuse
 from lorafuse.errors import CheckpointError, OutDirError, StorageError
@@ -160,9 +160,20 @@ class Stop(KeyboardInterrupt):
     pass
 
 
+@pytest.fixture(params=["a directory", "memory"])
+def place(request, tmp_path):
+    """Where OUT_DIR lies: either kind keeps the same promises, with the same texts."""
+    if request.param == "memory":
+        return Bucket(request.getfixturevalue("object_store"))
+    return Directory(tmp_path / "work")
+
+
+in_a_directory = pytest.mark.parametrize("place", ["a directory"], indirect=True)
+
+
 @pytest.fixture
-def stopped(inputs, tmp_path, monkeypatch):
-    """stopped(n) interrupts a run for OUT_DIR after n shards, and returns its hidden directory."""
+def stopped(inputs, place, monkeypatch):
+    """stopped(n) interrupts a run for OUT_DIR after n shards, and returns the names of these."""
 
     def stop(n_shards, adapter=inputs[1], **options):
         real_finish, n = outputs.Output._finish, [0]
@@ -176,16 +187,16 @@ def stopped(inputs, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(outputs.Output, "_finish", finish)
             with pytest.raises(Stop):
-                lorafuse.convert(inputs[0], adapter, tmp_path / "work/out", max_shard_size=SHARD, **options)
-        (folder,) = (tmp_path / "work").iterdir()
-        assert folder.name.startswith(".out.lorafuse-") and len(list((folder / "out").iterdir())) == n_shards
-        return folder
+                lorafuse.convert(inputs[0], adapter, place.out, max_shard_size=SHARD, **options)
+        (hidden,) = place.top()
+        assert hidden.startswith(".out.lorafuse") and len(place.staged()) == n_shards
+        return sorted(place.staged())
 
     return stop
 
 
 @pytest.fixture
-def again(inputs, tmp_path):
+def again(inputs, place):
     """again(…options) gives the command again and returns its events."""
 
     def run(adapter=inputs[1], **options):
@@ -193,11 +204,11 @@ def again(inputs, tmp_path):
         lorafuse.convert(
             inputs[0],
             adapter,
-            tmp_path / "work/out",
+            place.out,
             on_event=events.append,
             **{"max_shard_size": SHARD} | options,
         )
-        assert [p.name for p in (tmp_path / "work").iterdir()] == ["out"]
+        assert place.top() == ["out"]
         return events
 
     return run
@@ -212,9 +223,9 @@ def warned(events):
 
 
 @pytest.mark.parametrize("n_shards", range(1, N_SHARDS + 1))
-def test_only_what_is_missing_is_made(n_shards, inputs, clean, stopped, again, tmp_path):
+def test_only_what_is_missing_is_made(n_shards, inputs, clean, stopped, again, place):
     """And the receipt has the measures of what the first run made."""
-    finished = {path.name for path in (stopped(n_shards) / "out").iterdir()}
+    finished = {*stopped(n_shards)}
     events = again(memory_limit="200MB")  # which changes no byte
     assert {"event": "resumed", "n_shards": n_shards}.items() <= next(
         e for e in events if e["event"] == "resumed"
@@ -224,77 +235,80 @@ def test_only_what_is_missing_is_made(n_shards, inputs, clean, stopped, again, t
         and {*made(events)} == {n for n in clean if n.endswith(".safetensors")} - finished
     )
     assert sum(e["nbytes"] for e in events if e["event"] in ("resumed", "progress")) == events[0]["nbytes"]
-    assert content(tmp_path / "work/out") == clean and not warned(events)
+    assert place.content() == clean and not warned(events)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "longer", "missing", "not a file", "a link"])
-def test_a_finished_shard_is_hashed_again(damage, clean, stopped, again, tmp_path):
-    shard = sorted((stopped(3) / "out").iterdir())[0]
-    data = bytearray(shard.read_bytes())
-    if damage == "longer":
-        shard.write_bytes(data + b"\0")
-    elif damage == "flipped":
-        data[-1] ^= 1
-        shard.write_bytes(data)
-    else:
-        shard.unlink()
-    if damage == "not a file":
-        shard.mkdir()
-    if damage == "a link":
-        shard.symlink_to("/dev/zero")
+def made_again(file, clean, again, place):
+    """Only a file that was finished, and is not what it was, is made again beside what is missing."""
     events = again()
     assert warned(events) == [
-        f"{shard.name}: is not what was written before the run was cut off; it is made again."
+        f"{file}: is not what was written before the run was cut off; it is made again."
     ]
-    assert len(made(events)) == N_SHARDS - 2 and content(tmp_path / "work/out") == clean
+    assert len(made(events)) == N_SHARDS - 2 and place.content() == clean
+
+
+@pytest.mark.parametrize("damage", ["flipped", "longer", "missing"])
+def test_a_finished_shard_is_hashed_again(damage, clean, stopped, again, place):
+    file = stopped(3)[0]
+    data = place.staged()[file]
+    flipped = data[:-1] + bytes([data[-1] ^ 1])
+    place.damage(f"out/{file}", {"flipped": flipped, "longer": data + b"\0", "missing": None}[damage])
+    made_again(file, clean, again, place)
+
+
+@in_a_directory
+@pytest.mark.parametrize("damage", ["not a file", "a link"])
+def test_a_finished_shard_is_a_file(damage, clean, stopped, again, place, tmp_path):
+    file = stopped(3)[0]
+    place.damage(f"out/{file}", None)
+    (path,) = (folder / "out" / file for folder in (tmp_path / "work").iterdir())
+    path.mkdir() if damage == "not a file" else path.symlink_to("/dev/zero")
+    made_again(file, clean, again, place)
 
 
 @pytest.mark.parametrize("damage", ["empty", "missing", "no JSON", "another kind", "half a line"])
-def test_what_the_journal_does_not_say_does_not_exist(damage, clean, stopped, again, tmp_path):
-    journal = stopped(3) / "journal.jsonl"
-    text = journal.read_bytes()
+def test_what_the_journal_does_not_say_does_not_exist(damage, clean, stopped, again, place):
+    stopped(3)
+    text = place.journal()
     kept = {"another kind": 0, "half a line": 2}.get(damage)
-    journal.unlink()
-    if damage != "missing":
-        journal.write_bytes(
-            {"empty": b"", "no JSON": b"\xff\n" + text, "another kind": b"[]\n" + text}.get(damage, text[:-3])
-        )
+    damaged = {"empty": b"", "no JSON": b"\xff\n" + text, "another kind": b"[]\n" + text, "missing": None}
+    place.damage("journal.jsonl", damaged.get(damage, text[:-3]))
     assert len(made(again())) == N_SHARDS - (kept or 0)
-    assert content(tmp_path / "work/out") == clean
+    assert place.content() == clean
 
 
-def test_other_settings_are_refused_and_nothing_is_lost(inputs, clean, stopped, again, tmp_path):
+def test_other_settings_are_refused_and_nothing_is_lost(inputs, clean, stopped, again, place, tmp_path):
     """The message has both; --restart discards, the old command goes on."""
-    folder = stopped(2)
+    stopped(2)
     with pytest.raises(OutDirError) as caught:
         again(dtype="float32", allow_nonfinite=True)
     assert str(caught.value) == (
-        f"{tmp_path / 'work/out'}: a run that was cut off has finished 2 files with other settings: dtype "
+        f"{place.out}: a run that was cut off has finished 2 files with other settings: dtype "
         "was auto, is float32; allow_nonfinite was False, is True. Give its command again to finish it, or "
         "--restart to discard that work."
     )
-    assert folder.exists()
+    assert len(place.staged()) == 2
     other = shutil.copytree(inputs[1], tmp_path / "other")
     with pytest.raises(OutDirError, match=rf"adapter 1 was {inputs[1]}, is {other}\. Give its command"):
         again(adapter=other)
-    assert len(made(again())) == N_SHARDS - 2 and content(tmp_path / "work/out") == clean
+    assert len(made(again())) == N_SHARDS - 2 and place.content() == clean
 
 
-def test_restart_discards(inputs, clean, stopped, again, tmp_path):
+def test_restart_discards(inputs, clean, stopped, again, place):
     stopped(2)
     events = again(restart=True)
-    assert len(made(events)) == N_SHARDS and not warned(events) and content(tmp_path / "work/out") == clean
-    shutil.rmtree(tmp_path / "work")
+    assert len(made(events)) == N_SHARDS and not warned(events) and place.content() == clean
+    place.clear()
     stopped(2)
     again(restart=True, dtype="float32")
-    weights = load_file(min((tmp_path / "work/out").glob("*.safetensors")))
+    files = place.content()
+    weights = load(files[min(name for name in files if name.endswith(".safetensors"))])
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_other_settings_do_not_matter_when_nothing_was_finished(inputs, stopped, again, tmp_path):
-    folder = stopped(1)
-    journal = folder / "journal.jsonl"
-    journal.write_text(journal.read_text().splitlines(keepends=True)[0])
+def test_other_settings_do_not_matter_when_nothing_was_finished(inputs, stopped, again, place):
+    stopped(1)
+    place.damage("journal.jsonl", place.journal().splitlines(keepends=True)[0])
     assert not warned(again(dtype="float32"))
 
 
@@ -335,20 +349,19 @@ def change_config(inputs):
 
 
 @pytest.mark.parametrize("change", [change_adapter, touch_checkpoint, replace_checkpoint, change_config])
-def test_changed_inputs_start_over(change, inputs, stopped, again, tmp_path):
+def test_changed_inputs_start_over(change, inputs, stopped, again, place, tmp_path):
     """Work on them is stale; the result is that of the new inputs."""
     stopped(3)
     file = change(inputs)
     events = again()
-    out = tmp_path / "work/out"
     assert warned(events) == [
-        f"{out}: a run that was cut off is not resumed, since {file} changed; starting over."
+        f"{place.out}: a run that was cut off is not resumed, since {file} changed; starting over."
     ]
     lorafuse.convert(*inputs, tmp_path / "fresh", max_shard_size=SHARD)
-    assert len(made(events)) == N_SHARDS and content(out) == content(tmp_path / "fresh")
+    assert len(made(events)) == N_SHARDS and place.content() == content(tmp_path / "fresh")
 
 
-def test_another_version_starts_over(stopped, again, clean, monkeypatch, tmp_path):
+def test_another_version_starts_over(stopped, again, clean, monkeypatch, place):
     stopped(3)
     monkeypatch.setattr("lorafuse.inputs.unchanged.__version__", "9")
     message = (
@@ -356,11 +369,11 @@ def test_another_version_starts_over(stopped, again, clean, monkeypatch, tmp_pat
         "starting over."
     )
     events = again()
-    assert warned(events) == [f"{tmp_path / 'work/out'}: {message}"] and len(made(events)) == N_SHARDS
+    assert warned(events) == [f"{place.out}: {message}"] and len(made(events)) == N_SHARDS
 
 
 @pytest.mark.parametrize("error", [CheckpointError("x"), OutDirError("x"), KeyError("a bug")])
-def test_other_errors_leave_nothing(error, stopped, inputs, tmp_path, monkeypatch):
+def test_other_errors_leave_nothing(error, stopped, inputs, place, monkeypatch):
     """Not even what an earlier run had finished: the next one would end the same way."""
     stopped(3)
 
@@ -369,15 +382,15 @@ def test_other_errors_leave_nothing(error, stopped, inputs, tmp_path, monkeypatc
 
     monkeypatch.setattr("lorafuse.pipeline.merge", fail)
     with pytest.raises(type(error)):
-        lorafuse.convert(*inputs, tmp_path / "work/out", max_shard_size=SHARD)
-    assert [*(tmp_path / "work").iterdir()] == []
+        lorafuse.convert(*inputs, place.out, max_shard_size=SHARD)
+    assert place.top() == []
 
 
 # ---- inputs that change meanwhile
 
 
 @pytest.mark.parametrize("change", [touch_checkpoint, replace_checkpoint, change_config, "remove", "adapter"])
-def test_an_input_that_changes_during_the_run_is_refused(change, inputs, tmp_path, monkeypatch):
+def test_an_input_that_changes_during_the_run_is_refused(change, inputs, place, tmp_path, monkeypatch):
     """Exit 3 with its name, and nothing is left."""
     real_finish, done = outputs.Output.finish, []
 
@@ -396,13 +409,13 @@ def test_an_input_that_changes_during_the_run_is_refused(change, inputs, tmp_pat
     monkeypatch.setattr(outputs.Output, "finish", finish)
     (tmp_path / "work").mkdir()
     with pytest.raises((CheckpointError, FileNotFoundError)) as caught:
-        lorafuse.convert(*inputs, tmp_path / "work/out", max_shard_size=SHARD)
+        lorafuse.convert(*inputs, place.out, max_shard_size=SHARD)
     if change != "remove":
         assert (
             str(caught.value)
             == f"{done[0]}: changed during the run, which may have read some of both; run it again."
         )
-    assert [*(tmp_path / "work").iterdir()] == []
+    assert place.top() == []
 
 
 # ---- the bytes

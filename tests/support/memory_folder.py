@@ -19,7 +19,7 @@ SCHEME = "memory://"
 class MemoryFolder:
     """The files whose URLs begin with `url`; `store` has all that there are, by URL."""
 
-    store: dict[str, bytes]
+    store: dict[str, bytes | bytearray]
     url: str
 
     def __str__(self) -> str:
@@ -55,16 +55,17 @@ class MemoryFolder:
         return MemoryFolder(self.store, f"{self.url}/{name}")
 
     def facts(self, name: str) -> FileFacts:
-        return MemoryFile(self._data(name)).facts
+        return MemoryFile(self.data(name)).facts
 
     def open(self, name: str, *, inside: bool = False) -> "MemoryFile":
-        return MemoryFile(self._data(name))
+        return MemoryFile(self.data(name))
 
     def _below(self) -> list[str]:
         prefix = f"{self.url}/"
         return [url.removeprefix(prefix) for url in self.store if url.startswith(prefix)]
 
-    def _data(self, name: str) -> bytes:
+    def data(self, name: str) -> bytes | bytearray:
+        """A file's bytes. Raises FileNotFoundError."""
         label = self / name
         if label not in self.store:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), label)
@@ -74,7 +75,7 @@ class MemoryFolder:
 class MemoryFile:
     """A file in memory. It reads a few bytes at a time, as a network may."""
 
-    def __init__(self, data: bytes, most: int = 1000) -> None:
+    def __init__(self, data: bytes | bytearray, most: int = 1000) -> None:
         self._data, self._most = data, most
         self.facts = FileFacts(len(data), (hashlib.sha256(data).hexdigest(),))
 
@@ -94,7 +95,7 @@ class Memory:
     """Everything that lies in memory."""
 
     def __init__(self) -> None:
-        self.store: dict[str, bytes] = {}
+        self.store: dict[str, bytes | bytearray] = {}
 
     def at(self, url: str) -> MemoryFolder:
         """The kind's entry in FOLDERS."""

@@ -30,7 +30,12 @@ def five_shards(path: Path) -> tuple[Path, Path]:
 
 def content(out):
     """Every file of a result; of the receipt what does not differ from run to run."""
-    files = {name: data for name, data in files_of(out).items() if not name.startswith(".lorafuse")}
+    files = files_of(out)
+    return without_times({name: data for name, data in files.items() if not name.startswith(".lorafuse")})
+
+
+def without_times(files):
+    """The files of a result, of its receipt what does not differ from run to run."""
     if RECEIPT in files:
         receipt = json.loads(files[RECEIPT])
         files[RECEIPT] = json.dumps(
@@ -45,6 +50,72 @@ def uninterrupted(inputs, out):
     result = content(out)
     assert sum(name.endswith(".safetensors") for name in result) == N_SHARDS
     return result
+
+
+class Directory:
+    """Where results are made on this machine: an OUT_DIR, `out`, and what a run for it leaves beside it."""
+
+    def __init__(self, path):
+        self.path, self.out = path, path / "out"
+
+    @property
+    def _hidden(self):
+        (folder,) = (path for path in self.path.iterdir() if path.name.startswith(".out.lorafuse-"))
+        return folder
+
+    def top(self):
+        """Every name that is there, hidden or not."""
+        return sorted(path.name for path in self.path.iterdir())
+
+    def content(self):
+        return content(self.out)
+
+    def staged(self):
+        """The files of a result that is not complete."""
+        return files_of(self._hidden / "out")
+
+    def damage(self, file, data):
+        """Replace a file that a run left, or with None remove it."""
+        path = self._hidden / file
+        path.unlink()
+        if data is not None:
+            path.write_bytes(data)
+
+    def journal(self):
+        return (self._hidden / "journal.jsonl").read_bytes()
+
+    def clear(self):
+        shutil.rmtree(self.path)
+
+
+class Bucket:
+    """The same in memory."""
+
+    def __init__(self, store):
+        self.store, self.out = store, "memory://out"
+
+    def top(self):
+        return sorted({name.partition("/")[0] for name in self.store.below("memory:/") if "out" in name})
+
+    def _files(self, url):
+        return {name: bytes(self.store.objects[f"{url}/{name}"]) for name in self.store.below(url)}
+
+    def content(self):
+        return without_times(self._files(self.out))
+
+    def staged(self):
+        return self._files("memory://.out.lorafuse/out")
+
+    def damage(self, file, data):
+        del self.store.objects[f"memory://.out.lorafuse/{file}"]
+        if data is not None:
+            self.store.objects[f"memory://.out.lorafuse/{file}"] = data
+
+    def journal(self):
+        return self.store.objects["memory://.out.lorafuse/journal.jsonl"]
+
+    def clear(self):
+        self.store.objects.clear()
 
 
 class Work:

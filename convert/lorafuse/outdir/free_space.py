@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from lorafuse.errors import StorageError, shown
 from lorafuse.files.folder import Folder
+from lorafuse.files.names import scheme_of
 from lorafuse.files.safetensors_file import header_of
 from lorafuse.outdir.output import Output
 from lorafuse.planning.plan import PlannedShard
@@ -111,4 +112,6 @@ def _way_on(outputs: Sequence[Output]) -> str:
 def common_place(outputs: Sequence[Output]) -> str:
     """Where all of them are made."""
     places = [output.out_dir.place for output in outputs]
-    return os.path.commonpath(places)
+    scheme = scheme_of(places[0])  # a batch's results are all of one kind
+    prefix = f"{scheme}://" if scheme else ""
+    return prefix + os.path.commonpath([place.removeprefix(prefix) for place in places])

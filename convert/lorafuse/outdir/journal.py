@@ -6,7 +6,7 @@ weights, which the receipt needs. A line counts when it is whole; a shard withou
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,6 +51,16 @@ class Record:
     )  # names that are on their way into OUT_DIR, where that is a mount point
 
 
+def line_of(fact: Attempt | FinishedShard | list[str]) -> bytes:
+    """A journal's line: what a run does, a shard that is complete, or the names that are about to be moved
+    into OUT_DIR."""
+    if isinstance(fact, list):
+        line: dict[str, Any] = {"moving": fact}
+    else:
+        line = {"attempt" if isinstance(fact, Attempt) else "finished": asdict(fact)}
+    return json.dumps(line).encode("ascii") + b"\n"
+
+
 class Journal:
     """A journal that is written, in the directory `folder`, which gets it whole: with everything that is
     finished already."""
@@ -59,7 +69,7 @@ class Journal:
         new = folder / f"{JOURNAL}.new"
         self._fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
-            self._append({"attempt": asdict(attempt)})
+            self._append(attempt)
             for one in finished.values():
                 self.finished(one)
             os.rename(new, folder / JOURNAL)
@@ -70,14 +80,14 @@ class Journal:
 
     def finished(self, one: FinishedShard) -> None:
         """A shard is complete, and so is its entry in the directory."""
-        self._append({"finished": asdict(one)})
+        self._append(one)
 
     def moving(self, names: list[str]) -> None:
         """These are about to be moved into OUT_DIR."""
-        self._append({"moving": names})
+        self._append(names)
 
-    def _append(self, line: dict[str, Any]) -> None:
-        data = memoryview(json.dumps(line).encode("ascii") + b"\n")
+    def _append(self, fact: Attempt | FinishedShard | list[str]) -> None:
+        data = memoryview(line_of(fact))
         while data:
             data = data[os.write(self._fd, data) :]
         os.fsync(self._fd)
@@ -89,14 +99,17 @@ class Journal:
 
 
 def read_journal(folder: Path) -> Record:
-    """What the journal in a directory says, up to the first line that is not whole; nothing where there is
-    none."""
+    """What the journal in a directory says; nothing where there is none."""
+    with suppress(FileNotFoundError), open(folder / JOURNAL, "rb") as f:
+        return record_of(f)
+    return Record()
+
+
+def record_of(lines: Iterable[bytes]) -> Record:
+    """What the lines of a journal say, up to the first line that is not whole."""
     record = Record()
-    with (
-        suppress(FileNotFoundError, ValueError, TypeError, KeyError, RecursionError),
-        open(folder / JOURNAL, "rb") as f,
-    ):
-        for line in f:
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        for line in lines:
             _read_line(json.loads(line) if line.endswith(b"\n") else None, record)
     return record
 

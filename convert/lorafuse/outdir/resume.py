@@ -1,8 +1,8 @@
-"""Whether a run goes on from what another one has left."""
+"""Whether a run goes on from what another one has left, and whether it leaves something to go on from."""
 
 from collections.abc import Callable
 
-from lorafuse.errors import OutDirError, listed, shown
+from lorafuse.errors import OutDirError, StorageError, listed, shown
 from lorafuse.outdir.journal import Attempt, Record
 
 
@@ -30,3 +30,9 @@ def goes_on(
     why = f"{listed(changed)} changed" if changed else "another version of lorafuse or torch began it"
     warn(f"{shown(out_dir)}: a run that was cut off is not resumed, since {why}; starting over.")
     return False
+
+
+def leaves_work(error: BaseException | None) -> bool:
+    """Whether what is finished is kept when a run ends with this error: after an I/O error or an interruption
+    the same command goes on, after any other error it would end the same way."""
+    return isinstance(error, OSError | StorageError) or not (error is None or isinstance(error, Exception))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from lorafuse.arithmetic.measure import Measures
-from lorafuse.errors import OutDirError, StorageError, shown
+from lorafuse.errors import OutDirError, shown
 from lorafuse.events import OnEvent
 from lorafuse.files.hashing import FileHash, hash_file
 from lorafuse.files.local_folder import LocalFolder
@@ -30,7 +30,7 @@ from lorafuse.outdir.local_file import LocalFile, LocalOutFile
 from lorafuse.outdir.lock import Lock
 from lorafuse.outdir.out_dir import FinishedFile, Space
 from lorafuse.outdir.read_back import read_shapes
-from lorafuse.outdir.resume import goes_on
+from lorafuse.outdir.resume import goes_on, leaves_work
 
 
 def refuse_filled(place: StagingPlace, out_dir: Path, overwrite: bool) -> None:
@@ -243,15 +243,12 @@ class LocalOutDir:
 
     def _leave(self, error: BaseException | None) -> None:
         """Keep what can be resumed, remove the rest."""
-        resumable = isinstance(error, OSError | StorageError) or not (
-            error is None or isinstance(error, Exception)
-        )
         try:
             if self._journal:
                 self._journal.close()
             if self._folder.exists() and not self._committed:
                 self._place.restore(self._folder, self._moving)
-            if self._folder.exists() and self.finished and resumable and not self._committed:
+            if self._folder.exists() and self.finished and leaves_work(error) and not self._committed:
                 self._clear()
             else:
                 shutil.rmtree(self._folder, ignore_errors=True)
