@@ -6,10 +6,10 @@ import json
 import pytest
 from build import files_of, write_adapter, write_checkpoint
 from click.testing import CliRunner
+from models import DENSE, LINEARS, QUANTIZED
 from scenario import Bucket, content, five_shards
 
 import lorafuse
-from conftest import DENSE, LINEARS, QUANTIZED
 from lorafuse import cli
 from lorafuse.errors import LorafuseError, OutDirError, UsageError
 

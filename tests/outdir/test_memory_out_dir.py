@@ -142,7 +142,10 @@ def test_an_error_in_any_call(work, clean):
 
 
 @pytest.mark.parametrize(("code", "says"), [
-    (errno.ENOSPC, "memory://.out.lorafuse/out: No space left on device; [0-9]+ bytes are still to be written. Give"),
+    (
+        errno.ENOSPC,
+        "memory://.out.lorafuse/out: No space left on device; [0-9]+ bytes are still to be written. Give",
+    ),
     (errno.EIO, "memory://.out.lorafuse/out: writing failed: Input/output error. Give"),
 ])  # fmt: skip
 def test_what_a_failed_write_says(code, says, object_store, inputs):
