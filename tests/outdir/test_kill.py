@@ -219,7 +219,7 @@ def test_killed_in_a_system_call(calls, inputs, clean, tmp_path, monkeypatch):
         ("fsync:error=EIO", None),
         ("rename:error=EACCES", None),
         ("preadv,preadv2,pread64:error=EIO", "ckpt/model.safetensors"),
-        ("read:error=EIO", "adapter/adapter_model.safetensors"),
+        ("read,preadv,preadv2,pread64:error=EIO", "adapter/adapter_model.safetensors"),
     ],
 )
 def test_a_system_call_that_fails(inject, of, inputs, clean, tmp_path, monkeypatch):
