@@ -22,8 +22,10 @@ BIN = "adapter_model.bin"
 MLX = "adapters.safetensors"
 # Of a `.bin`, which is held whole. The plan compares its size with --memory-limit, but only once it is loaded.
 MAX_BIN_NBYTES = 16 << 30
-# What in torch's refusals is a reason; the rest advises to load without weights_only.
-_REASON = re.compile(r"WeightsUnpickler error:\s*(.+?)(?:\s+Please use|\s+Check the documentation|\n|$)")
+# The reason in a refusal of torch.load, whose other lines advise to load without weights_only.
+_REASON = re.compile(
+    r"(?:WeightsUnpickler error:|\n(?=Trying to load))\s*(.+?)(?:\s+Please use|\s+Check the doc|\n|$)"
+)
 DEFAULT_NAME = "default"  # of the adapter that PEFT saves into the directory itself
 
 
@@ -221,7 +223,8 @@ def _refuse_bad_archive(f: BinaryIO, nbytes: int, path: str, max_nbytes: int) ->
         raise AdapterError(f"{path}: {LFS_HINT}")
     if nbytes > max_nbytes:
         raise AdapterError(
-            f"{path}: has {nbytes} bytes, which are loaded at once, at most {max_nbytes}; save it as {SAFETENSORS}."
+            f"{path}: has {nbytes} bytes, which are loaded at once; at most {max_nbytes} are. Save it as "
+            f"{SAFETENSORS}."
         )
     try:
         if not zipfile.is_zipfile(f):
