@@ -6,7 +6,7 @@ import pytest
 from build import write_adapter, write_checkpoint
 
 import lorafuse
-from lorafuse.errors import CheckpointError
+from lorafuse.errors import CheckpointError, StorageError
 
 FILES = ["ckpt/model.safetensors", "ckpt/config.json", "adapter/adapter_model.safetensors",
          "adapter/adapter_config.json"]  # fmt: skip
@@ -57,7 +57,7 @@ def test_between_two_runs_a_change_of_mode_or_of_names_is_none(inputs, tmp_path)
         if n_shards == 2:
             raise OSError(5, "cut off")
 
-    with pytest.raises(OSError, match="cut off"):
+    with pytest.raises(StorageError, match="cut off"):
         lorafuse.convert(*inputs, tmp_path / "out", max_shard_size=1400, on_event=cut_off)
     shard = inputs[0] / "model.safetensors"
     shard.chmod(0o640)

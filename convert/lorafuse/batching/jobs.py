@@ -7,7 +7,6 @@ JOBS is a directory whose sub-directories are adapters, or a JSONL file with a {
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

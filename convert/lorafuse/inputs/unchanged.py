@@ -32,9 +32,7 @@ class UnchangedInputs:
         self._whole = [(ckpt.folder, "config.json")]
         self._whole += [(adapter.folder, name) for adapter in self._adapters for name in adapter.files]
         self._hashes: dict[str, FileHash] = {}
-        self._facts = {
-            folder / name: (folder, name, folder.facts(name)) for folder, name in self._whole
-        }
+        self._facts = {folder / name: (folder, name, folder.facts(name)) for folder, name in self._whole}
         stores = [(ckpt.folder, ckpt), *((adapter.folder, adapter.store) for adapter in self._adapters)]
         self._facts |= {
             shard.label: (folder, shard.name, shard.facts)

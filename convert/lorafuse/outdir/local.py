@@ -32,8 +32,8 @@ def open_out_dir(
 
 
 def check_out_dir(out_dir: str, inputs: Iterable[Folder], *, overwrite: bool) -> None:
-    """Raises OutDirError unless OUT_DIR may be written: absent or empty, or overwritten, apart from the inputs,
-    and not around the current directory."""
+    """Raises OutDirError unless OUT_DIR may be written: absent or empty, or overwritten, apart from the
+    inputs, and not around the current directory."""
     path_out = Path(out_dir)
     around = place_of(out_dir)
     within = set(around[:1] if path_out.exists() else [])

@@ -21,7 +21,9 @@ def is_own(status: os.stat_result) -> bool:
     """Whether this user owns a file or directory, and nobody else may write to it. A link never counts, as
     others could lead it elsewhere: give what lstat says."""
     writable = stat.S_IWGRP | stat.S_IWOTH
-    return status.st_uid == os.geteuid() and not stat.S_ISLNK(status.st_mode) and not status.st_mode & writable
+    return (
+        status.st_uid == os.geteuid() and not stat.S_ISLNK(status.st_mode) and not status.st_mode & writable
+    )
 
 
 class Lock:
@@ -72,8 +74,8 @@ class Lock:
                 return fd
             os.close(fd)
         raise OutDirError(
-            f"{shown(self._path)}: is no lock file of this user alone, but may be another user's; once nobody "
-            f"writes {shown(self._out_dir)}, remove it, or choose another directory."
+            f"{shown(self._path)}: is no lock file of this user alone, but may be another user's; once "
+            f"nobody writes {shown(self._out_dir)}, remove it, or choose another directory."
         )
 
     def _is_named(self, fd: int) -> bool:

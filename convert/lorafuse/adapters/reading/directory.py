@@ -20,7 +20,7 @@ SAFETENSORS = "adapter_model.safetensors"
 INDEX = f"{SAFETENSORS}.index.json"
 BIN = "adapter_model.bin"
 MLX = "adapters.safetensors"
-# Of a `.bin`, which is held whole. The plan compares its size with --memory-limit, but only once it is loaded.
+# Of a `.bin`, which is held whole. The plan compares it with --memory-limit, but only once it is loaded.
 MAX_BIN_NBYTES = 16 << 30
 # The reason in a refusal of torch.load, whose other lines advise to load without weights_only.
 _REASON = re.compile(
@@ -185,8 +185,8 @@ def _loaded(f: BinaryIO, path: str) -> Any:
 
 
 def _refuse_unusual(loaded: dict[Any, torch.Tensor], nbytes: int, path: str) -> None:
-    """Raises AdapterError for what is no name, and for tensors that are not values in the file, one beside the
-    other: a few bytes can stand for gigabytes of them."""
+    """Raises AdapterError for what is no name, and for tensors that are not values in the file, side by side:
+    a few bytes can stand for gigabytes of them."""
     copied_nbytes = 0
     for name, tensor in loaded.items():
         if not isinstance(name, str):
