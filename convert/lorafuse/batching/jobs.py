@@ -7,7 +7,6 @@ JOBS is a directory whose sub-directories are adapters, or a JSONL file with a {
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, shown
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import has_scheme, open_folder
+from lorafuse.outdir.apart import contents_of, place_of, places_of
 from lorafuse.settings import DTYPE_CHOICES, HUB_ID, Settings
 
 KEYS = ("adapter", "name", "scale", "dtype")
@@ -150,20 +150,18 @@ def _checked_name(name: Any) -> str:
 def refuse_overlap(jobs: Sequence[Job], out_root: Path, ckpt: Folder) -> None:
     """Raises OutDirError when a result would take the place of an input: OUT_ROOT is, or lies in, the
     checkpoint, or one job's name is where the adapter or the checkpoint of another lies."""
-    root = Path(os.path.realpath(out_root))
     if out_root.exists() and not out_root.is_dir():
         raise OutDirError(f"{shown(out_root)}: exists and is not a directory.")
-    if ckpt.local_path and Path(os.path.realpath(ckpt.local_path)) in (root, *root.parents):
+    if ckpt.local_path and ckpt.local_path.exists() and place_of(ckpt.local_path)[0] in place_of(out_root):
         raise OutDirError(
             f"{shown(out_root)}: is or lies inside the input {shown(ckpt)}; choose another directory."
         )
-    names = {job.name for job in jobs}
+    name_of = {found: job.name for job in jobs for found in contents_of(out_root / job.name)}
     for path in (folder.local_path for folder in (ckpt, *(open_folder(job.adapter) for job in jobs))):
-        if path is None:
+        if path is None or not path.is_dir():
             continue
-        real = Path(os.path.realpath(path))
-        name = real.relative_to(root).parts[0] if root in real.parents else None
-        if name in names and path.is_dir():
+        name = next((name_of[found] for found in places_of(path) if found in name_of), None)
+        if name is not None:
             raise OutDirError(
                 f"{shown(out_root)}: the result {shown(name)} would take the place of the input "
                 f"{shown(path)}."

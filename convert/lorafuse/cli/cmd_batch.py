@@ -15,6 +15,7 @@ from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import CONTEXT, base_options, check_base_options, output_options, run_options
 from lorafuse.errors import BatchError, shown
 from lorafuse.files.sharing import SHARE_CHOICES
+from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import Settings
 
 
@@ -67,6 +68,7 @@ def batch(
     """
     show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose)
     with exit_codes("what is finished stays, and the same command goes on"):
+        refuse_nameless(out_root)
         Settings(
             **{name: options[name] for name in ("device", "adapter_scale")}
         )  # refuses them, as click does the others

@@ -16,10 +16,12 @@ Identity = tuple[int | str, ...]
 
 
 class FileFacts(NamedTuple):
-    """What is known of a file without reading it."""
+    """What is known of a file without reading it. `version` also tells what `identity` may miss, but changes
+    with mode and links too, so that it counts within one run alone."""
 
     nbytes: int
     identity: Identity
+    version: Identity = ()
 
 
 class OpenFile(Protocol):

@@ -87,7 +87,9 @@ class LocalFile:
 
 
 def _facts(status: os.stat_result) -> FileFacts:
-    return FileFacts(status.st_size, (status.st_size, status.st_mtime_ns, status.st_ino))
+    # Who writes to a file can set its size and mtime as they were, but not its ctime.
+    identity = (status.st_size, status.st_mtime_ns, status.st_ino)
+    return FileFacts(status.st_size, identity, (status.st_ctime_ns,))
 
 
 def open_regular(path: str) -> int:

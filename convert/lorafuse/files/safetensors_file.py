@@ -30,13 +30,14 @@ class FormatError(LorafuseError):
 
 class Shard:
     """The safetensors file `name` of a folder, open for ranged reads. `tensors` maps names to specs in file
-    order; `identity` is the file's when it was opened; `label` is what messages call it."""
+    order; `facts` are the file's when it was opened; `label` is what messages call it."""
 
     def __init__(self, folder: Folder, name: str, number: int = 0) -> None:
         self.name, self.label = name, folder / name
         self._file = folder.open(name)
         try:
-            self.nbytes, self.identity = self._file.facts
+            self.facts = self._file.facts
+            self.nbytes = self.facts.nbytes
             header, data_start = _read_header(self._file, self.nbytes, self.label)
             self.header_sha256 = hashlib.sha256(header).hexdigest()
             parsed = _parse_json(header, self.label)

@@ -32,12 +32,10 @@ class UnchangedInputs:
         self._whole = [(ckpt.folder, "config.json")]
         self._whole += [(adapter.folder, name) for adapter in self._adapters for name in adapter.files]
         self._hashes: dict[str, FileHash] = {}
-        self._identities = {
-            folder / name: (folder, name, folder.facts(name).identity) for folder, name in self._whole
-        }
+        self._facts = {folder / name: (folder, name, folder.facts(name)) for folder, name in self._whole}
         stores = [(ckpt.folder, ckpt), *((adapter.folder, adapter.store) for adapter in self._adapters)]
-        self._identities |= {
-            shard.label: (folder, shard.name, shard.identity)
+        self._facts |= {
+            shard.label: (folder, shard.name, shard.facts)
             for folder, store in stores
             if isinstance(store, ShardedStore)
             for shard in store.shards
@@ -58,7 +56,7 @@ class UnchangedInputs:
     def contents(self) -> dict[str, Any]:
         """Label → sha256; of a checkpoint's shard that of its header, with the file's identity for the data.
         Reads the rest."""
-        shards = {shard.label: [shard.header_sha256, *shard.identity] for shard in self._ckpt.shards}
+        shards = {shard.label: [shard.header_sha256, *shard.facts.identity] for shard in self._ckpt.shards}
         return shards | {folder / name: self.hashed(folder, name).sha256 for folder, name in self._whole}
 
     def attempt(self, plan: Plan, settings: Settings, device: str) -> Attempt:
@@ -76,9 +74,9 @@ class UnchangedInputs:
     def refuse_changed(self) -> None:
         """Raises CheckpointError for a file, be it an adapter's, that was written to, replaced or removed
         since it was opened."""
-        for label, (folder, name, identity) in self._identities.items():
+        for label, (folder, name, facts) in self._facts.items():
             try:
-                same = folder.facts(name).identity == identity
+                same = folder.facts(name) == facts
             except FileNotFoundError:
                 same = False
             if not same:

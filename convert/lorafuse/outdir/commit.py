@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 from lorafuse.errors import OutDirError, shown
 from lorafuse.files.names import RECEIPT
 from lorafuse.outdir.journal import fsync_dir
+from lorafuse.outdir.lock import is_own
 
 OUT = "out"
 OLD = "old"
@@ -75,6 +77,11 @@ class StagingPlace:
             if self.home.is_dir()
             else []
         )
+
+    def own_folders(self) -> list[Path]:
+        """The hidden directories that nobody but this user can have filled, so that what is in them may be
+        used, and moved or removed."""
+        return [folder for folder in self.folders() if _is_own_folder(folder)]
 
     def _foreign(self) -> Iterator[Path]:
         """What is in OUT_DIR and not there for staging; a new file system has lost+found."""
@@ -143,6 +150,14 @@ class StagingPlace:
                 os.rename(folder / OUT / name, self.out_dir / name)
             fsync_dir(self.out_dir)
             fsync_dir(folder / OUT)
+
+
+def _is_own_folder(folder: Path) -> bool:
+    try:
+        status = os.lstat(folder)
+    except FileNotFoundError:  # another run has ended
+        return False
+    return stat.S_ISDIR(status.st_mode) and is_own(status)
 
 
 def _is_mount(path: Path) -> bool:

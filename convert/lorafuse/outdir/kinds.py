@@ -3,6 +3,7 @@
 from lorafuse.errors import UsageError, shown
 from lorafuse.files.names import scheme_of
 from lorafuse.outdir import local
+from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.outdir.out_dir import OutDirKind
 
 # Scheme, as in memory://name → kind; none is a directory of this machine.
@@ -10,7 +11,8 @@ OUT_DIRS: dict[str, OutDirKind] = {"": local}
 
 
 def kind_of(out_dir: str) -> OutDirKind:
-    """Raises UsageError for a scheme that is not known."""
+    """Raises UsageError for an empty name and for a scheme that is not known."""
+    refuse_nameless(out_dir)
     scheme = scheme_of(out_dir)
     kind = OUT_DIRS.get(scheme)
     if kind is None:

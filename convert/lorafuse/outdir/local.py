@@ -9,6 +9,7 @@ from pathlib import Path
 from lorafuse.errors import HeldError, OutDirError, shown
 from lorafuse.events import OnEvent
 from lorafuse.files.folder import Folder
+from lorafuse.outdir.apart import contents_of, is_around_here, place_of, places_of
 from lorafuse.outdir.commit import StagingPlace
 from lorafuse.outdir.journal import Attempt
 from lorafuse.outdir.out_dir import Space
@@ -31,19 +32,25 @@ def open_out_dir(
 
 
 def check_out_dir(out_dir: str, inputs: Iterable[Folder], *, overwrite: bool) -> None:
-    """Raises OutDirError unless OUT_DIR may be written: absent or empty, or overwritten, and apart from the
-    inputs."""
+    """Raises OutDirError unless OUT_DIR may be written: absent or empty, or overwritten, apart from the
+    inputs, and not around the current directory."""
     path_out = Path(out_dir)
-    real_out = Path(os.path.realpath(out_dir))
+    around = place_of(out_dir)
+    within = set(around[:1] if path_out.exists() else [])
+    if overwrite:  # what is in it goes too
+        within.update(contents_of(out_dir))
     for path in (folder.local_path for folder in inputs):
-        if path is None:
+        if path is None or not path.exists():
             continue
-        real_in = Path(os.path.realpath(path))
-        if real_out == real_in or real_in in real_out.parents or real_out in real_in.parents:
+        if place_of(path)[0] in around or not within.isdisjoint(places_of(path)):
             raise OutDirError(
                 f"{shown(out_dir)}: is, contains or lies inside the input {shown(path)}; choose another "
                 "directory."
             )
+    if is_around_here(out_dir):
+        raise OutDirError(
+            f"{shown(out_dir)}: is the current directory, or contains it; choose another directory."
+        )
     if not os.path.lexists(out_dir):
         return
     if not path_out.is_dir():
@@ -52,7 +59,7 @@ def check_out_dir(out_dir: str, inputs: Iterable[Folder], *, overwrite: bool) ->
         return
     place = StagingPlace.of(path_out)
     # Else it is seen later what a run that was cut off got done.
-    if not place.lock.exists() and not place.folders():
+    if not place.lock.exists() and not place.own_folders():
         refuse_filled(place, path_out, overwrite)
 
 
@@ -60,15 +67,15 @@ def clean_up(out_dir: str) -> None:
     """Remove what a run left that was killed when its result had its name already."""
     path = Path(out_dir)
     place = StagingPlace.of(path)
-    if place.lock.exists() or place.folders():
-        with suppress(HeldError):
+    if place.lock.exists() or place.own_folders():
+        with suppress(HeldError, OutDirError):
             LocalOutDir(path, plan_id="").clean_up()
 
 
 def left_nbytes(out_dirs: Iterable[str]) -> int:
     """What runs for these that were cut off left on disk, and the next ones use or remove. A file that has a
     name elsewhere too stays, and does not count."""
-    folders = [folder for out_dir in out_dirs for folder in StagingPlace.of(Path(out_dir)).folders()]
+    folders = [folder for out_dir in out_dirs for folder in StagingPlace.of(Path(out_dir)).own_folders()]
     found = [path.lstat() for folder in folders for path in folder.rglob("*") if path.is_file()]
     n_names = Counter((one.st_dev, one.st_ino) for one in found)
     sizes = {

@@ -1,16 +1,29 @@
 """One run for one OUT_DIR at a time: flock on a hidden file beside it, which the kernel lets go of when the
-process ends."""
+process ends.
+
+Where others may write too, they may have put anything there: only what this user made counts.
+"""
 
 import errno
 import fcntl
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
-from lorafuse.errors import HeldError, shown
+from lorafuse.errors import HeldError, OutDirError, shown
 
 # A file system that knows no locks: whose result is OUT_DIR is then decided by the rename.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Whether this user owns a file or directory, and nobody else may write to it. A link never counts, as
+    others could lead it elsewhere: give what lstat says."""
+    writable = stat.S_IWGRP | stat.S_IWOTH
+    return (
+        status.st_uid == os.geteuid() and not stat.S_ISLNK(status.st_mode) and not status.st_mode & writable
+    )
 
 
 class Lock:
@@ -21,10 +34,10 @@ class Lock:
         self._fd = -1
 
     def acquire(self) -> None:
-        """Raises HeldError when another run has it, OSError where no file can be made."""
+        """Raises HeldError when another run has it, OutDirError for a file that is not this user's own,
+        OSError where no file can be made."""
         while self._fd < 0:
-            # Not read-only: over NFS an exclusive lock needs a file that is open for writing.
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fd = self._open()
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._is_named(fd):
@@ -42,11 +55,34 @@ class Lock:
                 if self._fd != fd:
                     os.close(fd)
 
+    def _open(self) -> int:
+        """A file of this user, new or not."""
+        # Not read-only: over NFS an exclusive lock needs a file that is open for writing.
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        while True:
+            with suppress(FileExistsError):
+                # Whoever it belongs to by the file system's word (of a server, of a mount with one owner).
+                return os.open(self._path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            with suppress(FileNotFoundError):  # released in between
+                return self._open_found(flags)
+
+    def _open_found(self, flags: int) -> int:
+        status = os.lstat(self._path)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and is_own(status):
+            fd = os.open(self._path, flags)
+            if os.path.samestat(os.fstat(fd), status):
+                return fd
+            os.close(fd)
+        raise OutDirError(
+            f"{shown(self._path)}: is no lock file of this user alone, but may be another user's; once "
+            f"nobody writes {shown(self._out_dir)}, remove it, or choose another directory."
+        )
+
     def _is_named(self, fd: int) -> bool:
         """Whether the file still has its name: the run that held it may have removed it between open and
         flock."""
         try:
-            return os.path.samestat(os.fstat(fd), os.stat(self._path))
+            return os.path.samestat(os.fstat(fd), os.lstat(self._path))
         except FileNotFoundError:
             return False
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from lorafuse.arithmetic.measure import Measures
-from lorafuse.errors import OutDirError, shown
+from lorafuse.errors import OutDirError, listed, shown
 from lorafuse.events import OnEvent
 from lorafuse.files.hashing import FileHash, hash_file
 from lorafuse.files.local_folder import LocalFolder
@@ -108,10 +108,11 @@ class LocalOutDir:
             if folder != found:
                 self._discard(folder)
         if found is None:
-            self._folder.mkdir()
-            self.path.mkdir()
+            self._folder.mkdir(0o700)
+            self.path.mkdir()  # by the umask, as OUT_DIR is to be
         else:
             os.rename(found, self._folder)  # of two runs that no lock keeps apart, one has it
+            self._folder.chmod(0o700)
             self.finished = left[found].finished
             self.finished = {file: one for file, one in self.finished.items() if self._is_whole(one.written)}
             self._clear()
@@ -129,8 +130,14 @@ class LocalOutDir:
 
     def _leftovers(self) -> dict[Path, Record]:
         """What runs that were cut off left, without what is only to be cleaned up."""
-        left = {}
-        for folder in self._place.folders():
+        left, own = {}, self._place.own_folders()
+        others = [folder for folder in self._place.folders() if folder not in own]
+        if others:
+            self._warn(
+                f"{listed(others)}: is left alone, since others than this user could have written to it; "
+                "remove it if nobody needs it."
+            )
+        for folder in own:
             record = read_journal(folder)
             self._place.restore(folder, record.moving)
             if self._place.is_complete(folder):

@@ -2,6 +2,7 @@
 weights_only, from `.bin`."""
 
 import errno
+import re
 import zipfile
 from typing import Any, BinaryIO
 
@@ -19,6 +20,12 @@ SAFETENSORS = "adapter_model.safetensors"
 INDEX = f"{SAFETENSORS}.index.json"
 BIN = "adapter_model.bin"
 MLX = "adapters.safetensors"
+# Of a `.bin`, which is held whole. The plan compares it with --memory-limit, but only once it is loaded.
+MAX_BIN_NBYTES = 16 << 30
+# The reason in a refusal of torch.load, whose other lines advise to load without weights_only.
+_REASON = re.compile(
+    r"(?:WeightsUnpickler error:|\n(?=Trying to load))\s*(.+?)(?:\s+Please use|\s+Check the doc|\n|$)"
+)
 DEFAULT_NAME = "default"  # of the adapter that PEFT saves into the directory itself
 
 
@@ -131,16 +138,17 @@ def _missing_mlx(folder: Folder) -> str:
 
 class BinStore:
     """A `.bin` adapter as a Store. The whole file is loaded: the format of torch.save offers no ranged
-    reads."""
+    reads. Raises AdapterError for what is no dict of plain tensors, or takes more than `max_nbytes`."""
 
-    def __init__(self, folder: Folder, name: str) -> None:
+    def __init__(self, folder: Folder, name: str, max_nbytes: int = MAX_BIN_NBYTES) -> None:
         path, file = folder / name, folder.open(name)
         with stream(file) as f:
-            _refuse_bad_archive(f, file.facts.nbytes, path)
+            _refuse_bad_archive(f, file.facts.nbytes, path, max_nbytes)
             f.seek(0)
             loaded = _loaded(f, path)
         if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
             raise AdapterError(f"{path}: does not hold a dict of tensors.")
+        _refuse_unusual(loaded, file.facts.nbytes, path)
         self._data: dict[str, torch.Tensor] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for name, tensor in loaded.items():
@@ -149,7 +157,7 @@ class BinStore:
                 raise AdapterError(
                     f"{path}: {shown(name)} has the dtype {tensor.dtype}, which is not supported."
                 )
-            self._data[name] = tensor.contiguous().reshape(-1).view(torch.uint8)
+            self._data[name] = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             self.tensors[name] = TensorInfo(TensorSpec(dtype, tuple(tensor.shape)), 0, 0)
 
     def read_into(self, name: str, start: int, buffer: Buffer) -> None:
@@ -168,14 +176,56 @@ def _loaded(f: BinaryIO, path: str) -> Any:
         # A damaged pickle is another program, which may end in any way; EINVAL is a seek to before the file.
         if isinstance(e, OSError) and e.errno != errno.EINVAL:
             raise
-        reason = shown(str(e).partition("\n")[0] or type(e).__name__, 300)
+        text = str(e)
+        if "weights_only" in text:
+            found = _REASON.search(text)
+            text = found[1] if found else ""
+        reason = shown(text.partition("\n")[0] or type(e).__name__, 300)
         raise AdapterError(f"{path}: cannot be loaded safely (weights_only): {reason}") from None
 
 
-def _refuse_bad_archive(f: BinaryIO, nbytes: int, path: str) -> None:
+def _refuse_unusual(loaded: dict[Any, torch.Tensor], nbytes: int, path: str) -> None:
+    """Raises AdapterError for what is no name, and for tensors that are not values in the file, side by side:
+    a few bytes can stand for gigabytes of them."""
+    copied_nbytes = 0
+    for name, tensor in loaded.items():
+        if not isinstance(name, str):
+            raise AdapterError(f"{path}: has the key {shown(repr(name))}, which is no name of a tensor.")
+        form = _unusual_form(tensor)
+        if form:
+            raise AdapterError(f"{path}: {shown(name)} is a {form} tensor, which is not supported.")
+        held = tensor.untyped_storage().nbytes()
+        if tensor.nbytes > held:
+            raise AdapterError(
+                f"{path}: {shown(name)} has {tensor.nbytes} bytes by its shape, and {held} in the file."
+            )
+        copied_nbytes += 0 if tensor.is_contiguous() else tensor.nbytes
+    if copied_nbytes > nbytes:
+        raise AdapterError(f"{path}: unpacks to {copied_nbytes} bytes from {nbytes}; its tensors overlap.")
+
+
+def _unusual_form(tensor: torch.Tensor) -> str | None:
+    """What a tensor is but its values, row after row."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_conj():
+        return "conjugate"
+    return "negated" if tensor.is_neg() else None
+
+
+def _refuse_bad_archive(f: BinaryIO, nbytes: int, path: str, max_nbytes: int) -> None:
     """torch.load unpacks whatever size the archive declares, so sizes are compared with the file's before."""
     if f.read(len(LFS_MAGIC)) == LFS_MAGIC:
         raise AdapterError(f"{path}: {LFS_HINT}")
+    if nbytes > max_nbytes:
+        raise AdapterError(
+            f"{path}: has {nbytes} bytes, which are loaded at once; at most {max_nbytes} are. Save it as "
+            f"{SAFETENSORS}."
+        )
     try:
         if not zipfile.is_zipfile(f):
             return
