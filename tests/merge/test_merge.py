@@ -285,7 +285,7 @@ def test_steps_hold_no_more_than_their_budget(many_tiles, tmp_path, monkeypatch)
     fit = memory.fit_memory
 
     def tight(planned, *args):
-        return replace(fit(planned, *args), resident_nbytes=max(turn.resident_nbytes for turn in planned))
+        return replace(fit(planned, *args), resident_nbytes=max(weight.resident_nbytes for weight in planned))
 
     monkeypatch.setattr("lorafuse.planning.make_plan.fit_memory", tight)
     lorafuse.convert(*many_tiles, tmp_path / "out")

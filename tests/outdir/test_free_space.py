@@ -152,7 +152,7 @@ def test_a_really_full_file_system(inputs, tmp_path):
     lorafuse.convert(*inputs, tmp_path / "clean", max_shard_size=SHARD)
     code = """
 import os, sys, lorafuse
-from lorafuse.outdir import output as outputs
+from lorafuse.outdir import output
 args, work = sys.argv[1:3], sys.argv[3]
 def run():
     try:
@@ -162,7 +162,7 @@ def run():
         return str(e)
 assert "are missing" in run() and os.listdir(work) == []
 os.system(f"mount -o remount,size=600k {work}")
-real, n = outputs.Output._finish, []
+real, n = output.Output._finish, []
 def finish(self, shard, writer):
     real(self, shard, writer)
     n.append(1)
@@ -171,7 +171,7 @@ def finish(self, shard, writer):
             try:
                 while f.write(b"x" * 4096): pass
             except OSError: pass
-outputs.Output._finish = finish
+output.Output._finish = finish
 assert "bytes more than it has are needed" in (said := run()), said
 os.unlink(work + "/filler")
 assert "3 files" in said and run() is None and os.listdir(work) == ["out"]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 import lorafuse
 from lorafuse.errors import CheckpointError, OutDirError, StorageError
-from lorafuse.outdir import commit as place
+from lorafuse.outdir import commit
 from lorafuse.outdir.sidecars import output_config
 
 
@@ -177,7 +177,7 @@ def test_modes_follow_the_umask(mask, ckpt, lora, tmp_path):
 @pytest.mark.parametrize("exchange", ["kernel", "by renames"])
 def test_overwrite_replaces_everything_at_the_end(exchange, base, lora, tmp_path, monkeypatch):
     if exchange == "by renames":
-        monkeypatch.setattr(place.ctypes, "CDLL", lambda *args, **kw: object())
+        monkeypatch.setattr(commit.ctypes, "CDLL", lambda *args, **kw: object())
     out = tmp_path / "out"
     lorafuse.convert(base("nf4_dq"), lora, out, max_shard_size="60KB")
     (out / "stale.txt").write_text("x")

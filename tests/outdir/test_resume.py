@@ -22,7 +22,7 @@ from scenario import N_SHARDS, SHARD, WAYS, Bucket, Directory, Work, content, fi
 import lorafuse
 from lorafuse.errors import CheckpointError, OutDirError, StorageError
 from lorafuse.merge import workers as merge
-from lorafuse.outdir import output as outputs
+from lorafuse.outdir import output
 from lorafuse.outdir.staging import LocalOutDir
 
 
@@ -176,7 +176,7 @@ def stopped(inputs, place, monkeypatch):
     """stopped(n) interrupts a run for OUT_DIR after n shards, and returns the names of these."""
 
     def stop(n_shards, adapter=inputs[1], **options):
-        real_finish, n = outputs.Output._finish, [0]
+        real_finish, n = output.Output._finish, [0]
 
         def finish(self, shard, writer):
             real_finish(self, shard, writer)
@@ -185,7 +185,7 @@ def stopped(inputs, place, monkeypatch):
                 raise Stop
 
         with monkeypatch.context() as patch:
-            patch.setattr(outputs.Output, "_finish", finish)
+            patch.setattr(output.Output, "_finish", finish)
             with pytest.raises(Stop):
                 lorafuse.convert(inputs[0], adapter, place.out, max_shard_size=SHARD, **options)
         (hidden,) = place.top()
@@ -392,7 +392,7 @@ def test_other_errors_leave_nothing(error, stopped, inputs, place, monkeypatch):
 @pytest.mark.parametrize("change", [touch_checkpoint, replace_checkpoint, change_config, "remove", "adapter"])
 def test_an_input_that_changes_during_the_run_is_refused(change, inputs, place, tmp_path, monkeypatch):
     """Exit 3 with its name, and nothing is left."""
-    real_finish, done = outputs.Output.finish, []
+    real_finish, done = output.Output.finish, []
 
     def finish(self):
         real_finish(self)
@@ -406,7 +406,7 @@ def test_an_input_that_changes_during_the_run_is_refused(change, inputs, place, 
             file = change(inputs)
         done.append(file)
 
-    monkeypatch.setattr(outputs.Output, "finish", finish)
+    monkeypatch.setattr(output.Output, "finish", finish)
     (tmp_path / "work").mkdir()
     with pytest.raises((CheckpointError, FileNotFoundError)) as caught:
         lorafuse.convert(*inputs, place.out, max_shard_size=SHARD)
@@ -466,11 +466,11 @@ def test_a_killed_process(inputs, clean, tmp_path):
     import sys
 
     code = (
-        "import os, signal, sys, lorafuse\nfrom lorafuse.outdir import output as outputs\nreal, n = "
-        "outputs.Output._finish, "
+        "import os, signal, sys, lorafuse\nfrom lorafuse.outdir import output\nreal, n = "
+        "output.Output._finish, "
         "[]\ndef finish(self, shard, writer):\n    real(self, shard, writer)\n    n.append(1)\n"
         "    if len(n) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"outputs.Output._finish = finish\nlorafuse.convert(*sys.argv[1:], max_shard_size={SHARD!r})"
+        f"output.Output._finish = finish\nlorafuse.convert(*sys.argv[1:], max_shard_size={SHARD!r})"
     )
     work = tmp_path / "work"
     work.mkdir()

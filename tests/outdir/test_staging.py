@@ -19,8 +19,7 @@ from lorafuse import pipeline
 from lorafuse.errors import HeldError, OutDirError
 from lorafuse.files.names import RECEIPT
 from lorafuse.merge.destination import Written
-from lorafuse.outdir import commit as place
-from lorafuse.outdir import interrupts as hold
+from lorafuse.outdir import commit, interrupts
 from lorafuse.outdir.commit import StagingPlace
 from lorafuse.outdir.journal import Attempt, read_journal
 from lorafuse.outdir.local import check_out_dir
@@ -237,7 +236,7 @@ def test_the_journal_survives_json(tmp_path):
 
 @pytest.fixture
 def mounted(tmp_path, monkeypatch):
-    monkeypatch.setattr(place, "_is_mount", lambda path: path == tmp_path / "out")
+    monkeypatch.setattr(commit, "_is_mount", lambda path: path == tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "lost+found").mkdir()
     return tmp_path / "out"
@@ -257,7 +256,7 @@ def test_a_mount_point_is_filled_from_inside(mounted, tmp_path):
 
 def test_the_order_of_moves(mounted, monkeypatch):
     """Shards, the rest, config.json, the receipt, each synced before the next."""
-    moves, real_rename, real_sync = [], os.rename, place.fsync_dir
+    moves, real_rename, real_sync = [], os.rename, commit.fsync_dir
     with LocalOutDir(mounted, "a" * 64) as staging:
         fill(
             staging,
@@ -270,7 +269,8 @@ def test_the_order_of_moves(mounted, monkeypatch):
             },
         )
         monkeypatch.setattr(os, "rename", lambda a, b: (moves.append(b.name), real_rename(a, b)))
-        monkeypatch.setattr(place, "fsync_dir", lambda path: (moves.append(path == mounted), real_sync(path)))
+        synced = lambda path: (moves.append(path == mounted), real_sync(path))  # noqa: E731
+        monkeypatch.setattr(commit, "fsync_dir", synced)
         staging.commit()
     moves = [move for move in moves if move is not False]
     assert moves[:2] == ["b.safetensors", True] and {*moves[2:4]} == {
@@ -369,7 +369,7 @@ def test_every_directory_is_synced(tmp_path, monkeypatch):
 
 
 def test_an_interruption_waits_while_it_must():
-    kept = hold.Hold()
+    kept = interrupts.Hold()
     with pytest.raises(KeyboardInterrupt):
         kept.interrupt(KeyboardInterrupt())
     done = []
@@ -389,7 +389,7 @@ def test_an_interruption_during_the_commit_comes_too_late(tmp_path, monkeypatch)
     real_rename = os.rename
 
     def rename(a, b):
-        hold.UNINTERRUPTED.interrupt(KeyboardInterrupt())
+        interrupts.UNINTERRUPTED.interrupt(KeyboardInterrupt())
         real_rename(a, b)
 
     with LocalOutDir(tmp_path / "out", "a" * 64) as staging:

@@ -30,7 +30,7 @@ from build import (
     write_checkpoint,
 )
 from safetensors.torch import load, load_file, save
-from valid_inputs import Files, good_inputs, write_files
+from valid_inputs import Files, valid_inputs, write_files
 
 import lorafuse
 from lorafuse.errors import LorafuseError
@@ -50,7 +50,7 @@ STATE = f"{NF4}.quant_state.bitsandbytes__nf4"
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
-    return good_inputs(tmp_path_factory.mktemp("good"))
+    return valid_inputs(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture(scope="module")

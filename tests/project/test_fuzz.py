@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutate import file_of, mutated_bytes, mutated_header, mutated_json, mutated_tensors, tensors_of
 from safetensors import safe_open
-from valid_inputs import Files, good_inputs, good_types, write_files
+from valid_inputs import Files, valid_inputs, valid_types, write_files
 
 import lorafuse
 from lorafuse.adapters import ADAPTERS
@@ -66,12 +66,12 @@ CONFIG_FIELDS = (
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
-    return good_inputs(tmp_path_factory.mktemp("good"))
+    return valid_inputs(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture(scope="module")
 def types(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
-    return good_types(tmp_path_factory.mktemp("types"))
+    return valid_types(tmp_path_factory.mktemp("types"))
 
 
 @pytest.fixture

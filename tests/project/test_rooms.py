@@ -24,6 +24,9 @@ FLOORS = """
 RANK = {room.strip(): rank for rank, floor in enumerate(FLOORS.split("<")) for room in floor.split(",")}
 ARCHITECTURE = Path(__file__).resolve().parents[2] / "ARCHITECTURE.md"
 ROOMS_IN_ARCHITECTURE = re.compile(r"(<!-- rooms:begin -->\n)(.*?)(\n<!-- rooms:end -->)", re.DOTALL)
+# The functions that may cast a finished value to another dtype than fp32: each value is rounded once.
+ROUNDINGS = {"codecs/plain.py: PlainEncoder.encode"}
+CASTS = {"bfloat16", "copy_", "double", "float", "half", "to", "type", "type_as"}
 # Files and rooms that know paths: those that are a file system's own, or ask where an input lies, and those
 # of what is written or listed.
 KNOW_PATHS = {"files/local_folder.py", "files/folder.py", "files/hub.py", "settings.py"} | {
@@ -70,6 +73,36 @@ def used_names(path: Path) -> set[str]:
     """What a file calls or refers to: `print`, `sys.exit`, `click.echo`."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     return {ast.unparse(node) for node in nodes if isinstance(node, ast.Name | ast.Attribute)}
+
+
+def said(path: Path) -> set[str]:
+    """Names, attributes with their dot, keywords and string constants of a file; no comment, no docstring."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    docs = {
+        id(node.body[0].value)
+        for node in nodes
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and ast.get_docstring(node) is not None
+    }
+    return {
+        node.id
+        if isinstance(node, ast.Name)
+        else f".{node.attr}"
+        if isinstance(node, ast.Attribute)
+        else node.value
+        for node in nodes
+        if isinstance(node, ast.Name | ast.Attribute)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs)
+    }
+
+
+def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """The functions of a file and of its classes, by name: `encode` of a class is `PlainEncoder.encode`."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, node
+        elif isinstance(node, ast.ClassDef):
+            yield from ((f"{node.name}.{f.name}", f) for f in node.body if isinstance(f, ast.FunctionDef))
 
 
 def defined_names(path: Path) -> set[str]:
@@ -177,16 +210,15 @@ def test_adapters_are_files() -> None:
     ("word", "file"),
     [
         ("data_offsets", "files/safetensors_file.py"),
-        (r"\.offset\b", "files/safetensors_file.py"),
-        ("The one rounding", "codecs/plain.py"),
-        ("set_num_threads", "arithmetic/torch_state.py"),
+        (r"\.offset$", "files/safetensors_file.py"),
+        (r"\.set_num_threads$", "arithmetic/torch_state.py"),
         ("quant_state.bitsandbytes__", "codecs/bnb4.py"),
         ("renameat2", "outdir/commit.py"),
     ],
 )
 def test_one_file_knows(word: str, file: str) -> None:
-    """One place per fact: these words are in one file of the package."""
-    assert [relative(path) for path in FILES if re.search(word, path.read_text(encoding="utf-8"))] == [file]
+    """One place per fact: these words are in the code of one file of the package."""
+    assert [relative(path) for path in FILES if any(re.search(word, name) for name in said(path))] == [file]
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if top(p) != "arithmetic"], ids=relative)
@@ -211,13 +243,38 @@ def test_values_are_what_is_fetched_and_decoded(path: Path) -> None:
     ]
 
 
+def casts(function: ast.FunctionDef) -> Iterator[ast.Call]:
+    """The calls that may change a dtype, but for those that fill what the arena holds in fp32."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CASTS:
+            into = ast.unparse(node.func.value)
+            if not re.fullmatch(r"arena\.get\(.*, torch\.float32\)", into):
+                yield node
+
+
+def defines_encoder(path: Path) -> bool:
+    classes = [
+        n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ClassDef)
+    ]
+    return any(ast.unparse(base) == "Encoder" for node in classes for base in node.bases)
+
+
 def test_one_rounding() -> None:
-    """The place where a result is rounded is marked, once; beside it only seconds, a number of groups and
-    int8 codes are."""
-    texts = {relative(path): path.read_text(encoding="utf-8") for path in FILES}
-    assert texts["codecs/plain.py"].count("The one rounding") == 1
+    """From the sum in fp32 to the bytes in OUT_DIR one function casts. Nothing rounds to whole numbers but
+    seconds, a number of groups and int8 codes."""
+    on_the_way = [
+        p for p in FILES if top(p) in {"merge", "outdir", "pipeline", "batching"} or defines_encoder(p)
+    ]
+    assert {
+        f"{relative(path)}: {name}"
+        for path in on_the_way
+        for name, function in functions(path)
+        if any(True for _ in casts(function))
+    } == ROUNDINGS
     rounds = {
-        file for file in texts for name in used_names(PACKAGE / file) if re.fullmatch(r"(.*\.)?round_?", name)
+        relative(path)
+        for path in FILES
+        if any(re.fullmatch(r"(.*\.)?round_?", name) for name in used_names(path))
     }
     assert rounds <= {"receipt/write.py", "adapters/types/tinylora.py", "trained_base/int8.py"}
 
@@ -304,6 +361,22 @@ def test_one_exception_per_exit_code() -> None:
     codes = [kind.exit_code for kind in kinds]
     assert len(set(codes)) == len(codes)
     assert set(codes) <= {1, 2, 3, 4, 5, 6, 7, 8, 9}
+
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_tests_import_no_tests(path: Path) -> None:
+    """What tests share is in tests/support/, and that imports no test either."""
+    parts = {part for name in imports(path) for part in name.split(".")}
+    assert not {part for part in parts if part.startswith("test_") or part == "conftest"}
+
+
+def test_every_test_is_in_the_room_of_what_it_tests() -> None:
+    """A room of tests has the name of a room of the package; project/ looks at all of them."""
+    rooms = {path.parent.name for path in TESTS.rglob("test_*.py")}
+    assert rooms - {"project"} <= {room for room in RANK if (PACKAGE / room).is_dir()}
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 import lorafuse
-from lorafuse.outdir import commit as place
-from lorafuse.outdir import staging
+from lorafuse.outdir import commit, staging
 
 CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir")
 
@@ -40,8 +39,8 @@ class Disk:
         monkeypatch.setattr(os, "open", self._open)
         monkeypatch.setattr(os, "close", self._close)
         monkeypatch.setattr(staging, "open", self._builtin_open, raising=False)
-        exchange = place._exchange
-        monkeypatch.setattr(place, "_exchange", lambda *args: self._step("exchange", exchange, *args))
+        exchange = commit._exchange
+        monkeypatch.setattr(commit, "_exchange", lambda *args: self._step("exchange", exchange, *args))
 
     def _step(self, name, call, *args, **kw):
         if self._watched:

@@ -8,7 +8,7 @@ from build import CONFIG, adapter_tensors, checkpoint_tensors, files_of, write_a
 
 import lorafuse
 from lorafuse.files.names import RECEIPT
-from lorafuse.outdir import commit as place
+from lorafuse.outdir import commit
 
 SHARD = "1400"
 N_SHARDS = 5
@@ -125,9 +125,9 @@ class Work:
         self.way, self._inputs, self.path, self.out = way, inputs, path, path / "out"
         self.old = {}
         if way == "inside":
-            monkeypatch.setattr(place, "_is_mount", lambda path: path == self.out)
+            monkeypatch.setattr(commit, "_is_mount", lambda path: path == self.out)
         if way == "renames":
-            monkeypatch.setattr(place.ctypes, "CDLL", lambda *args, **kw: object())
+            monkeypatch.setattr(commit.ctypes, "CDLL", lambda *args, **kw: object())
         self.reset()
 
     def reset(self):

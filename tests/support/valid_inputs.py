@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 Files = dict[str, bytes]
 
 
-def good_inputs(root: Path) -> dict[str, Files]:
+def valid_inputs(root: Path) -> dict[str, Files]:
     """By kind: a dense checkpoint whole and in two shards, NF4, int8, and an adapter that torch.save
     wrote."""
     for kind in ("whole", "shards", "nf4", "int8", "bin"):
@@ -49,7 +49,7 @@ def write_files(root: Path, files: Files) -> None:
         (root / path).write_bytes(data)
 
 
-def good_types(root: Path) -> dict[str, Files]:
+def valid_types(root: Path) -> dict[str, Files]:
     """An adapter of each PEFT type and variant of one_linear.py, and its checkpoint."""
     for case in ON_ONE_LINEAR:
         (root / case).mkdir()
