@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, shown
@@ -48,7 +48,7 @@ class JobState:
 
     name: str
     state: str
-    out_dir: Path
+    out_dir: Path | str  # a URL is no path
     error: LorafuseError | None = None
 
 
@@ -147,27 +147,31 @@ def _checked_name(name: Any) -> str:
     return str(name)
 
 
-def refuse_overlap(jobs: Sequence[Job], out_root: Path, ckpt: Folder) -> None:
+def refuse_overlap(jobs: Sequence[Job], out_root: Folder, ckpt: Folder) -> None:
     """Raises OutDirError when a result would take the place of an input: OUT_ROOT is, or lies in, the
     checkpoint, or one job's name is where the adapter or the checkpoint of another lies."""
-    root = Path(os.path.realpath(out_root))
-    if out_root.exists() and not out_root.is_dir():
+    root = _real(out_root)
+    if out_root.exists("") and not out_root.is_there():
         raise OutDirError(f"{shown(out_root)}: exists and is not a directory.")
-    if ckpt.local_path and Path(os.path.realpath(ckpt.local_path)) in (root, *root.parents):
+    if _real(ckpt) in (root, *root.parents):
         raise OutDirError(
             f"{shown(out_root)}: is or lies inside the input {shown(ckpt)}; choose another directory."
         )
     names = {job.name for job in jobs}
-    for path in (folder.local_path for folder in (ckpt, *(open_folder(job.adapter) for job in jobs))):
-        if path is None:
-            continue
-        real = Path(os.path.realpath(path))
+    for folder in (ckpt, *(open_folder(job.adapter) for job in jobs)):
+        real = _real(folder)
         name = real.relative_to(root).parts[0] if root in real.parents else None
-        if name in names and path.is_dir():
+        if name in names and folder.is_there():
             raise OutDirError(
                 f"{shown(out_root)}: the result {shown(name)} would take the place of the input "
-                f"{shown(path)}."
+                f"{shown(folder.local_path or folder)}."
             )
+
+
+def _real(folder: Folder) -> PurePath:
+    """Where a folder lies, to be compared: its real path, or its URL, which no path is equal to."""
+    path = folder.local_path
+    return PurePath(os.path.realpath(path)) if path is not None else PurePath(folder.address)
 
 
 def share_of(jobs: Sequence[Job], index: int, of: int) -> list[Job]:
