@@ -23,13 +23,13 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.hashing import FileHash, hash_file
 from lorafuse.files.names import RECEIPT
 from lorafuse.merge.destination import Written
+from lorafuse.outdir.folder_file import FolderFile
 from lorafuse.outdir.interrupts import UNINTERRUPTED
 from lorafuse.outdir.journal import Attempt, FinishedShard, Record, line_of, record_of
 from lorafuse.outdir.out_dir import FinishedFile, Space
 from lorafuse.outdir.resume import goes_on, leaves_work
 
 LAST = ("config.json", RECEIPT)
-PIECE_NBYTES = 1000
 
 
 class ObjectStore:
@@ -325,8 +325,9 @@ class MemoryOutDir:
             self.finished[written.file] = FinishedShard(written, measures)
             self._log(self._attempt)
 
-    def finished_file(self, file: str) -> "MemoryFinishedFile":
-        return MemoryFinishedFile(self._store, self.name if self._committed else self.place, file)
+    def finished_file(self, file: str) -> FolderFile:
+        url = self.name if self._committed else self.place
+        return FolderFile(MemoryFolder(self._store.objects, url), file)
 
     def take(self, file: str, other: FinishedFile, how: str) -> None:
         self.put(file, other.chunks())
@@ -391,19 +392,3 @@ class Upload:
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-class MemoryFinishedFile:
-    """A file of a result, for other results."""
-
-    local_path = None
-
-    def __init__(self, store: ObjectStore, url: str, file: str) -> None:
-        self._folder, self._file = MemoryFolder(store.objects, url), file
-
-    def hash(self) -> FileHash:
-        return hash_file(self._folder, self._file)
-
-    def chunks(self) -> Iterator[bytes]:
-        data = self._folder.data(self._file)
-        return (bytes(data[at : at + PIECE_NBYTES]) for at in range(0, len(data), PIECE_NBYTES))

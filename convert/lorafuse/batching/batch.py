@@ -33,6 +33,7 @@ from lorafuse.errors import LorafuseError, OutDirError, StorageError, UsageError
 from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
+from lorafuse.files.folders import open_folder
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes, adapter_hashes
 from lorafuse.inputs.located import LocatedAdapter, Name, checkpoint_folder, located_adapter, opened
@@ -94,7 +95,8 @@ def batch(
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
     )  # fmt: skip
     chosen = Chosen(share, index, of, overwrite, restart, dry_run)
-    return _batch(fspath(ckpt), Path(jobs), Path(out_root), settings, chosen, on_event)
+    kind_of(fspath(out_root))  # before it is looked at as a folder: the scheme must be known
+    return _batch(fspath(ckpt), Path(jobs), open_folder(fspath(out_root)), settings, chosen, on_event)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Chosen:
 
 
 def _batch(
-    ckpt: str, jobs: Path, root: Path, settings: Settings, chosen: Chosen, on_event: OnEvent
+    ckpt: str, jobs: Path, root: Folder, settings: Settings, chosen: Chosen, on_event: OnEvent
 ) -> list[JobState]:
     """The same with checked settings."""
     share, overwrite, dry_run = chosen.share, chosen.overwrite, chosen.dry_run
@@ -138,7 +140,7 @@ class Batch:
     """A batch under way: what is to do, and what became of what is done."""
 
     base: Checkpoint
-    root: Path
+    root: Folder
     settings: Settings
     overwrite: bool
     share: str
@@ -150,7 +152,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.weights = base_weights(self.base, self.settings.base_quant, self._warn)
-        self.kind = kind_of(fspath(self.root))
+        self.kind = kind_of(str(self.root))
         self._n_jobs = len(self.todo)
 
     def _warn(self, message: str) -> None:
@@ -209,30 +211,33 @@ class Batch:
     def _planned(self, job: Job, located: LocatedAdapter) -> PlannedJob | None:
         """The job with its plan and an open adapter; None when its result is there already. Raises
         LorafuseError or OSError."""
-        settings, out_dir = job.settings(self.settings), self.root / job.name
-        self.kind.check_out_dir(fspath(out_dir), [self.base.folder, located.root], overwrite=True)
+        settings, out_dir = job.settings(self.settings), str(self.root.sub_folder(job.name))
+        self.kind.check_out_dir(out_dir, [self.base.folder, located.root], overwrite=True)
         with ExitStack() as stack:
             [lora] = stack.enter_context(opened([located]))
             files = UnchangedInputs(self.base, [lora])
             inputs = adapter_hashes(lora, files.hashed)
-            if self._is_there(out_dir, settings, inputs):
+            if self._is_there(job.name, settings, inputs):
                 if not self.dry_run:
-                    self.kind.clean_up(fspath(out_dir))
+                    self.kind.clean_up(out_dir)
                 self._state(job, "skipped")
                 return None
             plan = make_plan(self.base, lora.adapter, settings, weights=self.weights)
             files.refuse_nonfinite()
             attempt = files.attempt(plan, settings, pick_device(settings.device).type)
-            nbytes, close, name = lora.adapter.nbytes, stack.pop_all().close, fspath(out_dir)
-            return PlannedJob(job, settings, located, name, plan, inputs, files, attempt, nbytes, close)
+            nbytes, close = lora.adapter.nbytes, stack.pop_all().close
+            return PlannedJob(job, settings, located, out_dir, plan, inputs, files, attempt, nbytes, close)
 
-    def _is_there(self, out_dir: Path, settings: Settings, inputs: Inputs) -> bool:
+    def _is_there(self, name: str, settings: Settings, inputs: Inputs) -> bool:
         try:
-            return self.finished.holds(out_dir, settings, inputs)
+            return self.finished.holds(name, settings, inputs)
         except OutDirError:
-            if not self.overwrite:
+            if self.overwrite:
+                return False
+            if self.dry_run:
                 raise
-            return False
+        self.kind.clean_up(str(self.root.sub_folder(name)))  # it may be a part that a run was cut off at
+        return self.finished.holds(name, settings, inputs)
 
     def _may_open(self, adapter: Folder, members: Sequence[PlannedJob]) -> bool:
         """Whether one more adapter may be opened beside these: by its files, and what is loaded of it."""
@@ -248,10 +253,8 @@ class Batch:
     def _memory(self, members: Sequence[PlannedJob], before: Memory) -> Memory | None:
         """How the limit is spent on a pass of these; `before`, on all but the last. None when they do not fit
         together, or would be slower. Raises UsageError when a single one does not fit."""
-        planned, held_nbytes = (
-            shared_weights([member.plan.steps for member in members]),
-            self._held_nbytes(members),
-        )
+        planned = shared_weights([member.plan.steps for member in members])
+        held_nbytes = self._held_nbytes(members)
         if len(members) == 1:
             return fit_memory(planned, held_nbytes, self.settings)
         memory = within_limit(planned, held_nbytes, self.settings)
@@ -288,9 +291,9 @@ class Batch:
         )
 
     def _state(self, job: Job, state: str, error: LorafuseError | None = None, **facts: Any) -> None:
-        one = JobState(job.name, state, self.root / job.name, error)
+        out_dir = self.root.sub_folder(job.name)
+        one = JobState(job.name, state, out_dir.local_path or str(out_dir), error)
         self.states[job.name] = one
-        why = {"error": str(error), "exit_code": error.exit_code} if error else {}
-        self.on_event(
-            {"event": "job", "job": job.name, "state": state, "out_dir": fspath(one.out_dir), **why, **facts}
-        )
+        facts |= {"error": str(error), "exit_code": error.exit_code} if error else {}
+        name = fspath(one.out_dir)
+        self.on_event({"event": "job", "job": job.name, "state": state, "out_dir": name, **facts})

@@ -18,13 +18,13 @@ from typing import Any
 from lorafuse._version import __version__
 from lorafuse.errors import LorafuseError, OutDirError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.folder import Folder
 from lorafuse.files.hashing import FileHash
-from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.names import RECEIPT
 from lorafuse.files.safetensors_file import Shard
 from lorafuse.files.tensors import TensorSpec
 from lorafuse.merge.destination import Written
-from lorafuse.outdir.local_file import LocalFile
+from lorafuse.outdir.folder_file import FolderFile
 from lorafuse.outdir.out_dir import FinishedFile
 from lorafuse.planning.plan import PlannedShard
 from lorafuse.receipt.read import read_receipt, stored_tensors
@@ -66,7 +66,7 @@ class ExistingResults:
     """The results in OUT_ROOT. `ckpt_inputs` gives the checkpoint's entries of a receipt, once they are
     hashed."""
 
-    def __init__(self, out_root: Path, settings: Settings, ckpt_inputs: Callable[[], Inputs]) -> None:
+    def __init__(self, out_root: Folder, settings: Settings, ckpt_inputs: Callable[[], Inputs]) -> None:
         self._out_root, self._ckpt_inputs = out_root, ckpt_inputs
         # Of the call's settings only these have a say in weights that no adapter touches; their dtype is in
         # the spec.
@@ -80,10 +80,11 @@ class ExistingResults:
         """What is held in memory."""
         return len(self._files) * FILE_NBYTES + len(self._seen) * NAME_NBYTES
 
-    def holds(self, out_dir: Path, settings: Settings, adapter_inputs: Inputs) -> bool:
-        """Whether `out_dir` is already what a run with these settings and inputs makes. Raises OutDirError
-        when it is something else, and says what."""
-        if not out_dir.is_dir() or not any(out_dir.iterdir()):
+    def holds(self, name: str, settings: Settings, adapter_inputs: Inputs) -> bool:
+        """Whether the result of that name is already what a run with these settings and inputs makes. Raises
+        OutDirError when it is something else, and says what."""
+        out_dir = self._out_root.sub_folder(name)
+        if not out_dir.is_there() or not (out_dir.names("*") or out_dir.sub_folders()):
             return False
         receipt = _read_receipt(out_dir)
         reason = _difference(receipt, out_dir, settings) if receipt else f"holds no {RECEIPT}"
@@ -94,7 +95,7 @@ class ExistingResults:
                 f"{shown(out_dir)}: exists, but {reason}; --overwrite replaces it once the new one is "
                 "complete."
             )
-        self._remember(out_dir, receipt)
+        self._remember(name, receipt)
         return True
 
     def _other_inputs(self, receipt: dict[str, Any], adapter_inputs: Inputs) -> str | None:
@@ -124,28 +125,29 @@ class ExistingResults:
 
     def _look(self, key: str) -> None:
         """Read the receipts that were not read yet, until one has a file of that content."""
-        for out_dir in sorted(self._out_root.iterdir()) if self._out_root.is_dir() else ():
-            if out_dir.name in self._seen or out_dir.name.startswith(".") or not out_dir.is_dir():
+        for name in self._out_root.sub_folders():
+            if name in self._seen or name.startswith("."):
                 continue
-            receipt = _read_receipt(out_dir)
+            receipt = _read_receipt(self._out_root.sub_folder(name))
             if receipt and self._of_this_checkpoint(receipt):
-                self._remember(out_dir, receipt)
+                self._remember(name, receipt)
             if key in self._files:
                 return
 
-    def _remember(self, out_dir: Path, receipt: dict[str, Any]) -> None:
+    def _remember(self, name: str, receipt: dict[str, Any]) -> None:
         """The files of a result that hold only what no adapter has a say in."""
-        self._seen.add(out_dir.name)
+        self._seen.add(name)
+        out_dir = self._out_root.sub_folder(name)
         if not _is_own(receipt) or any(
-            receipt["settings"].get(name) != value for name, value in self._base.items()
+            receipt["settings"].get(setting) != value for setting, value in self._base.items()
         ):
             return
         for output in _shards(receipt):
-            key = _key_of_file(out_dir / output["file"], receipt["tensors"])
+            key = _key_of_file(out_dir, output["file"], receipt["tensors"])
             if key:
                 self.offer(
                     key,
-                    LocalFile(out_dir / output["file"]),
+                    FolderFile(out_dir, output["file"]),
                     Written(output["file"], output["size"], output["sha256"]),
                     checked=False,
                 )
@@ -164,9 +166,9 @@ class ExistingResults:
         self._files.pop(key, None)
 
 
-def _read_receipt(out_dir: Path) -> dict[str, Any] | None:
+def _read_receipt(out_dir: Folder) -> dict[str, Any] | None:
     try:
-        receipt = read_receipt(LocalFolder(out_dir))
+        receipt = read_receipt(out_dir)
     except (OSError, LorafuseError):
         return None
     entries = [*receipt.get("outputs", ()), *receipt.get("inputs", ())]
@@ -195,7 +197,7 @@ def _is_own(receipt: dict[str, Any]) -> bool:
     return isinstance(tool, dict) and tool.get("version") == __version__
 
 
-def _difference(receipt: dict[str, Any], out_dir: Path, settings: Settings) -> str | None:
+def _difference(receipt: dict[str, Any], out_dir: Folder, settings: Settings) -> str | None:
     """What a result is not, before any input is looked at."""
     if not _is_own(receipt):
         return "another version of lorafuse made it"
@@ -204,7 +206,7 @@ def _difference(receipt: dict[str, Any], out_dir: Path, settings: Settings) -> s
         names = sorted(name for name in wanted.keys() | was.keys() if was.get(name) != wanted.get(name))
         return f"was made with other settings ({listed(names)})"
     for output in _shards(receipt):
-        if not _has_size(out_dir / output["file"], output["size"]):
+        if not _has_size(out_dir, output["file"], output["size"]):
             return f"{shown(output['file'])} is not the file that its receipt describes"
     return None
 
@@ -217,7 +219,17 @@ def _identities(receipt: dict[str, Any], role: str) -> list[tuple[str, str]]:
     )
 
 
-def _has_size(path: Path, nbytes: int) -> bool:
+def _has_size(folder: Folder, file: str, nbytes: int) -> bool:
+    if folder.local_path is not None:
+        return _is_of_size(folder.local_path / file, nbytes)
+    try:
+        return folder.facts(file).nbytes == nbytes
+    except OSError:
+        return False
+
+
+def _is_of_size(path: Path, nbytes: int) -> bool:
+    """Whether a path is a file of that size, and no link."""
     try:
         found = os.lstat(path)
     except OSError:
@@ -231,17 +243,17 @@ def _is_as_written(shared: Shared) -> bool:
     try:
         path = shared.file.local_path
         shared.checked = (
-            path is None or _has_size(path, shared.written.nbytes)
+            path is None or _is_of_size(path, shared.written.nbytes)
         ) and shared.file.hash() == expected
     except (OSError, LorafuseError):
         return False
     return shared.checked
 
 
-def _key_of_file(path: Path, tensors: Mapping[str, Any]) -> str | None:
+def _key_of_file(folder: Folder, file: str, tensors: Mapping[str, Any]) -> str | None:
     """`shard_key` of a finished file: its own header, and what the receipt says of each weight."""
     try:
-        shard = Shard(LocalFolder(path.parent), path.name)
+        shard = Shard(folder, file)
     except (OSError, LorafuseError):
         return None
     shard.close()

@@ -7,15 +7,15 @@ JOBS is a directory whose sub-directories are adapters, or a JSONL file with a {
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, shown
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import has_scheme, open_folder
-from lorafuse.outdir.apart import contents_of, place_of, places_of
+from lorafuse.outdir.apart import Id, contents_of, place_of, places_of
 from lorafuse.settings import DTYPE_CHOICES, HUB_ID, Settings
 
 KEYS = ("adapter", "name", "scale", "dtype")
@@ -48,7 +48,7 @@ class JobState:
 
     name: str
     state: str
-    out_dir: Path
+    out_dir: Path | str  # a URL is no path
     error: LorafuseError | None = None
 
 
@@ -147,25 +147,40 @@ def _checked_name(name: Any) -> str:
     return str(name)
 
 
-def refuse_overlap(jobs: Sequence[Job], out_root: Path, ckpt: Folder) -> None:
+def refuse_overlap(jobs: Sequence[Job], out_root: Folder, ckpt: Folder) -> None:
     """Raises OutDirError when a result would take the place of an input: OUT_ROOT is, or lies in, the
     checkpoint, or one job's name is where the adapter or the checkpoint of another lies."""
-    if out_root.exists() and not out_root.is_dir():
+    if out_root.exists("") and not out_root.is_there():
         raise OutDirError(f"{shown(out_root)}: exists and is not a directory.")
-    if ckpt.local_path and ckpt.local_path.exists() and place_of(ckpt.local_path)[0] in place_of(out_root):
+    if ckpt.is_there() and _around(ckpt)[0] in _around(out_root):
         raise OutDirError(
             f"{shown(out_root)}: is or lies inside the input {shown(ckpt)}; choose another directory."
         )
-    name_of = {found: job.name for job in jobs for found in contents_of(out_root / job.name)}
-    for path in (folder.local_path for folder in (ckpt, *(open_folder(job.adapter) for job in jobs))):
-        if path is None or not path.is_dir():
+    name_of = {place: job.name for job in jobs for place in _inside(out_root.sub_folder(job.name))}
+    for folder in (ckpt, *(open_folder(job.adapter) for job in jobs)):
+        if not folder.is_there():
             continue
-        name = next((name_of[found] for found in places_of(path) if found in name_of), None)
+        places = places_of(folder.local_path) if folder.local_path else _around(folder)
+        name = next((name_of[place] for place in places if place in name_of), None)
         if name is not None:
             raise OutDirError(
                 f"{shown(out_root)}: the result {shown(name)} would take the place of the input "
-                f"{shown(path)}."
+                f"{shown(folder.local_path or folder)}."
             )
+
+
+def _around(folder: Folder) -> Sequence[Id | PurePath]:
+    """A folder and what it lies in, innermost first: by device and inode, or by its URL, which is nothing
+    that lies on this machine."""
+    if folder.local_path:
+        return place_of(folder.local_path)
+    url = PurePath(folder.address)
+    return [url, *url.parents]
+
+
+def _inside(folder: Folder) -> Iterable[Id | PurePath]:
+    """A folder and what lies in it, in the same terms. A URL stands for all in it."""
+    return contents_of(folder.local_path) if folder.local_path else [PurePath(folder.address)]
 
 
 def share_of(jobs: Sequence[Job], index: int, of: int) -> list[Job]:

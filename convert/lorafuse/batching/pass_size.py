@@ -3,12 +3,11 @@
 import os
 import resource
 from collections.abc import Sequence
-from os import fspath
-from pathlib import Path
 
 from lorafuse.batching.existing_results import ExistingResults
 from lorafuse.batching.one_pass import PlannedJob
 from lorafuse.errors import StorageError, listed, shown
+from lorafuse.files.folder import Folder
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.planning.plan import Memory
 
@@ -35,7 +34,7 @@ def files_left() -> int:
 
 
 def disk_error(
-    members: Sequence[PlannedJob], root: Path, share: str, finished: ExistingResults
+    members: Sequence[PlannedJob], root: Folder, share: str, finished: ExistingResults
 ) -> StorageError | None:
     """What is wrong when there is no room below `root` for what these write."""
     wanted: dict[str, int] = {}
@@ -44,8 +43,8 @@ def disk_error(
             key = member.keys.get(shard.file)
             content = key if key and share != "copy" else f"{member.job.name}/{shard.file}"
             wanted[content] = 0 if key == content and finished.find(content) else shard.nbytes
-    kind, needed = kind_of(fspath(root)), sum(wanted.values())
-    space = kind.space_of(fspath(root))
+    kind, needed = kind_of(str(root)), sum(wanted.values())
+    space = kind.space_of(str(root))
     free = space.free_nbytes if space else None
     if free is not None and needed > free:  # not before: it lists OUT_ROOT for each member
         free += kind.left_nbytes(member.out_dir for member in members)

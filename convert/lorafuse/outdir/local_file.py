@@ -1,16 +1,11 @@
-"""Files of a result on this machine: in the making, `NAME.part` until it is synced and has its name, and
-finished."""
+"""A file of a result on this machine in the making: `NAME.part` until it is synced and has its name."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from lorafuse.errors import StorageError
-from lorafuse.files.hashing import FileHash, hash_file
-from lorafuse.files.local_folder import LocalFolder
 
 WRITEBACK_NBYTES = 32 << 20
-READ_NBYTES = 1 << 20
 
 
 class LocalOutFile:
@@ -65,19 +60,3 @@ class LocalOutFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-class LocalFile:
-    """A FinishedFile of a local file system."""
-
-    def __init__(self, path: Path) -> None:
-        self.local_path: Path | None = path
-        self._path = path
-
-    def hash(self) -> FileHash:
-        return hash_file(LocalFolder(self._path.parent), self._path.name)
-
-    def chunks(self) -> Iterator[bytes]:
-        with open(self._path, "rb") as f:
-            while chunk := f.read(READ_NBYTES):
-                yield chunk

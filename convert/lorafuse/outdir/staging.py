@@ -24,9 +24,10 @@ from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.sharing import share_file
 from lorafuse.merge.destination import Written
 from lorafuse.outdir.commit import OUT, StagingPlace
+from lorafuse.outdir.folder_file import FolderFile
 from lorafuse.outdir.interrupts import UNINTERRUPTED
 from lorafuse.outdir.journal import Attempt, FinishedShard, Journal, Record, fsync_dir, read_journal
-from lorafuse.outdir.local_file import LocalFile, LocalOutFile
+from lorafuse.outdir.local_file import LocalOutFile
 from lorafuse.outdir.lock import Lock
 from lorafuse.outdir.out_dir import FinishedFile, Space
 from lorafuse.outdir.read_back import read_shapes
@@ -201,8 +202,8 @@ class LocalOutDir:
     def shapes(self, file: str) -> tuple[int, dict[str, tuple[int, ...]]]:
         return read_shapes(self.path / file, file)
 
-    def finished_file(self, file: str) -> LocalFile:
-        return LocalFile((self._out_dir if self._committed else self.path) / file)
+    def finished_file(self, file: str) -> FolderFile:
+        return FolderFile(LocalFolder(self._out_dir if self._committed else self.path), file)
 
     def take(self, file: str, other: FinishedFile, how: str) -> None:
         if other.local_path:
