@@ -123,11 +123,11 @@ def test_a_batch_knows_its_inputs_by_other_names(inputs, tmp_path, mounted):
     mounted(tmp_path / "root/a", adapter)
     jobs = [Job(str(adapter), "b"), Job(str(tmp_path / "other"), "a")]
     with pytest.raises(OutDirError) as e:
-        refuse_overlap(jobs, tmp_path / "root", LocalFolder(ckpt))
+        refuse_overlap(jobs, LocalFolder(tmp_path / "root"), LocalFolder(ckpt))
     expected = f"{tmp_path}/root: the result a would take the place of the input {adapter}."
     assert str(e.value) == expected
-    refuse_overlap(jobs[:1], tmp_path / "root", LocalFolder(ckpt))
+    refuse_overlap(jobs[:1], LocalFolder(tmp_path / "root"), LocalFolder(ckpt))
     mounted(tmp_path / "root", ckpt)
     with pytest.raises(OutDirError) as e:
-        refuse_overlap(jobs[:1], tmp_path / "root/x", LocalFolder(ckpt))
+        refuse_overlap(jobs[:1], LocalFolder(tmp_path / "root/x"), LocalFolder(ckpt))
     assert str(e.value) == f"{tmp_path}/root/x: is or lies inside the input {ckpt}; choose another directory."
