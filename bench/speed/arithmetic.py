@@ -22,6 +22,7 @@ from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
 from lorafuse.merge.tile import patched
 from lorafuse.patches.patch import Base
+from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.plan import Step
 from lorafuse.settings import Settings
@@ -54,7 +55,9 @@ def main() -> None:
     base, adapter = map(Path, sys.argv[1:])
     n_threads = os.cpu_count() or 1
     with closing(Checkpoint(LocalFolder(base))) as ckpt, closing(open_adapter(LocalFolder(adapter))) as lora:
-        merged = [step for step in make_plan(ckpt, lora, Settings()).steps if step.patches]
+        merged = [
+            step for step in make_plan(ckpt, [WeightedAdapter(lora, 1.0)], Settings()).steps if step.patches
+        ]
         with ThreadPoolExecutor(n_threads) as pool:
             print(sum(pool.map(compute_cpu_s, (merged[i::n_threads] for i in range(n_threads)))))
 

@@ -21,6 +21,7 @@ from lorafuse.files.local_folder import LocalFolder
 from lorafuse.merge.workers import make_pieces
 from lorafuse.patches.patch import Base
 from lorafuse.planning import plan as steps
+from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.shared_weights import shared_weights
 from lorafuse.settings import Settings
@@ -53,7 +54,9 @@ def main() -> None:
     base, adapter = measure.inputs(parser.parse_args().work, "llama", 16)
     torch.set_num_threads(1)
     with closing(Checkpoint(LocalFolder(base))) as ckpt, closing(open_adapter(LocalFolder(adapter))) as lora:
-        merged = [step for step in make_plan(ckpt, lora, Settings()).steps if step.patches]
+        merged = [
+            step for step in make_plan(ckpt, [WeightedAdapter(lora, 1.0)], Settings()).steps if step.patches
+        ]
         print("elements of a tile | compute, ns an element | measures, ns an element")
         for numel in SIZES:
             steps.TILE_NUMEL = numel

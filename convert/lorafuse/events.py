@@ -1,10 +1,124 @@
-"""What a run says while it goes on."""
+"""What a run says while it goes on: one dictionary for each event, all of which JSON can hold."""
 
 from collections.abc import Callable
-from typing import Any
-
-OnEvent = Callable[[dict[str, Any]], None]
+from typing import Any, Literal, NotRequired, TypedDict
 
 
-def ignore(event: dict[str, Any]) -> None:
+class WarningEvent(TypedDict):
+    """Something that the user should know and that stops nothing."""
+
+    event: Literal["warning"]
+    message: str
+    job: NotRequired[str]  # of a batch, here and below
+
+
+class PlannedFile(TypedDict):
+    """An output file that is going to be made."""
+
+    file: str
+    nbytes: int
+    n_weights: int
+
+
+class PlanEvent(TypedDict):
+    """What is going to happen. `weights`: the number of weights by action; `held_whole`: the weights that are
+    held in memory whole. A verification says `nbytes` and no shards."""
+
+    event: Literal["plan"]
+    nbytes: int
+    shards: list[PlannedFile]
+    plan_id: NotRequired[str]
+    n_workers: NotRequired[int]
+    weights: NotRequired[dict[str, int]]
+    adapter_tensors: NotRequired[dict[str, Any]]
+    config_changes: NotRequired[dict[str, Any]]
+    held_whole: NotRequired[list[str]]
+    job: NotRequired[str]
+
+
+class ResumedEvent(TypedDict):
+    """What a run that was cut off had finished."""
+
+    event: Literal["resumed"]
+    n_shards: int
+    nbytes: int
+    job: NotRequired[str]
+
+
+class ProgressEvent(TypedDict):
+    """So many bytes more are written, or compared."""
+
+    event: Literal["progress"]
+    nbytes: int
+    job: NotRequired[str]
+
+
+class ShardEvent(TypedDict):
+    """A file of weights is complete."""
+
+    event: Literal["shard"]
+    file: str
+    nbytes: int
+    sha256: str
+    job: NotRequired[str]
+
+
+class DoneEvent(TypedDict):
+    """The result has its name. The figures of time are those of the receipt's `timing`."""
+
+    event: Literal["done"]
+    out_dir: str
+    base_semantics: str
+    update: dict[str, Any]
+    wall_s: float
+    compute_cpu_s: float
+    stats_cpu_s: float
+    read_s: float
+    write_s: float
+    peak_rss: int
+
+
+class PassEvent(TypedDict):
+    """A pass over the base begins."""
+
+    event: Literal["pass"]
+    jobs: list[str]
+    n_workers: int
+
+
+class JobEvent(TypedDict):
+    """What became of a job of a batch."""
+
+    event: Literal["job"]
+    job: str
+    state: str
+    out_dir: str
+    error: NotRequired[str]
+    exit_code: NotRequired[int]
+    wall_s: NotRequired[float]
+    nbytes: NotRequired[int]
+
+
+Event = (
+    WarningEvent | PlanEvent | ResumedEvent | ProgressEvent | ShardEvent | DoneEvent | PassEvent | JobEvent
+)
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
     """The sink of those who do not listen."""
+
+
+def of_job(on_event: OnEvent, name: str) -> OnEvent:
+    """A sink that adds the job's name to what it passes on."""
+
+    def pass_on(event: Event) -> None:
+        named: Any = {**event, "job": name}
+        on_event(named)
+
+    return pass_on
+
+
+def warn_by(on_event: OnEvent) -> Callable[[str], None]:
+    """Messages as warnings."""
+    return lambda message: on_event({"event": "warning", "message": message})

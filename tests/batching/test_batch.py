@@ -16,7 +16,7 @@ from build import adapter_tensors, checkpoint_tensors, files_of, write_adapter, 
 from models import LINEARS
 
 import lorafuse
-from lorafuse.batching import batch as batching
+from lorafuse.batching import passes
 from lorafuse.codecs import open_weights
 from lorafuse.codecs.bnb4 import FourBitSources
 from lorafuse.errors import AdapterError, CheckpointError, OutDirError, ResultError, StorageError, UsageError
@@ -153,7 +153,7 @@ def test_scale_and_dtype_of_a_job(ckpt, jobs, run, out, tmp_path):
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_no_size_of_a_pass_changes_a_byte(most, ckpt, jobs, run, out, tmp_path, monkeypatch):
-    monkeypatch.setattr(batching, "MAX_MEMBERS", most)
+    monkeypatch.setattr(passes, "MAX_MEMBERS", most)
     run(ckpt, jobs, out, max_shard_size="1KB")
     assert [len(names) for names in run.passes] == {1: [1, 1, 1, 1], 2: [2, 2], 3: [3, 1]}[most]
     assert_as_alone(ckpt, jobs, out, tmp_path / "alone", "abcd", max_shard_size="1KB")
@@ -181,13 +181,13 @@ def test_the_memory_limit_decides(ckpt, jobs, run, out, tmp_path):
 def test_more_jobs_must_be_worth_the_workers_that_they_cost():
     """The speed of a pass falls when the memory of one job more was that of half the workers."""
     fast, slow = SimpleNamespace(n_workers=4), SimpleNamespace(n_workers=2)
-    assert batching.speed(slow, 3) < batching.speed(fast, 2) < batching.speed(fast, 3)
+    assert passes.speed(slow, 3) < passes.speed(fast, 2) < passes.speed(fast, 3)
 
 
 def test_open_files_decide(ckpt, jobs, run, out):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     n_open = len(os.listdir("/proc/self/fd")) + 2  # of the checkpoint
-    room = batching.SPARE_FILES + 2 * (batching.MEMBER_FILES + 1) + 1
+    room = passes.SPARE_FILES + 2 * (passes.MEMBER_FILES + 1) + 1
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + room, hard))
         assert set(run(ckpt, jobs, out, max_shard_size="1KB").values()) == {"done"}
@@ -247,7 +247,7 @@ def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(
             lambda folder, name, *go_on: paths.append(Path(folder / name)) or hash_file(folder, name, *go_on),
         )
     monkeypatch.setattr(FourBitSources, "decode", count)
-    monkeypatch.setattr(batching, "MAX_MEMBERS", 2)
+    monkeypatch.setattr(passes, "MAX_MEMBERS", 2)
     run(base("nf4_dq"), tmp_path / "jobs", out, **SHARDS)
     assert len(run.passes) == 2
     # Each job looks at the small config.json of the checkpoint too, to know it again.
@@ -348,7 +348,7 @@ def test_a_read_error(whose, ckpt, jobs, run, out, tmp_path, monkeypatch):
         f"base_model.model.{k}": t for k, t in checkpoint_tensors().items() if k.endswith("lm_head.weight")
     }
     write_adapter(jobs / "z", whole, target_modules=[], modules_to_save=["lm_head"])
-    monkeypatch.setattr(batching, "MAX_MEMBERS", 4)
+    monkeypatch.setattr(passes, "MAX_MEMBERS", 4)
     read = Shard.read_into
     n_reads = 0
 
@@ -373,7 +373,7 @@ def test_a_read_error(whose, ckpt, jobs, run, out, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_ends_the_call(ckpt, jobs, run, out, monkeypatch):
-    monkeypatch.setattr(batching, "MAX_MEMBERS", 2)
+    monkeypatch.setattr(passes, "MAX_MEMBERS", 2)
     write = os.write
 
     def full(fd, data):
@@ -469,7 +469,7 @@ def test_other_settings_or_another_checkpoint(ckpt, jobs, run, out, tmp_path):
 
 
 def test_an_interrupted_call_keeps_what_is_finished(ckpt, jobs, run, out, monkeypatch):
-    monkeypatch.setattr(batching, "MAX_MEMBERS", 2)
+    monkeypatch.setattr(passes, "MAX_MEMBERS", 2)
 
     prepare = LowRank.prepare
 

@@ -10,7 +10,7 @@ from faults import Disk, Killed, Power
 from scenario import content
 
 import lorafuse
-from lorafuse.batching import batch as batching
+from lorafuse.batching import passes
 from lorafuse.errors import OutDirError, StorageError
 from lorafuse.outdir.local import left_nbytes
 
@@ -97,7 +97,7 @@ def test_killed_before_any_call(members, inputs, clean, tmp_path, monkeypatch):
     for number in range(1, 1000, 5):
         shutil.rmtree(out, ignore_errors=True)
         disk.kill_at(number)
-        monkeypatch.setattr(batching, "MAX_MEMBERS", members)
+        monkeypatch.setattr(passes, "MAX_MEMBERS", members)
         try:
             with disk.watched():
                 call(inputs, out)
@@ -107,7 +107,7 @@ def test_killed_before_any_call(members, inputs, clean, tmp_path, monkeypatch):
         there = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.exists() else []
         if out.exists():
             check(out, clean, there)
-        monkeypatch.setattr(batching, "MAX_MEMBERS", 2)
+        monkeypatch.setattr(passes, "MAX_MEMBERS", 2)
         states, _ = call(inputs, out)
         check(out, clean)
         assert {name for name in NAMES if states[name].state == "skipped"} == {*there}

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafuse import cli
-from lorafuse.batching import batch as batching
+from lorafuse.batching import passes
 from lorafuse.batching.jobs import Job, checked_share, read_jobs, share_of
 from lorafuse.errors import UsageError
 
@@ -287,8 +287,8 @@ def test_usage_needs_no_torch(inputs):
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (None, 143)])
 def test_signals(error, code, inputs, run, monkeypatch):
     """What is finished stays."""
-    monkeypatch.setattr(batching, "MAX_MEMBERS", 1)
-    make_plan = batching.make_plan
+    monkeypatch.setattr(passes, "MAX_MEMBERS", 1)
+    make_plan = passes.make_plan
 
     def interrupted(*args, **options):
         if (inputs[2] / "good").exists():
@@ -297,7 +297,7 @@ def test_signals(error, code, inputs, run, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return make_plan(*args, **options)
 
-    monkeypatch.setattr(batching, "make_plan", interrupted)
+    monkeypatch.setattr(passes, "make_plan", interrupted)
     found, stdout, stderr = run(*inputs)
     assert (found, stdout) == (code, f"{inputs[2]}/good\n")
     assert stderr.endswith("Error: interrupted; what is finished stays, and the same command goes on.\n")

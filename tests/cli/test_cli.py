@@ -507,7 +507,7 @@ def test_bug(ckpt: Path, adapter: Path, out: Path, untouched: None, monkeypatch:
     def broken(*_: object, **__: object) -> None:
         raise KeyError("unforeseen")
 
-    monkeypatch.setattr("lorafuse.pipeline.merge", broken)
+    monkeypatch.setattr("lorafuse.batching.one_pass.merge", broken)
     with pytest.raises(KeyError, match="unforeseen"):
         exit_code_of(ckpt, adapter, out)
 
@@ -548,11 +548,11 @@ def test_interrupted(
 def test_two_interruptions(ckpt: Path, adapter: Path, out: Path) -> None:
     """The second one ends the process at once, whatever it is doing."""
     stuck = (
-        "import os, signal, time, lorafuse.pipeline\n"
+        "import os, signal, time, lorafuse.batching.one_pass\n"
         "def merge(*_, **__):\n"
         "    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(60)\n"
         "    finally:\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(60)\n"
-        "lorafuse.pipeline.merge = merge\n"
+        "lorafuse.batching.one_pass.merge = merge\n"
     )
     assert finished(process(ckpt, adapter, out, code=stuck + MAIN))[0] == 130
 

@@ -190,10 +190,10 @@ def test_a_common_file_is_made_once(ckpt, jobs, out, monkeypatch):
 
 
 def test_a_later_pass_and_a_later_call_share_too(ckpt, jobs, out, monkeypatch):
-    from lorafuse.batching import batch as batching
+    from lorafuse.batching import passes
 
     no_reflinks(monkeypatch)
-    monkeypatch.setattr(batching, "MAX_MEMBERS", 1)
+    monkeypatch.setattr(passes, "MAX_MEMBERS", 1)
     batch(ckpt, jobs, out, index=0, of=3, **SHARDS)
     batch(ckpt, jobs, out, index=1, of=3, **SHARDS)
     equal, one = shared_files(out / "a", out / "b")

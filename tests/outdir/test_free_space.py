@@ -42,7 +42,7 @@ def refused(inputs, out, **options):
 
 
 def test_too_few_bytes_are_said_before_the_first(inputs, disk, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorafuse.pipeline.merge", lambda *args, **kw: pytest.fail("has begun"))
+    monkeypatch.setattr("lorafuse.batching.one_pass.merge", lambda *args, **kw: pytest.fail("has begun"))
     disk.f_bavail = 40
     message = refused(inputs, tmp_path / "work/out")
     needed = int(message.split()[0])

@@ -198,7 +198,8 @@ def test_a_failed_overwrite_leaves_the_old_directory(base, lora, tmp_path, monke
     out.mkdir()
     (out / "mine.txt").write_text("keep")
     monkeypatch.setattr(
-        "lorafuse.pipeline.verify_shards", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left"))
+        "lorafuse.batching.one_pass.verify_shards",
+        lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")),
     )
     with pytest.raises(StorageError, match="No space left"):
         lorafuse.convert(base("nf4_dq"), lora, out, overwrite=True)

@@ -380,7 +380,7 @@ def test_other_errors_leave_nothing(error, stopped, inputs, place, monkeypatch):
     def fail(*args, **kw):
         raise error
 
-    monkeypatch.setattr("lorafuse.pipeline.merge", fail)
+    monkeypatch.setattr("lorafuse.batching.one_pass.merge", fail)
     with pytest.raises(type(error)):
         lorafuse.convert(*inputs, place.out, max_shard_size=SHARD)
     assert place.top() == []

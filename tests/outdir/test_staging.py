@@ -15,7 +15,7 @@ from build import files_of, write_adapter, write_checkpoint
 from faults import run_with_mount
 
 import lorafuse
-from lorafuse import pipeline
+from lorafuse.batching import one_pass
 from lorafuse.errors import HeldError, OutDirError
 from lorafuse.files.names import RECEIPT
 from lorafuse.merge.destination import Written
@@ -124,13 +124,13 @@ def test_without_locks_the_rename_decides(flock, tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", broken)
     ckpt, adapter = write_checkpoint(tmp_path / "ckpt"), write_adapter(tmp_path / "adapter")
     lorafuse.convert(ckpt, adapter, tmp_path / "clean", max_shard_size=1400)
-    both, real_merge, ended = threading.Barrier(2), pipeline.merge, []
+    both, real_merge, ended = threading.Barrier(2), one_pass.merge, []
 
     def merge(*args, **kw):
         both.wait(60)
         real_merge(*args, **kw)
 
-    monkeypatch.setattr(pipeline, "merge", merge)
+    monkeypatch.setattr(one_pass, "merge", merge)
 
     def run():
         try:

@@ -23,6 +23,7 @@ from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.stores import ShardedStore
 from lorafuse.patches.patch import Base
 from lorafuse.patches.row_function import RowFunction, product_added
+from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.settings import Settings
 
@@ -71,7 +72,7 @@ def test_patches_take_no_more_memory_than_they_say(case, tmp_path, monkeypatch):
         closing(Checkpoint(LocalFolder(tmp_path / "ckpt"))) as ckpt,
         closing(open_adapter(LocalFolder(tmp_path / "adapter"))) as adapter,
     ):
-        plan = make_plan(ckpt, adapter, Settings(memory_nbytes=1 << 30, adapter_scale=scale))
+        plan = make_plan(ckpt, [WeightedAdapter(adapter, scale)], Settings(memory_nbytes=1 << 30))
         patched = [(step, patch) for step in plan.steps for patch in step.patches]
         assert patched
         for step, patch in patched:

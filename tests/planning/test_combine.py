@@ -557,8 +557,8 @@ def test_a_pair_that_an_adapter_ties_is_tied_when_one_side_is_in_the_file(base, 
 
 
 def plan_of(ckpt, *paths, **settings):
-    first, *others = [WeightedAdapter(open_adapter(LocalFolder(path)), 1.0) for path in paths]
-    return make_plan(Checkpoint(LocalFolder(ckpt)), first.adapter, Settings(**settings), others)
+    adapters = [WeightedAdapter(open_adapter(LocalFolder(path)), 1.0) for path in paths]
+    return make_plan(Checkpoint(LocalFolder(ckpt)), adapters, Settings(**settings))
 
 
 def test_the_plan_counts_what_all_adapters_hold(base, adapter, trained, tmp_path):

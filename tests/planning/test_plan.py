@@ -22,6 +22,7 @@ from lorafuse.files.names import natural_key
 from lorafuse.files.stores import ShardedStore
 from lorafuse.files.tensors import TensorSpec
 from lorafuse.planning import memory
+from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.plan import Step
 from lorafuse.planning.shards import split_shards
@@ -34,7 +35,9 @@ def step(name, spec, action):
 
 
 def plan_of(ckpt, lora, **settings):
-    return make_plan(Checkpoint(LocalFolder(ckpt)), open_adapter(LocalFolder(lora)), Settings(**settings))
+    chosen = Settings(**settings)
+    adapters = [WeightedAdapter(open_adapter(LocalFolder(lora)), chosen.adapter_scale)]
+    return make_plan(Checkpoint(LocalFolder(ckpt)), adapters, chosen)
 
 
 def test_planning_reads_no_weight(base, adapter, monkeypatch):

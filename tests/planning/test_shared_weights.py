@@ -17,6 +17,7 @@ from lorafuse.files.local_folder import LocalFolder
 from lorafuse.merge.loop import merge
 from lorafuse.outdir.local_file import LocalOutFile
 from lorafuse.outdir.output import Output
+from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.memory import fit_memory, within_limit
 from lorafuse.planning.shared_weights import shared_weights
@@ -54,12 +55,8 @@ def together(base, adapter, tmp_path):
         outputs = []
         for name, facts in KINDS.items():
             (tmp_path / name).mkdir()
-            plan = make_plan(
-                ckpt,
-                open_adapter(LocalFolder(adapter(kind, name=f"lora-{name}", **facts))),
-                settings,
-                weights=weights,
-            )
+            lora = open_adapter(LocalFolder(adapter(kind, name=f"lora-{name}", **facts)))
+            plan = make_plan(ckpt, [WeightedAdapter(lora, 1.0)], settings, weights=weights)
             outputs.append(Output(plan, Bare(tmp_path / name), lambda event: None))
         return outputs, settings
 

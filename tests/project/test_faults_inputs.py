@@ -477,10 +477,10 @@ def test_interrupted_calls_go_on(good, clean, tmp_path):
 
 
 OUT_OF_MEMORY = """
-import resource, sys, lorafuse.pipeline
+import resource, sys, lorafuse.batching.one_pass
 from lorafuse.cli import main_convert
 
-real = lorafuse.pipeline.merge
+real = lorafuse.batching.one_pass.merge
 
 def merge(*args, **kw):
     status = open("/proc/self/status")
@@ -488,7 +488,7 @@ def merge(*args, **kw):
     resource.setrlimit(resource.RLIMIT_DATA, (nbytes + (1 << 20), -1))
     real(*args, **kw)
 
-lorafuse.pipeline.merge = merge
+lorafuse.batching.one_pass.merge = merge
 main_convert()
 """
 

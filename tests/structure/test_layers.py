@@ -18,6 +18,7 @@ from lorafuse.adapters import open_adapter
 from lorafuse.errors import AdapterError
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
+from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.plan import STORED_TENSOR_NBYTES
 from lorafuse.settings import Settings
@@ -293,5 +294,7 @@ def test_the_plan_counts_the_names_of_copies(tmp_path):
             closing(open_adapter(LocalFolder(lora))) as adapter,
         ):
             settings = Settings(memory_nbytes=100_000_000, max_shard_nbytes=10**9)
-            budgets[n_times] = make_plan(base, adapter, settings).memory.resident_nbytes
+            budgets[n_times] = make_plan(
+                base, [WeightedAdapter(adapter, 1.0)], settings
+            ).memory.resident_nbytes
     assert budgets[1] - budgets[6] == 10 * 9 * STORED_TENSOR_NBYTES

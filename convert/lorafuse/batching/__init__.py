@@ -1,1 +1,1 @@
-"""`lorafuse batch`: many adapters, each into a result of its own, with few passes over the base."""
+"""Passes over the base, each of which makes one result or several; and `lorafuse batch`, which puts them together."""

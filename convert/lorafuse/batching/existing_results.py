@@ -26,11 +26,11 @@ from lorafuse.files.tensors import TensorSpec
 from lorafuse.merge.destination import Written
 from lorafuse.outdir.folder_file import FolderFile
 from lorafuse.outdir.out_dir import FinishedFile
-from lorafuse.planning.plan import PlannedShard
+from lorafuse.planning.plan import Plan, PlannedShard
+from lorafuse.receipt.fields import InputEntry
 from lorafuse.receipt.read import read_receipt, stored_tensors
 from lorafuse.settings import Settings
 
-Inputs = list[dict[str, Any]]
 MAX_FILES = 4096  # that are remembered, so that their number does not grow with that of the jobs
 FILE_NBYTES, NAME_NBYTES = 1000, 150  # what one takes, and what the name of a result does
 UNTOUCHED = ("copied", "decoded")
@@ -53,6 +53,11 @@ def _key(weights: Sequence[tuple[str, TensorSpec, str]]) -> str:
     ).hexdigest()
 
 
+def common_files_of(plan: Plan) -> dict[str, str]:
+    """The files of a plan that no adapter has a say in, each with its `shard_key`."""
+    return {shard.file: key for shard in plan.shards if (key := shard_key(shard))}
+
+
 @dataclass
 class Shared:
     """A file of a finished result. `checked`: its bytes are known to be those of the receipt."""
@@ -66,7 +71,9 @@ class ExistingResults:
     """The results in OUT_ROOT. `ckpt_inputs` gives the checkpoint's entries of a receipt, once they are
     hashed."""
 
-    def __init__(self, out_root: Folder, settings: Settings, ckpt_inputs: Callable[[], Inputs]) -> None:
+    def __init__(
+        self, out_root: Folder, settings: Settings, ckpt_inputs: Callable[[], list[InputEntry]]
+    ) -> None:
         self._out_root, self._ckpt_inputs = out_root, ckpt_inputs
         # Of the call's settings only these have a say in weights that no adapter touches; their dtype is in
         # the spec.
@@ -80,7 +87,7 @@ class ExistingResults:
         """What is held in memory."""
         return len(self._files) * FILE_NBYTES + len(self._seen) * NAME_NBYTES
 
-    def holds(self, name: str, settings: Settings, adapter_inputs: Inputs) -> bool:
+    def holds(self, name: str, settings: Settings, adapter_inputs: list[InputEntry]) -> bool:
         """Whether the result of that name is already what a run with these settings and inputs makes. Raises
         OutDirError when it is something else, and says what."""
         out_dir = self._out_root.sub_folder(name)
@@ -98,7 +105,7 @@ class ExistingResults:
         self._remember(name, receipt)
         return True
 
-    def _other_inputs(self, receipt: dict[str, Any], adapter_inputs: Inputs) -> str | None:
+    def _other_inputs(self, receipt: dict[str, Any], adapter_inputs: list[InputEntry]) -> str | None:
         if _identities(receipt, "adapter") != _identities({"inputs": adapter_inputs}, "adapter"):
             return "the receipt names another adapter, or the adapter has changed since"
         return (

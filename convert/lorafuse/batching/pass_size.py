@@ -34,23 +34,23 @@ def files_left() -> int:
 
 
 def disk_error(
-    members: Sequence[PlannedJob], root: Folder, share: str, finished: ExistingResults
+    jobs: Sequence[PlannedJob], root: Folder, share: str, finished: ExistingResults
 ) -> StorageError | None:
     """What is wrong when there is no room below `root` for what these write."""
     wanted: dict[str, int] = {}
-    for member in members:
-        for shard in member.plan.shards:
-            key = member.keys.get(shard.file)
-            content = key if key and share != "copy" else f"{member.job.name}/{shard.file}"
+    for job in jobs:
+        for shard in job.plan.shards:
+            key = job.common.get(shard.file)
+            content = key if key and share != "copy" else f"{job.name}/{shard.file}"
             wanted[content] = 0 if key == content and finished.find(content) else shard.nbytes
     kind, needed = kind_of(str(root)), sum(wanted.values())
     space = kind.space_of(str(root))
     free = space.free_nbytes if space else None
     if free is not None and needed > free:  # not before: it lists OUT_ROOT for each member
-        free += kind.left_nbytes(member.out_dir for member in members)
+        free += kind.left_nbytes(job.out_dir for job in jobs)
     if free is None or needed <= free:
         return None
-    names = listed(member.job.name for member in members)
+    names = listed(job.name for job in jobs)
     return StorageError(
         f"{shown(root)}: {needed / 1e6:,.0f} MB are needed for {names}, {free / 1e6:,.0f} MB are free."
     )

@@ -101,7 +101,7 @@ class ShowBatch:
         self._rows: list[tuple[str, str, str]] = []
         self._bar: Any = None
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: Any) -> None:
         kind = event["event"]
         if self._as_json and kind != "progress":
             click.echo(json.dumps(event))

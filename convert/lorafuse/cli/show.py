@@ -19,7 +19,7 @@ class Show:
         self._bar: Any = None
         self._n_shards = self._n_done = 0
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: Any) -> None:
         kind = event["event"]
         if self._as_json and kind != "progress":
             click.echo(json.dumps(event))

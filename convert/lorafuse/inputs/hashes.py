@@ -4,11 +4,12 @@ import posixpath
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from threading import Event
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.receipt.fields import InputEntry
 
 if TYPE_CHECKING:
     from lorafuse.planning.combine import WeightedAdapter
@@ -19,7 +20,22 @@ class InputFile(NamedTuple):
 
     folder: Folder
     name: str
-    entry: dict[str, Any]
+    role: Literal["checkpoint", "adapter"]
+    path: str
+    weight: float | None = None
+
+    def entry(self, hashed: FileHash) -> InputEntry:
+        """What a receipt says of it."""
+        size, sha256 = hashed
+        if self.weight is None:
+            return {"role": self.role, "path": self.path, "size": size, "sha256": sha256}
+        return {
+            "role": self.role,
+            "path": self.path,
+            "weight": self.weight,
+            "size": size,
+            "sha256": sha256,
+        }
 
 
 class InputHashes:
@@ -28,31 +44,27 @@ class InputHashes:
     def __init__(self, ckpt: Checkpoint, ckpt_name: str, adapters: Sequence["WeightedAdapter"]) -> None:
         names = ["config.json", *(shard.name for shard in ckpt.shards)]
         self._files = [
-            InputFile(ckpt.folder, name, {"role": "checkpoint", "path": path_of(ckpt_name, None, name)})
-            for name in names
+            InputFile(ckpt.folder, name, "checkpoint", path_of(ckpt_name, None, name)) for name in names
         ]
-        for weighted in adapters:
-            self._files += _files_of(weighted, {"weight": weighted.weight} if len(adapters) > 1 else {})
+        self._files += _files_of(adapters)
         self._stop = Event()
         self._executor = ThreadPoolExecutor(1, "hash")
 
     def __enter__(self) -> "InputHashes":
-        self._future = self._executor.submit(
-            lambda: [file.entry | self._hashed(file) for file in self._files]
-        )
+        self._future = self._executor.submit(lambda: [file.entry(self._hashed(file)) for file in self._files])
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._executor.shutdown()
 
-    def result(self) -> list[dict[str, Any]]:
+    def result(self) -> list[InputEntry]:
         """role, path (the input as it was named, then the file), size and sha256 of each file; with several
         adapters also the weight of each."""
         return self._future.result()
 
-    def _hashed(self, file: InputFile) -> dict[str, Any]:
-        return hash_file(file.folder, file.name, self._go_on)._asdict()
+    def _hashed(self, file: InputFile) -> FileHash:
+        return hash_file(file.folder, file.name, self._go_on)
 
     def _go_on(self, _: int) -> None:
         if self._stop.is_set():
@@ -60,10 +72,10 @@ class InputHashes:
 
 
 def adapter_hashes(
-    weighted: "WeightedAdapter", hashed: Callable[[Folder, str], FileHash]
-) -> list[dict[str, Any]]:
-    """The same for the files of one adapter, at once."""
-    return [file.entry | hashed(file.folder, file.name)._asdict() for file in _files_of(weighted, {})]
+    adapters: Sequence["WeightedAdapter"], hashed: Callable[[Folder, str], FileHash]
+) -> list[InputEntry]:
+    """The same for the files of adapters alone, at once."""
+    return [file.entry(hashed(file.folder, file.name)) for file in _files_of(adapters)]
 
 
 def path_of(input_name: str, sub_folder: str | None, file: str) -> str:
@@ -71,10 +83,11 @@ def path_of(input_name: str, sub_folder: str | None, file: str) -> str:
     return f"{input_name.rstrip('/')}/{posixpath.normpath(posixpath.join(sub_folder or '', file))}"
 
 
-def _files_of(weighted: "WeightedAdapter", facts: dict[str, float]) -> list[InputFile]:
-    adapter = weighted.adapter
-    paths = {name: path_of(adapter.name, adapter.sub_folder, name) for name in adapter.files}
-    return [
-        InputFile(adapter.folder, name, {"role": "adapter", "path": path} | facts)
-        for name, path in paths.items()
-    ]
+def _files_of(adapters: Sequence["WeightedAdapter"]) -> list[InputFile]:
+    files = []
+    for adapter, weight in ((weighted.adapter, weighted.weight) for weighted in adapters):
+        told = weight if len(adapters) > 1 else None
+        for name in adapter.files:
+            path = path_of(adapter.name, adapter.sub_folder, name)
+            files.append(InputFile(adapter.folder, name, "adapter", path, told))
+    return files

@@ -1,14 +1,15 @@
 """Where CKPT and ADAPTER lie: a directory or a hub id, and the files that are fetched of it."""
 
 import glob
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from os import PathLike, fspath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lorafuse.adapters import adapter_folder, open_adapter
 from lorafuse.adapters.reading.directory import BIN, CONFIG, DEFAULT_NAME, INDEX, MLX, SAFETENSORS
 from lorafuse.errors import AdapterError, CheckpointError, shown
+from lorafuse.events import OnEvent, warn_by
 from lorafuse.files.folder import Folder
 from lorafuse.files.hub import folder_of
 from lorafuse.files.names import RECEIPT
@@ -65,19 +66,12 @@ class LocatedAdapter(NamedTuple):
         return [self.folder, self.root]
 
 
-def located_adapter(
-    name: str, weight: float, folder_name: str | None, on_event: Callable[[dict[str, Any]], None]
-) -> LocatedAdapter:
+def located_adapter(name: str, weight: float, folder_name: str | None, on_event: OnEvent) -> LocatedAdapter:
     """Where the adapter lies, of which `folder_name` chooses one: `adapter_folder`. Raises AdapterError."""
     root = folder_of(name, adapter_files(folder_name), AdapterError)
     sub_folder = adapter_folder(root, folder_name)
     if folder_name is None and sub_folder is not None:
-        on_event(
-            {
-                "event": "warning",
-                "message": f"{shown(name)}: the adapter in it, {shown(sub_folder)}, is taken.",
-            }
-        )
+        warn_by(on_event)(f"{shown(name)}: the adapter in it, {shown(sub_folder)}, is taken.")
         # Of a hub id, only its config is here yet.
         root = folder_of(name, adapter_files(sub_folder), AdapterError)
     return LocatedAdapter(name, weight, root, sub_folder)

@@ -13,9 +13,11 @@ from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.hashing import FileHash, hash_file
 from lorafuse.files.stores import ShardedStore
+from lorafuse.inputs.hashes import adapter_hashes
 from lorafuse.outdir.journal import Attempt
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.plan import Plan
+from lorafuse.receipt.fields import InputEntry
 from lorafuse.settings import Settings
 
 
@@ -28,7 +30,8 @@ class UnchangedInputs:
             self._command[f"adapter {number}"] = weighted.adapter.folder.address
         for number, weighted in enumerate(adapters[1:], 2):  # the first has adapter_scale
             self._command[f"weight {number}"] = weighted.weight
-        self._ckpt, self._adapters = ckpt, [weighted.adapter for weighted in adapters]
+        self._ckpt, self._weighted = ckpt, adapters
+        self._adapters = [weighted.adapter for weighted in adapters]
         self._whole = [(ckpt.folder, "config.json")]
         self._whole += [(adapter.folder, name) for adapter in self._adapters for name in adapter.files]
         self._hashes: dict[str, FileHash] = {}
@@ -52,6 +55,10 @@ class UnchangedInputs:
         if label not in self._hashes:
             self._hashes[label] = hash_file(folder, name)
         return self._hashes[label]
+
+    def adapter_inputs(self) -> list[InputEntry]:
+        """What a receipt says of the adapters' files."""
+        return adapter_hashes(self._weighted, self.hashed)
 
     def contents(self) -> dict[str, Any]:
         """Label → sha256; of a checkpoint's shard that of its header, with the file's identity for the data.

@@ -3,7 +3,7 @@ fills up all the same."""
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lorafuse.errors import StorageError, shown
@@ -20,18 +20,34 @@ FIXED_NBYTES = 200_000
 N_FIXED_FILES = 8
 
 
-@contextmanager
-def room_for(output: Output, copied: Iterable[tuple[Folder, str]]) -> Iterator[Output]:
-    """Raises StorageError unless there is room for what `output` lacks and for the files that are `copied`
-    (pairs of a folder and a name in it); then `told_when_full`."""
-    side_files = list(copied)
-    _check_room(output, side_files)
-    with told_when_full([output], side_files):
-        yield output
+def check_room(outputs: Sequence[Output], side_files: Sequence[tuple[Folder, str]]) -> None:
+    """Raises StorageError unless there is room for what the outputs lack and for the files that are copied:
+    pairs of a folder and a name in it."""
+    space, place = outputs[0].out_dir.space(), shown(common_place(outputs))
+    if space is None:
+        return
+    needed, free = _needed(outputs, side_files), space.free_nbytes
+    if free is not None and needed > free:
+        raise StorageError(
+            f"{place}: {needed} bytes are needed and {free} are free; {needed - free} are missing. "
+            f"{_way_on(outputs)}"
+        )
+    lacking = [shard for output in outputs for shard in output.lacking]
+    n_files = len(lacking) + len(side_files) + N_FIXED_FILES * len(outputs)
+    if space.n_files is not None and n_files > space.n_files:
+        raise StorageError(
+            f"{place}: {n_files} files are to be made, and the file system has room for {space.n_files}."
+        )
+    largest = max(map(_file_nbytes, lacking), default=0)
+    if space.file_nbytes is not None and largest > space.file_nbytes:
+        raise StorageError(
+            f"{place}: a file of {largest} bytes is to be made, and this process may make them of "
+            f"{space.file_nbytes} (ulimit -f); raise that, or lower --max-shard-size."
+        )
 
 
 @contextmanager
-def told_when_full(outputs: Sequence[Output], side_files: Iterable[tuple[Folder, str]]) -> Iterator[None]:
+def told_when_full(outputs: Sequence[Output], side_files: Sequence[tuple[Folder, str]]) -> Iterator[None]:
     """Raises StorageError, with what is missing, in place of an OSError that says that there is no room, or
     that says not where."""
     try:
@@ -52,34 +68,11 @@ def told_when_full(outputs: Sequence[Output], side_files: Iterable[tuple[Folder,
         raise StorageError(f"{where}: {what}. {way_on}") from e
 
 
-def _check_room(output: Output, side_files: Sequence[tuple[Folder, str]]) -> None:
-    space, place = output.out_dir.space(), shown(output.out_dir.place)
-    if space is None:
-        return
-    needed, free = _needed([output], side_files), space.free_nbytes
-    if free is not None and needed > free:
-        raise StorageError(
-            f"{place}: {needed} bytes are needed and {free} are free; {needed - free} are missing. "
-            f"{_way_on([output])}"
-        )
-    n_files = len(output.lacking) + len(side_files) + N_FIXED_FILES
-    if space.n_files is not None and n_files > space.n_files:
-        raise StorageError(
-            f"{place}: {n_files} files are to be made, and the file system has room for {space.n_files}."
-        )
-    largest = max(map(_file_nbytes, output.lacking), default=0)
-    if space.file_nbytes is not None and largest > space.file_nbytes:
-        raise StorageError(
-            f"{place}: a file of {largest} bytes is to be made, and this process may make them of "
-            f"{space.file_nbytes} (ulimit -f); raise that, or lower --max-shard-size."
-        )
-
-
 def _file_nbytes(shard: PlannedShard) -> int:
     return len(header_of(list(shard.tensors))) + shard.nbytes
 
 
-def _needed(outputs: Sequence[Output], side_files: Iterable[tuple[Folder, str]]) -> int:
+def _needed(outputs: Sequence[Output], side_files: Sequence[tuple[Folder, str]]) -> int:
     """Bytes, each file rounded up to whole blocks."""
     space = outputs[0].out_dir.space()
     block = space.block_nbytes if space else 1
@@ -89,7 +82,7 @@ def _needed(outputs: Sequence[Output], side_files: Iterable[tuple[Folder, str]])
     return sum(-(-nbytes // block) * block for nbytes in (*fixed, *shards, *side))
 
 
-def _missing(outputs: Sequence[Output], side_files: Iterable[tuple[Folder, str]]) -> int:
+def _missing(outputs: Sequence[Output], side_files: Sequence[tuple[Folder, str]]) -> int:
     """Bytes that are needed beyond what is free, and what unfinished files will leave; 0 where nobody can
     tell."""
     spaces = {output.out_dir.place: output.out_dir.space() for output in outputs}

@@ -34,26 +34,25 @@ from lorafuse.trained_base.base_weights import base_weights
 
 def make_plan(
     ckpt: Checkpoint,
-    adapter: AdapterDir,
+    adapters: Sequence[WeightedAdapter],
     settings: Settings,
-    others: Sequence[WeightedAdapter] = (),
     weights: Mapping[str, Sources] | None = None,
     encoder_of: EncoderOf | None = None,
 ) -> Plan:
-    """Decide everything. `others` are adapters whose updates are added to those of `adapter`. Plans that get
-    the same `weights`, those of `ckpt`, can be carried out together. Raises CheckpointError, AdapterError, or
-    UsageError when the memory limit is too small."""
+    """Decide everything. The updates of all adapters are added. Plans that get the same `weights`, those of
+    `ckpt`, can be carried out together. Raises CheckpointError, AdapterError, or UsageError when the memory
+    limit is too small."""
     warnings = [*ckpt.warnings]
     weights = weights or base_weights(ckpt, settings.base_quant, warnings.append)
-    adapters = in_order([WeightedAdapter(adapter, settings.adapter_scale), *others])
-    warnings += base_warnings(ckpt.folder, weights, [one.adapter for one in adapters])
-    found = [_read(one, weights, ckpt.config, warnings.append) for one in adapters]
-    model = common_model(found)
+    summed = in_order(adapters)
+    warnings += base_warnings(ckpt.folder, weights, [weighted.adapter for weighted in summed])
+    said = [_read(weighted, weights, ckpt.config, warnings.append) for weighted in summed]
+    model = common_model(said)
     names = Names(model.weights, model.config)
-    for one in found:
-        one.edits = own_edits(one, names, warnings.append)
-    copies = [copy for one in found for copy in base_copies(one.adapter, one.edits, names)]
-    edits, ignored = combine(found, model, names)
+    for says in said:
+        says.edits = own_edits(says, names, warnings.append)
+    copies = [copy for says in said for copy in base_copies(says.adapter, says.edits, names)]
+    edits, ignored = combine(said, model, names)
     untied = settle_tied(names, edits, ignored)
     steps = _steps(model, names, edits, untied, settings.dtype, encoder_of or _format(settings))
     if not steps:
@@ -62,26 +61,32 @@ def make_plan(
     n_entries = (
         len(ckpt.tensors)
         + max(len(steps) - len(weights), 0)
-        + sum(len(o.adapter.store.tensors) for o in others)
+        + sum(len(other.adapter.store.tensors) for other in adapters[1:])
     )
-    held_nbytes = sum(one.adapter.nbytes for one in adapters) + n_entries * STORED_TENSOR_NBYTES
+    held_nbytes = sum(weighted.adapter.nbytes for weighted in adapters) + n_entries * STORED_TENSOR_NBYTES
     memory = fit_memory(shared_weights([steps]), held_nbytes, settings)
     config_changes = model.changes | _config_changes(
-        names, steps, untied, listed(one.adapter.file for one in adapters)
+        names, steps, untied, listed(weighted.adapter.file for weighted in summed)
     )
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
-    plan_id = _plan_id(ckpt, adapter, adapters, settings, shards)
+    plan_id = _plan_id(ckpt, adapters[0].adapter, summed, settings, shards)
     return Plan(shards, plan_id, memory, held_nbytes, config_changes, used, ignored, warnings, copies)
 
 
 def _read(
-    one: WeightedAdapter, weights: Mapping[str, Sources], config: dict[str, Any], warn: Callable[[str], None]
+    weighted: WeightedAdapter,
+    weights: Mapping[str, Sources],
+    config: dict[str, Any],
+    warn: Callable[[str], None],
 ) -> AdapterSays:
     """What an adapter says, and of which model."""
-    said, ignored = updates_of(one.adapter, one.weight, warn)
-    with naming_the_base(one.adapter):
+    said, ignored = updates_of(weighted.adapter, weighted.weight, warn)
+    with naming_the_base(weighted.adapter):
         return AdapterSays(
-            one.adapter, one.weight, structure_of(weights, config, one.adapter, said, warn), ignored
+            weighted.adapter,
+            weighted.weight,
+            structure_of(weights, config, weighted.adapter, said, warn),
+            ignored,
         )
 
 
@@ -146,8 +151,8 @@ def _stored(shard: PlannedShard) -> Iterator[tuple[Step, StoredTensor]]:
 
 def _plan_id(
     ckpt: Checkpoint,
-    adapter: AdapterDir,
-    adapters: Sequence[WeightedAdapter],
+    first: AdapterDir,
+    summed: Sequence[WeightedAdapter],
     settings: Settings,
     shards: list[PlannedShard],
 ) -> str:
@@ -159,14 +164,14 @@ def _plan_id(
             [posixpath.basename(shard.name), shard.nbytes, shard.header_sha256] for shard in ckpt.shards
         ],
         "adapter": [
-            [[posixpath.basename(name), adapter.folder.facts(name).nbytes] for name in adapter.files],
-            adapter.config,
+            [[posixpath.basename(name), first.folder.facts(name).nbytes] for name in first.files],
+            first.config,
         ],
         "outputs": [
             [shard.file, [[t.name, t.spec.dtype, t.spec.shape, step.action] for step, t in _stored(shard)]]
             for shard in shards
         ],
     }
-    if len(adapters) > 1:
-        identity["adapters"] = [one.identity for one in adapters]
+    if len(summed) > 1:
+        identity["adapters"] = [weighted.identity for weighted in summed]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

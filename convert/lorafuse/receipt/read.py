@@ -6,13 +6,14 @@ of one long vector: kept = Σ kept_i ‖Δ_i‖² / Σ ‖Δ_i‖² and noise² 
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lorafuse.errors import ResultError, shown
 from lorafuse.files.folder import Folder
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.names import RECEIPT
 from lorafuse.files.safetensors_file import FormatError
+from lorafuse.receipt.fields import SCHEMA
 
 # Where a smaller share of the update is kept, another dtype is worth a word.
 ENOUGH_KEPT = 0.97
@@ -124,10 +125,3 @@ def kept_in_sum(tensors: Entries) -> dict[str, Any]:
         "n_below": len(below),
         "remedy": next((remedy for dtype, remedy in REMEDIES.items() if dtype in dtypes), None),
     }
-
-
-if TYPE_CHECKING:
-    pass
-
-
-SCHEMA = 1

@@ -7,17 +7,26 @@ Importing this does not import torch, so that reading a receipt does not either.
 import os
 import platform
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lorafuse._version import __version__
 from lorafuse.files.hashing import FileHash
+from lorafuse.receipt.fields import (
+    SCHEMA,
+    InputEntry,
+    OutputEntry,
+    Receipt,
+    StoredSpec,
+    TensorEntry,
+    TimingEntry,
+)
 from lorafuse.settings import Settings
 
 if TYPE_CHECKING:
-    from lorafuse.merge.destination import Outcome
+    from lorafuse.files.tensors import TensorSpec
+    from lorafuse.merge.destination import Outcome, Timing
     from lorafuse.outdir.out_dir import OutDir
     from lorafuse.planning.plan import Plan, Step
-from lorafuse.receipt.read import SCHEMA
 
 
 def make_receipt(
@@ -25,14 +34,13 @@ def make_receipt(
     outcome: "Outcome",
     out_dir: "OutDir",
     settings: Settings,
-    inputs: list[dict[str, Any]],
+    inputs: list[InputEntry],
     wall_s: float,
-) -> dict[str, Any]:
+) -> Receipt:
     """The receipt of a finished merge, whose files are all in `out_dir`; those beside the shards are small
     and hashed here."""
     import torch
 
-    timing = {"wall_s": wall_s, **vars(outcome.timing)}
     return {
         "schema": SCHEMA,
         "tool": {
@@ -51,16 +59,26 @@ def make_receipt(
         "tensors": {step.name: _tensor(step, outcome) for step in plan.steps},
         "adapter_tensors": {"used": plan.used, "ignored": plan.ignored},
         "base_semantics": f"simulated: {settings.base_quant}" if settings.base_quant else _stored(plan),
-        "timing": {name: round(seconds, 4) for name, seconds in timing.items()},
+        "timing": _timing(wall_s, outcome.timing),
         "peak_rss": peak_rss(),
     }
 
 
-def _output(file: str, found: FileHash) -> dict[str, Any]:
-    return {"file": file, **found._asdict()}
+def _timing(wall_s: float, spent: "Timing") -> TimingEntry:
+    return {
+        "wall_s": round(wall_s, 4),
+        "compute_cpu_s": round(spent.compute_cpu_s, 4),
+        "stats_cpu_s": round(spent.stats_cpu_s, 4),
+        "read_s": round(spent.read_s, 4),
+        "write_s": round(spent.write_s, 4),
+    }
 
 
-def _others(outcome: "Outcome", out_dir: "OutDir") -> list[dict[str, Any]]:
+def _output(file: str, hashed: FileHash) -> OutputEntry:
+    return {"file": file, "size": hashed.size, "sha256": hashed.sha256}
+
+
+def _others(outcome: "Outcome", out_dir: "OutDir") -> list[OutputEntry]:
     """The files that are no shards, in sub-folders too."""
     shards = {w.file for w in outcome.written}
     return [_output(file, out_dir.hash(file)) for file in out_dir.files() if file not in shards]
@@ -73,24 +91,21 @@ def _stored(plan: "Plan") -> str:
     return f"stored in {words}" if words else "stored"
 
 
-def _tensor(step: "Step", outcome: "Outcome") -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "action": step.action,
-        "dtype": step.spec.torch_name,
-        "shape": list(step.spec.shape),
-    }
+def _tensor(step: "Step", outcome: "Outcome") -> TensorEntry:
+    entry: dict[str, Any] = {"action": step.action, **_spec(step.spec)}
     for patch in step.patches:
         entry |= patch.facts
     if step.name in outcome.measures:
         entry |= outcome.measures[step.name].summary()
     if step.encoder.tensors != ((step.name, step.spec),):
-        entry["stored"] = {
-            tensor.name: {"dtype": tensor.spec.torch_name, "shape": list(tensor.spec.shape)}
-            for tensor in step.encoder.tensors
-        }
+        entry["stored"] = {tensor.name: _spec(tensor.spec) for tensor in step.encoder.tensors}
     if not step.changes and step.sources.names[0] != step.name:
         entry["source"] = step.sources.names[0]  # of a replicated layer
-    return entry
+    return cast(TensorEntry, entry)  # what a patch says of itself is not typed
+
+
+def _spec(spec: "TensorSpec") -> StoredSpec:
+    return {"dtype": spec.torch_name, "shape": list(spec.shape)}
 
 
 def peak_rss() -> int:

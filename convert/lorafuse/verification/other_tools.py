@@ -5,7 +5,6 @@ memory.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from lorafuse.arithmetic.measure import Measures, measure_tile
 from lorafuse.arithmetic.torch_state import one_thread
 from lorafuse.codecs import Arena, Sources, open_weights
+from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.tensors import FLOATS
 from lorafuse.merge.tile import patched
@@ -68,7 +68,7 @@ class Relation:
         self.measures.add(measure_tile(w, v, s, arena))
 
 
-def relate(plan: Plan, found: Checkpoint, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def relate(plan: Plan, found: Checkpoint, on_event: OnEvent) -> dict[str, Any]:
     """How the weights of `found` relate to a plan that writes float32. Returns "related" {name: relation, and
     of merged ones kept, noise, delta_rel}, worst first, and "relations", how many there are of each. Raises
     CheckpointError for `found`."""

@@ -1,7 +1,7 @@
 """`lorafuse verify`: is a merged directory what its receipt says, and what its inputs make?"""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from os import PathLike, fspath
@@ -10,6 +10,7 @@ from typing import Any
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.codecs.plain import values_of
 from lorafuse.errors import ResultError, UsageError, listed, shown
+from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
@@ -18,6 +19,7 @@ from lorafuse.inputs.hashes import InputHashes, path_of
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, opened
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
+from lorafuse.receipt.fields import InputEntry
 from lorafuse.receipt.read import read_receipt
 from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.verification.against_inputs import check_merge
@@ -33,7 +35,7 @@ def verify(
     sample: int = 0,
     device: str = "auto",
     memory_limit: str | int = "100MB",
-    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
     """Check a merged directory against its receipt, and with `ckpt` and `adapters` against what they make,
     byte by byte: all weights, or a `sample` of so many. Writes nothing. Returns what was checked: "files",
@@ -68,16 +70,14 @@ def verify(
     located = [located_adapter(fspath(adapter), 1.0, None, on_event) for adapter in adapters]
     with closing(Checkpoint(folder)) as merged, closing(Checkpoint(source)) as base, opened(located) as given:
         if not receipt:
-            plan = make_plan(base, given[0].adapter, settings, given[1:], encoder_of=values_of)
+            plan = make_plan(base, given, settings, encoder_of=values_of)
             return checked | relate(plan, merged, on_event)
-        first, *others = _as_merged(folder, receipt, base, given, settings)
-        plan = make_plan(base, first.adapter, replace(settings, adapter_scale=first.weight), others)
+        merged_as = _as_merged(folder, receipt, base, given, settings)
+        plan = make_plan(base, merged_as, replace(settings, adapter_scale=merged_as[0].weight))
         return checked | {"weights": check_merge(merged, plan, sample, pick_device(device), on_event)}
 
 
-def _against_receipt(
-    folder: Folder, receipt: dict[str, Any], on_event: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
+def _against_receipt(folder: Folder, receipt: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
     """How many files and bytes are what the receipt says; nothing without a receipt."""
     if not receipt:
         return {}
@@ -103,14 +103,14 @@ def _as_merged(
 def _weights(
     folder: Folder,
     receipt: dict[str, Any],
-    inputs: list[dict[str, Any]],
+    inputs: list[InputEntry],
     adapters: Sequence[WeightedAdapter],
     settings: Settings,
 ) -> list[float]:
     """The weight of each adapter, as the receipt says. Raises ResultError unless these are the files that
     were merged."""
 
-    def identity(entry: dict[str, Any]) -> tuple[Any, ...]:
+    def identity(entry: Mapping[str, object]) -> tuple[Any, ...]:
         return tuple(entry.get(name) for name in ("role", "size", "sha256"))
 
     merged = Counter(map(identity, receipt["inputs"]))

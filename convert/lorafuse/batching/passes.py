@@ -1,0 +1,220 @@
+"""How a batch's passes are put together, and what became of each job.
+
+Jobs are planned as they come, until the next one would not fit into the pass: into the memory limit, the
+number of files that may be open, the disk. Then the pass runs, its adapters are closed, and the next one is
+put together. So nothing but a line for each job grows with their number.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from os import fspath
+
+import torch
+
+from lorafuse.adapters.reading.directory import BIN
+from lorafuse.batching.common_files import CommonFiles
+from lorafuse.batching.existing_results import ExistingResults, common_files_of
+from lorafuse.batching.jobs import Job, JobState
+from lorafuse.batching.one_pass import JobInProgress, Pass, PlannedJob
+from lorafuse.batching.pass_size import (
+    JOB_NBYTES,
+    MAX_MEMBERS,
+    MEMBER_FILES,
+    SPARE_FILES,
+    STEP_NBYTES,
+    disk_error,
+    files_left,
+    speed,
+)
+from lorafuse.errors import LorafuseError, OutDirError, StorageError, shown
+from lorafuse.events import Event, JobEvent, OnEvent, of_job, warn_by
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.folder import Folder
+from lorafuse.inputs.located import LocatedAdapter, located_adapter, opened
+from lorafuse.inputs.unchanged import UnchangedInputs
+from lorafuse.outdir.kinds import kind_of
+from lorafuse.planning.announce import announce
+from lorafuse.planning.make_plan import make_plan
+from lorafuse.planning.memory import RUNTIME_NBYTES, fit_memory, within_limit
+from lorafuse.planning.plan import STORED_TENSOR_NBYTES, Memory
+from lorafuse.planning.shared_weights import shared_weights
+from lorafuse.receipt.fields import Receipt
+from lorafuse.settings import Settings
+from lorafuse.trained_base.base_weights import base_weights
+
+
+@dataclass
+class Member:
+    """A job that goes into the next pass, its adapter open until `close`."""
+
+    job: Job
+    planned: PlannedJob
+    adapter_nbytes: int  # what the adapter holds in memory
+    stack: ExitStack
+
+    @property
+    def held_nbytes(self) -> int:
+        return self.adapter_nbytes + sum(1 for _ in self.planned.plan.steps) * STEP_NBYTES
+
+
+@dataclass
+class Batch:
+    """A batch under way: what is to do, and what became of what is done."""
+
+    base: Checkpoint
+    root: Folder
+    settings: Settings
+    device: torch.device
+    finished: ExistingResults
+    common_files: CommonFiles
+    todo: deque[Job]
+    on_event: OnEvent
+    overwrite: bool
+    dry_run: bool
+    states: dict[str, JobState] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.weights = base_weights(self.base, self.settings.base_quant, warn_by(self.on_event))
+        self.kind = kind_of(str(self.root))
+        self._n_jobs = len(self.todo)
+
+    def run(self, one_pass: Pass | None) -> None:
+        """Pass after pass, until nothing is to do; without `one_pass`, plan only."""
+        while self.todo:
+            with self._members() as (members, memory):
+                names = [member.job.name for member in members]
+                if members:
+                    self.on_event({"event": "pass", "jobs": names, "n_workers": memory.n_workers})
+                if members and one_pass:
+                    planned = [member.planned for member in members]
+                    waiting = {job.name for job in one_pass.run(planned, memory, time.perf_counter())}
+                    again = [member.job for member in members if member.job.name in waiting]
+                    self.todo.extendleft(reversed(again))
+                elif members:
+                    for name in names:
+                        self._state(name, "planned")
+
+    @contextmanager
+    def _members(self) -> Iterator[tuple[list[Member], Memory]]:
+        """The next jobs that go into one pass, and how its memory is spent; none when no job that is left can
+        be planned."""
+        members: list[Member] = []
+        memory = Memory(0, 0, 0, 0, 0)
+        with ExitStack() as stack:
+            while self.todo and len(members) < MAX_MEMBERS:
+                job, notes, full = self.todo[0], list[Event](), None
+                try:
+                    scale = job.settings(self.settings).adapter_scale
+                    located = located_adapter(job.adapter, scale, None, notes.append)
+                    if members and not self._may_open(located.folder, members):
+                        break
+                    member = self._member(job, located)
+                    if member:
+                        stack.callback(member.stack.close)
+                        more = self._memory([*members, member], memory)
+                        full = self._disk_error([*members, member])
+                        if more is None or (full and members):
+                            break
+                        for note in notes:
+                            member.planned.on_event(note)
+                        announce(member.planned.plan, member.planned.on_event, dry_run=self.dry_run)
+                        members, memory = [*members, member], more
+                except (LorafuseError, OSError) as e:
+                    self._failed(job.name, job.adapter, e)
+                if full:
+                    raise full
+                self.todo.popleft()
+            yield members, memory
+
+    def _member(self, job: Job, located: LocatedAdapter) -> Member | None:
+        """The job with its plan and an open adapter; None when its result is there already. Raises
+        LorafuseError or OSError."""
+        settings, out_dir = job.settings(self.settings), str(self.root.sub_folder(job.name))
+        self.kind.check_out_dir(out_dir, [self.base.folder, located.root], overwrite=True)
+        with ExitStack() as stack:
+            adapters = stack.enter_context(opened([located]))
+            files = UnchangedInputs(self.base, adapters)
+            if self._is_there(job.name, settings, files):
+                if not self.dry_run:
+                    self.kind.clean_up(out_dir)
+                self._state(job.name, "skipped")
+                return None
+            plan = make_plan(self.base, adapters, settings, weights=self.weights)
+            files.refuse_nonfinite()
+            planned = PlannedJob(
+                job.name, out_dir, settings, plan, files, files.attempt(plan, settings, self.device.type),
+                located.folders, of_job(self.on_event, job.name), common_files_of(plan),
+            )  # fmt: skip
+            return Member(job, planned, adapters[0].adapter.nbytes, stack.pop_all())
+
+    def _is_there(self, name: str, settings: Settings, files: UnchangedInputs) -> bool:
+        inputs = files.adapter_inputs()
+        try:
+            return self.finished.holds(name, settings, inputs)
+        except OutDirError:
+            if self.overwrite:
+                return False
+            if self.dry_run:
+                raise
+        self.kind.clean_up(str(self.root.sub_folder(name)))  # it may be a part that a run was cut off at
+        return self.finished.holds(name, settings, inputs)
+
+    def _may_open(self, adapter: Folder, members: Sequence[Member]) -> bool:
+        """Whether one more adapter may be opened beside these: by its files, and what is loaded of it."""
+        sizes = {name: adapter.facts(name).nbytes for name in adapter.names("*") if adapter.exists(name)}
+        n_files = sum(name.endswith(".safetensors") for name in sizes)
+        loaded = 0 if n_files else sizes.get(BIN, 0)
+        enough_files = n_files + (len(members) + 1) * MEMBER_FILES + SPARE_FILES <= files_left()
+        held_nbytes = self._held_nbytes(members) + loaded + RUNTIME_NBYTES
+        return enough_files and held_nbytes <= self.settings.memory_nbytes
+
+    def _memory(self, members: Sequence[Member], before: Memory) -> Memory | None:
+        """How the limit is spent on a pass of these; `before`, on all but the last. None when they do not fit
+        together, or would be slower. Raises UsageError when a single one does not fit."""
+        weights = shared_weights([member.planned.plan.steps for member in members])
+        held_nbytes = self._held_nbytes(members)
+        if len(members) == 1:
+            return fit_memory(weights, held_nbytes, self.settings)
+        memory = within_limit(weights, held_nbytes, self.settings)
+        slower = memory and speed(memory, len(members)) < speed(before, len(members) - 1)
+        return None if slower else memory
+
+    def _held_nbytes(self, members: Sequence[Member]) -> int:
+        of_base = len(self.base.tensors) * STORED_TENSOR_NBYTES
+        of_jobs = self._n_jobs * JOB_NBYTES + sum(member.held_nbytes for member in members)
+        return of_base + of_jobs + self.finished.nbytes
+
+    def _disk_error(self, members: Sequence[Member]) -> StorageError | None:
+        planned = [member.planned for member in members]
+        return disk_error(planned, self.root, self.common_files.share, self.finished)
+
+    def done(self, made: JobInProgress, receipt: Receipt) -> None:
+        """The result has its name."""
+        self.common_files.offer(made)
+        self._state(made.job.name, "done", receipt=receipt)
+
+    def failed(self, job: PlannedJob, error: LorafuseError | OSError) -> None:
+        """An error that is the job's own."""
+        self._failed(job.name, str(job.side_folders[0]), error)
+
+    def _failed(self, name: str, where: str, error: LorafuseError | OSError) -> None:
+        if isinstance(error, OSError):
+            error = StorageError(f"{shown(error.filename or where)}: {error.strerror or shown(error)}.")
+        self._state(name, "failed", error)
+
+    def _state(
+        self, name: str, state: str, error: LorafuseError | None = None, receipt: Receipt | None = None
+    ) -> None:
+        folder = self.root.sub_folder(name)
+        out_dir = folder.local_path or str(folder)
+        self.states[name] = JobState(name, state, out_dir, error)
+        said: JobEvent = {"event": "job", "job": name, "state": state, "out_dir": fspath(out_dir)}
+        if receipt:
+            said["wall_s"] = receipt["timing"]["wall_s"]
+            said["nbytes"] = sum(output["size"] for output in receipt["outputs"])
+        if error:
+            said["error"], said["exit_code"] = str(error), error.exit_code
+        self.on_event(said)

@@ -1,0 +1,89 @@
+"""What stands in a receipt: docs/receipt.md says what each field means. Needs no torch."""
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+SCHEMA = 1
+
+
+class Tool(TypedDict):
+    """What made the result."""
+
+    name: str
+    version: str
+    torch: str
+    python: str
+
+
+class InputEntry(TypedDict):
+    """A file that was read. `weight`: of its adapter, where there were several."""
+
+    role: Literal["checkpoint", "adapter"]
+    path: str
+    size: int
+    sha256: str
+    weight: NotRequired[float]
+
+
+class OutputEntry(TypedDict):
+    """A file that was written."""
+
+    file: str
+    size: int
+    sha256: str
+
+
+class StoredSpec(TypedDict):
+    """A stored tensor: its dtype in torch's terms, and its shape."""
+
+    dtype: str
+    shape: list[int]
+
+
+class TensorEntry(StoredSpec):
+    """What became of a weight. The measures are those of a merged weight, None where a ratio has no meaning;
+    `stored`: the tensors that it is stored as, unless that is one tensor of its own name."""
+
+    action: str
+    delta_norm: NotRequired[float | None]
+    delta_rel: NotRequired[float | None]
+    kept: NotRequired[float | None]
+    noise: NotRequired[float | None]
+    changed: NotRequired[float | None]
+    rank: NotRequired[int]
+    scale: NotRequired[float]
+    updates: NotRequired[list[dict[str, Any]]]
+    stored: NotRequired[dict[str, StoredSpec]]
+    source: NotRequired[str]
+
+
+class AdapterTensors(TypedDict):
+    """The adapter's tensors: names of those that are used, name → reason of the ignored."""
+
+    used: list[str]
+    ignored: dict[str, str]
+
+
+class TimingEntry(TypedDict):
+    """Seconds."""
+
+    wall_s: float
+    compute_cpu_s: float
+    stats_cpu_s: float
+    read_s: float
+    write_s: float
+
+
+class Receipt(TypedDict):
+    """The whole receipt. `settings`: `Settings.that_decide_bytes`; `peak_rss` in bytes."""
+
+    schema: int
+    tool: Tool
+    settings: dict[str, Any]
+    plan_id: str
+    inputs: list[InputEntry]
+    outputs: list[OutputEntry]
+    tensors: dict[str, TensorEntry]
+    adapter_tensors: AdapterTensors
+    base_semantics: str
+    timing: TimingEntry
+    peak_rss: int
