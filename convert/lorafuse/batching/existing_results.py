@@ -238,10 +238,10 @@ def _has_size(folder: Folder, file: str, nbytes: int) -> bool:
 def _is_of_size(path: Path, nbytes: int) -> bool:
     """Whether a path is a file of that size, and no link."""
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == nbytes
+    return stat.S_ISREG(status.st_mode) and status.st_size == nbytes
 
 
 def _is_as_written(shared: Shared) -> bool:

@@ -99,16 +99,16 @@ def _read_lines(path: Path) -> list[Job]:
 def _parse(line: bytes, folder: Path) -> Job:
     """One line. Raises ValueError."""
     try:
-        found = json.loads(line)
+        entry = json.loads(line)
     except ValueError as e:
         raise ValueError(f"is not valid JSON: {e}") from None
-    if not isinstance(found, dict) or not {"adapter", "name"} <= found.keys():
+    if not isinstance(entry, dict) or not {"adapter", "name"} <= entry.keys():
         raise ValueError('is not an object with "adapter" and "name"')
-    if found.keys() - set(KEYS):
+    if entry.keys() - set(KEYS):
         raise ValueError(
-            f"has the unknown key {listed(sorted(found.keys() - set(KEYS)))}; known are {listed(KEYS)}"
+            f"has the unknown key {listed(sorted(entry.keys() - set(KEYS)))}; known are {listed(KEYS)}"
         )
-    adapter, name, scale, dtype = (found.get(key) for key in KEYS)
+    adapter, name, scale, dtype = (entry.get(key) for key in KEYS)
     if not isinstance(adapter, str) or not adapter or "\0" in adapter:
         raise ValueError(f"the adapter is {shown(adapter)}; expected a directory or a hub id")
     if scale is not None and (

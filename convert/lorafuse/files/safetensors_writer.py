@@ -67,9 +67,9 @@ class ShardWriter:
         while self._hashed in self._ahead:
             end = self._ahead.pop(self._hashed)
             while self._hashed < end:
-                found = self._file.read(self._hashed, min(READ_NBYTES, end - self._hashed))
-                self._sha256.update(found)
-                self._hashed += len(found)
+                data = self._file.read(self._hashed, min(READ_NBYTES, end - self._hashed))
+                self._sha256.update(data)
+                self._hashed += len(data)
 
     @property
     def is_complete(self) -> bool:

@@ -24,7 +24,7 @@ def place_of(path: str | Path) -> list[Id]:
     """The directory (or what else has this name) and all that it lies in, innermost first. What is not there
     is left out."""
     real = Path(os.path.realpath(path))
-    return [found for folder in (real, *real.parents) if (found := _id(folder))]
+    return [known for folder in (real, *real.parents) if (known := _id(folder))]
 
 
 def places_of(path: Path) -> set[Id]:
@@ -40,15 +40,15 @@ def places_of(path: Path) -> set[Id]:
 def contents_of(path: str | Path) -> Iterator[Id]:
     """A directory and all directories in it; none where it is not there."""
     for folder, _, _ in os.walk(os.path.realpath(path)):
-        if found := _id(Path(folder)):
-            yield found
+        if known := _id(Path(folder)):
+            yield known
 
 
 def is_around_here(path: str | Path) -> bool:
     """Whether a directory is the current one or one that it lies in, so that nobody may move it."""
-    found = _id(Path(path))
+    own = _id(Path(path))
     try:
-        return found is not None and found in place_of(os.curdir)
+        return own is not None and own in place_of(os.curdir)
     except FileNotFoundError:  # the current directory was removed
         return False
 

@@ -96,7 +96,7 @@ def _missing(outputs: Sequence[Output], side_files: Sequence[tuple[Folder, str]]
 
 def _way_on(outputs: Sequence[Output]) -> str:
     n_finished = len(
-        {(output.out_dir.place, one.file) for output in outputs for one in output.outcome.written}
+        {(output.out_dir.place, file.file) for output in outputs for file in output.outcome.written}
     )
     kept = f"; it goes on after the {n_finished} files that are finished" if n_finished else ""
     return f"Give the same command again when that is mended{kept}."

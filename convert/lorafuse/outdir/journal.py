@@ -70,17 +70,17 @@ class Journal:
         self._fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             self._append(attempt)
-            for one in finished.values():
-                self.finished(one)
+            for shard in finished.values():
+                self.finished(shard)
             os.rename(new, folder / JOURNAL)
             fsync_dir(folder)
         except BaseException:
             self.close()
             raise
 
-    def finished(self, one: FinishedShard) -> None:
+    def finished(self, shard: FinishedShard) -> None:
         """A shard is complete, and so is its entry in the directory."""
-        self._append(one)
+        self._append(shard)
 
     def moving(self, names: list[str]) -> None:
         """These are about to be moved into OUT_DIR."""

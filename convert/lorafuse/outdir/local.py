@@ -76,12 +76,12 @@ def left_nbytes(out_dirs: Iterable[str]) -> int:
     """What runs for these that were cut off left on disk, and the next ones use or remove. A file that has a
     name elsewhere too stays, and does not count."""
     folders = [folder for out_dir in out_dirs for folder in StagingPlace.of(Path(out_dir)).own_folders()]
-    found = [path.lstat() for folder in folders for path in folder.rglob("*") if path.is_file()]
-    n_names = Counter((one.st_dev, one.st_ino) for one in found)
+    files = [path.lstat() for folder in folders for path in folder.rglob("*") if path.is_file()]
+    n_names = Counter((file.st_dev, file.st_ino) for file in files)
     sizes = {
-        (one.st_dev, one.st_ino): one.st_blocks * 512
-        for one in found
-        if n_names[one.st_dev, one.st_ino] == one.st_nlink
+        (file.st_dev, file.st_ino): file.st_blocks * 512
+        for file in files
+        if n_names[file.st_dev, file.st_ino] == file.st_nlink
     }
     return sum(sizes.values())
 

@@ -43,10 +43,10 @@ class LocalOutFile:
         self._dirty = [first, last]
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        found = os.pread(self._fd, nbytes, offset)
-        if not found:
+        data = os.pread(self._fd, nbytes, offset)
+        if not data:
             raise StorageError(f"{self.name}: ends at byte {offset}; something else wrote to it.")
-        return found
+        return data
 
     def finish(self, nbytes: int) -> None:
         size = os.fstat(self._fd).st_size

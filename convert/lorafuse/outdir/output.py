@@ -45,7 +45,7 @@ class Output:
     @property
     def lacking(self) -> list[PlannedShard]:
         """Files that are to be made and are not complete."""
-        written = {one.file for one in self.outcome.written}
+        written = {written.file for written in self.outcome.written}
         return [shard for shard in self._shards if shard.file not in written]
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
@@ -63,7 +63,7 @@ class Output:
         """Complete the files that no tile completed: those without a single byte of data."""
         for shard in self.lacking:
             self._finish(shard, self._writers.get(shard.file) or self._open(shard))
-        self.outcome.written.sort(key=lambda one: one.file)
+        self.outcome.written.sort(key=lambda written: written.file)
 
     def _open(self, shard: PlannedShard) -> ShardWriter:
         writer = ShardWriter(self.out_dir.create(shard.file), list(shard.tensors))

@@ -17,12 +17,12 @@ def verify_shards(plan: Plan, outcome: Outcome, out_dir: OutDir) -> None:
     shapes from it."""
     written = {w.file: w for w in outcome.written}
     for shard in plan.shards:
-        nbytes, found = out_dir.shapes(shard.file)
+        nbytes, shapes = out_dir.shapes(shard.file)
         if nbytes != written[shard.file].nbytes:
             raise ResultError(f"{shard.file}: has {nbytes} bytes, {written[shard.file].nbytes} were written.")
         planned = {tensor.name: tensor.spec.shape for tensor in shard.tensors}
-        if found != planned:
-            name = next(iter(found.items() ^ planned.items()))[0]
+        if shapes != planned:
+            name = next(iter(shapes.items() ^ planned.items()))[0]
             raise ResultError(f"{shard.file}: {shown(name)} is not what was planned.")
 
 

@@ -44,12 +44,12 @@ def refuse_filled(place: StagingPlace, out_dir: Path, overwrite: bool) -> None:
 
 def space_below(folder: Path) -> Space:
     """What there is room for in a directory that is there."""
-    found, (largest, _) = os.statvfs(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    status, (largest, _) = os.statvfs(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
     return Space(
         # Some file systems say nothing of their blocks and files.
-        free_nbytes=found.f_bavail * found.f_frsize if found.f_blocks else None,
-        block_nbytes=found.f_frsize or 1,
-        n_files=found.f_favail if found.f_files else None,
+        free_nbytes=status.f_bavail * status.f_frsize if status.f_blocks else None,
+        block_nbytes=status.f_frsize or 1,
+        n_files=status.f_favail if status.f_files else None,
         file_nbytes=None if largest == resource.RLIM_INFINITY else largest,
     )
 
@@ -104,18 +104,20 @@ class LocalOutDir:
     def _open(self) -> None:
         left = self._leftovers()
         refuse_filled(self._place, self._out_dir, self._overwrite)
-        found = next((folder for folder, record in left.items() if self._goes_on(record)), None)
+        taken = next((folder for folder, record in left.items() if self._goes_on(record)), None)
         for folder in left:
-            if folder != found:
+            if folder != taken:
                 self._discard(folder)
-        if found is None:
+        if taken is None:
             self._folder.mkdir(0o700)
             self.path.mkdir()  # by the umask, as OUT_DIR is to be
         else:
-            os.rename(found, self._folder)  # of two runs that no lock keeps apart, one has it
+            os.rename(taken, self._folder)  # of two runs that no lock keeps apart, one has it
             self._folder.chmod(0o700)
-            self.finished = left[found].finished
-            self.finished = {file: one for file, one in self.finished.items() if self._is_whole(one.written)}
+            self.finished = left[taken].finished
+            self.finished = {
+                file: shard for file, shard in self.finished.items() if self._is_whole(shard.written)
+            }
             self._clear()
         if self._attempt:
             self._journal = Journal(self._folder, self._attempt, self.finished)
@@ -193,8 +195,8 @@ class LocalOutDir:
             os.fsync(f.fileno())
 
     def files(self) -> list[str]:
-        found = (path for path in self.path.rglob("*") if path.is_file() and path.suffix != ".part")
-        return sorted(path.relative_to(self.path).as_posix() for path in found)
+        files = (path for path in self.path.rglob("*") if path.is_file() and path.suffix != ".part")
+        return sorted(path.relative_to(self.path).as_posix() for path in files)
 
     def hash(self, file: str) -> FileHash:
         return hash_file(LocalFolder(self.path), file)
@@ -219,9 +221,9 @@ class LocalOutDir:
         """A shard is finished: it is synced and has its name."""
         if self._journal:
             fsync_dir(self.path)
-            one = FinishedShard(written, measures)
-            self._journal.finished(one)
-            self.finished[written.file] = one
+            shard = FinishedShard(written, measures)
+            self._journal.finished(shard)
+            self.finished[written.file] = shard
 
     def commit(self) -> None:
         """Sync the directory and give it its name, in place of what is there if that is to be overwritten."""

@@ -62,61 +62,61 @@ class AdapterSays:
 
 def in_order(adapters: Sequence[WeightedAdapter]) -> list[WeightedAdapter]:
     """The adapters in the order in which their updates are summed, whatever the order given."""
-    return sorted(adapters, key=lambda one: one.identity) if len(adapters) > 1 else list(adapters)
+    return sorted(adapters, key=lambda weighted: weighted.identity) if len(adapters) > 1 else list(adapters)
 
 
-def common_model(found: Sequence[AdapterSays]) -> Structure:
+def common_model(said: Sequence[AdapterSays]) -> Structure:
     """The model of all adapters. Layers must be replicated by all alike, since names count them; a new head
     comes from one adapter, or several that agree. Raises AdapterError."""
-    first = found[0]
-    for one in found[1:]:
-        a, b = (each.adapter.config.get(LAYER_REPLICATION) or None for each in (first, one))
+    first = said[0]
+    for says in said[1:]:
+        a, b = (each.adapter.config.get(LAYER_REPLICATION) or None for each in (first, says))
         if a != b:
             raise AdapterError(
-                f"{first.adapter.folder / CONFIG} and {one.adapter.folder / CONFIG}: {LAYER_REPLICATION} is "
+                f"{first.adapter.folder / CONFIG} and {says.adapter.folder / CONFIG}: {LAYER_REPLICATION} is "
                 f"{shown(a)} and {shown(b)}; the adapters are for different models."
             )
-    heads = [one for one in found if one.model.added]
-    if len(found) == 1 or not heads:
+    heads = [says for says in said if says.model.added]
+    if len(said) == 1 or not heads:
         return first.model
-    for one in heads[1:]:
-        _refuse_other_head(heads[0], one)
+    for says in heads[1:]:
+        _refuse_other_head(heads[0], says)
     chosen = heads[0].model
     keys = {
-        name: tuple(_label(one.adapter, key) for one in heads for key in one.model.added[name])
+        name: tuple(_label(says.adapter, key) for says in heads for key in says.model.added[name])
         for name in chosen.added
     }
     return replace(chosen, added=keys)
 
 
-def _refuse_other_head(first: AdapterSays, one: AdapterSays) -> None:
-    a, b = first.model, one.model
+def _refuse_other_head(first: AdapterSays, says: AdapterSays) -> None:
+    a, b = first.model, says.model
     same = a.added.keys() == b.added.keys() and a.changes == b.changes
     if not same or not all(Edit(a.weights[name]).same_as(Edit(b.weights[name])) for name in a.added):
         raise AdapterError(
-            f"{first.adapter.file} and {one.adapter.file}: bring different heads, {listed(a.added)} and "
+            f"{first.adapter.file} and {says.adapter.file}: bring different heads, {listed(a.added)} and "
             f"{listed(b.added)}, which have no sum; {WAY_OUT}."
         )
 
 
 def combine(
-    found: Sequence[AdapterSays], model: Structure, names: Names
+    said: Sequence[AdapterSays], model: Structure, names: Names
 ) -> tuple[dict[str, Edit], dict[str, str]]:
     """Weight → the edit of all adapters, and the ignored tensors. With several adapters the names of tensors
     begin with those of their adapters. Raises AdapterError for edits that have no sum."""
-    if len(found) == 1:
-        return found[0].edits, found[0].ignored
+    if len(said) == 1:
+        return said[0].edits, said[0].ignored
     parts: dict[str, list[tuple[AdapterDir, Edit]]] = {}
-    for one in found:
-        for weight, edit in one.edits.items():
-            if weight in model.added and weight not in one.model.added:
+    for says in said:
+        for weight, edit in says.edits.items():
+            if weight in model.added and weight not in says.model.added:
                 raise AdapterError(
-                    f"{one.adapter.file}: {shown(edit.keys[0])} changes {shown(weight)}, which neither the "
+                    f"{says.adapter.file}: {shown(edit.keys[0])} changes {shown(weight)}, which neither the "
                     "checkpoint nor this adapter holds."
                 )
-            parts.setdefault(weight, []).append((one.adapter, edit))
+            parts.setdefault(weight, []).append((says.adapter, edit))
     edits = {weight: _sum(weight, several, names.base_of(weight).spec) for weight, several in parts.items()}
-    return edits, {_label(one.adapter, key): reason for one in found for key, reason in one.ignored.items()}
+    return edits, {_label(says.adapter, key): reason for says in said for key, reason in says.ignored.items()}
 
 
 def _label(adapter: AdapterDir, key: str) -> str:

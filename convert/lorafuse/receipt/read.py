@@ -72,7 +72,7 @@ def _broken(receipt: dict[str, Any]) -> Iterator[str]:
     right."""
     yield from (name for name, kind in _FIELDS.items() if not isinstance(receipt.get(name), kind))
     for name, fields in (("inputs", {"role": str, "path": str}), ("outputs", {"file": str, "size": int})):
-        yield from (name for one in receipt[name] if not _has(one, fields))
+        yield from (name for entry in receipt[name] if not _has(entry, fields))
     adapter_tensors = {"used": list, "ignored": dict}
     yield from ["adapter_tensors"] * (not _has(receipt["adapter_tensors"], adapter_tensors))
     for name, entry in receipt["tensors"].items():
