@@ -103,8 +103,16 @@ def _convert(
             return announced
         files = UnchangedInputs(base, adapters)
         files.refuse_nonfinite()
-        attempt = files.attempt(plan, settings, device.type)
-        job = PlannedJob(out_dir, out_dir, settings, plan, files, attempt, located[0].folders, on_event)
+        job = PlannedJob(
+            out_dir,
+            out_dir,
+            settings,
+            plan,
+            files,
+            files.attempt(plan, settings),
+            located[0].folders,
+            on_event,
+        )
         receipts: list[Receipt] = []
         with InputHashes(base, ckpt, []) as hashes:
             one_pass = Pass(

@@ -337,6 +337,7 @@ def test_plain_style(path: Path) -> None:
         "Protocol",
         "Readable",
         "NamedTuple",
+        "TypedDict",
         "Patch",
         "Sources",
         "Encoder",

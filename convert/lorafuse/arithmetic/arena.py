@@ -55,6 +55,11 @@ class Arena:
         return buffer
 
 
+def device_kind(name: str) -> str:
+    """`cpu` or `cuda`, of a device that `pick_device` takes: their bytes may differ."""
+    return pick_device(name).type
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA when torch sees it. Raises UsageError for a device that is not there."""
     if name == "auto":

@@ -1,1 +1,1 @@
-"""Passes over the base, each of which makes one result or several; and `lorafuse batch`, which puts them together."""
+"""Passes over the base, each of which makes one result or several; `lorafuse batch` puts them together."""

@@ -105,7 +105,7 @@ def _batch(
         finished = ExistingResults(root, settings, hashes.result)
         common_files = CommonFiles(finished, chosen.share)
         under_way = Batch(
-            base, root, settings, device, finished, common_files, deque(todo), on_event,
+            base, root, settings, finished, common_files, deque(todo), on_event,
             overwrite=chosen.overwrite, dry_run=chosen.dry_run,
         )  # fmt: skip
         one_pass = Pass(

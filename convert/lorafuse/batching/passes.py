@@ -12,8 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from os import fspath
 
-import torch
-
 from lorafuse.adapters.reading.directory import BIN
 from lorafuse.batching.common_files import CommonFiles
 from lorafuse.batching.existing_results import ExistingResults, common_files_of
@@ -67,7 +65,6 @@ class Batch:
     base: Checkpoint
     root: Folder
     settings: Settings
-    device: torch.device
     finished: ExistingResults
     common_files: CommonFiles
     todo: deque[Job]
@@ -145,7 +142,7 @@ class Batch:
             plan = make_plan(self.base, adapters, settings, weights=self.weights)
             files.refuse_nonfinite()
             planned = PlannedJob(
-                job.name, out_dir, settings, plan, files, files.attempt(plan, settings, self.device.type),
+                job.name, out_dir, settings, plan, files, files.attempt(plan, settings),
                 located.folders, of_job(self.on_event, job.name), common_files_of(plan),
             )  # fmt: skip
             return Member(job, planned, adapters[0].adapter.nbytes, stack.pop_all())

@@ -8,6 +8,7 @@ import torch
 
 from lorafuse._version import __version__
 from lorafuse.adapters.reading.check_tensors import refuse_nonfinite
+from lorafuse.arithmetic.arena import device_kind
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
@@ -66,12 +67,12 @@ class UnchangedInputs:
         shards = {shard.label: [shard.header_sha256, *shard.facts.identity] for shard in self._ckpt.shards}
         return shards | {folder / name: self.hashed(folder, name).sha256 for folder, name in self._whole}
 
-    def attempt(self, plan: Plan, settings: Settings, device: str) -> Attempt:
-        """What a run is about to do, on a device of this kind. Reads small files whole."""
+    def attempt(self, plan: Plan, settings: Settings) -> Attempt:
+        """What a run is about to do. Reads small files whole."""
         others = {
             "adapter_name": settings.adapter_name,
             "allow_nonfinite": settings.allow_nonfinite,
-            "device": device,
+            "device": device_kind(settings.device),
         }
         command = self._command | settings.that_decide_bytes | others
         return Attempt(

@@ -39,11 +39,13 @@ class StoredSpec(TypedDict):
     shape: list[int]
 
 
-class TensorEntry(StoredSpec):
+class TensorEntry(TypedDict):
     """What became of a weight. The measures are those of a merged weight, None where a ratio has no meaning;
     `stored`: the tensors that it is stored as, unless that is one tensor of its own name."""
 
     action: str
+    dtype: str
+    shape: list[int]
     delta_norm: NotRequired[float | None]
     delta_rel: NotRequired[float | None]
     kept: NotRequired[float | None]
