@@ -36,9 +36,9 @@ from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.planning.announce import announce
 from lorafuse.planning.make_plan import make_plan
-from lorafuse.planning.memory import RUNTIME_NBYTES, fit_memory, within_limit
+from lorafuse.planning.memory import RUNTIME_NBYTES, Needs, fit_memory, within_limit
 from lorafuse.planning.plan import STORED_TENSOR_NBYTES, Memory
-from lorafuse.planning.shared_weights import shared_weights
+from lorafuse.planning.shared_weights import SharedWeights
 from lorafuse.receipt.fields import Receipt
 from lorafuse.settings import Settings
 from lorafuse.trained_base.base_weights import base_weights
@@ -171,11 +171,11 @@ class Batch:
     def _memory(self, members: Sequence[Member], before: Memory) -> Memory | None:
         """How the limit is spent on a pass of these; `before`, on all but the last. None when they do not fit
         together, or would be slower. Raises UsageError when a single one does not fit."""
-        weights = shared_weights([member.planned.plan.steps for member in members])
+        weights = SharedWeights([member.planned.plan.steps for member in members])
         held_nbytes = self._held_nbytes(members)
         if len(members) == 1:
             return fit_memory(weights, held_nbytes, self.settings)
-        memory = within_limit(weights, held_nbytes, self.settings)
+        memory = within_limit(Needs.of(weights), held_nbytes, self.settings)
         slower = memory and speed(memory, len(members)) < speed(before, len(members) - 1)
         return None if slower else memory
 

@@ -11,6 +11,7 @@ from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, Box, TensorInfo, TensorSpec
 
 QUANT_METHODS: tuple[str, ...] = ()
+DENSE = Scheme("dense")
 
 
 class DenseSources(Sources):
@@ -18,13 +19,18 @@ class DenseSources(Sources):
 
     as_stored = True
 
+    __slots__ = ("names", "out_dtype", "scheme", "spec", "store")  # most weights of a large model have one
+
     def __init__(self, store: Store, name: str) -> None:
         self.store = store
         self.names: tuple[str, ...] = (name,)
-        self.scheme = scheme(self.names)
+        self.scheme = DENSE
         self.spec: TensorSpec = store.tensors[name].spec
         self.out_dtype = self.spec.dtype
-        self._itemsize = DTYPES[self.spec.dtype][0]
+
+    @property
+    def _itemsize(self) -> int:
+        return DTYPES[self.spec.dtype][0]
 
     def will_need(self, box: Box) -> None:
         start, stop = box.run
@@ -46,7 +52,7 @@ def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
 
 def scheme(names: tuple[str, ...]) -> Scheme:
     """Returns the scheme of every dense weight."""
-    return Scheme("dense")
+    return DENSE
 
 
 def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> DenseSources:

@@ -60,6 +60,8 @@ class Encoder(Protocol):
     tile to its last.
     """
 
+    __slots__ = ()
+
     tensors: tuple[StoredTensor, ...]
     needs_values: bool = True
     needs_pass: bool = False

@@ -11,15 +11,16 @@ from lorafuse.files.tensors import DTYPES, StoredTensor, TensorSpec
 class PlainEncoder(Encoder):
     """One stored tensor of the weight's own name: its values, cast to `spec.dtype`."""
 
+    __slots__ = ("_dtype", "_itemsize", "tensors")
+
     def __init__(self, name: str, spec: TensorSpec) -> None:
         self.tensors: tuple[StoredTensor, ...] = (StoredTensor(name, spec),)
-        self._name, self._spec = name, spec
         self._itemsize, torch_name = DTYPES[spec.dtype]
         self._dtype: torch.dtype = getattr(torch, torch_name)
 
     @property
     def key(self) -> tuple[object, ...]:
-        return ("plain", self._spec)
+        return ("plain", self.tensors[0].spec)
 
     def tile_nbytes(self, n: int) -> int:
         return n * self._itemsize
@@ -32,7 +33,7 @@ class PlainEncoder(Encoder):
         finished = buffer[:nbytes].view(self._dtype)
         stored = arena.beside(finished, "plain.stored").copy_(values)
         arena.bring_back(stored, finished)
-        return Encoded((Piece(self._name, start * self._itemsize, 0, nbytes),), (stored,))
+        return Encoded((Piece(self.tensors[0].name, start * self._itemsize, 0, nbytes),), (stored,))
 
     def decode(self, encoded: Encoded, arena: Arena) -> torch.Tensor:
         return encoded.raw[0]

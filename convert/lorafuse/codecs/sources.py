@@ -53,6 +53,8 @@ class Sources(Protocol):
     `window_nbytes`: host bytes that the tiles in the making hold together, however many they are.
     """
 
+    __slots__ = ()
+
     spec: TensorSpec
     out_dtype: str
     names: tuple[str, ...]

@@ -11,16 +11,18 @@ from lorafuse.codecs.encoder import Encoded, Encoder, Piece
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import StoredTensor
 
+NOTHING: Mapping[str, Any] = {}
+
 
 class StoredEncoder(Encoder):
     """The stored tensors `names` of the output (output's name → base's name), copied."""
 
     needs_values = False
 
-    def __init__(
-        self, store: Store, names: Mapping[str, str], config: Mapping[str, Any] | None = None
-    ) -> None:
-        self._store, self._names, self._config = store, dict(names), dict(config or {})
+    __slots__ = ("_config", "_store", "_stored", "tensors")  # most weights of a large model have one
+
+    def __init__(self, store: Store, names: Mapping[str, str], config: Mapping[str, Any] = NOTHING) -> None:
+        self._store, self._stored, self._config = store, tuple(names.values()), config
         specs = ((name, store.tensors[stored].spec) for name, stored in names.items())
         self.tensors: tuple[StoredTensor, ...] = tuple(StoredTensor(name, spec) for name, spec in specs)
 
@@ -30,34 +32,33 @@ class StoredEncoder(Encoder):
 
     @property
     def key(self) -> tuple[object, ...]:
-        return ("stored", *self._names.items())
+        return ("stored", *(tensor.name for tensor in self.tensors), *self._stored)
 
     def tile_nbytes(self, n: int) -> int:
         return n
 
-    def _pieces(self, start: int, stop: int) -> Iterator[Piece]:
-        """The parts of the tensors that bytes [start, stop) of all of them are."""
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[str, Piece]]:
+        """The parts of the tensors that bytes [start, stop) of all of them are, each with its tensor's name
+        in the base."""
         first = 0  # byte of the tensor among those of all
-        for tensor in self.tensors:
+        for stored, tensor in zip(self._stored, self.tensors, strict=True):
             begin, end = max(start, first), min(stop, first + tensor.nbytes)
             if begin < end:
-                yield Piece(tensor.name, begin - first, begin - start, end - begin)
+                yield stored, Piece(tensor.name, begin - first, begin - start, end - begin)
             first += tensor.nbytes
 
     def will_need(self, start: int, stop: int) -> None:
-        for piece in self._pieces(start, stop):
-            self._store.will_need(self._names[piece.tensor], piece.at, piece.nbytes)
+        for stored, piece in self._pieces(start, stop):
+            self._store.will_need(stored, piece.at, piece.nbytes)
 
     def encode(
         self, values: torch.Tensor, start: int, stop: int, buffer: torch.Tensor, arena: Arena
     ) -> Encoded:
         """Reads the bytes [start, stop) of all tensors; `values` is not looked at."""
-        pieces, view = tuple(self._pieces(start, stop)), host_view(buffer)
-        for piece in pieces:
-            self._store.read_into(
-                self._names[piece.tensor], piece.at, view[piece.start : piece.start + piece.nbytes]
-            )
-        return Encoded(pieces)
+        pieces, view = list(self._pieces(start, stop)), host_view(buffer)
+        for stored, piece in pieces:
+            self._store.read_into(stored, piece.at, view[piece.start : piece.start + piece.nbytes])
+        return Encoded(tuple(piece for _, piece in pieces))
 
     def decode(self, encoded: Encoded, arena: Arena) -> torch.Tensor:
         raise AssertionError("what is copied is not measured")

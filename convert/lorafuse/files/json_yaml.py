@@ -7,10 +7,11 @@ names is shared, not copied.
 """
 
 import json
+from contextlib import closing
 from typing import Any
 
 from lorafuse.errors import shown
-from lorafuse.files.folder import Folder, stream
+from lorafuse.files.folder import Folder, read_fully
 from lorafuse.files.safetensors_file import LFS_HINT, LFS_MAGIC
 
 MAX_NBYTES = 1_000_000
@@ -21,8 +22,8 @@ _TRUE = ("true", "yes", "on")  # of YAML 1.1, which PyYAML and so every trainer 
 def read_limited(folder: Folder, name: str, max_nbytes: int) -> bytes:
     """A file that must be small. Raises ValueError with a message that names the file, FormatError or
     OSError."""
-    with stream(folder.open(name)) as f:
-        data = f.read(max_nbytes + 1)
+    with closing(folder.open(name)) as file:
+        data = bytes(read_fully(file, 0, min(file.facts.nbytes, max_nbytes) + 1))
     if data.startswith(LFS_MAGIC):
         raise ValueError(f"{folder / name}: {LFS_HINT}")
     if len(data) > max_nbytes:

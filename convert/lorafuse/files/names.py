@@ -6,6 +6,7 @@ import re
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 RECEIPT = "lorafuse_receipt.json"  # of a checkpoint that lorafuse wrote
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 def stays_inside(name: str) -> bool:
@@ -18,10 +19,10 @@ def stays_inside(name: str) -> bool:
     )
 
 
-def natural_key(name: str) -> list[str | int]:
+def natural_key(name: str) -> str:
     """Sorts layers.2 before layers.10: the order of a model's execution, and independent of how the input is
-    sharded."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]{1,18})", name))]
+    sharded. A number is written with all digits that it can have, behind what is less than any letter."""
+    return _NUMBER.sub(lambda number: "\0" + number[0].zfill(18), name)
 
 
 def scheme_of(name: str) -> str:

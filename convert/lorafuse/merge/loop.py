@@ -15,7 +15,7 @@ from lorafuse.merge.destination import Destination
 from lorafuse.merge.tile import Made
 from lorafuse.merge.workers import TileWorkers
 from lorafuse.planning.plan import Memory
-from lorafuse.planning.shared_weights import Variant, shared_weights
+from lorafuse.planning.shared_weights import SharedWeights, Variant
 
 
 def merge(
@@ -24,7 +24,7 @@ def merge(
     """Make what the outputs need. Errors of reading and writing pass through; what is wrong with one output
     alone ends up in its `error`, and when nothing else is left, ends the loop. Wrong are values that are not
     finite, also the base's own in weights that are not copied bit for bit, unless `allow_nonfinite`."""
-    planned = shared_weights([output.steps() for output in outputs])
+    planned = SharedWeights([output.steps() for output in outputs])
     try:
         with one_thread(), TileWorkers(planned, memory, device) as workers:
             for tile in workers.tiles(outputs):

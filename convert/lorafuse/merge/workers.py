@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from threading import local
 
 import torch
@@ -21,7 +21,7 @@ from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.merge.destination import Destination
 from lorafuse.merge.tile import Made, make_tile, prepare, release
 from lorafuse.planning.plan import Memory
-from lorafuse.planning.shared_weights import SharedWeight
+from lorafuse.planning.shared_weights import SharedWeight, SharedWeights
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Tile:
 class TileWorkers:
     """Worker threads, their scratch memory, and a pool of buffers for finished tiles."""
 
-    def __init__(self, planned: list[SharedWeight], memory: Memory, device: torch.device) -> None:
+    def __init__(self, planned: SharedWeights, memory: Memory, device: torch.device) -> None:
         self._planned, self._memory, self._device = planned, memory, device
         self._executor = ThreadPoolExecutor(memory.n_workers, "tile", initializer=self._start_worker)
         self._local = local()
@@ -70,7 +70,7 @@ class TileWorkers:
 
     def tiles(self, outputs: Sequence[Destination]) -> Iterator[Tile]:
         """Finished tiles, weight by weight; none for outputs that were given up meanwhile."""
-        for whole, following in pairwise([*self._planned, None]):
+        for whole, following in pairwise(chain(self._planned, [None])):
             assert whole is not None
             weight = whole.only({number for number, output in enumerate(outputs) if output.error is None})
             if not weight.variants:

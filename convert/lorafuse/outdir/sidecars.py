@@ -5,6 +5,7 @@ Files are copied by a fixed list of names, never as links. The tokenizer's files
 when it brings a vocabulary, else the checkpoint's; a mixture of both is a tokenizer that never existed.
 """
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,6 +49,7 @@ GENERATION = "generation_config.json"  # not for a model with another head
 ALWAYS = (GENERATION, "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 MAX_NBYTES = 1_000_000_000
 READ_NBYTES = 1 << 20
+JSON_NBYTES = 1 << 16
 
 
 def write_sidecars(
@@ -126,7 +128,18 @@ def index_of(plan: Plan) -> dict[str, Any]:
 def write_json(out_dir: OutDir, file: str, value: Any) -> None:
     """Pretty-printed JSON. As transformers writes it: ASCII, so that any path or string can be
     spelled, and with Infinity and NaN, which some configs hold (Mamba's time_step_limit)."""
-    out_dir.put(file, [(json.dumps(value, indent=2) + "\n").encode("ascii")])
+    out_dir.put(file, _json_chunks(value))
+
+
+def _json_chunks(value: Any) -> Iterator[bytes]:
+    """The file in pieces: the receipt of a model of many experts has tens of megabytes."""
+    piece = io.StringIO()
+    for text in json.JSONEncoder(indent=2).iterencode(value):
+        piece.write(text)
+        if piece.tell() >= JSON_NBYTES:
+            yield piece.getvalue().encode("ascii")
+            piece = io.StringIO()
+    yield (piece.getvalue() + "\n").encode("ascii")
 
 
 def _chunks(folder: Folder, name: str) -> Iterator[bytes]:

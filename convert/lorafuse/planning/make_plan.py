@@ -25,7 +25,7 @@ from lorafuse.planning.edits import own_edits
 from lorafuse.planning.memory import fit_memory
 from lorafuse.planning.plan import STORED_TENSOR_NBYTES, Plan, PlannedShard, Step
 from lorafuse.planning.shards import split_shards
-from lorafuse.planning.shared_weights import shared_weights
+from lorafuse.planning.shared_weights import SharedWeights
 from lorafuse.planning.tied import settle_tied
 from lorafuse.settings import Settings
 from lorafuse.structure import Structure, structure_of
@@ -64,7 +64,7 @@ def make_plan(
         + sum(len(other.adapter.store.tensors) for other in adapters[1:])
     )
     held_nbytes = sum(weighted.adapter.nbytes for weighted in adapters) + n_entries * STORED_TENSOR_NBYTES
-    memory = fit_memory(shared_weights([steps]), held_nbytes, settings)
+    memory = fit_memory(SharedWeights([steps]), held_nbytes, settings)
     config_changes = model.changes | _config_changes(
         names, steps, untied, listed(weighted.adapter.file for weighted in summed)
     )
@@ -93,16 +93,16 @@ def _read(
 def _steps(
     model: Structure, names: Names, edits: dict[str, Edit], untied: bool, dtype: str, encoder_of: EncoderOf
 ) -> list[Step]:
-    bases = dict(model.weights)
+    bases, untouched = dict(model.weights), Edit()
     if untied and names.tied:
         bases.setdefault(names.tied.head, bases[names.tied.embed])
     steps = []
     for name in sorted(bases, key=natural_key):
-        base, edit = bases[name], edits.get(name, Edit())
+        base, edit = bases[name], edits.get(name, untouched)
         sources = edit.replaced or base
         out = base.out_dtype if dtype == "auto" or base.out_dtype not in FLOATS else SAFETENSORS_NAMES[dtype]
         action = _action(edit, stored=name in model.weights and name not in model.added)
-        spec = TensorSpec(out, sources.spec.shape)
+        spec = sources.spec if out == sources.spec.dtype else TensorSpec(out, sources.spec.shape)
         encoder = encoder_of(WeightToStore(name, spec, sources, untouched=action is None))
         action = action or ("decoded" if encoder.needs_values else "copied")
         steps.append(Step(name, spec, sources, encoder, edit.patches, action))

@@ -1,8 +1,10 @@
 """How the memory limit is spent: workers, tiles ahead of the writer, and what patches hold."""
 
+from dataclasses import dataclass
+
 from lorafuse.errors import UsageError, shown
 from lorafuse.planning.plan import Memory
-from lorafuse.planning.shared_weights import SharedWeight
+from lorafuse.planning.shared_weights import SharedWeight, SharedWeights
 from lorafuse.settings import Settings
 
 # Interpreter, libraries' buffers and allocator slack beyond `import torch`, measured by bench/memory.py.
@@ -23,49 +25,72 @@ def _hold_less(weight: SharedWeight) -> bool:
     return False
 
 
-def within_limit(planned: list[SharedWeight], held_nbytes: int, settings: Settings) -> Memory | None:
+@dataclass(slots=True)
+class Needs:
+    """The most that any weight takes: by each worker, for a finished tile and the number of its variants, by
+    its sources, and by all that is held from its first tile to its last."""
+
+    worker_nbytes: int = 0
+    tile_nbytes: int = 0
+    n_variants: int = 0
+    held_nbytes: int = 0
+    resident_nbytes: int = 0
+    largest: str = ""  # the weight that takes most in all
+    largest_nbytes: int = -1
+
+    @classmethod
+    def of(cls, planned: SharedWeights) -> "Needs":
+        """Of all weights of a pass."""
+        needs = cls()
+        for weight in planned:
+            worker, resident = weight.worker_nbytes, weight.resident_nbytes
+            needs.worker_nbytes = max(needs.worker_nbytes, worker)
+            needs.tile_nbytes = max(needs.tile_nbytes, weight.tile_nbytes)
+            needs.n_variants = max(needs.n_variants, len(weight.variants))
+            needs.held_nbytes = max(needs.held_nbytes, weight.held_nbytes)
+            needs.resident_nbytes = max(needs.resident_nbytes, resident)
+            if worker + resident > needs.largest_nbytes:
+                needs.largest, needs.largest_nbytes = weight.name, worker + resident
+        return needs
+
+
+def within_limit(needs: Needs, held_nbytes: int, settings: Settings) -> Memory | None:
     """As many workers as the limit allows, with what patches hold left as it is; None when it does not even
-    allow one."""
-    resident = max(weight.resident_nbytes for weight in planned)
+    allow one. `held_nbytes` is what is held beside the weights."""
     for n_workers, per_worker in ((w, t) for w in range(settings.n_workers, 0, -1) for t in TILES_PER_WORKER):
-        memory = _spent(planned, held_nbytes, settings, n_workers, per_worker)
-        if resident <= memory.resident_nbytes:
+        memory = _spent(needs, held_nbytes, settings, n_workers, per_worker)
+        if needs.resident_nbytes <= memory.resident_nbytes:
             return memory
     return None
 
 
-def _spent(
-    planned: list[SharedWeight], held_nbytes: int, settings: Settings, n_workers: int, per_worker: int
-) -> Memory:
+def _spent(needs: Needs, held_nbytes: int, settings: Settings, n_workers: int, per_worker: int) -> Memory:
     """What so many workers leave for what patches hold; less than nothing when they are too many."""
-    worker = max(weight.worker_nbytes for weight in planned)
-    tile = max(weight.tile_nbytes for weight in planned)
-    n_variants = max(len(weight.variants) for weight in planned)
-    held_nbytes += max(weight.held_nbytes for weight in planned)  # prepared ahead of its weight
+    held_nbytes += needs.held_nbytes  # prepared ahead of its weight
     n_tiles = n_workers * per_worker + MIN_TILES_AHEAD
-    fixed = RUNTIME_NBYTES + held_nbytes + n_workers * worker + n_tiles * n_variants * tile
-    return Memory(n_workers, n_tiles, n_variants, tile, settings.memory_nbytes - fixed)
+    of_tiles = n_tiles * needs.n_variants * needs.tile_nbytes
+    fixed = RUNTIME_NBYTES + held_nbytes + n_workers * needs.worker_nbytes + of_tiles
+    return Memory(n_workers, n_tiles, needs.n_variants, needs.tile_nbytes, settings.memory_nbytes - fixed)
 
 
-def fit_memory(planned: list[SharedWeight], held_nbytes: int, settings: Settings) -> Memory:
+def fit_memory(planned: SharedWeights, held_nbytes: int, settings: Settings) -> Memory:
     """As many workers as the limit allows. A right factor that does not fit beside one worker is read again
     for each tile.
 
     Raises UsageError when nothing fits.
     """
     for attempt in ("resident", "some read again", "all read again"):
-        memory = within_limit(planned, held_nbytes, settings)
+        needs = Needs.of(planned)
+        memory = within_limit(needs, held_nbytes, settings)
         if memory:
             return memory
-        least = _spent(planned, held_nbytes, settings, 1, TILES_PER_WORKER[-1])
-        resident = max(weight.resident_nbytes for weight in planned)
+        least = _spent(needs, held_nbytes, settings, 1, TILES_PER_WORKER[-1])
         for weight in planned:
             while attempt != "resident" or weight.resident_nbytes > least.resident_nbytes:
                 if not _hold_less(weight):
                     break
-    largest = max(planned, key=lambda weight: weight.worker_nbytes + weight.resident_nbytes)
-    needed = settings.memory_nbytes - least.resident_nbytes + resident
+    needed = settings.memory_nbytes - least.resident_nbytes + needs.resident_nbytes
     raise UsageError(
         f"A memory limit of {settings.memory_nbytes / 1e6:.0f} MB is too small: {needed / 1e6:.0f} MB are "
-        f"needed beyond `import torch`, most of it for {shown(largest.name)}. Raise --memory-limit."
+        f"needed beyond `import torch`, most of it for {shown(needs.largest)}. Raise --memory-limit."
     )

@@ -20,7 +20,7 @@ WORKER_NBYTES_PER_ELEMENT = 12
 STORED_TENSOR_NBYTES = 800  # a stored tensor's name and entries in the tables, measured with 120,000 of them
 
 
-@dataclass
+@dataclass(slots=True)
 class Step:
     """One weight of the output: what it is made from, what is done to it, and how it is stored. `spec` is its
     shape and the dtype that a reader gets."""

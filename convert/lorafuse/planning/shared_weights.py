@@ -5,8 +5,10 @@ take it from the same sources and cut it into the same tiles, so that a tile is 
 output alone has a shared weight for each of its steps.
 """
 
+import heapq
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from lorafuse.adapters import Patch
 from lorafuse.arithmetic.measure import Measures
@@ -16,7 +18,7 @@ from lorafuse.files.tensors import Box
 from lorafuse.planning.plan import Step
 
 
-@dataclass
+@dataclass(slots=True)
 class Variant:
     """One content of a weight's tiles, and the outputs, by number, that get it."""
 
@@ -25,7 +27,7 @@ class Variant:
     measures: Measures = field(default_factory=Measures)  # of the tiles that are finished
 
 
-@dataclass
+@dataclass(slots=True)
 class SharedWeight:
     """A weight, made for one or more outputs."""
 
@@ -111,14 +113,23 @@ class SharedWeight:
         return max(variant.step.encoder.tile_nbytes(size) for variant in self.variants)
 
 
-def shared_weights(outputs: Sequence[Iterable[Step]]) -> list[SharedWeight]:
-    """Every step of every output in one shared weight, the weights in their natural order."""
-    members: dict[str, list[tuple[int, Step]]] = {}
-    for number, steps in enumerate(outputs):
-        for step in steps:
-            members.setdefault(step.name, []).append((number, step))
-    names = sorted(members, key=natural_key)
-    return [weight for name in names for weight in _made_together(members[name])]
+class SharedWeights:
+    """Every step of every output in one shared weight, the weights in their natural order. They are made anew
+    whenever they are gone through: all of them at once would be tens of megabytes for a model of many
+    experts."""
+
+    def __init__(self, outputs: Sequence[Iterable[Step]]) -> None:
+        self._outputs = [sorted(steps, key=_order) for steps in outputs]
+
+    def __iter__(self) -> Iterator[SharedWeight]:
+        numbered = [[(number, step) for step in steps] for number, steps in enumerate(self._outputs)]
+        members = heapq.merge(*numbered, key=lambda member: _order(member[1]))
+        for _, of_one_name in groupby(members, key=lambda member: member[1].name):
+            yield from _made_together(list(of_one_name))
+
+
+def _order(step: Step) -> tuple[str, str]:
+    return natural_key(step.name), step.name  # layers.1 and layers.01 are two names
 
 
 def _made_together(members: list[tuple[int, Step]]) -> list[SharedWeight]:
