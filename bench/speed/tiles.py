@@ -23,7 +23,7 @@ from lorafuse.patches.patch import Base
 from lorafuse.planning import plan as steps
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
-from lorafuse.planning.shared_weights import shared_weights
+from lorafuse.planning.shared_weights import SharedWeights
 from lorafuse.settings import Settings
 
 SIZES = [1 << 16, 1 << 17, 1 << 18, 1 << 19, 3 << 18, 1 << 20, 1 << 21]
@@ -34,7 +34,7 @@ def nanoseconds(planned: list[steps.Step]) -> tuple[float, float]:
     arena, loader = Arena(torch.device("cpu")), Arena(torch.device("cpu"))
     buffer = torch.empty(max(step.tile_nbytes for step in planned), dtype=torch.uint8)
     compute = stats = 0.0
-    for step, turn in zip(planned, shared_weights([planned]), strict=True):
+    for step, turn in zip(planned, SharedWeights([planned]), strict=True):
         for patch in step.patches:
             patch.prepare(Base(step.sources, loader), loader)
         for start, stop in step.tiles():

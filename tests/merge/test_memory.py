@@ -13,21 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
-
-# ru_maxrss of a child starts at its parent's, so a small process does the starting.
-LAUNCH = (
-    "import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:]); r = os.wait4(p.pid, 0); print(r[1], "
-    "r[2].ru_maxrss)"
-)
-
-
-def peak_nbytes(*command):
-    out = subprocess.run(
-        [sys.executable, "-S", "-c", LAUNCH, *command], capture_output=True, text=True, check=True
-    ).stdout
-    status, kilobytes = out.split()[-2:]
-    assert status == "0"
-    return int(kilobytes) * 1024
+from processes import beyond_torch, peak_nbytes
 
 
 def write(path, tensors):
@@ -62,12 +48,6 @@ def write_pair(tmp_path, weight, shape, rank, tensors, model_type="llama"):
     )
     (lora / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": {rank}}}')
     return ckpt, lora
-
-
-def beyond_torch(*arguments):
-    """Peak memory of the command line beyond that of `import torch`."""
-    floor = min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
-    return peak_nbytes(sys.executable, "-m", "lorafuse.cli", *map(str, arguments)) - floor
 
 
 def nf4(w, rows, cols):

@@ -19,8 +19,8 @@ from lorafuse.outdir.local_file import LocalOutFile
 from lorafuse.outdir.output import Output
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
-from lorafuse.planning.memory import fit_memory, within_limit
-from lorafuse.planning.shared_weights import shared_weights
+from lorafuse.planning.memory import Needs, fit_memory, within_limit
+from lorafuse.planning.shared_weights import SharedWeights
 from lorafuse.settings import Settings
 
 KINDS = {
@@ -66,7 +66,7 @@ def together(base, adapter, tmp_path):
 
 
 def run(outputs, settings):
-    planned = shared_weights([output.steps() for output in outputs])
+    planned = SharedWeights([output.steps() for output in outputs])
     memory = fit_memory(planned, sum(output.plan.held_nbytes for output in outputs), settings)
     merge(outputs, memory, torch.device("cpu"))
 
@@ -157,29 +157,29 @@ def test_files_that_are_skipped_are_not_made(together):
 
 def test_the_memory_of_a_pass_grows_with_its_outputs(together):
     outputs, settings = together("nf4_dq", memory_nbytes=26_000_000, n_threads=1)
-    one = fit_memory(shared_weights([outputs[0].steps()]), 0, settings)
-    four = fit_memory(shared_weights([output.steps() for output in outputs]), 0, settings)
+    one = fit_memory(SharedWeights([outputs[0].steps()]), 0, settings)
+    four = fit_memory(SharedWeights([output.steps() for output in outputs]), 0, settings)
     assert (one.n_variants, four.n_variants) == (1, 4)  # q_proj: three updates, and what it is without one
     tight = Settings(memory_nbytes=25_400_000, n_threads=1)
-    fit_memory(shared_weights([outputs[0].steps()]), 0, tight)
+    fit_memory(SharedWeights([outputs[0].steps()]), 0, tight)
     with pytest.raises(UsageError, match="is too small"):
-        fit_memory(shared_weights([output.steps() for output in outputs * 20]), 0, tight)
+        fit_memory(SharedWeights([output.steps() for output in outputs * 20]), 0, tight)
 
 
 def test_what_sources_hold_counts_for_several_outputs_too(together):
     outputs, settings = together("nf4_dq")
-    planned = shared_weights([output.steps() for output in outputs])
-    before = within_limit(planned, 0, settings)
+    planned = SharedWeights([output.steps() for output in outputs])
+    before = within_limit(Needs.of(planned), 0, settings)
     next(weight for weight in planned if weight.needs_values).sources.held_nbytes = 10_000_000
-    assert within_limit(planned, 0, settings).resident_nbytes == before.resident_nbytes - 10_000_000
+    assert within_limit(Needs.of(planned), 0, settings).resident_nbytes == before.resident_nbytes - 10_000_000
 
 
 def test_the_order_of_outputs_does_not_matter_for_tiles(together):
     """Weights come in their natural order, whatever the outputs' own files."""
     outputs, _ = together("nf4_dq")
-    names = [weight.name for weight in shared_weights([output.steps() for output in outputs])]
-    again = [weight.name for weight in shared_weights([output.steps() for output in reversed(outputs)])]
-    assert names == again and len(shared_weights([outputs[0].steps()])) == len(set(names))
+    names = [weight.name for weight in SharedWeights([output.steps() for output in outputs])]
+    again = [weight.name for weight in SharedWeights([output.steps() for output in reversed(outputs)])]
+    assert names == again and len(list(SharedWeights([outputs[0].steps()]))) == len(set(names))
 
 
 def test_buffers_are_gone_after_the_loop(together):
@@ -193,7 +193,7 @@ def test_buffers_are_gone_after_the_loop(together):
         ]
 
     outputs, settings = together("nf4_dq")
-    planned = shared_weights([output.steps() for output in outputs])
+    planned = SharedWeights([output.steps() for output in outputs])
     memory = fit_memory(planned, 0, settings)
     nbytes = memory.tile_nbytes + 24  # like no other tensor
     gc.collect()

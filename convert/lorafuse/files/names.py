@@ -7,6 +7,7 @@ SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 RECEIPT = "lorafuse_receipt.json"  # of a checkpoint that lorafuse wrote
 _NUMBER = re.compile(r"[0-9]{1,18}")
+_LEADING_ZERO = re.compile(r"(?<![0-9])0[0-9]")
 
 
 def stays_inside(name: str) -> bool:
@@ -21,8 +22,14 @@ def stays_inside(name: str) -> bool:
 
 def natural_key(name: str) -> str:
     """Sorts layers.2 before layers.10: the order of a model's execution, and independent of how the input is
-    sharded. A number is written with all digits that it can have, behind what is less than any letter."""
-    return _NUMBER.sub(lambda number: "\0" + number[0].zfill(18), name)
+    sharded. Before a number stands how many digits it has, behind what is less than any letter."""
+    key = _NUMBER.sub(_by_size, name)
+    return f"{key}\0\0{name}" if _LEADING_ZERO.search(name) else key  # layers.1 and layers.01 are two names
+
+
+def _by_size(number: re.Match[str]) -> str:
+    digits = number[0].lstrip("0")
+    return f"\0{chr(len(digits) + 1)}{digits}"
 
 
 def scheme_of(name: str) -> str:

@@ -66,6 +66,7 @@ class ShardedStore:
                 f"{shard.label}: {shown(name)} is also in {first}; a tensor must be in one file."
             )
         self.tensors.update(shard.tensors)
+        shard.tensors.clear()  # one table of them is enough
 
     def read_into(self, name: str, start: int, buffer: Buffer) -> None:
         info = self.tensors[name]

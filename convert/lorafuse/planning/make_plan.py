@@ -23,7 +23,14 @@ from lorafuse.planning.base_check import base_copies, base_warnings, naming_the_
 from lorafuse.planning.combine import AdapterSays, WeightedAdapter, combine, common_model, in_order
 from lorafuse.planning.edits import own_edits
 from lorafuse.planning.memory import fit_memory
-from lorafuse.planning.plan import STORED_TENSOR_NBYTES, Plan, PlannedShard, Step
+from lorafuse.planning.plan import (
+    ADAPTER_TENSOR_NBYTES,
+    RECEIPT_ENTRY_NBYTES,
+    STORED_TENSOR_NBYTES,
+    Plan,
+    PlannedShard,
+    Step,
+)
 from lorafuse.planning.shards import split_shards
 from lorafuse.planning.shared_weights import SharedWeights
 from lorafuse.planning.tied import settle_tied
@@ -58,13 +65,12 @@ def make_plan(
     if not steps:
         raise CheckpointError(f"{shown(ckpt.folder)}: holds no weight.")
     shards = split_shards(steps, settings.max_shard_nbytes)
-    n_entries = (
-        len(ckpt.tensors)
-        + max(len(steps) - len(weights), 0)
-        + sum(len(other.adapter.store.tensors) for other in adapters[1:])
+    n_entries = len(ckpt.tensors) + max(len(steps) - len(weights), 0)
+    held_nbytes = n_entries * STORED_TENSOR_NBYTES + sum(
+        weighted.adapter.nbytes + len(weighted.adapter.store.tensors) * ADAPTER_TENSOR_NBYTES
+        for weighted in adapters
     )
-    held_nbytes = sum(weighted.adapter.nbytes for weighted in adapters) + n_entries * STORED_TENSOR_NBYTES
-    memory = fit_memory(SharedWeights([steps]), held_nbytes, settings)
+    memory = fit_memory(SharedWeights([steps]), held_nbytes, settings, len(steps) * RECEIPT_ENTRY_NBYTES)
     config_changes = model.changes | _config_changes(
         names, steps, untied, listed(weighted.adapter.file for weighted in summed)
     )
@@ -93,9 +99,9 @@ def _read(
 def _steps(
     model: Structure, names: Names, edits: dict[str, Edit], untied: bool, dtype: str, encoder_of: EncoderOf
 ) -> list[Step]:
-    bases, untouched = dict(model.weights), Edit()
-    if untied and names.tied:
-        bases.setdefault(names.tied.head, bases[names.tied.embed])
+    bases, untouched = model.weights, Edit()
+    if untied and names.tied and names.tied.head not in bases:
+        bases = {**bases, names.tied.head: bases[names.tied.embed]}
     steps = []
     for name in sorted(bases, key=natural_key):
         base, edit = bases[name], edits.get(name, untouched)
@@ -167,11 +173,34 @@ def _plan_id(
             [[posixpath.basename(name), first.folder.facts(name).nbytes] for name in first.files],
             first.config,
         ],
-        "outputs": [
-            [shard.file, [[t.name, t.spec.dtype, t.spec.shape, step.action] for step, t in _stored(shard)]]
-            for shard in shards
-        ],
+        "outputs": [],
     }
     if len(summed) > 1:
         identity["adapters"] = [weighted.identity for weighted in summed]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for text in _as_json(identity, shards):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def _as_json(identity: dict[str, Any], shards: Sequence[PlannedShard]) -> Iterator[str]:
+    """The identity with the shards as its "outputs": what json.dumps makes of it with sorted keys, in pieces,
+    since there may be a hundred thousand tensors."""
+    before = "{"
+    for name in sorted(identity):
+        yield f'{before}"{name}": '
+        if name == "outputs":
+            yield from _listed_as_json(shards)
+        else:
+            yield json.dumps(identity[name], sort_keys=True)
+        before = ", "
+    yield "}"
+
+
+def _listed_as_json(shards: Sequence[PlannedShard]) -> Iterator[str]:
+    before = "["
+    for shard in shards:
+        tensors = [[t.name, t.spec.dtype, t.spec.shape, step.action] for step, t in _stored(shard)]
+        yield before + json.dumps([shard.file, tensors])
+        before = ", "
+    yield "]"

@@ -73,12 +73,18 @@ def _spent(needs: Needs, held_nbytes: int, settings: Settings, n_workers: int, p
     return Memory(n_workers, n_tiles, needs.n_variants, needs.tile_nbytes, settings.memory_nbytes - fixed)
 
 
-def fit_memory(planned: SharedWeights, held_nbytes: int, settings: Settings) -> Memory:
+def fit_memory(
+    planned: SharedWeights, held_nbytes: int, settings: Settings, receipt_nbytes: int = 0
+) -> Memory:
     """As many workers as the limit allows. A right factor that does not fit beside one worker is read again
-    for each tile.
+    for each tile. `held_nbytes`: tables and adapters; `receipt_nbytes`: what comes to them when no tile is in
+    the making any more.
 
     Raises UsageError when nothing fits.
     """
+    needed = RUNTIME_NBYTES + held_nbytes + receipt_nbytes
+    if needed > settings.memory_nbytes:
+        raise _too_small(settings, needed, "the tables of so many tensors")
     for attempt in ("resident", "some read again", "all read again"):
         needs = Needs.of(planned)
         memory = within_limit(needs, held_nbytes, settings)
@@ -90,7 +96,12 @@ def fit_memory(planned: SharedWeights, held_nbytes: int, settings: Settings) -> 
                 if not _hold_less(weight):
                     break
     needed = settings.memory_nbytes - least.resident_nbytes + needs.resident_nbytes
-    raise UsageError(
+    tables = held_nbytes > needs.largest_nbytes
+    raise _too_small(settings, needed, "the tables of so many tensors" if tables else shown(needs.largest))
+
+
+def _too_small(settings: Settings, needed: int, most: str) -> UsageError:
+    return UsageError(
         f"A memory limit of {settings.memory_nbytes / 1e6:.0f} MB is too small: {needed / 1e6:.0f} MB are "
-        f"needed beyond `import torch`, most of it for {shown(needs.largest)}. Raise --memory-limit."
+        f"needed beyond `import torch`, most of it for {most}. Raise --memory-limit."
     )

@@ -8,7 +8,7 @@ output alone has a shared weight for each of its steps.
 import heapq
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, repeat
 
 from lorafuse.adapters import Patch
 from lorafuse.arithmetic.measure import Measures
@@ -122,14 +122,14 @@ class SharedWeights:
         self._outputs = [sorted(steps, key=_order) for steps in outputs]
 
     def __iter__(self) -> Iterator[SharedWeight]:
-        numbered = [[(number, step) for step in steps] for number, steps in enumerate(self._outputs)]
+        numbered = [zip(repeat(number), steps, strict=False) for number, steps in enumerate(self._outputs)]
         members = heapq.merge(*numbered, key=lambda member: _order(member[1]))
         for _, of_one_name in groupby(members, key=lambda member: member[1].name):
             yield from _made_together(list(of_one_name))
 
 
-def _order(step: Step) -> tuple[str, str]:
-    return natural_key(step.name), step.name  # layers.1 and layers.01 are two names
+def _order(step: Step) -> str:
+    return natural_key(step.name)
 
 
 def _made_together(members: list[tuple[int, Step]]) -> list[SharedWeight]:

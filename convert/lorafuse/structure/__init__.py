@@ -23,7 +23,7 @@ class Structure:
     `changes` of config.json that this takes, and `said`, what the adapter says beside. `added` maps weights
     that only the adapter has to their tensors there."""
 
-    weights: dict[str, Sources]
+    weights: Mapping[str, Sources]
     config: dict[str, Any]
     said: list[Update | Choice]
     changes: dict[str, Any] = field(default_factory=dict)
@@ -38,7 +38,7 @@ def structure_of(
     warn: Warn,
 ) -> Structure:
     """The checkpoint's own structure, unless the adapter changes it. Raises AdapterError."""
-    model = Structure(dict(weights), config, said)
+    model = Structure(weights, config, said)
     if replicated := replicate(model.weights, config, adapter, warn):
         model.weights, model.changes = replicated
     if head := new_head(model.weights, config, adapter, said, warn):

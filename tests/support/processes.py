@@ -1,0 +1,25 @@
+"""Peak memory of processes."""
+
+import subprocess
+import sys
+
+# ru_maxrss of a child starts at its parent's, so a small process does the starting.
+LAUNCH = (
+    "import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:]); r = os.wait4(p.pid, 0); print(r[1], "
+    "r[2].ru_maxrss)"
+)
+
+
+def peak_nbytes(*command):
+    out = subprocess.run(
+        [sys.executable, "-S", "-c", LAUNCH, *command], capture_output=True, text=True, check=True
+    ).stdout
+    status, kilobytes = out.split()[-2:]
+    assert status == "0"
+    return int(kilobytes) * 1024
+
+
+def beyond_torch(*arguments):
+    """Peak memory of the command line beyond that of `import torch`."""
+    floor = min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
+    return peak_nbytes(sys.executable, "-m", "lorafuse.cli", *map(str, arguments)) - floor
