@@ -170,7 +170,7 @@ def test_what_sources_hold_counts_for_several_outputs_too(together):
     outputs, settings = together("nf4_dq")
     planned = SharedWeights([output.steps() for output in outputs])
     before = within_limit(Needs.of(planned), 0, settings)
-    next(weight for weight in planned if weight.needs_values).sources.held_nbytes = 10_000_000
+    next(weight for weight in planned if not weight.sources.as_stored).sources.held_nbytes = 10_000_000
     assert within_limit(Needs.of(planned), 0, settings).resident_nbytes == before.resident_nbytes - 10_000_000
 
 
