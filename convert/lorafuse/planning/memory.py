@@ -9,6 +9,7 @@ from lorafuse.settings import Settings
 
 # Interpreter, libraries' buffers and allocator slack beyond `import torch`, measured by bench/memory.py.
 RUNTIME_NBYTES = 25_000_000
+LARGE_TABLES_NBYTES = 1_000_000  # with less, a refusal names a weight
 TILES_PER_WORKER = (6, 3, 1)  # the more, the longer workers go on while a write waits for the disk
 MIN_TILES_AHEAD = 2
 
@@ -82,26 +83,21 @@ def fit_memory(
 
     Raises UsageError when nothing fits.
     """
-    needed = RUNTIME_NBYTES + held_nbytes + receipt_nbytes
-    if needed > settings.memory_nbytes:
-        raise _too_small(settings, needed, "the tables of so many tensors")
+    at_the_end = RUNTIME_NBYTES + held_nbytes + receipt_nbytes
     for attempt in ("resident", "some read again", "all read again"):
         needs = Needs.of(planned)
         memory = within_limit(needs, held_nbytes, settings)
-        if memory:
+        if memory and at_the_end <= settings.memory_nbytes:
             return memory
         least = _spent(needs, held_nbytes, settings, 1, TILES_PER_WORKER[-1])
         for weight in planned:
             while attempt != "resident" or weight.resident_nbytes > least.resident_nbytes:
                 if not _hold_less(weight):
                     break
-    needed = settings.memory_nbytes - least.resident_nbytes + needs.resident_nbytes
-    tables = held_nbytes > needs.largest_nbytes
-    raise _too_small(settings, needed, "the tables of so many tensors" if tables else shown(needs.largest))
-
-
-def _too_small(settings: Settings, needed: int, most: str) -> UsageError:
-    return UsageError(
+    needed = max(settings.memory_nbytes - least.resident_nbytes + needs.resident_nbytes, at_the_end)
+    tables = held_nbytes + receipt_nbytes > max(needs.largest_nbytes, LARGE_TABLES_NBYTES)
+    most = "the tables of so many tensors" if tables else shown(needs.largest)
+    raise UsageError(
         f"A memory limit of {settings.memory_nbytes / 1e6:.0f} MB is too small: {needed / 1e6:.0f} MB are "
         f"needed beyond `import torch`, most of it for {most}. Raise --memory-limit."
     )
