@@ -68,6 +68,19 @@ class BatchError(LorafuseError):
     exit_code = 9
 
 
+def as_own(error: Exception) -> LorafuseError:
+    """An error that nobody foresaw, as the error of the job that it ended: the others go on. Its traceback
+    is that of `__cause__`."""
+    if isinstance(error, LorafuseError):
+        return error
+    own = LorafuseError(
+        f"{type(error).__name__}: {shown(error) or 'without a message'}. Nobody foresaw this error: please "
+        "report it."
+    )
+    own.__cause__ = error
+    return own
+
+
 def shown(text: object, limit: int = 200) -> str:
     """`text` as it may be printed: control characters and lone surrogates escaped, at most `limit`
     characters."""

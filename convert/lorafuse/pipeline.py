@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, NoReturn, cast
 
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.batching.one_pass import Pass, PlannedJob
-from lorafuse.errors import LorafuseError
 from lorafuse.events import DoneEvent, OnEvent, PlanEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.inputs.hashes import InputHashes
@@ -125,7 +124,7 @@ def _convert(
     return receipt
 
 
-def _raise(job: PlannedJob, error: LorafuseError | OSError) -> NoReturn:
+def _raise(job: PlannedJob, error: Exception) -> NoReturn:
     raise error
 
 

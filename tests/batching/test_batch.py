@@ -281,9 +281,12 @@ def test_an_adapter_that_cannot_be_planned(ckpt, jobs, run, out, tmp_path):
     assert_as_alone(ckpt, jobs, out, tmp_path / "alone", "acd")
 
 
+@pytest.mark.parametrize(
+    "error", [AdapterError("no good"), RuntimeError("\x1bno good")], ids=["own", "unforeseen"]
+)
 @pytest.mark.parametrize("where", ["prepare", "apply"])
 @pytest.mark.parametrize("victim", ["a", "c"])
-def test_an_adapter_that_fails_in_the_loop(where, victim, ckpt, jobs, run, out, tmp_path, monkeypatch):
+def test_an_adapter_that_fails_in_the_loop(where, victim, error, ckpt, jobs, run, out, tmp_path, monkeypatch):
     """The first one makes what all have in common; it is made nevertheless."""
     lines = [
         {"adapter": str(jobs / name), "name": name} | ({"scale": 7.0} if name == victim else {})
@@ -294,13 +297,15 @@ def test_an_adapter_that_fails_in_the_loop(where, victim, ckpt, jobs, run, out, 
 
     def refuse(self, *args):
         if self.scale == 7.0 * 2:
-            raise AdapterError("no good")
+            raise error
         return work(self, *args)
 
     monkeypatch.setattr(LowRank, where, refuse)
     states = run(ckpt, tmp_path / "list.jsonl", out, max_shard_size="1KB")
     assert states == {name: "failed" if name == victim else "done" for name in "abcd"}
-    assert str(run.error(victim)) == "no good" and len(run.passes) == 1
+    unforeseen = "RuntimeError: \\x1bno good. Nobody foresaw this error: please report it."
+    assert str(run.error(victim)) == ("no good" if isinstance(error, AdapterError) else unforeseen)
+    assert len(run.passes) == 1
     assert not (out / victim).exists()
     assert_nothing_hidden(out)
     monkeypatch.undo()

@@ -1,6 +1,8 @@
 """The list of jobs, who takes which, and `lorafuse batch` on the command line."""
 
+import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -73,6 +75,7 @@ NAME = "expected the name of a directory in OUT_ROOT, not hidden and no path"
         (GOOD | {"adapter": 3}, "the adapter is 3; expected"),
         (GOOD | {"adapter": "a\0b"}, "the adapter is a.x00b; expected"),
         (GOOD | {"scale": "2"}, "the scale is 2; expected a finite number"),
+        (GOOD | {"scale": 10**400}, f"the scale is 1{'0' * 48}…; expected a finite number"),
         (GOOD | {"scale": True}, "the scale is True; expected"),
         ('{"adapter": "x", "name": "n", "scale": NaN}', "the scale is nan; expected"),
         (GOOD | {"dtype": "int8"}, "the dtype is int8; expected one of auto, float32, float16, bfloat16"),
@@ -303,6 +306,43 @@ def test_signals(error, code, inputs, run, monkeypatch):
     assert stderr.endswith("Error: interrupted; what is finished stays, and the same command goes on.\n")
     monkeypatch.undo()
     assert run(*inputs)[0] == 0
+
+
+def test_a_job_that_cannot_even_be_looked_at_fails_alone(inputs, run):
+    """A path that is too long, that no file system can spell, of an unknown kind, or a link to nowhere."""
+    ckpt, jobs, out = inputs
+    (jobs / "lost").symlink_to("/nowhere/at/all")
+    assert run(ckpt, jobs, out)[:2] == (9, f"{out}/good\n{out}/other\n")
+    adapters = {
+        "long": "/" + "x" * 300,
+        "odd": "\ud800",
+        "kind": "gopher://there",
+        "fine": str(jobs / "good"),
+    }
+    lines = [json.dumps({"adapter": adapter, "name": name}) for name, adapter in adapters.items()]
+    listed = jobs.with_name("jobs.jsonl")
+    listed.write_text("\n".join(lines))
+    code, stdout, stderr = run(ckpt, listed, out)
+    assert (code, stdout) == (9, f"{out}/fine\n") and "3 of 4 jobs failed" in stderr
+    assert "gopher" in stderr and "Traceback" not in stderr and "report it" not in stderr
+
+
+def test_a_job_in_a_directory_that_may_not_be_entered_fails_alone(inputs, run, monkeypatch):
+    """Root may enter any directory, so the kernel's answer to others is given here."""
+    ckpt, jobs, out = inputs
+    locked, stat = str(jobs.with_name("locked") / "x"), os.stat
+
+    def refused(path, *args, **options):
+        if str(path).startswith(locked):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    lines = [{"adapter": locked, "name": "x"}, {"adapter": str(jobs / "good"), "name": "y"}]
+    (jobs.with_name("jobs.jsonl")).write_text("\n".join(map(json.dumps, lines)))
+    code, stdout, stderr = run("-q", ckpt, jobs.with_name("jobs.jsonl"), out)
+    assert (code, stdout) == (9, f"{out}/y\n")
+    assert stderr.startswith(f"x: {locked}: Permission denied.\n")
 
 
 # ---- docs

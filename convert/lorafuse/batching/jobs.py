@@ -7,7 +7,9 @@ JOBS is a directory whose sub-directories are adapters, or a JSONL file with a {
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -69,9 +71,10 @@ def read_jobs(path: Path) -> list[Job]:
 
 
 def _is_job(path: Path) -> bool:
-    """Directories are jobs, whatever they hold: one that is no adapter is reported. Hidden ones are other
-    programs'."""
-    return not path.name.startswith(".") and path.is_dir()
+    """Directories are jobs, whatever they hold, and links that lead nowhere: what is no adapter is reported.
+    What is hidden is other programs'."""
+    leads_nowhere = path.is_symlink() and not path.exists()
+    return not path.name.startswith(".") and (path.is_dir() or leads_nowhere)
 
 
 def _read_lines(path: Path) -> list[Job]:
@@ -111,24 +114,29 @@ def _parse(line: bytes, folder: Path) -> Job:
     adapter, name, scale, dtype = (entry.get(key) for key in KEYS)
     if not isinstance(adapter, str) or not adapter or "\0" in adapter:
         raise ValueError(f"the adapter is {shown(adapter)}; expected a directory or a hub id")
-    if scale is not None and (
-        isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale)
-    ):
-        raise ValueError(f"the scale is {shown(scale)}; expected a finite number")
+    if not (scale is None or _is_finite(scale)):
+        raise ValueError(f"the scale is {shown(scale, 50)}; expected a finite number")
     if dtype is not None and dtype not in DTYPE_CHOICES:
         raise ValueError(f"the dtype is {shown(dtype)}; expected one of {', '.join(DTYPE_CHOICES)}")
     return Job(_located(adapter, folder), _checked_name(name), None if scale is None else float(scale), dtype)
+
+
+def _is_finite(scale: object) -> bool:
+    try:
+        return isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def _located(adapter: str, folder: Path) -> str:
     """A relative path starts at the file. What is no directory there may be a hub id."""
     if has_scheme(adapter):
         return adapter
-    beside = folder / adapter
-    # One that is a directory here, but not there, is neither.
-    return (
-        str(beside) if beside.is_dir() or Path(adapter).is_dir() or not HUB_ID.fullmatch(adapter) else adapter
-    )
+    beside = str(folder / adapter)
+    # A directory here, but not there, is neither. os.path.isdir: a path that is too long or may not be looked
+    # at is the job's own error, later.
+    is_path = os.path.isdir(beside) or os.path.isdir(adapter) or not HUB_ID.fullmatch(adapter)
+    return beside if is_path else adapter
 
 
 def _checked_name(name: Any) -> str:
@@ -157,9 +165,7 @@ def refuse_overlap(jobs: Sequence[Job], out_root: Folder, ckpt: Folder) -> None:
             f"{shown(out_root)}: is or lies inside the input {shown(ckpt)}; choose another directory."
         )
     name_of = {place: job.name for job in jobs for place in _inside(out_root.sub_folder(job.name))}
-    for folder in (ckpt, *(open_folder(job.adapter) for job in jobs)):
-        if not folder.is_there():
-            continue
+    for folder in (ckpt, *_folders_of(jobs)):
         places = places_of(folder.local_path) if folder.local_path else _around(folder)
         name = next((name_of[place] for place in places if place in name_of), None)
         if name is not None:
@@ -167,6 +173,15 @@ def refuse_overlap(jobs: Sequence[Job], out_root: Folder, ckpt: Folder) -> None:
                 f"{shown(out_root)}: the result {shown(name)} would take the place of the input "
                 f"{shown(folder.local_path or folder)}."
             )
+
+
+def _folders_of(jobs: Sequence[Job]) -> Iterator[Folder]:
+    """Where the adapters of jobs lie, as far as that can be told; else it is the job's own error, later."""
+    for job in jobs:
+        with suppress(OSError, UsageError):
+            folder = open_folder(job.adapter)
+            if folder.is_there():
+                yield folder
 
 
 def _around(folder: Folder) -> Sequence[Id | PurePath]:

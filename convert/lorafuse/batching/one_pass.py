@@ -65,7 +65,7 @@ class JobInProgress:
     waits: set[str] = field(default_factory=set)  # files that another job makes
 
     @property
-    def error(self) -> LorafuseError | None:
+    def error(self) -> Exception | None:
         """An error that is this job's alone."""
         return self.main.error or (self.commons.error if self.commons else None)
 
@@ -85,7 +85,7 @@ class Pass:
     overwrite: bool
     restart: bool
     on_done: Callable[[JobInProgress, Receipt], None]
-    on_failed: Callable[[PlannedJob, LorafuseError | OSError], None]
+    on_failed: Callable[[PlannedJob, Exception], None]
     divide: Callable[[Sequence[JobInProgress]], None] = lambda in_progress: None
     asks_for_room: bool = True
 
@@ -148,7 +148,7 @@ class Pass:
             receipt = self._complete(making, began)
             job.files.refuse_changed()
             making.result.commit()
-        except (LorafuseError, OSError) as e:
+        except Exception as e:
             if isinstance(e, OSError) and e.errno not in UNREADABLE:
                 raise
             self.on_failed(job, e)

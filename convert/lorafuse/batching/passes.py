@@ -27,7 +27,7 @@ from lorafuse.batching.pass_size import (
     files_left,
     speed,
 )
-from lorafuse.errors import LorafuseError, OutDirError, StorageError, shown
+from lorafuse.errors import LorafuseError, OutDirError, StorageError, as_own, shown
 from lorafuse.events import Event, JobEvent, OnEvent, of_job, warn_by
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
@@ -119,7 +119,7 @@ class Batch:
                             member.planned.on_event(note)
                         announce(member.planned.plan, member.planned.on_event, dry_run=self.dry_run)
                         members, memory = [*members, member], more
-                except (LorafuseError, OSError) as e:
+                except Exception as e:
                     self._failed(job.name, job.adapter, e)
                 if full:
                     raise full
@@ -193,14 +193,14 @@ class Batch:
         self.common_files.offer(made)
         self._state(made.job.name, "done", receipt=receipt)
 
-    def failed(self, job: PlannedJob, error: LorafuseError | OSError) -> None:
+    def failed(self, job: PlannedJob, error: Exception) -> None:
         """An error that is the job's own."""
         self._failed(job.name, str(job.side_folders[0]), error)
 
-    def _failed(self, name: str, where: str, error: LorafuseError | OSError) -> None:
+    def _failed(self, name: str, where: str, error: Exception) -> None:
         if isinstance(error, OSError):
             error = StorageError(f"{shown(error.filename or where)}: {error.strerror or shown(error)}.")
-        self._state(name, "failed", error)
+        self._state(name, "failed", as_own(error))
 
     def _state(
         self, name: str, state: str, error: LorafuseError | None = None, receipt: Receipt | None = None

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lorafuse.arithmetic.measure import Measures
-from lorafuse.errors import LorafuseError
 from lorafuse.planning.plan import Step
 
 
@@ -46,7 +45,7 @@ class Destination(Protocol):
     """What the loop makes tiles for."""
 
     outcome: Outcome
-    error: LorafuseError | None  # of this destination alone; nothing more is made for it then
+    error: Exception | None  # of this destination alone; nothing more is made for it then
 
     def steps(self) -> Iterable[Step]:
         """Those that are to be made."""
@@ -57,7 +56,7 @@ class Destination(Protocol):
     def finish(self) -> None:
         """All steps are made."""
 
-    def fail(self, error: LorafuseError) -> None:
+    def fail(self, error: Exception) -> None:
         """Give this destination up."""
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ from lorafuse.arithmetic.arena import DECODED_FP32
 from lorafuse.arithmetic.measure import Measures, count_broken, measure_tile
 from lorafuse.codecs import Arena, Sources
 from lorafuse.codecs.encoder import Piece
-from lorafuse.errors import LorafuseError
 from lorafuse.merge.destination import Timing
 from lorafuse.patches.patch import Base
 from lorafuse.planning.plan import Step
@@ -27,7 +26,7 @@ class Made:
     pieces: tuple[Piece, ...] = ()
     timing: Timing = field(default_factory=Timing)
     measures: Measures | None = None
-    error: LorafuseError | None = None  # of these outputs alone
+    error: Exception | None = None  # of these outputs alone
 
 
 def prepare(step: Step, sources: Sources, arena: Arena) -> None:
@@ -98,7 +97,7 @@ def _made(
     try:
         total = patched(step, base, start, arena)
         encoded = step.encoder.encode(total, start, stop, buffer, arena)
-    except LorafuseError as e:
+    except Exception as e:  # whatever it is, the other outputs go on
         made.error = e
         return made
     made.pieces = encoded.pieces

@@ -16,7 +16,6 @@ import torch
 
 from lorafuse.arithmetic.torch_state import one_thread_here
 from lorafuse.codecs import Arena, Sources
-from lorafuse.errors import LorafuseError
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.merge.destination import Destination
 from lorafuse.merge.tile import Made, make_tile, prepare, release
@@ -105,7 +104,7 @@ class TileWorkers:
         for variant in weight.variants:
             try:
                 prepare(variant.step, weight.sources, self._loader)
-            except LorafuseError as e:
+            except Exception as e:  # whatever it is, the other outputs go on
                 release(variant.step)
                 for number in variant.outputs:
                     outputs[number].fail(e)
@@ -139,7 +138,7 @@ class TileWorkers:
     def _make(self, weight: SharedWeight, start: int, stop: int, buffers: list[torch.Tensor]) -> Tile:
         try:
             made = make_tile(weight, start, stop, buffers, self._local.arena)
-        except LorafuseError as e:
+        except Exception as e:
             if isinstance(weight.sources.store, Checkpoint):  # which all outputs share
                 raise
             made = [Made(error=e) for _ in weight.variants]

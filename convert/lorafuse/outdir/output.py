@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Collection, Iterator
 
-from lorafuse.errors import LorafuseError
 from lorafuse.events import OnEvent
 from lorafuse.files.safetensors_writer import ShardWriter
 from lorafuse.merge.destination import Outcome, Written
@@ -32,7 +31,7 @@ class Output:
     ) -> None:
         self.plan, self.out_dir = plan, out_dir
         self.outcome = Outcome()
-        self.error: LorafuseError | None = None
+        self.error: Exception | None = None
         self._on_event, self._on_shard = on_event, on_shard
         self._shards = [shard for shard in plan.shards if shard.file not in skip]
         self._shard_of = {tensor.name: shard for shard in self._shards for tensor in shard.tensors}
@@ -82,7 +81,7 @@ class Output:
             {"event": "shard", "file": written.file, "nbytes": written.nbytes, "sha256": written.sha256}
         )
 
-    def fail(self, error: LorafuseError) -> None:
+    def fail(self, error: Exception) -> None:
         """Give this output up."""
         self.error = self.error or error
         self.close()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorafuse.errors import LorafuseError, ResultError, listed, shown
+from lorafuse.errors import ResultError, listed, shown
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.merge.destination import Destination, Outcome
@@ -22,7 +22,7 @@ class Comparison:
 
     def __init__(self, found: Checkpoint, steps: Sequence[Step], on_event: OnEvent) -> None:
         self.outcome = Outcome()
-        self.error: LorafuseError | None = None
+        self.error: Exception | None = None
         self._found, self._steps, self._on_event = found, steps, on_event
         self._buffer = bytearray()
 
@@ -58,7 +58,7 @@ class Comparison:
     def finish(self) -> None:
         """Nothing is left to do."""
 
-    def fail(self, error: LorafuseError) -> None:
+    def fail(self, error: Exception) -> None:
         self.error = self.error or error
 
     def close(self) -> None:
