@@ -27,18 +27,13 @@ ROOMS_IN_ARCHITECTURE = re.compile(r"(<!-- rooms:begin -->\n)(.*?)(\n<!-- rooms:
 # The functions that may cast a finished value to another dtype than fp32: each value is rounded once.
 ROUNDINGS = {"codecs/plain.py: PlainEncoder.encode"}
 CASTS = {"bfloat16", "copy_", "double", "float", "half", "to", "type", "type_as"}
-# Files and rooms that know paths: those that are a file system's own, or ask where an input lies, and those
-# of what is written or listed.
-KNOW_PATHS = {"files/local_folder.py", "files/folder.py", "files/hub.py", "settings.py"} | {
-    *(
-        "files/safetensors_writer.py",
-        "files/sharing.py",
-        "outdir",
-        "receipt/write.py",
-        "pipeline.py",
-        "batching",
-    ),
-    "cli",
+# Files and rooms that know paths: those that are a file system's own, those that ask where an input lies, the
+# list of a batch's jobs, and what asks the kernel about this process.
+KNOW_PATHS = {
+    *("files/local_folder.py", "files/folder.py", "files/hub.py", "files/safetensors_writer.py"),
+    *("files/sharing.py", "settings.py", "outdir", "cli"),
+    *("batching/batch.py", "batching/jobs.py", "batching/existing_results.py"),
+    *("batching/pass_size.py", "receipt/write.py"),
 }
 
 
