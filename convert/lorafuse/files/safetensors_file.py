@@ -12,9 +12,11 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lorafuse.errors import CheckpointError, LorafuseError, StorageError, shown
+from lorafuse.files.few_open import FewOpen
 from lorafuse.files.folder import Buffer, Folder, OpenFile, read_fully
 from lorafuse.files.tensors import DTYPES, StoredTensor, TensorInfo, TensorSpec
 
@@ -32,20 +34,21 @@ class Shard:
     """The safetensors file `name` of a folder, open for ranged reads. `tensors` maps names to specs in file
     order; `facts` are the file's when it was opened; `label` is what messages call it."""
 
-    def __init__(self, folder: Folder, name: str, number: int = 0) -> None:
+    def __init__(self, folder: Folder, name: str, number: int = 0, files: FewOpen | None = None) -> None:
         self.name, self.label = name, folder / name
-        self._file = folder.open(name)
+        self._files = files or FewOpen(folder)
         try:
-            self.facts = self._file.facts
-            self.nbytes = self.facts.nbytes
-            header, data_start = _read_header(self._file, self.nbytes, self.label)
+            with self._files.opened(name) as file:
+                self.facts = file.facts
+                self.nbytes = self.facts.nbytes
+                header, data_start = _read_header(file, self.nbytes, self.label)
             self.header_sha256 = hashlib.sha256(header).hexdigest()
             parsed = _parse_json(header, self.label)
             del header  # tens of megabytes for a model of many experts
             self.metadata = _check_metadata(_dict_of(parsed.pop("__metadata__", None)), self.label)
             self.tensors = _check_entries(parsed, data_start, self.nbytes, number, self.label)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def read_into(self, info: TensorInfo, start: int, buffer: Buffer) -> None:
@@ -53,24 +56,27 @@ class Shard:
         got shorter."""
         view = memoryview(buffer)
         offset = info.offset + start
-        while view:
-            try:
-                n = self._file.read_into(offset, view)
-            except OSError as e:
-                raise StorageError(f"{self.label}: reading at byte {offset} failed: {e.strerror}.") from e
-            if n == 0:
-                raise CheckpointError(
-                    f"{self.label}: ends at byte {offset}; it was changed or truncated during the run."
-                )
-            view = view[n:]
-            offset += n
+        try:
+            with self._files.opened(self.name) as file:
+                while view:
+                    n = file.read_into(offset, view)
+                    if n == 0:
+                        raise CheckpointError(
+                            f"{self.label}: ends at byte {offset}; it was changed or truncated during the "
+                            "run."
+                        )
+                    view = view[n:]
+                    offset += n
+        except OSError as e:
+            raise StorageError(f"{self.label}: reading at byte {offset} failed: {e.strerror}.") from e
 
     def will_need(self, info: TensorInfo, start: int, nbytes: int) -> None:
         """Hint that these bytes of a tensor are read soon."""
-        self._file.will_need(info.offset + start, nbytes)
+        with suppress(OSError), self._files.opened(self.name) as file:  # reading it tells what is wrong
+            file.will_need(info.offset + start, nbytes)
 
     def close(self) -> None:
-        self._file.close()
+        self._files.close(self.name)
 
 
 def _read_header(file: OpenFile, nbytes: int, path: str) -> tuple[bytearray, int]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from lorafuse.errors import shown
+from lorafuse.files.few_open import FewOpen
 from lorafuse.files.folder import Buffer, Folder
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.names import stays_inside
@@ -44,6 +45,7 @@ class ShardedStore:
         index = _read_index(folder, single)
         weight_map = _weight_map(index, folder, single)
         self.shards: list[Shard] = []
+        self._files = FewOpen(folder)
         self.tensors: dict[str, TensorInfo] = {}
         try:
             for number, name in enumerate(sorted(set(weight_map.values())) or [single]):
@@ -56,7 +58,7 @@ class ShardedStore:
             raise
 
     def _add(self, folder: Folder, file: str, number: int) -> None:
-        shard = Shard(folder, file, number)
+        shard = Shard(folder, file, number, self._files)
         self.shards.append(shard)
         both = self.tensors.keys() & shard.tensors.keys()
         if both:
