@@ -13,6 +13,7 @@ from lorafuse._version import __version__
 from lorafuse.batching.jobs import checked_share, read_jobs
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import CONTEXT, base_options, check_base_options, output_options, run_options
+from lorafuse.cli.streams import say, tell
 from lorafuse.errors import BatchError, shown
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.outdir.apart import refuse_nameless
@@ -104,10 +105,10 @@ class ShowBatch:
     def __call__(self, event: Any) -> None:
         kind = event["event"]
         if self._as_json and kind != "progress":
-            click.echo(json.dumps(event))
+            tell(json.dumps(event))
         if kind == "warning" and not self._quiet:
             whose = f"{shown(event['job'])}: " if "job" in event else ""
-            click.echo(f"Warning: {whose}{event['message']}", err=True)
+            say(f"Warning: {whose}{event['message']}")
         elif kind == "plan":
             self._plans[event["job"]] = event
         elif kind == "pass":
@@ -124,10 +125,9 @@ class ShowBatch:
         names = event["jobs"]
         nbytes = sum(self._plans[name]["nbytes"] for name in names)
         if self._verbose and not self._quiet:
-            click.echo(
+            say(
                 f"Pass {self._n_passes}: {len(names)} jobs, {nbytes / 1e6:,.1f} MB: "
-                f"{' '.join(map(shown, names))}",
-                err=True,
+                f"{' '.join(map(shown, names))}"
             )
         if sys.stderr.isatty() and not self._quiet:
             from tqdm import tqdm
@@ -140,9 +140,7 @@ class ShowBatch:
     def _resumed(self, event: dict[str, Any]) -> None:
         if not self._quiet:
             done = f"{event['n_shards']} of {len(self._plans[event['job']]['shards'])} files"
-            click.echo(
-                f"{shown(event['job'])}: going on after {done} that an earlier call finished.", err=True
-            )
+            say(f"{shown(event['job'])}: going on after {done} that an earlier call finished.")
         if self._bar is not None:
             self._bar.update(event["nbytes"])
 
@@ -152,14 +150,14 @@ class ShowBatch:
         if state == "planned" and plan:
             note = f"pass {self._n_passes}, {plan['nbytes'] / 1e6:,.1f} MB in {len(plan['shards'])} shards"
             if not self._as_json:
-                click.echo(f"{shown(name)}: {note}")
+                tell(f"{shown(name)}: {note}")
         elif state == "failed":
             note = f"exit code {event['exit_code']}: {event['error']}"
-            click.echo(f"{shown(name)}: {event['error']}", err=True)
+            say(f"{shown(name)}: {event['error']}")
         else:
             note = f"{event['nbytes'] / 1e6:,.1f} MB" if state == "done" else "was there already"
             if not self._as_json:
-                click.echo(os.fsencode(event["out_dir"]))
+                tell(os.fsencode(event["out_dir"]))
         self._rows.append((shown(name), state, note))
 
     def close_bar(self) -> None:
@@ -173,4 +171,4 @@ class ShowBatch:
         width = max((len(name) for name, _, _ in self._rows), default=0)
         if not self._quiet:
             for name, state, note in self._rows:
-                click.echo(f"{name:{width}}  {state:7}  {note}", err=True)
+                say(f"{name:{width}}  {state:7}  {note}")

@@ -17,6 +17,7 @@ from lorafuse.cli.options import (
     weighted,
 )
 from lorafuse.cli.show import Show, plan_text, summary_text, weights_text
+from lorafuse.cli.streams import say, tell
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import Settings
 
@@ -79,13 +80,11 @@ def convert(
         show.close()
         if dry_run:
             if not as_json:
-                click.echo(plan_text(receipt))
+                click.echo(plan_text(receipt))  # what was asked for: an error, if it cannot be printed
             return
         if verbose and not quiet:
-            click.echo(weights_text(receipt), err=True)
+            say(weights_text(receipt))
         if not quiet:
-            click.echo(
-                summary_text(receipt, ckpt, [adapter, *(path for path, _ in options["adapters"])]), err=True
-            )
+            say(summary_text(receipt, ckpt, [adapter, *(path for path, _ in options["adapters"])]))
         if not as_json:
-            click.echo(os.fsencode(out_dir))  # a path is bytes, perhaps no UTF-8
+            tell(os.fsencode(out_dir))  # a path is bytes, perhaps no UTF-8

@@ -8,6 +8,7 @@ import click
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import CONTEXT, Size
 from lorafuse.cli.show import Show
+from lorafuse.cli.streams import tell
 from lorafuse.errors import ResultError, shown
 from lorafuse.verification.relations import EXPLAINED, GOOD
 
@@ -53,9 +54,9 @@ def verify(out_dir: str, *, as_json: bool, quiet: bool, sample: int | None, **op
         checked = run(out_dir, sample=sample or 0, on_event=show, **options)
         show.close()
         if as_json:
-            click.echo(json.dumps({"event": "verified", "out_dir": out_dir, **checked}))
+            tell(json.dumps({"event": "verified", "out_dir": out_dir, **checked}))
         else:
-            click.echo(related_text(checked) if "related" in checked else verified_text(out_dir, checked))
+            tell(related_text(checked) if "related" in checked else verified_text(out_dir, checked))
         lost = sum(n for kind, n in checked.get("relations", {}).items() if kind not in GOOD)
         if lost:
             raise ResultError(

@@ -5,8 +5,7 @@ import signal
 import sys
 from typing import NoReturn
 
-import click
-
+from lorafuse.cli.streams import say
 from lorafuse.errors import LorafuseError, shown
 from lorafuse.outdir.interrupts import UNINTERRUPTED
 
@@ -26,7 +25,7 @@ class exit_codes:  # noqa: N801 (reads as a statement)
         self._interrupted = interrupted
 
     def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _heeded():
             signal.signal(number, _interrupt)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -41,14 +40,21 @@ class exit_codes:  # noqa: N801 (reads as a statement)
             _fail(f"{shown(error.filename or 'the output')}: {error.strerror}.", 5)
 
 
+def _heeded() -> list[signal.Signals]:
+    """The signals that end a run, but for those that the caller ignores, as `nohup` and scripts do for what
+    runs in the background."""
+    ending = (signal.SIGINT, signal.SIGTERM)
+    return [number for number in ending if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 def _interrupt(number: int, _: object) -> None:
     """The first signal stops the run within a tile, or when what must not be interrupted is done; a second
     one at once."""
-    for any_number in (signal.SIGINT, signal.SIGTERM):
+    for any_number in _heeded():
         signal.signal(any_number, lambda number, _: os._exit(128 + number))
     UNINTERRUPTED.interrupt(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    say(f"Error: {message}")
     sys.exit(code)

@@ -5,8 +5,7 @@ import math
 import sys
 from typing import Any
 
-import click
-
+from lorafuse.cli.streams import say, tell
 from lorafuse.errors import listed, shown
 from lorafuse.receipt.read import ENOUGH_KEPT, kept_in_sum
 
@@ -22,30 +21,24 @@ class Show:
     def __call__(self, event: Any) -> None:
         kind = event["event"]
         if self._as_json and kind != "progress":
-            click.echo(json.dumps(event))
+            tell(json.dumps(event))
         if self._quiet:
             return
         if kind == "warning":
-            click.echo(f"Warning: {event['message']}", err=True)
+            say(f"Warning: {event['message']}")
         elif kind == "plan":
             self._n_shards = len(event["shards"])
             self._open_bar(event["nbytes"])
         elif kind == "resumed":
             self._n_done = event["n_shards"]
-            click.echo(
-                f"Going on after {self._n_done} of {self._n_shards} files that an earlier run finished.",
-                err=True,
-            )
+            say(f"Going on after {self._n_done} of {self._n_shards} files that an earlier run finished.")
             if self._bar is not None:
                 self._bar.update(event["nbytes"])
         elif kind == "progress" and self._bar is not None:
             self._bar.update(event["nbytes"])
         elif kind == "shard" and self._bar is None:
             self._n_done += 1
-            click.echo(
-                f"{event['file']}: {event['nbytes'] / 1e6:,.1f} MB ({self._n_done} of {self._n_shards})",
-                err=True,
-            )
+            say(f"{event['file']}: {event['nbytes'] / 1e6:,.1f} MB ({self._n_done} of {self._n_shards})")
 
     def _open_bar(self, nbytes: int) -> None:
         if sys.stderr.isatty():
