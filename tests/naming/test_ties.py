@@ -151,13 +151,19 @@ def test_the_size_in_a_text_part_counts():
         "text_config": {"vocab_size": 8},
     }
     shapes = {"model.language_model.embed_tokens.weight": (9, 4)}
-    conflict = size_conflict(names_of(shapes, config), {name: 9 for name in shapes}, config)
+    conflict = size_conflict(names_of(shapes, config), dict.fromkeys(shapes, 9), config)
     assert conflict == (
         "text_config.vocab_size in config.json is 8, but model.language_model.embed_tokens.weight has 9 rows"
     )
 
 
-SAMPLE = ("BertForMaskedLM", "MambaForCausalLM", "BartForConditionalGeneration", "LukeForMaskedLM", "MarianMTModel")
+SAMPLE = (
+    "BertForMaskedLM",
+    "MambaForCausalLM",
+    "BartForConditionalGeneration",
+    "LukeForMaskedLM",
+    "MarianMTModel",
+)
 
 
 def check_built(name):

@@ -1,4 +1,5 @@
-"""Tied weights of classes whose head is not called lm_head or whose embedding has an unusual name: merged, loaded,
+"""Tied weights of classes whose head is not called lm_head or whose embedding has an unusual name: merged,
+loaded,
 and compared with the model that PEFT trained."""
 
 import json
@@ -67,7 +68,9 @@ CLASSES = {
         "lm_loss",
     ),
     "TrOCRForCausalLM": (
-        t.TrOCRConfig(vocab_size=64, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=48),
+        t.TrOCRConfig(
+            vocab_size=64, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=48
+        ),
         "q_proj",
         "embed_tokens",
         "output_projection",
@@ -157,10 +160,14 @@ def test_a_tied_bias_is_one_parameter(tmp_path):
 
 def test_rows_of_a_head_with_a_bias_are_trained_without_it(tmp_path, caplog):
     """PEFT multiplies by the rows and adds no bias; its merge keeps the bias, and so does the output."""
-    peft = trained("DistilBertForMaskedLM", {"target_modules": ["q_lin"], "trainable_token_indices": [60]}, tmp_path)
+    peft = trained(
+        "DistilBertForMaskedLM", {"target_modules": ["q_lin"], "trainable_token_indices": [60]}, tmp_path
+    )
     events = []
     lorafuse.convert(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", on_event=events.append)
-    assert any("which PEFT then computes without vocab_projector.bias" in json.dumps(event) for event in events)
+    assert any(
+        "which PEFT then computes without vocab_projector.bias" in json.dumps(event) for event in events
+    )
     merged = t.DistilBertForMaskedLM.from_pretrained(tmp_path / "out")
     assert (logits(merged) - merged.vocab_projector.bias - logits(peft)).abs().max() < 1e-4
 
@@ -179,5 +186,7 @@ def test_what_three_share_does_not_come_apart(name, tmp_path):
 
 def test_a_bias_of_logits_that_was_resized_too_is_missed(tmp_path):
     trained("BartForConditionalGeneration", {"target_modules": ["q_proj"]}, tmp_path, n_tokens=67)
-    with pytest.raises(AdapterError, match=r"one side only: final_logits_bias has 64 rows and .* save the base"):
+    with pytest.raises(
+        AdapterError, match=r"one side only: final_logits_bias has 64 rows and .* save the base"
+    ):
         lorafuse.convert(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

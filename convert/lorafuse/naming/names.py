@@ -77,7 +77,9 @@ class Names:
         return [
             name
             for name, sources in self.weights.items()
-            if name.endswith("bias") and sources.spec.shape in ((size,), (1, size)) and not _IN_LAYER.search(name)
+            if name.endswith("bias")
+            and sources.spec.shape in ((size,), (1, size))
+            and not _IN_LAYER.search(name)
         ]
 
     def may_resize(self, weight: str) -> bool:

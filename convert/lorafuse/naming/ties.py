@@ -1,5 +1,6 @@
-"""Which weights of a checkpoint are one parameter, by its class: `ties.json`, which fixtures/make_ties.py makes
-from transformers and explains.
+"""Which weights of a checkpoint are one parameter, by its class: `ties.json`.
+
+fixtures/make_ties.py makes that table from transformers and explains it.
 """
 
 import json
@@ -18,8 +19,8 @@ FLAG = "tie_word_embeddings"
 @dataclass(frozen=True)
 class Tie:
     """One parameter that a model has under several names, those of the checkpoint: an input embedding and the
-    output embedding that is tied to it, or a bias and its other name. The checkpoint holds `holder`, and of the
-    others those that are not `unstored`. A tie that is `fixed` cannot be undone in config.json."""
+    output embedding that is tied to it, or a bias and its other name. The checkpoint holds `holder`, and of
+    the others those that are not `unstored`. A tie that is `fixed` cannot be undone in config.json."""
 
     holder: str
     others: tuple[str, ...]
@@ -33,9 +34,9 @@ class Tie:
 
 @dataclass
 class Ties:
-    """The weights of a class's input and output embedding by the checkpoint's names, whether stored or not; the
-    ties; and the sections of config.json whose flag these follow too. `vocab_fields`, None where the class is
-    not known, are the fields of config.json that hold the number of the embedding's rows, with dots between
+    """The weights of a class's input and output embedding by the checkpoint's names, whether stored or not;
+    the ties; and the sections of config.json whose flag these follow too. `vocab_fields`, None where the
+    class is not known, are the fields of config.json that hold the number of the embedding's rows, with dots between
     sections; `one_vocabulary` says whether the head has as many, since it may be tied."""
 
     embed: str | None
@@ -143,8 +144,8 @@ class _Finder:
         return self._by_memory_name.get(parameter) or self._by_memory_name.get(parameter.removeprefix(base))
 
     def name(self, parameter: str) -> str:
-        """The weight that holds a parameter, or the name under which it would be stored: with the prefix of its
-        neighbours, where loading takes that off."""
+        """The weight that holds a parameter, or the name under which it would be stored: with the prefix of
+        its neighbours, where loading takes that off."""
         if stored := self.stored(parameter):
             return stored
         for prefix in ("language_model.",):
@@ -155,8 +156,8 @@ class _Finder:
         return parameter
 
     def is_tied(self, target: str, entry: Mapping[str, Any]) -> bool:
-        """By the config's flag, that of the part where there is one; else by the class, and where the weight is
-        not stored."""
+        """By the config's flag, that of the part where there is one; else by the class, and where the
+        weight is not stored."""
         section = entry.get("sections", {}).get(target)
         parts = [self._config.get(section)] if section else [self._config, self._config.get("text_config")]
         flags = [part[FLAG] for part in parts if isinstance(part, dict) and part.get(FLAG) is not None]
@@ -164,4 +165,6 @@ class _Finder:
         if flags and not unstored:
             return bool(flags[0])
         # Some configs take the flag over from their text part.
-        return any(flags) or bool(entry.get("always")) or (not flags and (bool(entry.get("tied")) or unstored))
+        return (
+            any(flags) or bool(entry.get("always")) or (not flags and (bool(entry.get("tied")) or unstored))
+        )

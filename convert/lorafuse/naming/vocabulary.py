@@ -3,13 +3,27 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lorafuse.files.tensors import FLOATS, TensorInfo
 from lorafuse.naming.names import Names
+
+
+def n_tokens(shape: tuple[int, ...]) -> int:
+    """Of an embedding, or of a bias of logits, which may be [1, n]."""
+    return shape[-1] if shape[0] == 1 else shape[0]
+
+
+def conflict_in(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> str | None:
+    """`size_conflict` of the tensors of a directory. Quantized embeddings, whose shapes are not those of the
+    weights, are not compared."""
+    plain = {name: info for name, info in stored.items() if info.spec.dtype in FLOATS and info.spec.shape}
+    names = Names(plain, dict(config))  # type: ignore[arg-type]  # of a weight, only its spec is looked at
+    return size_conflict(names, {name: n_tokens(info.spec.shape) for name, info in plain.items()}, config)
 
 
 def size_conflict(names: Names, n_rows: Mapping[str, int], config: Mapping[str, Any]) -> str | None:
     """What of a model's vocabulary has another size than its input embedding, so that no program loads the
-    model; None where all agree, or the class is not known. `n_rows` has the rows of the weights that the model
-    holds; what it lacks is not compared."""
+    model; None where all agree, or the class is not known. `n_rows` has the rows of the weights that the
+    model holds; what it lacks is not compared."""
     embed = names.embed
     held = [name for name in names.rows_of_vocabulary() if name in n_rows]
     if names.vocab_fields is None or not held:

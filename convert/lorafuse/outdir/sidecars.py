@@ -81,7 +81,8 @@ def _first_with(names: Sequence[str], folders: Sequence[Folder]) -> Folder | Non
 
 def output_config(config: dict[str, Any], changes: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's config without quantization and with `changes`, each set where the config has the
-    field, else at the top, and a path with dots in that section; then what readers need for the tensors as they are `stored`."""
+    field, else at the top, and a path with dots in that section; then what readers need for the tensors as
+    they are `stored`."""
     result = {name: _without_quantization(value) for name, value in _without_quantization(config).items()}
     text = result.get("text_config") if isinstance(result.get("text_config"), dict) else None
     if "dtype" in changes:

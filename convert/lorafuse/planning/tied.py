@@ -1,8 +1,7 @@
 """Tied weights: what an edit of one side does to the other, and whether the two have to come apart.
 
-PEFT wraps modules, so that an update trained on one of two tied embeddings changes only that one; its merge adds
-it to the tensor that both share. What it saves of the base is true of all that are tied.
-"""
+PEFT wraps modules, so that an update trained on one of two tied embeddings changes only that one; its merge
+adds it to the tensor that both share. What it saves of the base is true of all that are tied."""
 
 from lorafuse.adapters import AdapterDir, Edit
 from lorafuse.adapters.reading.modules import Warn
@@ -12,9 +11,10 @@ from lorafuse.naming import Names, Tie
 
 
 def fill_tied(names: Names, edits: dict[str, Edit], adapter: AdapterDir, warn: Warn) -> None:
-    """Gives tied weights what an adapter says of one of them and means for all: rows of the embedding, copies of
-    the base, and biases, which are one parameter under two names. Raises AdapterError where weights come apart
-    that cannot."""
+    """Gives tied weights what an adapter says of one of them and means for all: rows of the embedding,
+    copies of
+    the base, and biases, which are one parameter under two names. Raises AdapterError where weights come
+    apart that cannot."""
     _refuse_rows_of_shared(names, edits, adapter)
     for tie in names.ties:
         if not any(name in edits for name in tie.names):
@@ -56,8 +56,8 @@ def _fill(tie: Tie, edits: dict[str, Edit], edit: Edit) -> None:
 
 
 def _fill_copies(tie: Tie, edits: dict[str, Edit], names: Names, adapter: AdapterDir) -> None:
-    """A resized base that PEFT saved below an update, or because of its size, is that of all. Where the size is
-    the checkpoint's, so are the values of the others."""
+    """A resized base that PEFT saved below an update, or because of its size, is that of all. Where the
+    size is the checkpoint's, so are the values of the others."""
     copies = [
         edit
         for name in tie.names
@@ -94,9 +94,9 @@ def _warn_of_bias(names: Names, edits: dict[str, Edit], adapter: AdapterDir, war
     bias = f"{head.rpartition('.')[0]}.bias"
     if head in edits and any(patch.traits.follows_tie for patch in edits[head].patches) and names.has(bias):
         warn(
-            f"{adapter.file}: trains rows of {shown(head)}, which PEFT then computes without {shown(bias)}. The "
-            "output keeps the bias, as PEFT's own merge does, and so differs by it from the model that was "
-            "trained."
+            f"{adapter.file}: trains rows of {shown(head)}, which PEFT then computes without {shown(bias)}. "
+            "The output keeps the bias, as PEFT's own merge does, and so differs by it from the model that "
+            "was trained."
         )
 
 
@@ -108,9 +108,9 @@ def _refuse_rows_of_shared(names: Names, edits: dict[str, Edit], adapter: Adapte
     patches = edits[names.embed or ""].patches if (names.embed or "") in edits else []
     if apart and any(patch.traits.follows_tie for patch in patches):
         raise AdapterError(
-            f"{adapter.file}: trains rows of {shown(names.embed)}. With these PEFT takes {shown(names.head)} for "
-            "tied to it, which it is not in this checkpoint, so what was trained is another model than this; "
-            "that is not supported."
+            f"{adapter.file}: trains rows of {shown(names.embed)}. With these PEFT takes "
+            f"{shown(names.head)} for tied to it, which it is not in this checkpoint, so what was trained is "
+            "another model than this; that is not supported."
         )
 
 
@@ -122,8 +122,8 @@ def _refuse_shared(tie: Tie, edits: dict[str, Edit], names: Names, adapter: Adap
     kind = shown(names.config.get("model_type"))
     if names.embed in tie.names:
         raise AdapterError(
-            f"{adapter.file}: changes an embedding that {kind} shares between encoder, decoder and head; that is "
-            "not supported."
+            f"{adapter.file}: changes an embedding that {kind} shares between encoder, decoder and head; "
+            "that is not supported."
         )
     changed = next(name for name in tie.names if name in edits)
     other = next(name for name in tie.names if name != changed)

@@ -6,30 +6,24 @@ from typing import Any
 from lorafuse.errors import AdapterError
 from lorafuse.naming import Names
 from lorafuse.naming.ties import FLAG
+from lorafuse.naming.vocabulary import n_tokens
 from lorafuse.planning.plan import Step
 
 
-def vocabulary_changes(
-    names: Names, steps: Sequence[Step], *, untied: bool, files: str
-) -> dict[str, Any]:
+def vocabulary_changes(names: Names, steps: Sequence[Step], *, untied: bool, files: str) -> dict[str, Any]:
     """The fields of config.json that change, with dots between sections. Raises AdapterError for embeddings
     that have not the same number of rows after a change of it."""
     changes: dict[str, Any] = {}
     if untied:
         changes |= dict.fromkeys([FLAG, *(f"{section}.{FLAG}" for section in sorted(names.sections))], False)
     rows = frozenset(names.rows_of_vocabulary())
-    n_rows = {step.name: _n_tokens(step.spec.shape) for step in steps if step.name in rows}
-    resized = {name: n for name, n in n_rows.items() if n != _n_tokens(names.base_of(name).spec.shape)}
+    n_rows = {step.name: n_tokens(step.spec.shape) for step in steps if step.name in rows}
+    resized = {name: n for name, n in n_rows.items() if n != n_tokens(names.base_of(name).spec.shape)}
     if not resized:
         return changes
     _refuse_other_sizes(names, n_rows, resized, files)
     size = next(iter(resized.values()))
     return changes | dict.fromkeys(_fields(names), size)
-
-
-def _n_tokens(shape: tuple[int, ...]) -> int:
-    """Of an embedding, or of a bias of logits, which may be [1, n]."""
-    return shape[-1] if shape[0] == 1 else shape[0]
 
 
 def _fields(names: Names) -> list[str]:
@@ -49,6 +43,6 @@ def _refuse_other_sizes(
     lacking = next(name for name, n in n_rows.items() if n != size)
     raise AdapterError(
         f"{files}: resizes the vocabulary on one side only: {both}. What the other rows of {lacking} were in "
-        "training is in neither the checkpoint nor the adapter: save the base after resizing it, as it was when "
-        "training began, and merge into that."
+        "training is in neither the checkpoint nor the adapter: save the base after resizing it, as it was "
+        "when training began, and merge into that."
     )

@@ -11,7 +11,8 @@ _TRAINED = re.compile(r"\.modules_to_save(\.[^.]+)?\.(weight|bias)$")
 
 
 def is_trained_whole(adapter: AdapterDir, key: str) -> bool:
-    """Whether modules_to_save has the module of a parameter that is saved whole. What is saved below an update
+    """Whether modules_to_save has the module of a parameter that is saved whole. What is saved below an
+    update
     (`base_layer`) was not trained."""
     name = plain_name(key)
     if ".base_layer." in name:
