@@ -1,11 +1,12 @@
 """Adapter parameter name → weights of this checkpoint.
 
-`names.py`: the weights of one checkpoint, and its tied pair · `resolve.py`: one rule for all of an adapter's
+`names.py`: the weights of one checkpoint · `resolve.py`: one rule for all of an adapter's
 names · `aliases.py`: names in memory, and how weights make up parameters · `table.py`, `renames.json`: how
 transformers renames.
 """
 
-from lorafuse.naming.names import Names, TiedPair
+from lorafuse.naming.names import Names
 from lorafuse.naming.resolve import Group
+from lorafuse.naming.ties import Tie
 
-__all__ = ["Group", "Names", "TiedPair"]
+__all__ = ["Group", "Names", "Tie"]

@@ -6,16 +6,16 @@ embedding can be named all the same: it exists as soon as an adapter makes it di
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lorafuse.codecs import Sources
-from lorafuse.errors import AdapterError, shown
 from lorafuse.naming.resolve import Group, Resolver, Warn
+from lorafuse.naming.ties import FLAG, Tie, Ties, find_ties
 from lorafuse.patches.target import Parameter
 
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed")
 OUTPUT_EMBEDDINGS = {"gpt_neox": "embed_out"}  # by model_type; lm_head elsewhere
+_IN_LAYER = re.compile(r"\.\d+\.")
 # transformers' classes with an output embedding end in one of these.
 HEADED = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|DoubleHeadsModel|LMHead)$")
 # These share one matrix between encoder, decoder and head, and T5 scales its logits when the head is tied:
@@ -25,23 +25,18 @@ _SHARED_BY_MORE_THAN_TWO = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class TiedPair:
-    """An input embedding and the output embedding tied to it. `head_stored`: both are in the checkpoint."""
-
-    embed: str
-    head: str
-    head_stored: bool
-
-
 class Names:
-    """The weights of one checkpoint by name."""
+    """The weights of one checkpoint by name. `embed` and `head` are the weights of its input and output
+    embedding, whether stored or not."""
 
     def __init__(self, weights: Mapping[str, Sources], config: dict[str, Any]) -> None:
         self.weights, self.config = weights, config
-        self.embed = self._find_embed()
-        self.head = self._head_of(self.embed) if self.embed else None
-        self.tied = self._find_pair()
+        found = find_ties(weights, config) or self._by_usual_names()
+        self.embed, self.head, self.ties, self.sections = found.embed, found.head, found.ties, found.sections
+        self.vocab_fields, self.one_vocabulary = found.vocab_fields, found.one_vocabulary
+        # That of the embeddings; the others are biases, and weights of parts.
+        self.tied = next((tie for tie in self.ties if {self.embed, self.head} <= set(tie.names)), None)
+        self._held_by = {name: tie.holder for tie in self.ties for name in tie.others}
 
     def resolve(
         self, wanted: Mapping[str, str], file: object, warn: Warn, groups: Sequence[Group] = ()
@@ -50,28 +45,56 @@ class Names:
         checkpoint by one rule for all. Of a group, those parameters that are there. Raises AdapterError
         naming the adapter's tensor and what was looked for."""
         shapes = {name: sources.spec.shape for name, sources in self.weights.items()}
-        if self.tied:
-            shapes.setdefault(self.tied.head, shapes[self.tied.embed])
+        for name, sources in self.unstored().items():
+            shapes[name] = sources.spec.shape
         return Resolver(shapes, self.config).resolve(wanted, file, warn, groups)
 
     def base_of(self, weight: str) -> Sources:
-        """What a weight is before any edit: an output embedding that is not stored is the input embedding
-        that it is tied to."""
-        return self.weights.get(weight) or self.weights[self.embed or ""]
+        """What a weight is before any edit: one that is not stored is the weight that it is tied to."""
+        return self.weights.get(weight) or self.weights[self._held_by[weight]]
+
+    def has(self, weight: str) -> bool:
+        """Whether the model has a weight, stored or not."""
+        return weight in self.weights or weight in self._held_by
+
+    def unstored(self) -> dict[str, Sources]:
+        """The tied weights that are not in the checkpoint, as they are there under another name."""
+        return {name: self.weights[tie.holder] for tie in self.ties for name in tie.unstored}
+
+    def rows_of_vocabulary(self) -> list[str]:
+        """The weights that have a row for each token: embeddings, whatever is tied to them, and the head's
+        bias."""
+        names = [name for name in (self.embed, self.head) if name]
+        names += [name for tie in self.ties if set(names) & set(tie.names) for name in tie.names]
+        bias = f"{self.head.rpartition('.')[0]}.bias" if self.head else ""
+        names += [name for tie in self.ties if bias in tie.names for name in tie.names]
+        return [name for name in dict.fromkeys([*names, bias, *self._biases_of_logits()]) if self.has(name)]
+
+    def _biases_of_logits(self) -> list[str]:
+        """Those beside the head, such as BART's final_logits_bias: outside of layers, one number for each
+        token."""
+        size = self.base_of(self.embed).spec.shape[0] if self.embed and self.has(self.embed) else 0
+        return [
+            name
+            for name, sources in self.weights.items()
+            if name.endswith("bias")
+            and sources.spec.shape in ((size,), (1, size))
+            and not _IN_LAYER.search(name)
+        ]
 
     def may_resize(self, weight: str) -> bool:
-        """Whether a replacement may have another number of rows: the embeddings and the head's bias."""
-        module = weight.rpartition(".")[0]
-        return weight in (self.embed, self.head) or bool(self.head and module == self.head.rpartition(".")[0])
+        """Whether a replacement may have another number of rows."""
+        return weight in self.rows_of_vocabulary()
 
-    def refuse_shared(self, file: object) -> None:
-        """Raises AdapterError for models whose tied embedding has more than one other user."""
-        if self.config.get("model_type") in _SHARED_BY_MORE_THAN_TWO:
-            kind = shown(self.config["model_type"])
-            raise AdapterError(
-                f"{file}: changes an embedding that {kind} shares between encoder, decoder and head; that is "
-                "not supported."
-            )
+    def _by_usual_names(self) -> Ties:
+        """For classes that the table does not have."""
+        embed = self._find_embed()
+        head = self._head_of(embed) if embed else None
+        if not embed or not head or not self._usually_tied(embed, head):
+            return Ties(embed, head)
+        fixed = self.config.get("model_type") in _SHARED_BY_MORE_THAN_TWO
+        unstored = frozenset({head} - self.weights.keys())
+        return Ties(embed, head, [Tie(embed, (head,), unstored, fixed)])
 
     def _find_embed(self) -> str | None:
         found = [
@@ -92,20 +115,14 @@ class Names:
         head = f"{prefix}{module}.weight"
         return head if head in self.weights or "lm_head.weight" not in self.weights else "lm_head.weight"
 
-    def _find_pair(self) -> TiedPair | None:
-        if not self.embed or not self.head or not self.has_head:
-            return None
-        stored = self.head in self.weights
-        flag = _flag(self.config, "tie_word_embeddings")
+    def _usually_tied(self, embed: str, head: str) -> bool:
+        flag = _flag(self.config, FLAG)
         # Some classes tie when the field is absent; then no head is stored, under whatever name.
-        tied = not self._stores_another_like_embed() if flag is None else bool(flag)
-        return TiedPair(self.embed, self.head, stored) if tied else None
+        return self.has_head and (not self._stores_another_like(embed) if flag is None else bool(flag))
 
-    def _stores_another_like_embed(self) -> bool:
-        shape = self.weights[self.embed or ""].spec.shape
-        return any(
-            name != self.embed and sources.spec.shape == shape for name, sources in self.weights.items()
-        )
+    def _stores_another_like(self, embed: str) -> bool:
+        shape = self.weights[embed].spec.shape
+        return any(name != embed and sources.spec.shape == shape for name, sources in self.weights.items())
 
     @property
     def has_head(self) -> bool:

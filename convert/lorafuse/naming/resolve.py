@@ -19,6 +19,9 @@ from lorafuse.patches.target import Parameter
 # Under these a text model lies in a model that has more than text, or in none.
 _TEXT_PREFIXES = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
 
+# Leaves that transformers renames in all classes, by the rules called "legacy" in renames.json.
+_OLD_LEAVES = (".gamma", ".beta", ".weight_g", ".weight_v")
+
 Warn = Callable[[str], None]
 
 
@@ -116,7 +119,7 @@ class Resolver:
 
     def _namings(self) -> list[Naming]:
         namings = [Naming("the checkpoint's", lambda name: [(name, None)])]
-        if not self._renames.trivial:
+        if not self._renames.trivial or any(self._has_old_leaf(name) for name in self._shapes):
             namings.append(Naming("transformers 5's", self._renames.memory_names))
         if self._stored_as_in_memory():
             namings.append(Naming("older checkpoints'", self._renames.memory_names, self._name_in_memory))
@@ -124,6 +127,10 @@ class Resolver:
         if any(v4_name(model_class, name) != name for name in self._shapes):
             namings.append(Naming("transformers 4's", lambda name: [(v4_name(model_class, name), None)]))
         return namings
+
+    def _has_old_leaf(self, name: str) -> bool:
+        """Whether transformers renames a weight whatever its class is, such as `LayerNorm.gamma`."""
+        return name.endswith(_OLD_LEAVES) and self._renames.memory_names(name) != [(name, None)]
 
     def _stored_as_in_memory(self) -> bool:
         """Transformers 5 can save its own names; then an adapter with the older ones is renamed, not the

@@ -83,17 +83,31 @@ def _first_with(names: Sequence[str], folders: Sequence[Folder]) -> Folder | Non
 
 def output_config(config: dict[str, Any], changes: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's config without quantization and with `changes`, each set where the config has the
-    field, else at the top; then what readers need for the tensors as they are `stored`."""
+    field, else at the top, and a path with dots in that section; then what readers need for the tensors as
+    they are `stored`."""
     result = {name: _without_quantization(value) for name, value in _without_quantization(config).items()}
     text = result.get("text_config") if isinstance(result.get("text_config"), dict) else None
     if "dtype" in changes:
         _set_dtype(result, changes["dtype"])
-    for name, value in changes.items():
-        if name != "dtype":
+    for path, value in changes.items():
+        section, _, name = path.rpartition(".")
+        if section:
+            _in_section(result, section.split("."))[name] = value
+        elif name != "dtype":
             holders = [part for part in (result, text) if part is not None and name in part]
             for part in holders or [result]:
                 part[name] = value
     return result | stored
+
+
+def _in_section(config: dict[str, Any], path: list[str]) -> dict[str, Any]:
+    """The section of a config, which may be changed; made where it is missing."""
+    part = config
+    for name in path:
+        inner = part.get(name)
+        part[name] = dict(inner) if isinstance(inner, dict) else {}
+        part = part[name]
+    return part
 
 
 def _without_quantization(part: Any) -> Any:

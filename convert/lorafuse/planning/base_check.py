@@ -15,8 +15,8 @@ import torch
 
 from lorafuse.adapters import AdapterDir, Edit
 from lorafuse.adapters.reading.directory import is_mlx
-from lorafuse.adapters.reading.keys import plain_name
 from lorafuse.adapters.reading.lora_config import changes_base
+from lorafuse.adapters.reading.saved_whole import is_trained_whole
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs import Sources
 from lorafuse.errors import AdapterError, shown
@@ -162,13 +162,15 @@ def base_copies(adapter: AdapterDir, edits: Mapping[str, Edit], names: Names) ->
         return []
     copies: dict[str, BaseCopy] = {}
     for weight, edit in edits.items():
-        base = names.weights.get(weight) or names.weights.get(names.embed or "")
-        if edit.replaced and edit.replaced.as_stored and base and base.as_stored:
+        if edit.replaced and edit.replaced.as_stored and names.has(weight):
+            base = names.base_of(weight)
             (key,) = edit.replaced.names
-            if key.endswith(".base_layer.weight") or weight in (names.embed, names.head):
+            if base.as_stored and (key.endswith(".base_layer.weight") or _is_embedding(weight, names)):
                 copies.setdefault(key, BaseCopy(adapter, key, weight, edit.replaced, base))
-    trained = adapter.config.get("modules_to_save")
-    modules = tuple(name for name in trained if isinstance(name, str)) if isinstance(trained, list) else ()
-    if any(plain_name(key).removesuffix(".weight").endswith(modules) for key in copies):
+    if any(is_trained_whole(adapter, key) for key in copies):
         return [copy for copy in copies.values() if copy.key.endswith(".base_layer.weight")]
     return list(copies.values())
+
+
+def _is_embedding(weight: str, names: Names) -> bool:
+    return names.may_resize(weight) and not weight.endswith("bias")

@@ -21,7 +21,7 @@ def own_edits(one: AdapterSays, names: Names, warn: Callable[[str], None]) -> di
     """What the adapter alone does to each weight."""
     with naming_the_base(one.adapter):
         edits = _edits(one.model.said, names, one.adapter, warn)
-    fill_tied(names, edits, one.adapter)
+    fill_tied(names, edits, one.adapter, warn)
     whole = [weight for weight, edit in edits.items() if edit.replaced] + list(one.model.added)
     if whole and one.weight != 1:
         warn(

@@ -14,7 +14,7 @@ from lorafuse._version import __version__
 from lorafuse.adapters import AdapterDir, Edit, updates_of
 from lorafuse.codecs import FORMATS, Sources
 from lorafuse.codecs.encoder import EncoderOf, WeightToStore
-from lorafuse.errors import AdapterError, CheckpointError, UsageError, listed, shown
+from lorafuse.errors import CheckpointError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import natural_key
 from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, StoredTensor, TensorSpec
@@ -34,6 +34,7 @@ from lorafuse.planning.plan import (
 from lorafuse.planning.shards import split_shards
 from lorafuse.planning.shared_weights import SharedWeights
 from lorafuse.planning.tied import settle_tied
+from lorafuse.planning.vocabulary import vocabulary_changes
 from lorafuse.settings import Settings
 from lorafuse.structure import Structure, structure_of
 from lorafuse.trained_base.base_weights import base_weights
@@ -100,8 +101,8 @@ def _steps(
     model: Structure, names: Names, edits: dict[str, Edit], untied: bool, dtype: str, encoder_of: EncoderOf
 ) -> list[Step]:
     bases, untouched = model.weights, Edit()
-    if untied and names.tied and names.tied.head not in bases:
-        bases = {**bases, names.tied.head: bases[names.tied.embed]}
+    if untied:
+        bases = {**bases, **names.unstored()}
     steps = []
     for name in sorted(bases, key=natural_key):
         base, edit = bases[name], edits.get(name, untouched)
@@ -139,16 +140,7 @@ def _config_changes(names: Names, steps: list[Step], untied: bool, files: str) -
         if step.spec.dtype in FLOATS:
             totals[step.spec.dtype] += step.spec.nbytes
     changes: dict[str, Any] = {"dtype": DTYPES[totals.most_common(1)[0][0]][1]} if totals else {}
-    if untied:
-        changes["tie_word_embeddings"] = False
-    after = {step.name: step.spec.shape[0] for step in steps if step.name in (names.embed, names.head)}
-    before = {name: names.weights[name].spec.shape[0] for name in after if name in names.weights}
-    if any(after[name] != before[name] for name in before):
-        if len(set(after.values())) > 1:
-            both = " and ".join(f"{name} has {n} rows" for name, n in after.items())
-            raise AdapterError(f"{files}: resizes the vocabulary on one side only: {both}.")
-        changes["vocab_size"] = next(iter(after.values()))
-    return changes
+    return changes | vocabulary_changes(names, steps, untied=untied, files=files)
 
 
 def _stored(shard: PlannedShard) -> Iterator[tuple[Step, StoredTensor]]:

@@ -130,7 +130,7 @@ class _Chooser:
         if not parameter.endswith(".weight"):
             return False  # a bare parameter, such as a stack of experts
         module = self._in_memory(parameter.removesuffix(".weight"))
-        tied = self._names.tied and parameter == self._names.tied.head
+        tied = self._names.tied and parameter == self._names.head
         return not tied and not is_other(module, self._exceptions) and not is_skipped(module, self._skip)
 
     def _quantizes_expert(self, weight: str) -> bool:

@@ -14,6 +14,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.hashing import FileHash, hash_file
 from lorafuse.files.names import INDEX, RECEIPT, stays_inside
 from lorafuse.files.safetensors_file import FormatError
+from lorafuse.naming.vocabulary import conflict_in
 from lorafuse.receipt.read import stored_tensors
 
 LOADED = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
@@ -41,6 +42,8 @@ def verify_directory(folder: Folder, receipt: dict[str, Any], on_nbytes: Callabl
     try:
         with closing(Checkpoint(folder)) as ckpt:
             _verify_tensors(ckpt, receipt["tensors"])
+            if conflict := conflict_in(ckpt.tensors, ckpt.config):
+                raise ResultError(f"{shown(folder)}: {conflict}.")
             quantized = any("stored" in entry for entry in receipt["tensors"].values())
             if ("quantization_config" in ckpt.config) != quantized or not ckpt.config.get("model_type"):
                 raise ResultError(f"{shown(folder / 'config.json')}: is no config of a merged model.")
