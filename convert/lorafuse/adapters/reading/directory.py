@@ -67,13 +67,13 @@ def adapter_folder(root: Folder, name: str | None) -> str | None:
 class AdapterDir:
     """The adapter in the folder `root`, which the user called `name`, or in a sub-folder of it.
 
-    `folder` is where its files are, `config` adapter_config.json as a dict, `file_name` the file of its
-    tensors or their index, `file` what messages about tensors name, `files` all that is read, `nbytes` what
-    the store keeps in memory as long as it is open.
+    `root` is that folder, `folder` where its files are, `config` adapter_config.json as a dict, `file_name`
+    the file of its tensors or their index, `file` what messages about tensors name, `files` all that is read,
+    `nbytes` what the store keeps in memory as long as it is open.
     """
 
     def __init__(self, root: Folder, sub_folder: str | None = None, name: str | None = None) -> None:
-        self.sub_folder = sub_folder
+        self.root, self.sub_folder = root, sub_folder
         folder = self.folder = root if sub_folder is None else root.sub_folder(sub_folder)
         self.name = str(folder) if name is None else name
         try:
