@@ -7,6 +7,7 @@ from os import PathLike, fspath
 from typing import NamedTuple
 
 from lorafuse.adapters import adapter_folder, open_adapter
+from lorafuse.adapters.reading.beside import TRAINED_BESIDE
 from lorafuse.adapters.reading.directory import BIN, CONFIG, DEFAULT_NAME, INDEX, MLX, SAFETENSORS
 from lorafuse.errors import AdapterError, CheckpointError, shown
 from lorafuse.events import OnEvent, warn_by
@@ -30,7 +31,7 @@ from lorafuse.side_files.sets import FOLDERS, SETS
 Name = str | PathLike[str]
 # Everything that a result may be made from, but what is UNWANTED.
 CHECKPOINT_FILES = ("*",)
-ADAPTER_FILES = (CONFIG, SAFETENSORS, "adapter_model-*.safetensors", INDEX, BIN, MLX)
+ADAPTER_FILES = (CONFIG, SAFETENSORS, "adapter_model-*.safetensors", INDEX, BIN, MLX, *TRAINED_BESIDE)
 KIND_FILES = ("config.json", CONFIG, f"*/{CONFIG}", RECEIPT)  # which tell what a repository holds
 # Weights of other formats; some repositories hold the same weights a second time under `consolidated`. The
 # index of safetensors files is read, though it is not copied.
