@@ -7,7 +7,7 @@ from typing import Any
 from lorafuse.files.folder import Folder
 from lorafuse.files.json_yaml import MAX_JSON_NBYTES, read_json_dict, read_limited
 from lorafuse.files.safetensors_file import FormatError
-from lorafuse.side_files.sets import TEMPLATES
+from lorafuse.side_files.sets import TEMPLATES, named
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 JINJA = "chat_template.jinja"
@@ -15,7 +15,7 @@ JINJA = "chat_template.jinja"
 
 def template_files(folder: Folder) -> list[str]:
     """The files that hold templates, and nothing else."""
-    return [name for pattern in TEMPLATES for name in folder.names(pattern)]
+    return named(folder, TEMPLATES)
 
 
 def has_template(folder: Folder) -> bool:

@@ -1,7 +1,6 @@
 """The side files of a result: what is copied from which folder, what is made, and what to say of it."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from lorafuse.errors import shown
@@ -24,6 +23,8 @@ from lorafuse.side_files.sets import (
     TEMPLATES,
     TOKENIZER,
     FileSet,
+    belongs,
+    named,
 )
 from lorafuse.side_files.token_count import n_tokens
 
@@ -73,11 +74,11 @@ def choose_side_files(
     files = dict.fromkeys(_of_checkpoint(ckpt, config, new_head=new_head), ckpt)
     for file_set, folder in chosen.items():
         if folder is not ckpt:
-            files = {name: holder for name, holder in files.items() if not _belongs(name, file_set.names)}
-            files |= dict.fromkeys(_named(folder, file_set.names), folder)
+            files = {name: holder for name, holder in files.items() if not belongs(name, file_set.names)}
+            files |= dict.fromkeys(named(folder, file_set.names), folder)
     made: dict[str, bytes] = {}
     if template is not None and template is not chosen[TOKENIZER]:
-        files = {name: holder for name, holder in files.items() if not _belongs(name, TEMPLATES)}
+        files = {name: holder for name, holder in files.items() if not belongs(name, TEMPLATES)}
         files |= dict.fromkeys(template_files(template), template)
         made = {} if template_files(template) else inline_template(template)
     files |= _module_files(chosen[SENTENCE_TRANSFORMERS], ckpt)
@@ -100,18 +101,8 @@ def _label(folder: Folder | None) -> str | None:
     return None if folder is None else str(folder)
 
 
-def _named(folder: Folder, patterns: Iterable[str]) -> list[str]:
-    return [name for pattern in patterns for name in folder.names(pattern)]
-
-
-def _belongs(name: str, patterns: Iterable[str]) -> bool:
-    """As `Folder.names` sees it: a * matches no slash."""
-    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
-
-
 def _has(folder: Folder, file_set: FileSet) -> bool:
-    # By the names in the folder: `exists` does not know a link that leads nowhere.
-    return any(_belongs(name, file_set.marks) for name in folder.names("*"))
+    return bool(named(folder, file_set.marks))
 
 
 def _first_with(file_set: FileSet, folders: Sequence[Folder]) -> Folder | None:
@@ -135,7 +126,7 @@ def _tokenizer_folder(
     """The adapter's folder whose tokenizer is taken, if any is. A folder whose tokenizer has tokens that the
     model does not know is taken out of `folders`: its template and processor are for these tokens too."""
     while (folder := _first_with(TOKENIZER, folders)) and embedding:
-        for name in _named(folder, TOKENIZER.names):
+        for name in named(folder, TOKENIZER.names):
             check_side_file(folder, name)
         n, own = n_tokens(folder), n_tokens(ckpt)
         if n is None or n <= embedding.n_rows or (own is not None and n <= own):
@@ -188,12 +179,12 @@ def _code(files: dict[str, Folder], config: dict[str, Any], ckpt: Folder) -> dic
     found = dict.fromkeys(with_imports(ckpt, named_code(config)), ckpt)
     for name in (name for name in WITH_AUTO_MAP if name in files):
         for folder in (files[name], ckpt):
-            code = with_imports(folder, code_named_in(files[name], name))
+            code = with_imports(folder, code_in(files[name], name))
             found |= dict.fromkeys((file for file in code if file not in found), folder)
     return {file: ckpt if ckpt.exists(file) else folder for file, folder in found.items()}
 
 
-def code_named_in(folder: Folder, name: str) -> list[str]:
+def code_in(folder: Folder, name: str) -> list[str]:
     """The Python files that the auto_map of a JSON file names; none where it cannot be read."""
     try:
         return named_code(read_json_dict(folder, name))
@@ -208,7 +199,7 @@ def _checked(files: dict[str, Folder], ckpt: Folder, warnings: list[str]) -> Ite
             folder is not ckpt
             or "/" in name
             or name.endswith(".py")
-            or _belongs(name, [n for s in SETS for n in s.names])
+            or belongs(name, [n for s in SETS for n in s.names])
         )
         if known:
             refuse_large(folder, name, nbytes)

@@ -5,7 +5,7 @@ import glob
 from lorafuse.files.folder import Folder
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.safetensors_file import FormatError
-from lorafuse.side_files.choose import code_named_in
+from lorafuse.side_files.choose import code_in
 from lorafuse.side_files.modules import module_folders
 from lorafuse.side_files.remote_code import WITH_AUTO_MAP, missing_code
 from lorafuse.side_files.sets import LIKE_WEIGHTS
@@ -17,7 +17,7 @@ def further_files(folder: Folder) -> list[str]:
     cannot be read."""
     patterns = [f"{glob.escape(name)}/*" for name in module_folders(folder) if not folder.exists(name)]
     for name in ("config.json", *WITH_AUTO_MAP):
-        patterns += missing_code(folder, code_named_in(folder, name))
+        patterns += missing_code(folder, code_in(folder, name))
     try:
         model_type = read_json_dict(folder, "config.json").get("model_type")
     except (ValueError, FormatError, OSError):

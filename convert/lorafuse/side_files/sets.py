@@ -1,8 +1,11 @@
 """Names of side files: those that belong together, and come from one folder, and those that are never
 copied."""
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from lorafuse.files.folder import Folder
 from lorafuse.files.names import RECEIPT
 
 
@@ -84,4 +87,19 @@ NEVER = (
     "adapters.json",
     "*quant*config*.json",
     "quant_model_description*.json",
+    "*.part",  # of a download that was cut off
+    "*.incomplete",
 )
+
+
+def belongs(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a pattern matches a name as `Folder.names` sees it: a * matches no slash."""
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+
+
+def named(folder: Folder, patterns: Iterable[str]) -> list[str]:
+    """The files in a folder that match, in the order of the patterns. By the names in the folder: a link
+    that leads nowhere is found only so."""
+    inner = sorted({pattern.rpartition("/")[0] for pattern in patterns if "/" in pattern})
+    names = [name for where in ("*", *(f"{part}/*" for part in inner)) for name in folder.names(where)]
+    return [name for pattern in patterns for name in names if belongs(name, [pattern])]
