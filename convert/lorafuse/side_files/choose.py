@@ -128,8 +128,8 @@ def _tokenizer_folder(
     while (folder := _first_with(TOKENIZER, folders)) and embedding:
         for name in named(folder, TOKENIZER.names):
             check_side_file(folder, name)
-        n, own = n_tokens(folder), n_tokens(ckpt)
-        if n is None or n <= embedding.n_rows or (own is not None and n <= own):
+        n = n_tokens(folder)
+        if n is None or n <= embedding.n_rows or n <= (n_tokens(ckpt) or 0):
             return folder
         folders.remove(folder)
         there = _has(ckpt, TOKENIZER)
