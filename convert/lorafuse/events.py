@@ -20,6 +20,16 @@ class PlannedFile(TypedDict):
     n_weights: int
 
 
+class PlannedSideFiles(TypedDict):
+    """The files beside the weights: copied and made ones, and the folders that the tokenizer and the chat
+    template come from, if there are any."""
+
+    copied: list[str]
+    made: list[str]
+    tokenizer: str | None
+    chat_template: str | None
+
+
 class PlanEvent(TypedDict):
     """What is going to happen. `weights`: the number of weights by action; `held_whole`: the weights that are
     held in memory whole. A verification says `nbytes` and no shards."""
@@ -32,6 +42,7 @@ class PlanEvent(TypedDict):
     weights: NotRequired[dict[str, int]]
     adapter_tensors: NotRequired[dict[str, Any]]
     config_changes: NotRequired[dict[str, Any]]
+    side_files: NotRequired[PlannedSideFiles]
     held_whole: NotRequired[list[str]]
     job: NotRequired[str]
 

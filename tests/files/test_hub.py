@@ -345,3 +345,47 @@ def test_several_adapters_in_a_repository(repository: Path, tmp_path: Path) -> N
     ):
         lorafuse.convert(ckpt, "org/name", tmp_path / "out")
     assert not list((tmp_path / "hub").rglob("*.safetensors"))
+
+
+def test_files_that_the_first_ones_ask_for(repository: Path, tmp_path: Path) -> None:
+    """What modules.json and auto_map name is fetched of the same commit; no other weights are."""
+    config = build.CONFIG | {"auto_map": {"AutoModel": "code/modeling_own.Own"}}
+    build.write_checkpoint(repository, config=config)
+    modules = [{"path": path} for path in ("", "1_Pooling", "2_Dense", "3_Normalize")]
+    build.write_json(repository / "modules.json", modules)
+    kept = (
+        *("qwen.tiktoken", "modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"),
+        *("code/modeling_own.py", "code/ops/norm.py", "code/ops/__init__.py"),
+    )
+    left = (
+        *("onnx/model.onnx", "model.gguf", "original/params.json", "pytorch_model.bin"),
+        *("README.md", "other/x.py"),
+    )
+    for name in (*kept, *left):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        if name != "modules.json":
+            text = "from .ops.norm import x" if "modeling" in name else "x = 1"
+            (repository / name).write_text(text)
+    lora = build.write_adapter(tmp_path / "lora")
+    lorafuse.convert("org/name", lora, tmp_path / "out")
+    made = {"config.json", "model.safetensors", "lorafuse_receipt.json"}
+    assert build.files_of(tmp_path / "out").keys() - made == set(kept)
+    fetched = {name.partition("snapshots/0/")[2] for name in build.files_of(tmp_path / "hub")}
+    assert not fetched & set(left)
+
+
+def test_the_second_request_names_the_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So that files of two commits are never mixed."""
+    snapshot = tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    build.write_json(snapshot / "modules.json", [{"path": "1_Pooling"}])
+    asked = []
+
+    def snapshot_download(repo_id: str, **options: Any) -> str:
+        asked.append((options["revision"], options["allow_patterns"]))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    checkpoint_folder("org/name@main")
+    assert asked == [("main", ["*"]), ("abc", ["1_Pooling/*"])]

@@ -94,7 +94,7 @@ def test_then_a_hard_link(code, pair, monkeypatch):
     assert sorted(path.name for path in pair[0].parent.iterdir()) == ["source", "target"]
 
 
-@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK])
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EIO, errno.ESTALE])
 def test_then_a_copy(code, pair, monkeypatch):
     no_reflinks(monkeypatch)
     no_links(monkeypatch, code)
@@ -139,6 +139,21 @@ def test_other_errors_pass_through(how, pair, monkeypatch):
     with pytest.raises(OSError, match="Input/output error" if how == "auto" else "No space left"):
         share_file(*pair, how)
     assert [path.name for path in pair[0].parent.iterdir()] == ["source"]
+
+
+def test_a_link_that_fails_where_one_was_asked_for(pair, monkeypatch):
+    """EIO is no answer to what the file system can do: it passes through."""
+    no_links(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        share_file(*pair, "hardlink")
+
+
+def test_a_target_that_is_there_is_not_replaced(pair, monkeypatch):
+    no_reflinks(monkeypatch)
+    pair[1].write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        share_file(*pair, "auto")
+    assert pair[1].read_bytes() == b"mine"
 
 
 # ---- results

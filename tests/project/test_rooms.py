@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from the rooms before it; rooms of one floor, joined by commas, do not know each other.
 FLOORS = """
     _version, errors < settings, events < files < arithmetic < codecs < patches < adapters, naming
-    < structure, trained_base < planning < merge < outdir < receipt < inputs < batching
+    < structure, trained_base, side_files < planning < merge < outdir < receipt < inputs < batching
     < pipeline, verification, inspection < cli < __main__
 """
 RANK = {room.strip(): rank for rank, floor in enumerate(FLOORS.split("<")) for room in floor.split(",")}

@@ -7,6 +7,7 @@ Update (or Choice) and the ignored tensors with reasons. A type is added by one 
 from collections.abc import Callable
 
 from lorafuse.adapters.adapter_type import AdapterType
+from lorafuse.adapters.reading.beside import unused_weights
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir, adapter_folder, is_mlx
 from lorafuse.adapters.types import (
     adalora,
@@ -139,6 +140,9 @@ def updates_of(
 ) -> tuple[list[Update | Choice], dict[str, str]]:
     """What the adapter says of its base, and the tensors that it ignores, with reasons. Raises
     AdapterError."""
+    unused = unused_weights(adapter.folder, adapter.files)
+    if unused:
+        warn(unused)
     said, ignored = type_of(adapter).updates(adapter, scale, warn)
     return list(said), ignored
 

@@ -100,15 +100,12 @@ class Pass:
             # Commons first: their files are complete before an output that waits for one is.
             outputs = [making.commons for making in in_progress if making.commons]
             outputs += [making.main for making in in_progress]
-            side_files = [file for making in in_progress for file in self._side_files(making.job)]
+            side_files = [file for making in in_progress for file in copied_files(making.job.plan)]
             if self.asks_for_room:
                 check_room(outputs, side_files)
             with told_when_full(outputs, side_files):
                 merge(outputs, memory, self.device, allow_nonfinite=jobs[0].settings.allow_nonfinite)
                 return [making.job for making in in_progress if not self._conclude(making, began)]
-
-    def _side_files(self, job: PlannedJob) -> list[tuple[Folder, str]]:
-        return list(copied_files(job.plan, self.base.folder, job.side_folders))
 
     @contextmanager
     def _staged(self, jobs: Sequence[PlannedJob]) -> Iterator[list[JobInProgress]]:
@@ -160,7 +157,7 @@ class Pass:
         """Add to a result that has all its shards what else belongs into it, and check it. Returns the
         receipt. Raises ResultError."""
         job, outcome, out_dir = making.job, making.main.outcome, making.result
-        write_sidecars(job.plan, self.base.folder, self.base.config, job.side_folders, out_dir)
+        write_sidecars(job.plan, self.base.config, out_dir)
         verify_shards(job.plan, outcome, out_dir)
         inputs = [*self.ckpt_inputs(), *job.files.adapter_inputs()]
         receipt = make_receipt(job.plan, outcome, out_dir, job.settings, inputs, time.perf_counter() - began)

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from os import fspath
 
+from lorafuse.adapters.reading.beside import TRAINED_BESIDE
 from lorafuse.adapters.reading.directory import BIN
 from lorafuse.batching.common_files import CommonFiles
 from lorafuse.batching.existing_results import ExistingResults, common_files_of
@@ -163,7 +164,7 @@ class Batch:
         """Whether one more adapter may be opened beside these: by its files, and what is loaded of it."""
         sizes = {name: adapter.facts(name).nbytes for name in adapter.names("*") if adapter.exists(name)}
         n_files = sum(name.endswith(".safetensors") for name in sizes)
-        loaded = 0 if n_files else sizes.get(BIN, 0)
+        loaded = sum(sizes.get(name, 0) for name in (*TRAINED_BESIDE, *([] if n_files else [BIN])))
         enough_files = n_files + (len(members) + 1) * MEMBER_FILES + SPARE_FILES <= files_left()
         held_nbytes = self._held_nbytes(members) + loaded + RUNTIME_NBYTES
         return enough_files and held_nbytes <= self.settings.memory_nbytes

@@ -88,6 +88,7 @@ def _adapter(facts: Facts) -> Lines:
     yield from _names("targets", facts["target_modules"])
     yield from _names("saves whole", facts["modules_to_save"])
     yield from _names("replaces", facts["replaced"])
+    yield from _names("also in", facts["beside"])
     settings = [f"{shown(name)} {shown(_plain(value))}" for name, value in facts["config"].items()]
     yield from _names("config", settings)
     yield from _names("sub-folders", facts["sub_folders"])

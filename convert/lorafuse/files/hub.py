@@ -1,7 +1,8 @@
 """CKPT and ADAPTER by hub id `org/name[@revision]`: the files that are needed, in the hub's own cache, or
 headers alone."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,16 @@ from lorafuse.settings import HUB_ID
 
 
 def folder_of(
-    name: str, patterns: Sequence[str], kind: type[LorafuseError], *, unwanted: Sequence[str] = ()
+    name: str,
+    patterns: Sequence[str],
+    kind: type[LorafuseError],
+    *,
+    unwanted: Sequence[str] = (),
+    further: Callable[[Folder], Sequence[str]] = lambda _: (),
 ) -> Folder:
     """The folder of that name, else a snapshot of the repository of that id: the files that match `patterns`
-    and not `unwanted`. Raises `kind` when there is neither."""
+    and not `unwanted`, then those that match the patterns that `further` returns when it sees the first.
+    Raises `kind` when there is neither."""
     folder = open_folder(name)
     if folder.is_there():
         return folder
@@ -27,17 +34,34 @@ def folder_of(
     if not match or folder.exists(""):
         what = "is not a directory" if folder.exists("") else "no such directory"
         raise kind(f"{shown(name)}: {what}.")
+    snapshot = _snapshot(match, match["revision"], kind, patterns, unwanted)
+    folder, fetched = LocalFolder(snapshot, name), set[str]()
+    while more := sorted(set(further(folder)) - fetched):
+        # The same commit, whatever happens on the hub meanwhile.
+        folder = LocalFolder(_snapshot(match, snapshot.name, kind, more), name)
+        fetched.update(more)
+    return folder
+
+
+def _snapshot(
+    match: re.Match[str],
+    revision: str | None,
+    kind: type[LorafuseError],
+    patterns: Sequence[str],
+    unwanted: Sequence[str] = (),
+) -> Path:
+    """Where the hub's library put the files. Raises `kind`, StorageError."""
     with _hub_errors(match["repo"], match["revision"], kind):
         # Imported here: it costs as much as the rest of the start-up, and most runs have local inputs.
         from huggingface_hub import snapshot_download
 
         snapshot = snapshot_download(
             match["repo"],
-            revision=match["revision"],
+            revision=revision,
             allow_patterns=list(patterns),
             ignore_patterns=list(unwanted),
         )
-        return LocalFolder(Path(snapshot), name)
+        return Path(snapshot)
 
 
 def remote_tensors(name: str) -> dict[str, dict[str, TensorInfo]]:

@@ -112,7 +112,7 @@ def _refuse_escape(source: Path, root: Path) -> None:
     beside `snapshots`; a stranger's `tokenizer.json` that is a link to a private file must not be copied into
     a directory that will be published."""
     real, real_root = Path(os.path.realpath(source)), Path(os.path.realpath(root))
-    blobs = [folder / "blobs" for folder in real_root.parents[1:3]]
+    blobs = [folder.parent / "blobs" for folder in real_root.parents[:2] if folder.name == "snapshots"]
     if real_root not in real.parents and real.parent not in blobs:
         raise CheckpointError(
             f"{shown(source)}: is a link to {shown(real)}, outside its directory; replace it by the file."

@@ -47,7 +47,9 @@ def share_file(source: Path, target: Path, how: str) -> str:
         try:
             ways[way](source, target)
         except OSError as e:
-            if way == "copy" or e.errno not in CANNOT:
+            # Some file systems say EIO for a link that they do not make. A copy shows whether they can write.
+            next_is_copy = how == "auto" and way == "hardlink" and e.errno != errno.EEXIST
+            if way == "copy" or not (e.errno in CANNOT or next_is_copy):
                 raise
             reason = e.strerror
         else:

@@ -76,6 +76,7 @@ def _facts(adapter: AdapterDir) -> dict[str, Any]:
         "nbytes": sum(spec.nbytes for spec in specs),
         "dtypes": Counter(spec.torch_name for spec in specs),
         "files": [posixpath.basename(file) for file in adapter.files],
+        "beside": adapter.beside,
         **_updates(adapter),
     }
 

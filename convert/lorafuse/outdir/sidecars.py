@@ -1,84 +1,36 @@
-"""Everything in OUT_DIR beside weights and receipt: config.json, the index, generation config, tokenizer,
-processor, remote code.
-
-Files are copied by a fixed list of names, never as links. The tokenizer's files are one set: the adapter's
-when it brings a vocabulary, else the checkpoint's; a mixture of both is a tokenizer that never existed.
-"""
+"""Everything in OUT_DIR beside weights and receipt: config.json, the index, and the side files that the plan
+lists. These are copied as they are, never as links."""
 
 import io
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorafuse.errors import CheckpointError
 from lorafuse.files.folder import Folder, stream
 from lorafuse.files.names import INDEX
 from lorafuse.files.tensors import FLOATS
 from lorafuse.outdir.out_dir import OutDir
 from lorafuse.planning.plan import Plan
+from lorafuse.side_files.checked import refuse_large
 
-VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "source.spm",
-)
-TOKENIZER = (
-    *VOCABULARIES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "target.spm",
-    "tokenizer.model.v3",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-PROCESSOR = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "audio_preprocessor_config.json",
-)
-GENERATION = "generation_config.json"  # not for a model with another head
-ALWAYS = (GENERATION, "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
-MAX_NBYTES = 1_000_000_000
 READ_NBYTES = 1 << 20
 JSON_NBYTES = 1 << 16
 
 
-def write_sidecars(
-    plan: Plan, ckpt: Folder, ckpt_config: dict[str, Any], adapter_folders: Sequence[Folder], out_dir: OutDir
-) -> None:
-    """Write them all. `adapter_folders` are where the adapter's may be, the first first."""
-    for folder, name in copied_files(plan, ckpt, adapter_folders):
+def write_sidecars(plan: Plan, ckpt_config: dict[str, Any], out_dir: OutDir) -> None:
+    """Write them all."""
+    for folder, name in copied_files(plan):
         out_dir.put(name, _chunks(folder, name))
+    for name, contents in plan.side_files.made:
+        out_dir.put(name, [contents])
     write_json(out_dir, "config.json", output_config(ckpt_config, plan.config_changes, plan.stored_config))
     if len(plan.shards) > 1:
         write_json(out_dir, INDEX, index_of(plan))
 
 
-def copied_files(plan: Plan, ckpt: Folder, adapter_folders: Sequence[Folder]) -> Iterator[tuple[Folder, str]]:
+def copied_files(plan: Plan) -> Sequence[tuple[Folder, str]]:
     """(folder, name in it) of each file that is copied as it is."""
-    tokenizer_folder = _first_with(VOCABULARIES, adapter_folders) or ckpt
-    processor_folder = _first_with(PROCESSOR, adapter_folders) or ckpt
-    always = [
-        pattern
-        for pattern in ALWAYS
-        if not ("architectures" in plan.config_changes and pattern == GENERATION)
-    ]
-    for folder, patterns in ((ckpt, always), (tokenizer_folder, TOKENIZER), (processor_folder, PROCESSOR)):
-        for pattern in patterns:
-            yield from ((folder, name) for name in folder.names(pattern))
-
-
-def _first_with(names: Sequence[str], folders: Sequence[Folder]) -> Folder | None:
-    return next((folder for folder in folders if any(folder.exists(name) for name in names)), None)
+    return plan.side_files.copied
 
 
 def output_config(config: dict[str, Any], changes: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
@@ -160,8 +112,6 @@ def _chunks(folder: Folder, name: str) -> Iterator[bytes]:
     """The contents of a file of a reasonable size. Raises CheckpointError for a larger one."""
     file = folder.open(name, inside=True)
     with stream(file) as f:
-        nbytes = file.facts.nbytes
-        if nbytes > MAX_NBYTES:
-            raise CheckpointError(f"{folder / name}: has {nbytes} bytes, too many for a file of its kind.")
+        refuse_large(folder, name, file.facts.nbytes)
         while chunk := f.read(READ_NBYTES):
             yield chunk

@@ -187,7 +187,7 @@ class LocalOutDir:
 
     def put(self, file: str, chunks: Iterable[bytes]) -> None:
         path = self.path / file
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as f:
             for chunk in chunks:
                 f.write(chunk)

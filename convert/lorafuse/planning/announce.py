@@ -32,6 +32,12 @@ def plan_event(plan: Plan) -> PlanEvent:
         ],
         "adapter_tensors": {"used": len(plan.used), "ignored": plan.ignored},
         "config_changes": plan.config_changes,
+        "side_files": {
+            "copied": [name for _, name in plan.side_files.copied],
+            "made": [name for name, _ in plan.side_files.made],
+            "tokenizer": plan.side_files.tokenizer,
+            "chat_template": plan.side_files.chat_template,
+        },
         "held_whole": [
             step.name for step in steps if any(patch.needs.holds_weight for patch in step.patches)
         ],

@@ -36,6 +36,7 @@ from lorafuse.planning.shared_weights import SharedWeights
 from lorafuse.planning.tied import settle_tied
 from lorafuse.planning.vocabulary import vocabulary_changes
 from lorafuse.settings import Settings
+from lorafuse.side_files.choose import Embedding, SideFiles, choose_side_files
 from lorafuse.structure import Structure, structure_of
 from lorafuse.trained_base.base_weights import base_weights
 
@@ -77,7 +78,24 @@ def make_plan(
     )
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
     plan_id = _plan_id(ckpt, adapters[0].adapter, summed, settings, shards)
-    return Plan(shards, plan_id, memory, held_nbytes, config_changes, used, ignored, warnings, copies)
+    side_files = _side_files(ckpt, adapters[0].adapter, names, steps, config_changes)
+    warnings += side_files.warnings
+    return Plan(
+        shards, plan_id, memory, held_nbytes, config_changes, used, ignored, warnings, copies, side_files
+    )
+
+
+def _side_files(
+    ckpt: Checkpoint, adapter: AdapterDir, names: Names, steps: list[Step], config_changes: dict[str, Any]
+) -> SideFiles:
+    embeddings = (Embedding(step.name, step.spec.shape[0]) for step in steps if step.name == names.embed)
+    return choose_side_files(
+        ckpt.folder,
+        ckpt.config,
+        [adapter.folder, adapter.root],
+        next(embeddings, None),
+        new_head="architectures" in config_changes,
+    )
 
 
 def _read(

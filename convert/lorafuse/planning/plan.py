@@ -12,6 +12,7 @@ from lorafuse.codecs.encoder import Encoder
 from lorafuse.files.tensors import Box, StoredTensor, TensorSpec
 from lorafuse.patches.patch import TILE_NUMEL
 from lorafuse.planning.base_check import BaseCopy
+from lorafuse.side_files.choose import SideFiles
 
 COPY_NBYTES = 1 << 20
 # What a worker holds per element of its tile: packed codes, indexes or the values in the weight's dtype,
@@ -162,6 +163,7 @@ class Plan:
     ignored: dict[str, str]
     warnings: list[str]
     copies: list[BaseCopy]  # compared with the checkpoint before the merge
+    side_files: SideFiles
 
     def all_warnings(self) -> list[str]:
         """The warnings, and what a comparison of the adapters' copies of base weights says, which reads

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from lorafuse.adapters.reading.beside import Stores, trained_beside
 from lorafuse.errors import AdapterError, StorageError, listed, shown
 from lorafuse.files.folder import Buffer, Folder, stream
 from lorafuse.files.json_yaml import read_json_dict
@@ -67,13 +68,14 @@ def adapter_folder(root: Folder, name: str | None) -> str | None:
 class AdapterDir:
     """The adapter in the folder `root`, which the user called `name`, or in a sub-folder of it.
 
-    `folder` is where its files are, `config` adapter_config.json as a dict, `file_name` the file of its
-    tensors or their index, `file` what messages about tensors name, `files` all that is read, `nbytes` what
-    the store keeps in memory as long as it is open.
+    `root` is that folder, `folder` where its files are, `config` adapter_config.json as a dict, `file_name`
+    the file of its tensors or their index, `file` what messages about tensors name, `files` all that is read,
+    `nbytes` what the store keeps in memory as long as it is open. `beside` are the files of weights that were
+    trained beside the adapter, and `beside_tensors` the names of these.
     """
 
     def __init__(self, root: Folder, sub_folder: str | None = None, name: str | None = None) -> None:
-        self.sub_folder = sub_folder
+        self.root, self.sub_folder = root, sub_folder
         folder = self.folder = root if sub_folder is None else root.sub_folder(sub_folder)
         self.name = str(folder) if name is None else name
         try:
@@ -93,6 +95,8 @@ class AdapterDir:
                 self.nbytes = folder.facts(BIN).nbytes
             else:
                 raise AdapterError(f"{shown(folder)}: holds neither {SAFETENSORS} nor {BIN}.")
+            self._own_store = self.store
+            self._open_beside()
         except FileNotFoundError as e:
             raise AdapterError(f"{e.filename}: not found; {shown(folder)} is no PEFT adapter.") from None
         except (FormatError, ValueError) as e:
@@ -100,9 +104,24 @@ class AdapterDir:
         except OSError as e:
             raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
 
+    def _open_beside(self) -> None:
+        """Add the tensors of the files in `beside`."""
+        self.beside = [] if is_mlx(self.config) else trained_beside(self.folder)
+        self.beside_tensors: frozenset[str] = frozenset()
+        if not self.beside:
+            return
+        try:
+            stores = {self.folder / name: BinStore(self.folder, name) for name in self.beside}
+            self.beside_tensors = frozenset(key for store in stores.values() for key in store.tensors)
+            self.store = Stores({self.file: self._own_store, **stores})
+        except BaseException:
+            self.close()
+            raise
+        self.nbytes += sum(self.folder.facts(name).nbytes for name in self.beside)
+
     @property
     def file(self) -> str:
-        return self.folder / self.file_name
+        return ", ".join(map(self.folder.__truediv__, (self.file_name, *self.beside)))
 
     @property
     def ties_embeddings(self) -> bool:
@@ -122,12 +141,13 @@ class AdapterDir:
     @property
     def files(self) -> list[str]:
         """Names in `folder`, the config's first."""
-        shards = [shard.name for shard in self.store.shards] if isinstance(self.store, ShardedStore) else []
-        return list(dict.fromkeys([CONFIG, self.file_name, *shards]))
+        own = self._own_store
+        shards = [shard.name for shard in own.shards] if isinstance(own, ShardedStore) else []
+        return list(dict.fromkeys([CONFIG, self.file_name, *shards, *self.beside]))
 
     def close(self) -> None:
-        if isinstance(self.store, ShardedStore):
-            self.store.close()
+        if isinstance(self._own_store, ShardedStore):
+            self._own_store.close()
 
 
 def _missing_mlx(folder: Folder) -> str:

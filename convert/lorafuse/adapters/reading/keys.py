@@ -51,6 +51,8 @@ def unusual_prefixes(adapter: AdapterDir) -> str | None:
         return None
     for key in adapter.store.tensors:
         name = plain_name(key)
+        if key in adapter.beside_tensors:  # PEFT loads none of these
+            continue
         if key != PREFIX + name and not _SHARED.fullmatch(key):
             return (
                 f"{adapter.file}: {shown(key)} is taken for {shown(PREFIX + name)}; PEFT itself would not "
