@@ -59,12 +59,12 @@ def inspect_remote(folder: Folder, name: str) -> dict[str, Any]:
         with suppress(CheckpointError):  # all of it may have been fetched before, or a part
             return inspect_checkpoint(folder, name)
     files = remote_tensors(name)
+    tensors = {tensor: info for part in files.values() for tensor, info in part.items()}
     config, problems = _config(folder), []
     try:
-        refuse_unknown_quantization(config, folder)
+        refuse_unknown_quantization(config, folder, tensors)
     except CheckpointError as e:
         problems.append(str(e))
-    tensors = {tensor: info for part in files.values() for tensor, info in part.items()}
     return _facts(name, config, tensors, list(files), {}, problems)
 
 
