@@ -11,6 +11,7 @@ from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs import bnb4, bnb8, dense, plain
 from lorafuse.codecs.encoder import EncoderOf
 from lorafuse.codecs.other_formats import packed_format
+from lorafuse.codecs.per_expert import as_stacks
 from lorafuse.codecs.sources import Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -82,7 +83,7 @@ def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
             raise CheckpointError(f"{shown(ckpt.folder)}: {shown(weight)} is stored in two ways.")
         weights[weight] = codec.open_sources(weight, names, ckpt)
     _refuse_bare_codes(weights, ckpt)
-    return weights
+    return as_stacks(weights, ckpt)
 
 
 def refuse_unknown_quantization(

@@ -121,14 +121,15 @@ def _facts(
 
 
 def _weights(stored: Mapping[str, TensorInfo], opened: Mapping[str, Sources]) -> Iterator[Weight]:
-    for codec, name, names in claims(stored):
-        nbytes, sources = sum(stored[tensor].spec.nbytes for tensor in names), opened.get(name)
-        if sources is not None:
-            yield Weight(sources.scheme, sources.spec.numel, nbytes, sources.spec.dtype, sources.out_dtype)
-        else:
-            scheme, spec = codec.scheme(names), stored[names[0]].spec
-            dtype = spec.dtype if scheme.kind == "dense" else None
-            yield Weight(scheme, scheme.numel_of(spec), nbytes, dtype, dtype)
+    """Those that were opened, which are all, or else what the headers tell of each."""
+    for sources in opened.values():
+        nbytes = sum(stored[tensor].spec.nbytes for tensor in sources.names)
+        yield Weight(sources.scheme, sources.spec.numel, nbytes, sources.spec.dtype, sources.out_dtype)
+    for codec, _, names in () if opened else claims(stored):
+        scheme, spec = codec.scheme(names), stored[names[0]].spec
+        nbytes = sum(stored[tensor].spec.nbytes for tensor in names)
+        dtype = spec.dtype if scheme.kind == "dense" else None
+        yield Weight(scheme, scheme.numel_of(spec), nbytes, dtype, dtype)
 
 
 def _storage(weights: list[Weight]) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ class Names:
         shapes = {name: sources.spec.shape for name, sources in self.weights.items()}
         if self.tied:
             shapes.setdefault(self.tied.head, shapes[self.tied.embed])
-        return Resolver(shapes, self.config).resolve(wanted, file, warn, groups)
+        return Resolver(shapes, self.config, self.head).resolve(wanted, file, warn, groups)
 
     def base_of(self, weight: str) -> Sources:
         """What a weight is before any edit: an output embedding that is not stored is the input embedding
