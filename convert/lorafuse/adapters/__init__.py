@@ -7,7 +7,9 @@ Update (or Choice) and the ignored tensors with reasons. A type is added by one 
 from collections.abc import Callable
 
 from lorafuse.adapters.adapter_type import AdapterType
+from lorafuse.adapters.reading.check_tensors import refuse_placeholders
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir, adapter_folder, is_mlx
+from lorafuse.adapters.reading.known_fields import check_fields
 from lorafuse.adapters.types import (
     adalora,
     beft,
@@ -139,6 +141,8 @@ def updates_of(
 ) -> tuple[list[Update | Choice], dict[str, str]]:
     """What the adapter says of its base, and the tensors that it ignores, with reasons. Raises
     AdapterError."""
+    refuse_placeholders(adapter)
+    check_fields(adapter, warn)
     said, ignored = type_of(adapter).updates(adapter, scale, warn)
     return list(said), ignored
 
@@ -156,8 +160,7 @@ def type_of(adapter: AdapterDir) -> AdapterType:
             f"{adapter.folder / CONFIG}: peft_type {kind} cannot be merged: {REFUSED_TYPES[kind]}."
         )
     if known is None:
-        raise AdapterError(
-            f"{adapter.folder / CONFIG}: peft_type {shown(kind)} is not supported; known are "
-            f"{listed(ADAPTERS)}."
-        )
+        right = str(kind).upper()
+        choices = f"PEFT writes it {right}" if right in ADAPTERS else f"known are {listed(ADAPTERS)}"
+        raise AdapterError(f"{adapter.folder / CONFIG}: peft_type {shown(kind)} is not supported; {choices}.")
     return known

@@ -9,6 +9,7 @@ of every model, also of those whose checkpoints hold stacks. Tinker calls the he
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lorafuse.naming.aliases import FoundAs, Shape, whole
@@ -30,6 +31,7 @@ _PART = {"gate_proj": (0, 2), "up_proj": (1, 2), "down_proj": (0, 1)}
 _WHOSE = (
     (re.compile(r"\bunembed_tokens\b|\.in_proj_[qkv]\.|\bexperts\.w[123]\b"), "Tinker"),
     (re.compile(r"\bexperts\.(gate_up|down)_projs\.\d+\.|\brouter\.linear\."), "Unsloth"),
+    (re.compile(r"\blm_[qp]\."), "NeMo (a biencoder; `lm_q` stands for the model)"),
 )
 
 
@@ -58,6 +60,9 @@ class OtherNames:
 
     def origins(self, name: str) -> Iterator[Origin]:
         """Where to look for a name that is not there, the first first."""
+        if self._has_base_layers:
+            module, _, leaf = name.rpartition(".")
+            yield Origin(f"{module}.base_layer.{leaf}", lambda found: found)
         if not any(word in name for word in _WORDS):
             return
         model_type = self.config.get("model_type")
@@ -82,6 +87,11 @@ class OtherNames:
             yield Origin(f"{match[1]}.in_proj_qkv.weight", lambda found: self._rows(found, which))
         elif model_type == "gpt_oss" and (match := _ATTENTION.fullmatch(name)):
             yield Origin(f"{match[1]}.self_attn.{match[2]}", lambda found: found)
+
+    @cached_property
+    def _has_base_layers(self) -> bool:
+        """Whether the checkpoint was saved with PEFT's layers in it, as Phi-4-multimodal was."""
+        return any(".base_layer." in weight for weight in self.shapes)
 
     def find_head(self, name: str) -> FoundAs | None:
         """The head, if that is what the name stands for."""
