@@ -193,8 +193,14 @@ MISFITS = {
     ),
     "empty": (
         {f"{Q}.lora_A.weight": torch.zeros(0), f"{Q}.lora_B.weight": torch.zeros(0)},
-        f"{Q}.lora_A.weight is F32 [0] and {Q}.lora_B.weight is F32 [0]; they are not the two factors of one "
-        "update.",
+        f"{Q}.lora_A.weight, {Q}.lora_B.weight of shape [0]: DeepSpeed ZeRO-3 saved placeholders in their "
+        "place. Save the adapter with the parameters gathered (stage3_gather_16bit_weights_on_model_save), "
+        "or make it from the training state with zero_to_fp32.py.",
+    ),
+    "no rows": (
+        {f"{Q}.lora_A.weight": torch.zeros(0, 64), f"{Q}.lora_B.weight": torch.zeros(64, 0)},
+        f"{Q}.lora_A.weight is F32 [0, 64] and {Q}.lora_B.weight is F32 [64, 0]; they are not the two "
+        "factors of one update.",
     ),
     "a stranger": (
         {"base_model.model.something": torch.zeros(4)},

@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 from lorafuse.adapters.adapter_type import AdapterType
 from lorafuse.adapters.reading.beside import unused_weights
+from lorafuse.adapters.reading.check_tensors import refuse_placeholders
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir, adapter_folder, is_mlx
+from lorafuse.adapters.reading.known_fields import check_fields
 from lorafuse.adapters.types import (
     adalora,
     beft,
@@ -140,8 +142,9 @@ def updates_of(
 ) -> tuple[list[Update | Choice], dict[str, str]]:
     """What the adapter says of its base, and the tensors that it ignores, with reasons. Raises
     AdapterError."""
-    unused = unused_weights(adapter.folder, adapter.files)
-    if unused:
+    refuse_placeholders(adapter)
+    check_fields(adapter, warn)
+    if unused := unused_weights(adapter.folder, adapter.files):
         warn(unused)
     said, ignored = type_of(adapter).updates(adapter, scale, warn)
     return list(said), ignored
@@ -160,8 +163,7 @@ def type_of(adapter: AdapterDir) -> AdapterType:
             f"{adapter.folder / CONFIG}: peft_type {kind} cannot be merged: {REFUSED_TYPES[kind]}."
         )
     if known is None:
-        raise AdapterError(
-            f"{adapter.folder / CONFIG}: peft_type {shown(kind)} is not supported; known are "
-            f"{listed(ADAPTERS)}."
-        )
+        right = str(kind).upper()
+        choices = f"PEFT writes it {right}" if right in ADAPTERS else f"known are {listed(ADAPTERS)}"
+        raise AdapterError(f"{adapter.folder / CONFIG}: peft_type {shown(kind)} is not supported; {choices}.")
     return known

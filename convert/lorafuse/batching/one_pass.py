@@ -29,6 +29,7 @@ from lorafuse.outdir.read_back import verify_shards
 from lorafuse.outdir.sidecars import copied_files, write_json, write_sidecars
 from lorafuse.planning.plan import Memory, Plan
 from lorafuse.receipt.fields import InputEntry, Receipt
+from lorafuse.receipt.no_update import no_update
 from lorafuse.receipt.write import make_receipt
 from lorafuse.settings import Settings
 
@@ -162,4 +163,7 @@ class Pass:
         inputs = [*self.ckpt_inputs(), *job.files.adapter_inputs()]
         receipt = make_receipt(job.plan, outcome, out_dir, job.settings, inputs, time.perf_counter() - began)
         write_json(out_dir, RECEIPT, receipt)
+        nothing = no_update(receipt["tensors"])
+        if nothing:
+            job.on_event({"event": "warning", "message": nothing})
         return receipt

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs import bnb4, bnb8, dense, plain
 from lorafuse.codecs.encoder import EncoderOf
+from lorafuse.codecs.other_formats import packed_format
+from lorafuse.codecs.per_expert import as_stacks
 from lorafuse.codecs.sources import Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -43,6 +45,11 @@ CODECS: tuple[Codec, ...] = (bnb4, bnb8, dense)
 # How the output is stored: the word of `--format` → what gives each weight its encoder.
 FORMATS: dict[str, EncoderOf] = {"dense": plain.encoder_of}
 
+_WAY_OUT = (
+    "bitsandbytes 4-bit and 8-bit and full precision are supported. Dequantize it first, or merge into the "
+    "full-precision checkpoint."
+)
+
 __all__ = [
     "CODECS",
     "FORMATS",
@@ -69,19 +76,21 @@ def claims(stored: Mapping[str, TensorInfo]) -> Iterator[tuple[Codec, str, tuple
 def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
     """Returns every weight of a checkpoint with its sources. Raises CheckpointError when no codec knows the
     quantization, or a stored tensor is missing or left over."""
-    refuse_unknown_quantization(ckpt.config, ckpt.folder)
+    refuse_unknown_quantization(ckpt.config, ckpt.folder, ckpt.tensors)
     weights: dict[str, Sources] = {}
     for codec, weight, names in claims(ckpt.tensors):
         if weight in weights:
             raise CheckpointError(f"{shown(ckpt.folder)}: {shown(weight)} is stored in two ways.")
         weights[weight] = codec.open_sources(weight, names, ckpt)
     _refuse_bare_codes(weights, ckpt)
-    return weights
+    return as_stacks(weights, ckpt)
 
 
-def refuse_unknown_quantization(config: Mapping[str, Any], folder: Folder) -> None:
-    """Raises CheckpointError for a config of a folder that names a quantization that no codec
-    knows."""
+def refuse_unknown_quantization(
+    config: Mapping[str, Any], folder: Folder, stored: Mapping[str, TensorInfo]
+) -> None:
+    """Raises CheckpointError for a checkpoint in a quantization that no codec knows: its config names it, or
+    the tensors that no codec claims are those of one."""
     known = {method for codec in CODECS for method in codec.QUANT_METHODS}
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         quantization = part.get("quantization_config")
@@ -89,19 +98,24 @@ def refuse_unknown_quantization(config: Mapping[str, Any], folder: Folder) -> No
         # Very old bitsandbytes configs name no method. One that is no text is not hashable, perhaps.
         if method is not None and not (isinstance(method, str) and method in known):
             raise CheckpointError(
-                f"{folder / 'config.json'}: the checkpoint is quantized with {shown(method)}; bitsandbytes "
-                "4-bit and 8-bit and full precision are supported. Dequantize it first, or merge into the "
-                "full-precision checkpoint."
+                f"{folder / 'config.json'}: the checkpoint is quantized with {shown(method)}; {_WAY_OUT}"
             )
+    packed = packed_format({name: stored[name] for codec, name, _ in claims(stored) if codec is dense})
+    if packed is not None:
+        name, title = packed
+        raise CheckpointError(
+            f"{shown(folder)}: {shown(name)} belongs to a weight that is quantized: {title}; {_WAY_OUT}"
+        )
 
 
 def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint) -> None:
-    """In a quantized checkpoint, integers called `weight` that no codec claimed are codes whose companions
-    are missing."""
-    if not ckpt.config.get("quantization_config"):
-        return
+    """In a quantized checkpoint, or beside what bitsandbytes stores with codes, integers called `weight` that
+    no codec claimed are codes whose companions are missing."""
+    quantized = bool(ckpt.config.get("quantization_config"))
     for name, sources in weights.items():
-        if name.endswith(".weight") and sources.spec.dtype in ("U8", "I8"):
+        module = name.removesuffix(".weight")
+        codes = module != name and sources.spec.dtype in ("U8", "I8")
+        if (codes and (quantized or f"{module}.SCB" in weights)) or f"{name}.absmax" in weights:
             raise CheckpointError(
                 f"{shown(ckpt.folder)}: {shown(name)} is quantized, but its quant_state or SCB is missing."
             )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-from lorafuse.adapters import AdapterDir, Choice, Update, updates_of
+from lorafuse.adapters import REFUSED_TYPES, AdapterDir, Choice, Update, updates_of
 from lorafuse.adapters.reading.directory import adapters_in, is_mlx
 from lorafuse.adapters.reading.keys import unusual_prefixes
 from lorafuse.errors import AdapterError
@@ -100,7 +100,8 @@ def _updates(adapter: AdapterDir) -> dict[str, Any]:
         said, ignored = updates_of(adapter, 1.0, warnings.append)
     except AdapterError as e:
         problems.append(str(e))
-    unusual = unusual_prefixes(adapter)
+    # Keys of other types are PEFT's own, whatever they are.
+    unusual = None if adapter.config.get("peft_type") in list(REFUSED_TYPES) else unusual_prefixes(adapter)
     updates = [edit for edit in said if not (isinstance(edit, Update) and edit.replaced)]
     scales = Counter(
         (update.facts["rank"], update.facts["scale"])

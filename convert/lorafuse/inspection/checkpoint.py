@@ -59,12 +59,12 @@ def inspect_remote(folder: Folder, name: str) -> dict[str, Any]:
         with suppress(CheckpointError):  # all of it may have been fetched before, or a part
             return inspect_checkpoint(folder, name)
     files = remote_tensors(name)
+    tensors = {tensor: info for part in files.values() for tensor, info in part.items()}
     config, problems = _config(folder), []
     try:
-        refuse_unknown_quantization(config, folder)
+        refuse_unknown_quantization(config, folder, tensors)
     except CheckpointError as e:
         problems.append(str(e))
-    tensors = {tensor: info for part in files.values() for tensor, info in part.items()}
     return _facts(name, config, tensors, list(files), {}, problems)
 
 
@@ -121,14 +121,15 @@ def _facts(
 
 
 def _weights(stored: Mapping[str, TensorInfo], opened: Mapping[str, Sources]) -> Iterator[Weight]:
-    for codec, name, names in claims(stored):
-        nbytes, sources = sum(stored[tensor].spec.nbytes for tensor in names), opened.get(name)
-        if sources is not None:
-            yield Weight(sources.scheme, sources.spec.numel, nbytes, sources.spec.dtype, sources.out_dtype)
-        else:
-            scheme, spec = codec.scheme(names), stored[names[0]].spec
-            dtype = spec.dtype if scheme.kind == "dense" else None
-            yield Weight(scheme, scheme.numel_of(spec), nbytes, dtype, dtype)
+    """Those that were opened, which are all, or else what the headers tell of each."""
+    for sources in opened.values():
+        nbytes = sum(stored[tensor].spec.nbytes for tensor in sources.names)
+        yield Weight(sources.scheme, sources.spec.numel, nbytes, sources.spec.dtype, sources.out_dtype)
+    for codec, _, names in () if opened else claims(stored):
+        scheme, spec = codec.scheme(names), stored[names[0]].spec
+        nbytes = sum(stored[tensor].spec.nbytes for tensor in names)
+        dtype = spec.dtype if scheme.kind == "dense" else None
+        yield Weight(scheme, scheme.numel_of(spec), nbytes, dtype, dtype)
 
 
 def _storage(weights: list[Weight]) -> list[dict[str, Any]]:

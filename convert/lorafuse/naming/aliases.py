@@ -17,6 +17,8 @@ MemoryNames = Callable[[str], list[tuple[str, Component | None]]]
 # Model types whose stacks of experts are (E, in, out) in memory, from `grep is_transposed=True` in
 # transformers 5.23 models.
 _IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
+# Those, and others whose code multiplies inputs with stacks that are (E, in, out).
+IN_OUT = _IN_OUT | {"llama4", "llama4_text"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ class Names:
         shapes = {name: sources.spec.shape for name, sources in self.weights.items()}
         for name, sources in self.unstored().items():
             shapes[name] = sources.spec.shape
-        return Resolver(shapes, self.config).resolve(wanted, file, warn, groups)
+        return Resolver(shapes, self.config, self.head).resolve(wanted, file, warn, groups)
 
     def base_of(self, weight: str) -> Sources:
         """What a weight is before any edit: one that is not stored is the weight that it is tied to."""

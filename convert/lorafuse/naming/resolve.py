@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorafuse.errors import AdapterError, listed, nearest, shown
-from lorafuse.naming.aliases import FoundAs, MemoryNames, Shape, Unsupported, find
-from lorafuse.naming.table import Renames, v4_name
+from lorafuse.naming.aliases import IN_OUT, FoundAs, MemoryNames, Shape, Unsupported, find
+from lorafuse.naming.other_names import Origin, OtherNames, whose
+from lorafuse.naming.table import Component, Renames, v4_name
 from lorafuse.patches.target import Parameter
 
 # Under these a text model lies in a model that has more than text, or in none.
@@ -72,9 +73,12 @@ class NameAttempt:
 class Resolver:
     """The parameters of one checkpoint, by the names that adapters may use for them."""
 
-    def __init__(self, shapes: Mapping[str, Shape], config: Mapping[str, object]) -> None:
+    def __init__(
+        self, shapes: Mapping[str, Shape], config: Mapping[str, object], head: str | None = None
+    ) -> None:
         self._shapes, self._model_type = shapes, str(config.get("model_type"))
         self._renames = Renames(dict(config))
+        self._others = OtherNames(shapes, config, head, self._is_in_out)
 
     def resolve(
         self, wanted: Mapping[str, str], file: object, warn: Warn, groups: Sequence[Group] = ()
@@ -105,8 +109,7 @@ class Resolver:
         for naming in self._namings():
             prepared = {parameter: naming.prepare(parameter) for parameter in wanted}
             edited = [{parameter: edit.apply(name) for parameter, name in prepared.items()} for edit in edits]
-            asked = {name for names in edited for name in names.values() if name}
-            found = find(self._shapes, asked, naming.memory_names, self._model_type)
+            found = self._find({name for names in edited for name in names.values() if name}, naming)
             for edit, names in zip(edits, edited, strict=True):
                 hits = {parameter: found[name] for parameter, name in names.items() if name and name in found}
                 missing = [parameter for parameter in single if parameter not in hits]
@@ -116,6 +119,29 @@ class Resolver:
                     if sum(parameter in hits for parameter in group.parameters) < group.least
                 ]
                 yield NameAttempt(naming, edit, hits, missing)
+
+    def _find(self, asked: set[str], naming: Naming) -> dict[str, FoundAs]:
+        """What is asked for, also by the names that other trainers have for it."""
+        origins: dict[str, list[Origin]] = {name: list(self._others.origins(name)) for name in asked}
+        behind = {origin.name for of_name in origins.values() for origin in of_name}
+        found = find(self._shapes, asked | behind, naming.memory_names, self._model_type)
+        for name in asked - found.keys():
+            made = [origin.cut(found[origin.name]) for origin in origins[name] if origin.name in found]
+            for other in (*made, self._others.find_head(name)):
+                if other is not None:
+                    found.setdefault(name, other)
+        return found
+
+    def _is_in_out(self, weight: str) -> bool | None:
+        """Whether a stack of matrices is stored as (experts, in, out); None where versions differ, or for
+        models that transformers does not have."""
+        if self._model_type in IN_OUT:
+            return True
+        turned = any(component and "transpose" in component.ops[0] for _, component in self._memory(weight))
+        return None if turned or not self._renames.is_known else False
+
+    def _memory(self, weight: str) -> list[tuple[str, Component | None]]:
+        return [] if self._renames.trivial else self._renames.memory_names(weight)
 
     def _namings(self) -> list[Naming]:
         namings = [Naming("the checkpoint's", lambda name: [(name, None)])]
@@ -141,6 +167,8 @@ class Resolver:
 
     def _name_in_memory(self, name: str) -> str:
         (renamed, component), *_ = self._renames.memory_names(name)
+        if component and component.ops[0] == "stack0" and component.index is not None:
+            return _of_expert(renamed, component) or name
         return name if component else renamed
 
     def _agreed(self, complete: list[NameAttempt], wanted: Mapping[str, str], file: object) -> NameAttempt:
@@ -160,6 +188,14 @@ class Resolver:
                         f"names, or to {two}, by {other.naming.title} names; which is meant?"
                     )
         return first
+
+
+def _of_expert(stack: str, component: Component) -> str | None:
+    """The name of an expert's own matrix beside the stack that it goes into."""
+    experts, _, leaf = stack.rpartition(".")
+    kinds = {("gate_up_proj", 2): ("gate_proj", "up_proj"), ("down_proj", 1): ("down_proj",)}
+    own = kinds.get((leaf, component.n_sources))
+    return f"{experts}.{component.index}.{own[component.source]}.weight" if own else None
 
 
 def _as_stored(found: FoundAs | None) -> FoundAs | None:
@@ -217,6 +253,9 @@ def _unresolved(
         f"{file}: {shown(wanted[parameter])} belongs to {shown(parameter)}, which the checkpoint does not "
         "have"
     )
+    trainer = whose(parameter)
+    if trainer is not None:
+        message += f", a name that {trainer} gives"
     more = missing[1:]
     also = f" The same is true of {len(more)} more: {listed(more)}." if more else ""
     return AdapterError(f"{message}{nearest(parameter, shapes)}.{also}", misfit=True)

@@ -101,6 +101,7 @@ class Renames:
         table = load_table()
         architectures = config.get("architectures")
         self.model_class = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+        self.is_known = self.model_class in table["classes"]  # to transformers
         by_type = table["prefixes"].get(self.model_class) or table["prefixes"].get(
             str(config.get("model_type")), "model"
         )

@@ -9,6 +9,28 @@ WHOLE = -1
 
 
 @dataclass(frozen=True, slots=True)
+class InStack:
+    """Where a matrix (out, in) lies in a weight that is a stack of matrices: in that of `expert`, whose
+    outputs are cut in `n_parts` equal parts; interleaved, every n_parts-th of them belongs to a part.
+
+    `in_out`: whether the stack is (experts, in, out); None where it is not known, so that shapes decide.
+    """
+
+    expert: int
+    part: int = 0
+    n_parts: int = 1
+    interleaved: bool = False
+    in_out: bool | None = None
+
+    def outputs(self, n_outputs: int) -> range:
+        """Those of the part, among all of the matrix."""
+        if self.interleaved:
+            return range(self.part, n_outputs, self.n_parts)
+        n_own = n_outputs // self.n_parts
+        return range(self.part * n_own, (self.part + 1) * n_own)
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """What a weight holds of a parameter, where these differ because loading stacks, joins or cuts tensors.
 
@@ -22,10 +44,13 @@ class Part:
     weight_row: int = 0
     expert: int | None = None
     transposed: bool = False  # in memory
+    in_stack: InStack | None = None  # the parameter is one matrix of the weight, or a part of one
 
     @property
     def whole(self) -> bool:
         """Whether weight and parameter hold the same."""
+        if self.in_stack is not None:
+            return False
         return self.expert is None and self.row == self.weight_row == 0 and self.n_rows == WHOLE
 
 

@@ -6,6 +6,7 @@ the adapter, and the receipt of a merge.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from lorafuse.adapters.reading.lora_config import changes_base
 from lorafuse.adapters.reading.saved_whole import is_trained_whole
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs import Sources
-from lorafuse.errors import AdapterError, shown
+from lorafuse.errors import AdapterError, listed, shown
 from lorafuse.files.folder import Folder, read_fully
 from lorafuse.files.hashing import hash_file
 from lorafuse.files.names import RECEIPT
@@ -33,6 +34,7 @@ _CHUNK_NUMEL = 1 << 15
 # What casts on loading and saving leave: half a step of bfloat16, and of float16's smallest numbers.
 _RTOL, _ATOL = 2.0**-8, 2.0**-25
 _RECEIPT_NBYTES = 1_000_000
+_LORA = re.compile(r"\.lora_(?:[AB]|embedding_[AB]|magnitude_vector)(?:\.|$)")
 
 
 @contextmanager
@@ -53,8 +55,19 @@ def base_warnings(
 ) -> Iterator[str]:
     """What to say about adapters that were trained on other weights than those of the checkpoint, or
     on what it was before they were merged into it."""
+    yield from _adapters_in_base(ckpt, weights)
     yield from _other_precision(ckpt, weights, adapters)
     yield from _merged_before(ckpt, adapters)
+
+
+def _adapters_in_base(ckpt: Folder, weights: Mapping[str, Sources]) -> Iterator[str]:
+    """Of a checkpoint that was saved with an adapter in it which was not merged."""
+    inside = [weight for weight in weights if _LORA.search(weight)]
+    if inside:
+        yield (
+            f"{shown(ckpt)}: holds tensors of an adapter, {listed(inside, most=2)}. They are copied and not "
+            "merged; programs that do not know them ignore them."
+        )
 
 
 def _merged_before(ckpt: Folder, adapters: Sequence[AdapterDir]) -> Iterator[str]:

@@ -10,10 +10,12 @@ from lorafuse.codecs.conv1d import is_conv1d
 from lorafuse.errors import AdapterError, listed, shown
 from lorafuse.files.tensors import FLOATS, TensorSpec
 from lorafuse.naming import Group, Names
+from lorafuse.patches.matrices import joined
 from lorafuse.patches.on_rows import OnRows
 from lorafuse.patches.target import Parameter, Part
 from lorafuse.planning.base_check import naming_the_base
 from lorafuse.planning.combine import AdapterSays
+from lorafuse.planning.one_matrix import patch_of_matrix
 from lorafuse.planning.tied import fill_tied
 
 
@@ -62,6 +64,8 @@ def _edits(
             if update.make:
                 beside = _sources_beside(update, found, names, edits)
                 edit.patches.append(_patch(update, parameter, part, sources, beside, names, adapter))
+    for edit in edits.values():
+        edit.patches = joined(edit.patches)
     return edits
 
 
@@ -137,6 +141,8 @@ def _patch(
     conv1d = is_conv1d(names.config, part.weight) != part.transposed
     model_type = names.config.get("model_type")
     target = Target(part.weight, spec, conv1d, None, beside, quantized, model_type)
+    if part.in_stack is not None:
+        return patch_of_matrix(update.make, part.in_stack, target, f"{adapter.file}: {key}")
     if update.stacked:
         return update.make(replace(target, part=part))
     if part.expert is not None:

@@ -35,7 +35,8 @@ def checked(
         expected = ("a number" if float in kinds else "an integer") + (
             f" of at least {least:g}" if least > -math.inf else ""
         )
-        raise AdapterError(f"{adapter.folder / CONFIG}: {what} is {shown(value)}, expected {expected}.")
+        found = f'the text "{shown(value)}"' if isinstance(value, str) else shown(value)
+        raise AdapterError(f"{adapter.folder / CONFIG}: {what} is {found}, expected {expected}.")
     return float(value)
 
 

@@ -90,6 +90,18 @@ def check_positions(
             )
 
 
+def refuse_placeholders(adapter: AdapterDir) -> None:
+    """Raises AdapterError for tensors of shape [0], which stand for those that DeepSpeed ZeRO-3 has cut."""
+    empty = [key for key, info in adapter.store.tensors.items() if info.spec.shape == (0,)]
+    if empty:
+        raise AdapterError(
+            f"{adapter.file}: {listed(empty, most=2)} of shape [0]: DeepSpeed ZeRO-3 saved placeholders in "
+            "their place. Save the adapter with the parameters gathered "
+            "(stage3_gather_16bit_weights_on_model_save), or make it from the training state with "
+            "zero_to_fp32.py."
+        )
+
+
 def refuse_nonfinite(adapter: AdapterDir) -> None:
     """All tensors hold finite numbers. Reads the files, in pieces."""
     for key, info in adapter.store.tensors.items():

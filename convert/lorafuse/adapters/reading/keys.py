@@ -25,8 +25,9 @@ Modules = dict[str, dict[str, str]]  # module → {leaf: key}
 
 # Modules that other libraries wrap around a model or its layers when it is trained, and a PEFT prefix too
 # many.
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
-_OUTER = re.compile(rf"(?:(?:{'|'.join(map(re.escape, _WRAPPERS))})*{re.escape(PREFIX)})*")
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# OpenRLHF's actor keeps the model as its own `model`.
+_OUTER = re.compile(rf"(?:(?:{'|'.join(map(re.escape, _WRAPPERS))})*(?:model\.)?{re.escape(PREFIX)})*")
 _INNER = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, _WRAPPERS[1:]))})")
 
 

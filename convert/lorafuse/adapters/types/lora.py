@@ -33,6 +33,7 @@ from lorafuse.adapters.reading.lora_config import REFUSED_INITS as REFUSED_INITS
 from lorafuse.adapters.reading.lora_config import checked_config, lora_init, n_blocks_of
 from lorafuse.adapters.reading.lora_pair import Pair
 from lorafuse.adapters.reading.modules import Updates, Warn, once, take
+from lorafuse.adapters.reading.shared_experts import take_shared_experts
 from lorafuse.adapters.reading.trained_tokens import take_tokens
 from lorafuse.adapters.updates import Choice, Update
 from lorafuse.errors import AdapterError, shown
@@ -56,8 +57,8 @@ _ONLY_IN_TRAINING = {
 }
 
 SUPPORTED = (
-    "Linear, HF Conv1D, Embedding, Conv1d/2d/3d, MultiheadAttention, experts (target_parameters); DoRA, "
-    "rsLoRA, patterns, PiSSA, OLoRA, KaSA, bdLoRA, trained biases and tokens"
+    "Linear, HF Conv1D, Embedding, Conv1d/2d/3d, MultiheadAttention, experts (target_parameters, one by one, "
+    "Tinker's); DoRA, rsLoRA, patterns, PiSSA, OLoRA, KaSA, bdLoRA, trained biases and tokens"
 )
 MEMORY = (
     "tiles; the whole weight and its decomposition for PiSSA, OLoRA and KaSA; DoRA reads embeddings and "
@@ -74,6 +75,9 @@ def updates(adapter: AdapterDir, scale: float, warn: Warn) -> Updates:
     # Rows of embeddings come first: LoRA is trained on top of them.
     result: list[Update | Choice] = [*take_tokens(adapter, modules, scale)]
     attentions = {unwrapped(path) for path in modules if f"{path}.base_layer.out_proj" in modules}
+    of_experts, empty = take_shared_experts(adapter, modules, lambda n, rank: scale * lora.scaling(n, rank))
+    result += of_experts
+    ignored |= empty
     result += experts.choices(
         adapter,
         modules,

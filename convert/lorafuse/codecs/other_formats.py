@@ -1,0 +1,107 @@
+"""Quantized formats that no codec here reads, by the tensors that they store: what a checkpoint is refused
+by, whatever its config says. A config may be silent: `quantize_config.json`, `hf_quant_config.json`,
+`compression_config` and MLX's `quantization` are read by nobody here.
+
+A codec that learns to read a format claims its tensors, and is thereby out of the reach of this table; then
+the format's row goes.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lorafuse.files.tensors import TensorInfo
+
+_INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+_FP8 = re.compile(r"F8_")
+
+# (the stem of the companions' names, all stored tensors) → whether the companions are as the format has them.
+Condition = Callable[[str, Mapping[str, TensorInfo]], bool]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format by the names under one stem (a module, or a weight): those that all must be stored, the first
+    of which is named in a refusal. `also` decides where names alone do not."""
+
+    title: str
+    names: tuple[str, ...]
+    also: Condition = lambda stem, stored: True
+
+
+def _has(*names: str) -> Condition:
+    """One of the names is stored too."""
+    return lambda stem, stored: any(stem + name in stored for name in names)
+
+
+def _codes(name: str) -> Condition:
+    """The tensor of that name holds integers or FP8 numbers."""
+    return lambda stem, stored: is_coded(stored.get(stem + name))
+
+
+def _dtype(name: str, *dtypes: str) -> Condition:
+    return lambda stem, stored: stem + name in stored and stored[stem + name].spec.dtype in dtypes
+
+
+def _is_gptq(stem: str, stored: Mapping[str, TensorInfo]) -> bool:
+    """Codes are packed along the inputs in GPTQ, and along the outputs in AWQ."""
+    codes, scales = (stored[stem + name].spec.shape for name in (".qweight", ".scales"))
+    return len(codes) == len(scales) == 2 and codes[1] == scales[1]
+
+
+def is_coded(info: TensorInfo | None) -> bool:
+    """Whether a stored tensor holds integers or FP8 numbers, with at least two dimensions."""
+    if info is None or len(info.spec.shape) < 2:
+        return False
+    return info.spec.dtype in _INTEGERS or bool(_FP8.match(info.spec.dtype))
+
+
+_CT = "compressed-tensors"
+_ANY_FP8 = f"FP8 or integers with scales ({_CT}, ModelOpt, FBGEMM, BitNet and others)"
+
+# The first format whose names are all there counts.
+FORMATS: tuple[Format, ...] = (
+    Format("FP-Quant", (".qweight", ".forward_hadamard_matrix")),
+    Format("GPTQ", (".qweight", ".g_idx")),
+    Format("GPTQ", (".qweight", ".scales"), _is_gptq),
+    Format("AWQ", (".qweight", ".scales")),
+    Format("packed integers (GPTQ, AWQ or another of their kind)", (".qweight",)),
+    Format("GPTQ or AWQ", (".qzeros",)),
+    Format(f"{_CT} (pack-quantized, NVFP4 or MXFP4)", (".weight_packed",)),
+    Format(f"{_CT} (sparse)", (".compressed", ".bitmask")),
+    Format("ModelOpt (NVFP4)", (".weight_scale_2",)),
+    Format("FP8 with a scale for each block", (".weight_scale_inv",)),
+    Format("FP8 with a scale for each block", ("_scale_inv",), _codes("")),
+    Format("FP8 with scales, by Mistral's names", (".qscale_weight",)),
+    Format("EETQ", (".weight_scales",), _codes(".weight")),
+    Format(_ANY_FP8, (".weight_scale",)),
+    Format("FP8 of FBGEMM", ("_scale",), _codes("")),
+    Format("FP8 or FP4 with scales, by DeepSeek's names", (".scale",), _codes(".weight")),
+    Format("MXFP4 of gpt-oss", ("_blocks", "_scales"), _dtype("_blocks", "U8")),
+    Format("Metal (MLX's layout)", (".scales", ".qbiases")),
+    Format("MLX", (".scales",), _dtype(".weight", "U32")),
+    Format("HIGGS", (".scales", ".tables"), _codes(".weight")),
+    Format("AQLM", (".codes", ".codebooks")),
+    Format("HQQ or SINQ", (".W_q",)),
+    Format("torchao", ("_qdata",), _has("_scale", "_scale_and_zero", "_per_tensor_scale")),
+    Format("quanto", (".weight._data",), _has(".weight._scale")),
+    Format("VPTQ", (".indices", ".centroids.weight")),
+    Format("SpQR", (".dense_weights", ".row_offsets")),
+    Format("Quark", (".weight_quantizer.scale",)),
+    Format("integer embeddings of Gemma", (".embedding_quantized", ".embedding_scale")),
+    # What is not known by name is by its form: coded matrices with scales beside them.
+    Format("integers or FP8 with scales", (".scales",), _codes(".weight")),
+)
+_ENDS = tuple({form.names[0] for form in FORMATS})
+
+
+def packed_format(stored: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
+    """Returns (a stored tensor, the title of the format that it belongs to), by the first format in the table
+    that the tensors have; None where all tensors are what they seem."""
+    suspects = [name for name in stored if name.endswith(_ENDS)]
+    for form in FORMATS if suspects else ():
+        for name in suspects:
+            stem = name.removesuffix(form.names[0])
+            if stem != name and all(stem + n in stored for n in form.names) and form.also(stem, stored):
+                return name, form.title
+    return None
