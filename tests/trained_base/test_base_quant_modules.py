@@ -102,8 +102,8 @@ def unmatched_by_5(model, skip):
 
 def without_match(folder, entries, version="5"):
     return (
-        f"{folder}: {', '.join(entries)}: of the names of modules that training did not quantize, these match "
-        f"no module, by the rule of transformers {version}."
+        f"{folder}: {', '.join(entries)}: of the names of modules that training did not quantize, these "
+        f"match no module, by the rule of transformers {version}."
     )
 
 

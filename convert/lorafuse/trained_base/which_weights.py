@@ -65,8 +65,8 @@ def quantized_on_load(
     if unmatched:
         version = quant.skip_version or "5"
         warn(
-            f"{shown(ckpt.folder)}: {listed(unmatched)}: of the names of modules that training did not quantize, "
-            f"these match no module, by the rule of transformers {shown(version)}."
+            f"{shown(ckpt.folder)}: {listed(unmatched)}: of the names of modules that training did not "
+            f"quantize, these match no module, by the rule of transformers {shown(version)}."
         )
     unknown = sorted(chooser.model_types.difference(load_table()["types"]))
     if unknown:
