@@ -7,6 +7,7 @@ from os import fspath
 from typing import Any, NamedTuple, NoReturn, cast
 
 from lorafuse.arithmetic.arena import pick_device
+from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.one_pass import Pass, PlannedJob
 from lorafuse.events import DoneEvent, OnEvent, PlanEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.trained_base.options import chosen_base_quant
 
 
+@own_torch_state()
 def convert(
     ckpt: Name,
     adapter: Name,

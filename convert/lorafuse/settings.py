@@ -21,15 +21,18 @@ class BaseQuant:
     BitsAndBytesConfig.
 
     `skip` is its llm_int8_skip_modules: names or regular expressions of modules, which replace transformers'
-    own choice; None is that choice. `experts`: the experts of a mixture were quantized too, as transformers 4
-    did. Raises UsageError.
+    own choice; None is that choice. `skip_version`: the version of transformers 4 whose rule and names read
+    it, None for 5. `experts`: the experts of a mixture were quantized too, each by itself, as transformers 4
+    did; `stacked_experts`: those of a layer together, as axolotl does. Raises UsageError.
     """
 
     kind: str
     double_quant: bool = True
     blocksize: int = 64
     skip: tuple[str, ...] | None = None
+    skip_version: str | None = None
     experts: bool = False
+    stacked_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in BASE_QUANT_CHOICES[1:]:
@@ -41,7 +44,7 @@ class BaseQuant:
                 f"quant_blocksize is {shown(self.blocksize)}; expected one of "
                 f"{', '.join(map(str, QUANT_BLOCKSIZES))}."
             )
-        for name in self.skip or ():
+        for name in (self.skip or ()) if self.skip_version is None else ():
             try:
                 re.compile(name)
             except re.error as e:
@@ -60,6 +63,8 @@ class BaseQuant:
             **four_bit,
             "skip": None if self.skip is None else list(self.skip),
             "experts": self.experts,
+            **({"skip_version": self.skip_version} if self.skip_version else {}),
+            **({"stacked_experts": True} if self.stacked_experts else {}),
         }
 
     def __str__(self) -> str:

@@ -103,6 +103,17 @@ def test_four_bit_as_bitsandbytes(weight, quant, transposed, tile_rows):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("scale", [1e-38, 1e-40, 1e-42, 1e-44])
+def test_denormal_scales_are_quantized_as_bitsandbytes_does(scale, transposed):
+    """The reciprocal of their own scale overflows, and the scale that is the mean of all has no quotient."""
+    weight, quant = torch.ones(96, 64), BaseQuant(kind="nf4", double_quant=True, blocksize=64)
+    weight[::3], weight[1::3] = 2, 3
+    weight *= scale
+    expected = theirs(weight.T.contiguous(), quant).T if transposed else theirs(weight, quant)
+    assert same(ours(weight, quant, transposed=transposed, tile_rows=7), expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("n", [64, 63])
 def test_values_next_to_a_midpoint(n, kind, transposed):

@@ -1,10 +1,13 @@
 """Which weights --base-quant quantizes: those that transformers does when it loads the model, found without a
 model."""
 
+import json
+
 import pytest
 import torch
 import transformers
 from transformers import BitsAndBytesConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lorafuse.codecs import Arena, open_weights
 from lorafuse.codecs.dense import DenseSources
@@ -14,7 +17,9 @@ from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.tensors import Box
 from lorafuse.settings import BaseQuant
 from lorafuse.trained_base.base_weights import as_trained, load_dtype
-from lorafuse.trained_base.which_weights import is_skipped, load_table
+from lorafuse.trained_base.skip_lists import is_skipped
+from lorafuse.trained_base.trainer_configs import read_base_quant
+from lorafuse.trained_base.which_weights import load_table
 
 SIZES = {
     "vocab_size": 96,
@@ -89,6 +94,19 @@ def whole(sources):
     return sources.values(Box.whole(sources.spec), Arena(torch.device("cpu"))).clone()
 
 
+def unmatched_by_5(model, skip):
+    """The entries that match no layer of the model, by transformers' own rule."""
+    layers = [name for name, module in model.named_modules() if list(module.parameters(recurse=False))]
+    return [entry for entry in skip if all(should_convert_module(name, [entry]) for name in layers)]
+
+
+def without_match(folder, entries, version="5"):
+    return (
+        f"{folder}: {', '.join(entries)}: of the names of modules that training did not quantize, these "
+        f"match no module, by the rule of transformers {version}."
+    )
+
+
 def check(model, path, quant, warnings=(), **settings):
     dense, stored = both(model, path, **settings)
     said = []
@@ -124,8 +142,18 @@ def test_a_vision_model_too(tmp_path):
     ids=str,
 )
 def test_a_list_replaces_the_default(name, skip, tmp_path):
-    """Without lm_head in it, an untied output embedding is quantized; T5's `wo` never is."""
-    check(build(name), tmp_path, BaseQuant(kind="nf4", skip=skip), llm_int8_skip_modules=list(skip))
+    """Without lm_head in it, an untied output embedding is quantized; T5's `wo` never is. Entries that match
+    no module are warned of."""
+    model = build(name)
+    check(
+        model,
+        tmp_path,
+        BaseQuant(kind="nf4", skip=skip),
+        warnings=[without_match(tmp_path / "dense", unmatched)]
+        if (unmatched := unmatched_by_5(model, skip))
+        else [],
+        llm_int8_skip_modules=list(skip),
+    )
 
 
 def test_single_experts_are_quantized_on_request(tmp_path):
@@ -144,6 +172,24 @@ def test_single_experts_are_quantized_on_request(tmp_path):
         f"{tmp_path}: its routers are left in full precision, although transformers 4, which quantized "
         "experts, quantized those that were linear layers too."
     ]
+
+
+def test_experts_that_were_quantized_together_are_refused(tmp_path):
+    """By axolotl; a model without experts is what it is without that setting."""
+    quant = BaseQuant(kind="nf4", stacked_experts=True)
+    build("LlamaForCausalLM").save_pretrained(tmp_path / "llama")
+    ckpt = Checkpoint(LocalFolder(tmp_path / "llama"))
+    assert len(quantized(as_trained(open_weights(ckpt), ckpt, quant, print))) == 14
+    build("MixtralForCausalLM").save_pretrained(tmp_path / "mixtral")
+    ckpt = Checkpoint(LocalFolder(tmp_path / "mixtral"))
+    with pytest.raises(CheckpointError) as e:
+        as_trained(open_weights(ckpt), ckpt, quant, print)
+    assert str(e.value) == (
+        f"{tmp_path}/mixtral: model.layers.0.block_sparse_moe.experts.0.w1.weight is of an expert. axolotl's "
+        "quantize_moe_experts quantized the experts of a layer together, which --base-quant-from does not "
+        "simulate. --base-quant nf4 --quant-experts quantizes each expert by itself: only the second "
+        "quantization, that of the scales, then differs."
+    )
 
 
 def test_experts_are_asked_for_where_there_are_none(tmp_path):
@@ -200,8 +246,6 @@ def test_the_dtype_of_loading(tmp_path):
 
 
 def test_entries_of_a_list_match_as_in_transformers():
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     names = [
         "lm_head",
         "model.layers.1.mlp.up_proj",
@@ -217,3 +261,63 @@ def test_entries_of_a_list_match_as_in_transformers():
 
 def test_the_table_is_of_the_version_that_is_tested():
     assert load_table()["transformers"] == "5.23.0"
+
+
+OLD_LISTS = {
+    # Of checkpoints with a quantized language model alone, and of transformers' own documentation.
+    "4.37.2": ("vision_tower", "lm_head", "layers.1.mlp", "rojector"),
+    "4.39.3": ("model.layers.1", "visual"),
+    "4.44.0": ("vision_tower", "layers.1.mlp", "self_atn", "q_proj"),
+    "4.51.3": ("language_model.model.layers.1.mlp", "vision_tower", "multi_modal_projector", "merger"),
+    "4.57.1": ("model.language_model.layers.1.mlp", "model.vision_tower", "up_proj", "layer.1"),
+}
+
+
+def by_transformers_4(name, skip, version):
+    """Whether transformers 4 leaves a linear layer as it is, as its loops are written: 4.39 and 4.57."""
+    parts, last = name.split("."), name.split(".")[-1]
+    if version < "4.40":
+        return any(key in ".".join(parts) for key in skip)
+    whole = ".".join(parts)
+    return last in skip or any((key + "." in whole) or (key == whole) for key in skip)
+
+
+def old_name(name):
+    """Of a module of Llava, before 4.52, and on disk until today."""
+    if name == "lm_head":
+        return "language_model.lm_head"
+    return name.removeprefix("model.").replace("language_model", "language_model.model")
+
+
+@pytest.mark.parametrize("version", OLD_LISTS)
+def test_a_list_is_read_by_the_rule_and_the_names_of_its_version(version, tmp_path):
+    """Of a config.json, which says what wrote it."""
+    model, skip, dense = llava(), OLD_LISTS[version], tmp_path / "dense"
+    model.save_pretrained(dense)
+    old = {name: old_name(name) for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    assert {f"{name}.weight" for name in old.values()} <= open_weights(Checkpoint(LocalFolder(dense))).keys()
+    listed_names = old if version < "4.52" else {name: name for name in old}
+    left = {name for name in old if by_transformers_4(listed_names[name], skip, version)}
+    path = tmp_path / "config.json"
+    said = {"load_in_4bit": True, "quant_method": "bitsandbytes", "llm_int8_skip_modules": list(skip)}
+    path.write_text(json.dumps({"transformers_version": version, "quantization_config": said}))
+    quant, warnings = read_base_quant(path), []
+    assert quant.that_decide_bytes["skip_version"] == version
+    ckpt = Checkpoint(LocalFolder(dense))
+    chosen = quantized(as_trained(open_weights(ckpt), ckpt, quant, warnings.append))
+    assert chosen == {f"{old[name]}.weight" for name in old.keys() - left}
+    nowhere = [
+        entry
+        for entry in skip
+        if not any(by_transformers_4(name, [entry], version) for name in listed_names.values())
+    ]
+    assert left and warnings == ([without_match(dense, nowhere, version)] if nowhere else [])
+
+
+def test_a_list_of_transformers_5_is_read_by_its_rule(tmp_path):
+    """Also one of a file that does not say what wrote it."""
+    path = tmp_path / "config.json"
+    said = {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head"]}
+    for version in ({}, {"transformers_version": "5.0.0"}, {"transformers_version": "5.23.0.dev0"}):
+        path.write_text(json.dumps({"model_type": "llama", "quantization_config": said, **version}))
+        assert read_base_quant(path) == BaseQuant(kind="fp4", double_quant=False, skip=("lm_head",))

@@ -28,6 +28,7 @@ SAY_IT = "say what training did with --base-quant"
 ONLY_BNB = "only what bitsandbytes does to weights is simulated."
 UNKNOWN = f"no fields of a BitsAndBytesConfig that are known; {READ}."
 DEPENDS = f"what this does depends on the version of axolotl: {SAY_IT}."
+NOTHING = f"says nothing of how the base was quantized; {READ}."
 NF4 = BaseQuant(kind="nf4", double_quant=True)
 
 
@@ -178,6 +179,17 @@ TRAINERS = {
         "top.booster: auto\ntop.quantization_bit: '4'\ntop.quantization_method: bnb\ntrain.bf16: true\n",
         NF4,
     ),
+    "llama-factory 1": ("model: a/b\npeft_config: {name: lora}\nquant_config: {name: bnb}\n", NF4),
+    "llama-factory 1, 8": ("quant_config: {name: auto, quantization_bit: 8}\n", BaseQuant(kind="int8")),
+    "llama-factory 1, all": (
+        "quant_config:\n  name: bnb\n  quantization_bit: 4\n  compute_dtype: bfloat16\n"
+        "  double_quantization: false\n  quantization_type: fp4\n",
+        BaseQuant(kind="fp4", double_quant=False),
+    ),
+    "axolotl experts": (
+        "adapter: qlora\nload_in_4bit: true\nquantize_moe_experts: true\n",
+        BaseQuant(kind="nf4", stacked_experts=True),
+    ),
     "trl": (
         "model_name_or_path: a/b\nuse_peft: true\nload_in_4bit: true\n",
         BaseQuant(kind="nf4", double_quant=False),
@@ -210,7 +222,15 @@ QLORA = "adapter: qlora\nload_in_4bit: true\n"
 TRAINER_REFUSALS = {
     "adapter: lora\nload_in_4bit: true\n": f"adapter is lora with load_in_4bit, expected qlora; {DEPENDS}",
     "adapter: qlora\nload_in_8bit: true\n": f"adapter is qlora with load_in_8bit, expected lora; {DEPENDS}",
-    "adapter: lora\n": "quantizes nothing: neither load_in_4bit nor load_in_8bit is set.",
+    "adapter: lora\n": NOTHING,
+    "adapter: lora\nload_in_4bit: false\n": (
+        "quantizes nothing: neither load_in_4bit nor load_in_8bit is set."
+    ),
+    "adapter: lora\npeft: {r: 8}\n": NOTHING,
+    "model_name_or_path: a/b\nuse_peft: true\n": NOTHING,
+    "model_name_or_path: a/b\nload_in_4bit: false\n": (
+        "quantizes nothing: neither load_in_4bit nor load_in_8bit is set."
+    ),
     f"{QLORA}bnb_4bit_quant_type: fp4\n": (
         f"bnb_4bit_quant_type is not in bnb_config_kwargs, where alone axolotl reads it; {SAY_IT}."
     ),
@@ -225,7 +245,21 @@ TRAINER_REFUSALS = {
         "base_model is a/Falcon-H1-1B, of which axolotl leaves modules in full precision, others in other "
         f"versions; {SAY_IT} and --quant-skip."
     ),
-    "stage: sft\nfinetuning_type: lora\n": "quantizes nothing: quantization_bit is not set.",
+    "stage: sft\nfinetuning_type: lora\n": NOTHING,
+    "stage: sft\nquantization_bit: null\n": "quantizes nothing: quantization_bit is not set.",
+    "top.model_name: a\n": NOTHING,
+    "quant_config: null\n": "quant_config: quantizes nothing: it is null.",
+    "quant_config: bnb\n": f"quant_config: its name is bnb; {ONLY_BNB}",
+    "quant_config: {name: torchao}\n": f"quant_config: its name is torchao; {ONLY_BNB}",
+    "quant_config: {name: auto}\n": "quant_config: quantizes nothing: quantization_bit is not set.",
+    "quant_config: {name: bnb, quantization_bit: 3}\n": (
+        "quant_config: quantization_bit is 3; bitsandbytes has 4 and 8."
+    ),
+    "quant_config: {name: bnb, group_size: 3}\n": (
+        f"quant_config: group_size: no fields of it that are known; {SAY_IT}."
+    ),
+    "model: a/b-bnb-4bit\nquant_config: {name: bnb}\n": f"model is a/b-bnb-4bit, {QUANTIZED % 'nf4'}",
+    f"{QLORA}quantize_moe_experts: maybe\n": "quantize_moe_experts is maybe; expected true or false.",
     "top.quantization_bit: none\n": "quantizes nothing: quantization_bit is not set.",
     "quantization_bit: 3\n": "quantization_bit is 3; bitsandbytes has 4 and 8.",
     "quantization_bit: 4\nquantization_method: hqq\n": f"quantization_method is hqq; {ONLY_BNB}",
@@ -299,7 +333,9 @@ def test_a_model_card(tmp_path):
     theirs = card(PEFT_CARD).format(
         method="QuantizationMethod.BITS_AND_BYTES", skip="['lm_head', 'x']", kind="fp4"
     )
-    assert read(path, "# Model\n" + theirs) == BaseQuant(kind="fp4", double_quant=True, skip=("lm_head", "x"))
+    assert read(path, "# Model\n" + theirs) == BaseQuant(
+        kind="fp4", double_quant=True, skip=("lm_head", "x"), skip_version="4"
+    )
     theirs = card(PEFT_CARD).format(method="bitsandbytes", skip=None, kind="nf4")
     assert read(path, (2 * theirs + "### Framework versions\n- PEFT 0.5.0\n").replace("\n", "\r\n")) == NF4
     assert read(path, card(AXOLOTL_CARD).format(adapter="qlora")) == NF4

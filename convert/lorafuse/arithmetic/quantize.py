@@ -82,13 +82,13 @@ def _nearest_of_dynamic_map() -> NDArray[np.uint8]:
 
 def nested_codes(absmax: Floats, mean: np.float32, nested: Floats) -> NDArray[np.uint8]:
     """uint8 [blocks]: the codes of scales, given the scale of each one's nested block."""
-    with np.errstate(
-        divide="ignore", invalid="ignore"
-    ):  # where all scales are equal, nested is 0, and so is the code
+    # Where all scales are equal, nested is 0. Where it is denormal or infinite, its reciprocal is infinite or
+    # 0: what is no number then has code 0, in bitsandbytes too.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         x = (absmax - mean) * (np.float32(1) / nested)
     np.clip(x, np.float32(-1), np.float32(1), out=x)
     index = (x + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)
-    index[nested == 0] = 0
+    index[np.isnan(x) | (nested == 0)] = 0
     return _nearest_of_dynamic_map().take(index.astype(np.int64))
 
 

@@ -17,7 +17,7 @@ def excess(
     stored: torch.Tensor, block: int, minus_identity: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """fp32 [n_blocks, block, block] from `stored` [n_blocks, …], some blocks at a time in float64."""
-    result = torch.empty(len(stored), block, block, device=stored.device)
+    result = torch.empty(len(stored), block, block, dtype=torch.float32, device=stored.device)
     step = max(CHUNK_NUMEL // (block * block), 1)
     for start in range(0, len(stored), step):
         result[start : start + step] = minus_identity(stored[start : start + step].double())

@@ -9,6 +9,7 @@ from os import fspath
 from pathlib import Path
 
 from lorafuse.arithmetic.arena import pick_device
+from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.common_files import CommonFiles
 from lorafuse.batching.existing_results import ExistingResults
 from lorafuse.batching.jobs import JobState, checked_share, read_jobs, refuse_overlap, share_of
@@ -27,6 +28,7 @@ from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.trained_base.options import chosen_base_quant
 
 
+@own_torch_state()
 def batch(
     ckpt: Name,
     jobs: Name,

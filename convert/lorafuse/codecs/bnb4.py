@@ -226,7 +226,7 @@ class FourBitSources(ReadByColumns):
             return packed, absmax.view(torch.float32)
         codes = read_runs(self.store, self._weight + ".absmax", blocks, n_blocks)
         nested = torch.frombuffer(read_all(self.store, self._weight + ".nested_absmax"), dtype=torch.float32)
-        outer = (torch.tensor(blocks)[:, None] + torch.arange(n_blocks)).div_(
+        outer = (torch.tensor(blocks, dtype=torch.int64)[:, None] + torch.arange(n_blocks)).div_(
             self._state.nested_blocksize, rounding_mode="floor"
         )
         scales = nested[outer.clamp_(max=len(nested) - 1).view(-1)]

@@ -1,7 +1,7 @@
 """Where CKPT and ADAPTER lie: a directory or a hub id, and the files that are fetched of it."""
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from os import PathLike, fspath
 from typing import NamedTuple

@@ -31,16 +31,18 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
         return inspect_merged(folder, name)
     # These import torch.
     from lorafuse.adapters.reading.directory import adapters_in
+    from lorafuse.arithmetic.torch_state import own_torch_state
     from lorafuse.inspection.adapter import inspect_adapters
     from lorafuse.inspection.checkpoint import inspect_checkpoint, inspect_remote
 
-    at_root, names = adapters_in(folder)
-    has_config = folder.exists("config.json")
-    has_weights = any(folder.exists(file) for file in (SINGLE, INDEX))
-    if at_root or (names and not (has_weights if is_whole else has_config)):
-        return inspect_adapters(name, [None] if at_root else names)
-    if has_config or has_weights:
-        return inspect_checkpoint(folder, name) if is_whole else inspect_remote(folder, name)
+    with own_torch_state():
+        at_root, names = adapters_in(folder)
+        has_config = folder.exists("config.json")
+        has_weights = any(folder.exists(file) for file in (SINGLE, INDEX))
+        if at_root or (names and not (has_weights if is_whole else has_config)):
+            return inspect_adapters(name, [None] if at_root else names)
+        if has_config or has_weights:
+            return inspect_checkpoint(folder, name) if is_whole else inspect_remote(folder, name)
     raise CheckpointError(
         f"{shown(name)}: holds no checkpoint (config.json, {SINGLE}), no adapter (adapter_config.json) and "
         f"no result of a merge ({RECEIPT})."

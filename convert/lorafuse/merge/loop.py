@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from lorafuse.arithmetic.arena import host_view
-from lorafuse.arithmetic.torch_state import one_thread
+from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.errors import ResultError, shown
 from lorafuse.merge.destination import Destination
 from lorafuse.merge.tile import Made
@@ -26,7 +26,7 @@ def merge(
     finite, also the base's own in weights that are not copied bit for bit, unless `allow_nonfinite`."""
     planned = SharedWeights([output.steps() for output in outputs])
     try:
-        with one_thread(), TileWorkers(planned, memory, device) as workers:
+        with own_torch_state(), TileWorkers(planned, memory, device) as workers:
             for tile in workers.tiles(outputs):
                 for variant, made, buffer in zip(tile.weight.variants, tile.made, tile.buffers, strict=True):
                     if made.measures:

@@ -16,7 +16,7 @@ from lorafuse.patches.patch import Base
 from lorafuse.planning.plan import Step
 from lorafuse.planning.shared_weights import SharedWeight, Variant
 
-NO_VALUES = torch.empty(0)
+NO_VALUES = torch.empty(0, dtype=torch.float32)
 
 
 @dataclass

@@ -49,7 +49,7 @@ class Factor:
     def whole(self, arena: Arena) -> torch.Tensor:
         """float32 `shape`, on the arena's device, in memory of its own."""
         n_rows, n_cols = self._chosen
-        stored = torch.empty(n_rows, n_cols, device=arena.device)
+        stored = torch.empty(n_rows, n_cols, dtype=torch.float32, device=arena.device)
         step = max(READ_NUMEL // max(self._width, 1), 1)
         for start in range(0, n_rows, step):
             stop = min(start + step, n_rows)
@@ -119,7 +119,7 @@ class BlockDiagonal:
 
     def rows(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
         stored = self._blocks.rows(start, stop, arena)
-        values = torch.zeros(stop - start, self.shape[1], device=arena.device)
+        values = torch.zeros(stop - start, self.shape[1], dtype=torch.float32, device=arena.device)
         for block in range(start // self._height, -(-stop // self._height)):
             first, last = (
                 max(block * self._height, start) - start,
@@ -129,7 +129,7 @@ class BlockDiagonal:
         return values
 
     def cols(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
-        values = torch.zeros(self.shape[0], stop - start, device=arena.device)
+        values = torch.zeros(self.shape[0], stop - start, dtype=torch.float32, device=arena.device)
         for block in range(start // self._width, -(-stop // self._width)):
             left = block * self._width
             first, last = max(left, start), min(left + self._width, stop)

@@ -110,7 +110,7 @@ def sparse_added(tile: torch.Tensor, first_row: int, tensors: Tensors, scale: fl
     """W.flat[positions] += scale · values, for a `begin` that makes both in the order of `positions`; these
     may repeat."""
     first = first_row * tile.shape[1]
-    bounds = torch.tensor([first, first + tile.numel()], device=tile.device)
+    bounds = torch.tensor([first, first + tile.numel()], dtype=torch.int64, device=tile.device)
     start, stop = torch.searchsorted(tensors["positions"], bounds).tolist()
     tile.view(-1).index_add_(
         0, tensors["positions"][start:stop] - first, tensors["values"][start:stop], alpha=scale
@@ -124,7 +124,7 @@ def oriented(left: torch.Tensor, right: torch.Tensor, transposed: bool) -> Tenso
 
 def read_whole(base: Base) -> torch.Tensor:
     """float32 [n_rows, n_cols], the weight before any patch, for those that need its decomposition."""
-    weight = torch.empty(base.shape, device=base.arena.device)
+    weight = torch.empty(base.shape, dtype=torch.float32, device=base.arena.device)
     for start, rows in base.tiles():
         weight[start : start + rows.shape[0]] = rows
     return weight

@@ -1,5 +1,6 @@
 """Fields of a trainer's config, read strictly."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,13 @@ from lorafuse.errors import UsageError, shown
 from lorafuse.trained_base.model_names import quantized_by_name
 
 Config = Mapping[str, Any]
+_VERSION = re.compile(r"(\d{1,4})(?:\.(\d{1,4}))?(?!\d)")
 ONLY_BNB = "only what bitsandbytes does to weights is simulated."
+SAY_IT = "say what training did with --base-quant"
+READ = (
+    "what is read: a BitsAndBytesConfig, a config.json with one, a training config of axolotl, LLaMA-Factory "
+    "or TRL, or a README.md into which PEFT or axolotl wrote theirs"
+)
 
 
 def refuse_set(config: Config, names: tuple[str, ...], where: str) -> None:
@@ -51,3 +58,13 @@ def module_names(config: Config, name: str, where: str) -> tuple[str, ...] | Non
     if value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
         raise UsageError(f"{where}: {name} is {plain_value(value)}; expected a list of names.")
     return None if value is None else tuple(value)
+
+
+def says_nothing(where: str) -> UsageError:
+    return UsageError(f"{where}: says nothing of how the base was quantized; {READ}.")
+
+
+def parsed_version(version: object) -> tuple[int, int] | None:
+    """(major, minor) of a version such as 4.51.3 or 4.46.0.dev0; None for what is none."""
+    match = _VERSION.match(version) if isinstance(version, str) else None
+    return (int(match[1]), int(match[2] or 0)) if match else None

@@ -50,7 +50,9 @@ class ScalesOfScales:
         """(float32 [nested blocks], float32 []): their scales, and the mean. The largest distance from the
         mean is that of the lowest or highest, since rounding keeps the order."""
         mean = self._sum.mean()
-        return torch.from_numpy(np.maximum(self._high - mean, mean - self._low)), torch.tensor(mean)
+        return torch.from_numpy(np.maximum(self._high - mean, mean - self._low)), torch.tensor(
+            mean, dtype=torch.float32
+        )
 
 
 def double_quantized(
@@ -182,7 +184,7 @@ class FourBit(Sources):
 
     def _transposed_absmax(self, arena: Arena) -> torch.Tensor:
         """float32 [blocks]."""
-        absmax = torch.zeros(self._n_blocks)
+        absmax = torch.zeros(self._n_blocks, dtype=torch.float32)
         for start, piece in pieces(self._dense, CHUNK_NUMEL, arena):
             values = as_loaded(piece, self._dtype).abs().float()
             absmax.scatter_reduce_(0, self._blocks_of(start, piece.numel()), values, "amax")

@@ -74,7 +74,7 @@ class Int8(Sources):
 
     def _pass_over(self, arena: Arena) -> Raw:
         """The largest of each column, float32 [n_cols]."""
-        scb = torch.zeros(self.spec.n_cols)
+        scb = torch.zeros(self.spec.n_cols, dtype=torch.float32)
         for _, piece in pieces(self._dense, whole_rows(PASS_NUMEL, self.spec.n_cols), arena):
             torch.maximum(scb, self._largest(self._half(piece), 0, arena), out=scb)
         return (scb,)

@@ -15,6 +15,7 @@ which modules are skipped to transformers 5.23.
 
 import posixpath
 import re
+from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any
 
@@ -23,41 +24,25 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import folder_and_file
 from lorafuse.files.json_yaml import parse_json, parse_yaml, read_text
 from lorafuse.settings import BaseQuant
+from lorafuse.trained_base.bnb_config import BNB, DECISIVE, from_bnb
 from lorafuse.trained_base.config_fields import (
     ONLY_BNB,
+    READ,
+    SAY_IT,
     Config,
     flag,
-    module_names,
     plain_value,
     refuse_quantized,
     refuse_set,
+    says_nothing,
     set_fields,
 )
 
-READ = (
-    "what is read: a BitsAndBytesConfig, a config.json with one, a training config of axolotl, LLaMA-Factory "
-    "or TRL, or a README.md into which PEFT or axolotl wrote theirs"
-)
-_SAY_IT = "say what training did with --base-quant"
-_BNB = (
-    "bitsandbytes",
-    "bnb",
-    "QuantizationMethod.BITS_AND_BYTES",
-)  # LLaMA-Factory's name for it, and that of PEFT's README.md
-# Fields of BitsAndBytesConfig that no quantized weight depends on.
-_WITHOUT_EFFECT = {
-    "llm_int8_threshold",
-    "bnb_4bit_compute_dtype",
-    "bnb_4bit_quant_storage",
-    "_load_in_4bit",
-    "_load_in_8bit",
-}
-_DECISIVE = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "llm_int8_skip_modules")
-_FLAGS = ("load_in_4bit", "load_in_8bit", "llm_int8_has_fp16_weight", "llm_int8_enable_fp32_cpu_offload")
-_KNOWN = _WITHOUT_EFFECT.union(_DECISIVE, _FLAGS, ["quant_method"])
+_OF_CARDS = "4"  # transformers, when PEFT 0.4 to 0.6 wrote cards; the rule did not change before 4.40
 _PEFT_CARD = re.compile(
     r"^The following `bitsandbytes` quantization config was used during training:\n+((?:- .*\n?)+)", re.M
 )
+_QUANT_CONFIG = {"name", "quantization_bit", "compute_dtype", "double_quantization", "quantization_type"}
 _YAML_BLOCK = re.compile(r"^```ya?ml\n(.*?)^```", re.M | re.S)
 
 
@@ -100,9 +85,8 @@ def _from_card(text: str, where: str) -> BaseQuant:
         fields: dict[str, Any] = {}
         for line in parse_yaml(match[1], where):
             fields |= line if isinstance(line, dict) else {plain_value(line): None}
-        found.append(
-            _from_bnb({name: None if value == "None" else value for name, value in fields.items()}, where)
-        )
+        written = {name: None if value == "None" else value for name, value in fields.items()}
+        found.append(from_bnb(written, where, _OF_CARDS))
     if not found:
         blocks = [_YAML_BLOCK.search(part) for part in text.split("See axolotl config")[1:]]
         found = [_axolotl(set_fields(parse_yaml(block[1], where)), where) for block in blocks if block]
@@ -112,7 +96,7 @@ def _from_card(text: str, where: str) -> BaseQuant:
         )
     if any(other != found[0] for other in found):
         raise UsageError(
-            f"{where}: says in {len(found)} places how the base was quantized, and not the same; {_SAY_IT}."
+            f"{where}: says in {len(found)} places how the base was quantized, and not the same; {SAY_IT}."
         )
     return found[0]
 
@@ -124,6 +108,8 @@ def _from_config(config: Config, where: str) -> BaseQuant:
     board = {name.removeprefix("top."): value for name, value in config.items() if name.startswith("top.")}
     if board:
         return _llama_factory(board | {"use_unsloth": board.get("booster") == "unsloth"}, where)
+    if "quant_config" in config:
+        return _llama_factory_1(config, where)
     if {"quantization_bit", "finetuning_type", "stage"} & config.keys():
         return _llama_factory(config, where)
     if {"model_name_or_path", "use_bnb_nested_quant"} & config.keys():
@@ -134,47 +120,11 @@ def _from_config(config: Config, where: str) -> BaseQuant:
         if set_fields(part).get("quantization_config")
     ]
     if inside:
-        return _from_bnb(set_fields(inside[0]), f"{where}: quantization_config")
+        version = config.get("transformers_version")
+        return from_bnb(set_fields(inside[0]), f"{where}: quantization_config", version)
     if {"quant_method", "load_in_4bit", "load_in_8bit"} & config.keys():
-        return _from_bnb(config, where)
-    raise UsageError(f"{where}: says nothing of how the base was quantized; {READ}.")
-
-
-def _from_bnb(config: Config, where: str) -> BaseQuant:
-    """Fields of a BitsAndBytesConfig."""
-    unknown = config.keys() - _KNOWN
-    method = config.get("quant_method")
-    if method is not None and method not in _BNB:
-        raise UsageError(f"{where}: quant_method is {plain_value(method)}; {ONLY_BNB}")
-    if unknown:
-        raise UsageError(
-            f"{where}: {listed(sorted(unknown))}: no fields of a BitsAndBytesConfig that are known; {READ}."
-        )
-    four, eight, half, offload = (flag(config, name, where) for name in _FLAGS)
-    for name, value in (("load_in_4bit", four), ("load_in_8bit", eight)):
-        if flag(config, f"_{name}", where, value) != value:
-            raise UsageError(f"{where}: {name} and _{name} contradict each other.")
-    if four and eight:
-        raise UsageError(f"{where}: load_in_4bit and load_in_8bit are both set; which is meant?")
-    if not four and not eight:
-        raise UsageError(f"{where}: quantizes nothing: neither load_in_4bit nor load_in_8bit is set.")
-    if eight and half:
-        raise UsageError(
-            f"{where}: llm_int8_has_fp16_weight is set, which keeps 16-bit weights: merge without "
-            "--base-quant."
-        )
-    if offload:
-        raise UsageError(
-            f"{where}: llm_int8_enable_fp32_cpu_offload is set: which modules were on the CPU, and so not "
-            f"quantized, is not in the file; {_SAY_IT} and --quant-skip."
-        )
-    skip = module_names(config, "llm_int8_skip_modules", where)
-    if eight:
-        return BaseQuant(kind="int8", skip=skip)
-    kind = config.get("bnb_4bit_quant_type", "fp4")
-    if kind not in ("nf4", "fp4"):
-        raise UsageError(f"{where}: bnb_4bit_quant_type is {plain_value(kind)}; expected nf4 or fp4.")
-    return BaseQuant(kind=kind, double_quant=flag(config, "bnb_4bit_use_double_quant", where), skip=skip)
+        return from_bnb(config, where)
+    raise says_nothing(where)
 
 
 def _axolotl(config: Config, where: str) -> BaseQuant:
@@ -185,9 +135,11 @@ def _axolotl(config: Config, where: str) -> BaseQuant:
     if re.search(r"jamba|falcon-?_?h1", plain_value(config.get("base_model")), re.IGNORECASE):
         raise UsageError(
             f"{where}: base_model is {plain_value(config['base_model'])}, of which axolotl leaves modules in "
-            f"full precision, others in other versions; {_SAY_IT} and --quant-skip."
+            f"full precision, others in other versions; {SAY_IT} and --quant-skip."
         )
     adapter, peft = config.get("adapter"), set_fields(config.get("peft"))
+    if not {"load_in_4bit", "load_in_8bit"} & config.keys() and "backend" not in peft:
+        raise says_nothing(where)
     bits = {
         "load_in_4bit": flag(config, "load_in_4bit", where),
         "load_in_8bit": flag(config, "load_in_8bit", where),
@@ -203,29 +155,32 @@ def _axolotl(config: Config, where: str) -> BaseQuant:
             # adapter: lora with load_in_4bit was fp4 once, and is not quantized at all today.
             raise UsageError(
                 f"{where}: adapter is {plain_value(adapter)} with {field}, expected {fitting}; what this "
-                f"does depends on the version of axolotl: {_SAY_IT}."
+                f"does depends on the version of axolotl: {SAY_IT}."
             )
     fields: dict[str, Any] = dict(bits)
     if bits["load_in_4bit"]:
         fields |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} | set_fields(
             config.get("bnb_config_kwargs")
         )
-        for name in _DECISIVE:
+        for name in DECISIVE:
             if name in config and config[name] != fields.get(name):
                 raise UsageError(
-                    f"{where}: {name} is not in bnb_config_kwargs, where alone axolotl reads it; {_SAY_IT}."
+                    f"{where}: {name} is not in bnb_config_kwargs, where alone axolotl reads it; {SAY_IT}."
                 )
-    return _from_bnb(fields, where)
+    made, stacked = from_bnb(fields, where), flag(config, "quantize_moe_experts", where)
+    return replace(made, stacked_experts=stacked)
 
 
 def _llama_factory(config: Config, where: str) -> BaseQuant:
     """LLaMA-Factory's arguments, its training_args.yaml, and with other names llamaboard_config.yaml."""
     refuse_quantized(config, "model_name_or_path", where)
-    bits = plain_value(config.get("quantization_bit"))
+    if "quantization_bit" not in config:
+        raise says_nothing(where)
+    bits = plain_value(config["quantization_bit"])
     if bits in ("null", "none", ""):
         raise UsageError(f"{where}: quantizes nothing: quantization_bit is not set.")
     method = config.get("quantization_method") or "bnb"
-    if method not in _BNB:
+    if method not in BNB:
         raise UsageError(f"{where}: quantization_method is {plain_value(method)}; {ONLY_BNB}")
     if bits not in ("4", "8"):
         raise UsageError(
@@ -242,16 +197,36 @@ def _llama_factory(config: Config, where: str) -> BaseQuant:
         "bnb_4bit_quant_type": config.get("quantization_type") or "nf4",
         "bnb_4bit_use_double_quant": flag(config, "double_quantization", where, True),
     }
-    return _from_bnb(fields, where)
+    return from_bnb(fields, where)
+
+
+def _llama_factory_1(config: Config, where: str) -> BaseQuant:
+    """The arguments of LLaMA-Factory's second design (src/llamafactory/v1), whose quantization is a group of
+    fields with a name. Its `bnb` takes 4 bits where none are given, its `auto` then quantizes nothing."""
+    refuse_quantized(config, "model", where)
+    inside, where = config["quant_config"], f"{where}: quant_config"
+    if inside is None:
+        raise UsageError(f"{where}: quantizes nothing: it is null.")
+    if not isinstance(inside, dict) or inside.get("name") not in ("bnb", "auto"):
+        named = inside.get("name") if isinstance(inside, dict) else inside
+        raise UsageError(f"{where}: its name is {plain_value(named)}; {ONLY_BNB}")
+    unknown = inside.keys() - _QUANT_CONFIG
+    if unknown:
+        raise UsageError(f"{where}: {listed(sorted(unknown))}: no fields of it that are known; {SAY_IT}.")
+    by_default = 4 if inside["name"] == "bnb" else None
+    bits = inside.get("quantization_bit")
+    return _llama_factory(inside | {"quantization_bit": by_default if bits is None else bits}, where)
 
 
 def _trl(config: Config, where: str) -> BaseQuant:
     """A recipe of TRL or of the alignment handbook: the fields of TRL's ModelConfig."""
     refuse_quantized(config, "model_name_or_path", where)
+    if not {"load_in_4bit", "load_in_8bit"} & config.keys():
+        raise says_nothing(where)
     fields = {
         "load_in_4bit": flag(config, "load_in_4bit", where),
         "load_in_8bit": flag(config, "load_in_8bit", where),
         "bnb_4bit_quant_type": config.get("bnb_4bit_quant_type") or "nf4",
         "bnb_4bit_use_double_quant": flag(config, "use_bnb_nested_quant", where),
     }
-    return _from_bnb(fields, where)
+    return from_bnb(fields, where)

@@ -21,6 +21,7 @@ from lorafuse.files.tensors import FLOATS
 from lorafuse.naming.names import Names
 from lorafuse.naming.table import Component, Renames, v4_name
 from lorafuse.settings import BaseQuant
+from lorafuse.trained_base.skip_lists import SkipList, is_skipped
 
 # Names of modules with a matrix that are no linear layers, as a rule: embeddings, routers of mixtures.
 _OTHER = re.compile(r".*emb.*|wte|wpe|w|.*norm.*|.*router|gate|.*bias|objective")
@@ -44,14 +45,6 @@ def _starred(name: str) -> str:
     return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
 
 
-def is_skipped(module: str, skip: Iterable[str]) -> bool:
-    """transformers 5.23 quantizers/quantizers_utils.py, should_convert_module: an entry is a regular
-    expression from the start of the name to a boundary between words, or the end of the name."""
-    return any(
-        re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(entry) for entry in skip
-    )
-
-
 def quantized_on_load(
     weights: Mapping[str, Sources], ckpt: Checkpoint, quant: BaseQuant, warn: Callable[[str], None]
 ) -> list[str]:
@@ -67,6 +60,13 @@ def quantized_on_load(
         warn(
             f"{shown(ckpt.folder)}: its routers are left in full precision, although transformers 4, which "
             "quantized experts, quantized those that were linear layers too."
+        )
+    unmatched = chooser.entries_without_match()
+    if unmatched:
+        version = quant.skip_version or "5"
+        warn(
+            f"{shown(ckpt.folder)}: {listed(unmatched)}: of the names of modules that training did not "
+            f"quantize, these match no module, by the rule of transformers {shown(version)}."
         )
     unknown = sorted(chooser.model_types.difference(load_table()["types"]))
     if unknown:
@@ -90,13 +90,14 @@ class _Chooser:
         for model_type in sorted(self.model_types):
             for kind, ends in table["exceptions"].get(model_type, {}).items():
                 self._exceptions[kind] += ends
-        self._skip = [
+        self._keeps = [
             keep for model_type in sorted(self.model_types) for keep in table["keeps"].get(model_type, ())
         ]
-        self._skip += quant.skip if quant.skip is not None else self._default_skips()
-        base = f"{self._renames.base_prefix}."
+        entries = quant.skip if quant.skip is not None else self._default_skips()
+        self._list = SkipList(entries, quant.skip_version, self._renames.model_class)
+        self._base = f"{self._renames.base_prefix}."
         prefixed = self._names.has_head and self._renames.model_class not in table["bare"]
-        self._adds_prefix = prefixed and not any(name.startswith(base) for name in weights)
+        self._adds_prefix = prefixed and not any(name.startswith(self._base) for name in weights)
 
     def _default_skips(self) -> list[str]:
         starred = load_table()["skips"].get(self._renames.model_class, ())
@@ -114,36 +115,79 @@ class _Chooser:
         )
 
     def quantizes(self, weight: str) -> bool:
+        """Raises CheckpointError for a weight that is stored otherwise than it was quantized."""
         spec = self._weights[weight].spec
+        if self._quant.stacked_experts and spec.dtype in FLOATS:
+            self._refuse_stacked(weight)
         if not weight.endswith(".weight") or len(spec.shape) != 2 or spec.dtype not in FLOATS:
             return False
         targets = self._renames.memory_names(weight)
         component = targets[0][1]
         if component and component.ops[0] == "stack0":
             return self._quantizes_expert(weight)
-        quantized = [self._quantizes_module(name) for name, _ in targets]
+        quantized = [self._quantizes_module(weight, name) for name, _ in targets]
         if component and any(quantized):
             self._refuse(weight, [name for name, _ in targets], component)
         return quantized[0]
 
-    def _quantizes_module(self, parameter: str) -> bool:
+    def _quantizes_module(self, weight: str, parameter: str) -> bool:
         if not parameter.endswith(".weight"):
             return False  # a bare parameter, such as a stack of experts
         module = self._in_memory(parameter.removesuffix(".weight"))
         tied = self._names.tied and parameter == self._names.head
-        return not tied and not is_other(module, self._exceptions) and not is_skipped(module, self._skip)
+        if tied or is_other(module, self._exceptions) or is_skipped(module, self._keeps):
+            return False
+        return not self._list.skips(self._listed_name(weight.removesuffix(".weight"), module))
+
+    def _listed_name(self, stored: str, module: str) -> str:
+        """The name of a module on the list: `stored` is its name on disk, `module` that in memory."""
+        return self._list.name_of(self._in_memory(self._v4(stored)), module)
+
+    def entries_without_match(self) -> list[str]:
+        """The entries of a list that was given which match no module. An output embedding that is not stored,
+        since it is tied, counts."""
+        if self._quant.skip is None:
+            return []
+        return self._list.without_match(self._all_names())
+
+    def _all_names(self) -> Iterator[str]:
+        for weight in (*self._weights, self._names.head or "lm_head.weight", "lm_head.weight"):
+            stored = weight.rpartition(".")[0]
+            for parameter, _ in self._renames.memory_names(weight):
+                yield self._listed_name(stored, self._in_memory(parameter.rpartition(".")[0]))
+            yield self._v4(stored)  # of an expert, which 5 has no module for
 
     def _quantizes_expert(self, weight: str) -> bool:
         """transformers 4 had a linear layer for each matrix of an expert, 5 has one parameter for all."""
         self.n_experts += 1
-        return self._quant.experts and not is_skipped(
-            v4_name(self._renames.model_class, weight.removesuffix(".weight")), self._skip
-        )
+        name = self._v4(weight.removesuffix(".weight"))
+        on_list = self._list.skips(self._listed_name(weight.removesuffix(".weight"), name))
+        return self._quant.experts and not is_skipped(name, self._keeps) and not on_list
+
+    def _v4(self, module: str) -> str:
+        return v4_name(self._renames.model_class, module)
 
     def _in_memory(self, module: str) -> str:
         """A checkpoint of a base model lacks the prefix that its modules have below a head."""
         outside = self._names.head and module == self._names.head.removesuffix(".weight")
-        return f"{self._renames.base_prefix}.{module}" if self._adds_prefix and not outside else module
+        inside = module.startswith(self._base)
+        return module if not self._adds_prefix or outside or inside else f"{self._base}{module}"
+
+    def _refuse_stacked(self, weight: str) -> None:
+        """Of what transformers 5 holds as one parameter with a dimension of experts."""
+        component = self._renames.memory_names(weight)[0][1]
+        alone = component is not None and component.ops[0] == "stack0"
+        if not alone and len(self._weights[weight].spec.shape) < 3:
+            return
+        one_by_one = (
+            f" --base-quant {self._quant.kind} --quant-experts quantizes each expert by itself: only the "
+            "second quantization, that of the scales, then differs."
+        )
+        raise CheckpointError(
+            f"{shown(self._ckpt.folder)}: {shown(weight)} is of an expert. axolotl's quantize_moe_experts "
+            "quantized the experts of a layer together, which --base-quant-from does not simulate."
+            + (one_by_one if alone and self._quant.kind != "int8" else "")
+        )
 
     def _refuse(self, weight: str, targets: list[str], component: Component) -> None:
         raise CheckpointError(

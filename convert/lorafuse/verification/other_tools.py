@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lorafuse.arithmetic.measure import Measures, measure_tile
-from lorafuse.arithmetic.torch_state import one_thread
+from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.codecs import Arena, Sources, open_weights
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
@@ -76,7 +76,7 @@ def relate(plan: Plan, found: Checkpoint, on_event: OnEvent) -> dict[str, Any]:
     on_event({"event": "plan", "nbytes": plan.nbytes, "shards": []})
     arena, loader = Arena(torch.device("cpu")), Arena(torch.device("cpu"))
     weights: dict[str, dict[str, Any]] = {}
-    with torch.inference_mode(), one_thread():
+    with torch.inference_mode(), own_torch_state():
         for step in plan.steps:
             weights[step.name] = _relation(step, stored.get(step.name), arena, loader)
             on_event({"event": "progress", "nbytes": step.nbytes})

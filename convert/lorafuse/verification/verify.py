@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from typing import Any
 
 from lorafuse.arithmetic.arena import pick_device
+from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.codecs.plain import values_of
 from lorafuse.errors import ResultError, UsageError, listed, shown
 from lorafuse.events import OnEvent, ignore
@@ -27,6 +28,7 @@ from lorafuse.verification.against_receipt import verify_directory
 from lorafuse.verification.other_tools import relate
 
 
+@own_torch_state()
 def verify(
     out_dir: str | PathLike[str],
     *,

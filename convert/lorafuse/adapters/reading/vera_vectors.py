@@ -76,7 +76,8 @@ class Projections:
 
     def load(self, n_in: int, n_out: int) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 A [rank, n_in] and B [n_out, rank]."""
-        A, B = torch.empty(self.rank, n_in), torch.empty(n_out, self.rank)
+        A = torch.empty(self.rank, n_in, dtype=torch.float32)
+        B = torch.empty(n_out, self.rank, dtype=torch.float32)
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
         for which, part in enumerate((A, B)):
             width = (self.n_in, self.rank)[which]
@@ -106,7 +107,7 @@ def _drawn(n_rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """Rows of a Kaiming-uniform matrix with fan-in `width`; drawing it in parts gives the numbers of drawing
     it whole."""
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(width))
-    return torch.empty(n_rows, width).uniform_(-bound, bound, generator=generator)
+    return torch.empty(n_rows, width, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
 def _shared(adapter: AdapterDir, modules: Modules, prefix: str, n_halves: int, warn: Warn) -> Projections:

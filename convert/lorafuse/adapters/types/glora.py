@@ -137,7 +137,7 @@ def _begin_bias(t: Tensors, weight: Sources) -> Tensors:
     column = _rows(t, "C", 0, n_in)
     if column is None:
         return t
-    product = torch.empty(n_out, 1, device=column.device)
+    product = torch.empty(n_out, 1, dtype=torch.float32, device=column.device)
     for start, rows in Base(weight, Arena(column.device)).tiles():
         torch.mm(rows, column.expand(n_in, 1), out=product[start : start + rows.shape[0]])
     return t | {"W @ C": product}

@@ -100,7 +100,7 @@ class Basis:
         self.nbytes = 4 * self.shape[0] * self.shape[1]
 
     def whole(self, arena: Arena) -> torch.Tensor:
-        kept = torch.empty(self.shape, device=arena.device)
+        kept = torch.empty(self.shape, dtype=torch.float32, device=arena.device)
         step = max(READ_NUMEL // self._factor.shape[1], 1)
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
@@ -121,7 +121,7 @@ class ScaledBasis:
         self.nbytes = 4 * self.shape[0] * self.shape[1]
 
     def whole(self, arena: Arena) -> torch.Tensor:
-        kept = torch.empty(self.shape, device=arena.device)
+        kept = torch.empty(self.shape, dtype=torch.float32, device=arena.device)
         step = max(READ_NUMEL // self.shape[0], 1)
         for start in range(0, self.shape[1], step):
             stop = min(start + step, self.shape[1])
@@ -144,7 +144,7 @@ class TurnedBasis:
         self.shape = basis.shape[::-1]
 
     def whole(self, arena: Arena) -> torch.Tensor:
-        kept = torch.empty(self.shape, device=arena.device)
+        kept = torch.empty(self.shape, dtype=torch.float32, device=arena.device)
         step = max(READ_NUMEL // self.shape[0], 1)
         for start in range(0, self.shape[1], step):
             stop = min(start + step, self.shape[1])

@@ -109,7 +109,7 @@ def _bands(u: torch.Tensor, v: torch.Tensor, n_out: int, n_in: int, family: str 
     """Of each coefficient, over outputs and over inputs: the first index that it adds to (perhaps negative),
     and its filter."""
     if family is None:
-        ones = torch.ones(len(u), 1)
+        ones = torch.ones(len(u), 1, dtype=torch.float32)
         return (u, ones), (v, ones)
     filters = reconstruction_filters(family).float()
     margin = filters.shape[1] - 2
