@@ -44,8 +44,8 @@ def in_merged_order(
         at += len(weights)
     if merged[0].weight != adapter_scale:
         raise ResultError(
-            f"{shown(folder / RECEIPT)}: says that the first adapter's weight is {merged[0].weight}, and that "
-            f"adapter_scale is {adapter_scale}."
+            f"{shown(folder / RECEIPT)}: says that the first adapter's weight is {merged[0].weight}, and "
+            f"that adapter_scale is {adapter_scale}."
         )
     return merged, [located[number] for number in order]
 
@@ -86,7 +86,7 @@ def _entries_of_each(
 
 def _order(folder: Folder, told: list[Identity], by_number: Sequence[list[Identity]]) -> list[int]:
     """The numbers of the given adapters in the order of the receipt. Adapters of the same files are told
-    apart by nothing, and need not be. Raises ResultError where the files are those of no order of adapters."""
+    apart by nothing, and need not be. Raises ResultError where no order of them has these files."""
     # The adapter with most files first: the files of another may be the beginning of its own.
     left = sorted(range(len(by_number)), key=lambda number: -len(by_number[number]))
     order: list[int] = []

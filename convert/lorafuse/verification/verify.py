@@ -6,6 +6,7 @@ from os import PathLike, fspath
 from typing import Any
 
 from lorafuse.arithmetic.arena import pick_device
+from lorafuse.codecs import open_weights
 from lorafuse.codecs.plain import values_of
 from lorafuse.errors import ResultError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
@@ -68,8 +69,9 @@ def verify(
     located = [located_adapter(fspath(adapter), 1.0, None, on_event) for adapter in adapters]
     with closing(Checkpoint(folder)) as merged, closing(Checkpoint(source)) as base, opened(located) as given:
         if not receipt:
-            plan = make_plan(base, given, settings, encoder_of=values_of)
-            return checked | relate(plan, merged, on_event)
+            weights = open_weights(base)
+            plan = make_plan(base, given, settings, weights, encoder_of=values_of)
+            return checked | relate(plan, weights, merged, pick_device(device), on_event)
         as_merged, located = in_merged_order(folder, receipt, base, given, located, settings.adapter_scale)
         plan = make_plan(base, as_merged, settings)
         return checked | {"weights": check_merge(merged, plan, sample, pick_device(device), on_event)}
