@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,19 @@ class BaseQuant:
             **({"stacked_experts": True} if self.stacked_experts else {}),
         }
 
+    @classmethod
+    def of_receipt(cls, that_decide_bytes: Mapping[str, Any]) -> "BaseQuant":
+        """What a receipt's `base_quant` came from. Raises UsageError, or what Python raises for fields that
+        are missing or of another kind."""
+        skip = that_decide_bytes["skip"]
+        return cls(
+            kind=that_decide_bytes["kind"],
+            double_quant=bool(that_decide_bytes.get("double_quant", True)),
+            blocksize=that_decide_bytes.get("blocksize", QUANT_BLOCKSIZES[1]),
+            skip=None if skip is None else tuple(skip),
+            experts=bool(that_decide_bytes["experts"]),
+        )
+
     def __str__(self) -> str:
         if self.kind == "int8":
             return "int8"
@@ -120,7 +134,9 @@ class Settings:
         return found | others | ({"base_quant": self.base_quant.that_decide_bytes} if self.base_quant else {})
 
     @classmethod
-    def of_receipt(cls, that_decide_bytes: dict[str, Any], **others: Any) -> "Settings":
+    def of_receipt(
+        cls, that_decide_bytes: Mapping[str, Any], *, device: str, memory_nbytes: int
+    ) -> "Settings":
         """The settings that a receipt's `settings` came from, as far as the output depends on them. Raises
         UsageError."""
         try:
@@ -130,12 +146,11 @@ class Settings:
                 max_shard_nbytes=that_decide_bytes["max_shard_size"],
                 adapter_scale=float(that_decide_bytes["adapter_scale"]),
                 format=str(that_decide_bytes.get("format", "dense")),
-                base_quant=BaseQuant(**quant | {"skip": quant["skip"] and tuple(quant["skip"])})
-                if quant
-                else None,
-                **others,
+                base_quant=BaseQuant.of_receipt(quant) if quant else None,
+                device=device,
+                memory_nbytes=memory_nbytes,
             )
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UsageError(f"The receipt's settings are broken: {shown(e)}.") from None
 
 

@@ -170,6 +170,36 @@ def test_several_adapters_have_the_weights_of_the_receipt(base, adapter, tmp_pat
         lorafuse.verify(tmp_path / "out", ckpt=base("nf4_dq"), adapters=[one])
 
 
+@pytest.mark.parametrize("weights", [(1.0, 0.5), (-0.25, 2.0), (0.5, 0.5)])
+def test_an_adapter_that_was_given_twice(weights, base, adapter, tmp_path):
+    """The files do not tell the two apart; each of them has its weight all the same."""
+    lora = adapter("nf4_dq", target_modules=["q_proj"])
+    copy = shutil.copytree(lora, tmp_path / "copy")
+    first, second = weights
+    for other in (lora, copy):
+        out = tmp_path / f"out of {other.name}"
+        lorafuse.convert(base("nf4_dq"), lora, out, adapters=[(other, second)], adapter_scale=first)
+        for given in ([lora, other], [other, lora], [lora, lora]):
+            assert lorafuse.verify(out, ckpt=base("nf4_dq"), adapters=given)["weights"] == 35
+    with pytest.raises(ResultError, match="the receipt lists more of them"):
+        lorafuse.verify(out, ckpt=base("nf4_dq"), adapters=[lora])
+
+
+def test_the_same_tensors_under_two_configs(base, adapter, tmp_path):
+    """Two adapters that differ in lora_alpha alone: their weights may not be exchanged."""
+    lora = adapter("nf4_dq", target_modules=["q_proj"])
+    louder = shutil.copytree(lora, tmp_path / "louder")
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (louder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 64}))
+    third = adapter("nf4_dq", name="third", target_modules=["v_proj"])
+    out = tmp_path / "out"
+    lorafuse.convert(
+        base("nf4_dq"), lora, out, adapters=[(third, 2.0), (louder, 0.5), (lora, 0.125)], adapter_scale=1.5
+    )
+    for given in ([lora, third, louder, lora], [louder, lora, lora, third]):
+        assert lorafuse.verify(out, ckpt=base("nf4_dq"), adapters=given)["weights"] == 35
+
+
 def test_the_memory_is_bounded_and_the_loop_is_the_merges(merged, monkeypatch):
     """Nothing is written: the loop that writes a merge compares instead."""
     ckpt, lora, out = merged

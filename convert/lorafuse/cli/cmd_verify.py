@@ -13,6 +13,7 @@ from lorafuse.errors import ResultError, shown
 from lorafuse.verification.relations import EXPLAINED, GOOD
 
 N_WORST = 20
+FIGURES = ("scale", "kept", "noise", "delta_rel", "fits")
 
 
 @click.command(context_settings=CONTEXT)
@@ -74,17 +75,18 @@ def verified_text(out_dir: str, checked: dict[str, Any]) -> str:
 
 def related_text(checked: dict[str, Any]) -> str:
     """How many weights are what, then the worst of those that should have changed."""
-    lines = [f"{n:6} {kind:14} {EXPLAINED[kind]}" for kind, n in checked["relations"].items()]
+    width = max(14, *map(len, checked["relations"]))
+    lines = [f"{n:6} {kind:{width}} {EXPLAINED[kind]}" for kind, n in checked["relations"].items()]
     updated = {
         name: facts
         for name, facts in checked["related"].items()
         if facts["relation"] not in GOOD or "kept" in facts
     }
     for name, facts in list(updated.items())[:N_WORST]:
-        figures = "  ".join(
-            f"{k} {facts[k]:.3g}" for k in ("kept", "noise", "delta_rel") if facts.get(k) is not None
-        )
-        lines.append(f"{facts['relation']:14} {shown(name)}  {figures}".rstrip())
+        figures = [f"{k} {facts[k]:.3g}" for k in FIGURES if facts.get(k) is not None]
+        doubt = ["likely, not certain"] if facts["sure"] == "likely" else []
+        words = [f"{facts['relation']:{width}} {shown(name)}", *figures, *doubt]
+        lines.append("  ".join(words))
     if len(updated) > N_WORST:
         lines.append(f"and {len(updated) - N_WORST} more; --json lists them.")
     return "\n".join(lines)

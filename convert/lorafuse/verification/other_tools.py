@@ -1,126 +1,194 @@
 """What another tool's merge did: how each weight of a directory relates to the base W and to W + Δ.
 
-For people who hold a merged model and want to know what it lost. Nothing is written; one tile at a time is in
-memory.
+For people who hold a merged model and want to know what it lost. Nothing is written: the loop that makes a
+merge makes base + update in fp32, a tile at a time, for a destination that compares.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from lorafuse.arithmetic.measure import Measures, measure_tile
-from lorafuse.arithmetic.torch_state import own_torch_state
+from lorafuse.arithmetic.measure import CHUNK_NUMEL
 from lorafuse.codecs import Arena, Sources, open_weights
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.tensors import FLOATS
-from lorafuse.merge.tile import patched
-from lorafuse.patches.patch import Base
+from lorafuse.files.tensors import DTYPES, FLOATS, Box
+from lorafuse.merge.destination import Outcome
+from lorafuse.merge.loop import merge
 from lorafuse.planning.plan import Plan, Step
 from lorafuse.settings import BaseQuant
 from lorafuse.trained_base.simulated import simulated
+from lorafuse.verification.cells import cells_of
+from lorafuse.verification.evidence import Evidence
 from lorafuse.verification.relations import EXPLAINED
-
-# ‖Q(S) − S‖ / ‖S‖ of a weight that lies on a quantization grid is what rounding to 16 bits leaves, below
-# 0.002; of others, that of quantizing a bell curve: 0.09 for 4 bits, 0.009 for int8.
-ON_GRID = {"nf4": 0.01, "fp4": 0.01, "int8": 0.004}
-HALF_PRECISION_EPS = 2.0**-7  # of bfloat16: the distance of neighbours, relative to the value
-FEW = 1e-3  # share of elements that may differ by one rounding: sums of fp32 have an order
+from lorafuse.verification.verdict import ON_GRID, Verdict, verdict
 
 
-@dataclass
-class Relation:
-    """Sums over the tiles of one weight. S is what is stored, W the base, V = W + Δ in fp32; `rounded` is to
-    S's dtype."""
+class WeightCompared:
+    """A weight of the plan beside the one that is stored under its name. `base`: W; another weight than the
+    step's where the adapter holds one whole."""
 
-    numel: int = 0
-    off_v: int = 0  # elements with S ≠ rounded V
-    off_w: int = 0  # elements with S ≠ rounded W
-    far_from_v: int = 0  # elements further from V than two roundings to bfloat16
-    grid_sq: float = 0.0  # ‖Q(S) − S‖² for the quantizer of the base
-    stored_sq: float = 0.0
-    measures: Measures = field(default_factory=Measures)
-
-    def kind(self, stored_as: str, grid: BaseQuant | None) -> str:
-        """A key of EXPLAINED. `stored_as` is the scheme of S, `grid` the quantizer behind grid_sq."""
-        if self.off_v == 0:
-            return "equal"
-        if self.off_w == 0:
-            return "untouched"
-        if stored_as in ON_GRID or (grid and self.grid_sq < ON_GRID[grid.kind] ** 2 * self.stored_sq):
-            return "requantized"
-        if self.far_from_v == 0:
-            return "equal" if self.off_v <= FEW * self.numel else "rounded twice"
-        return "unrelated"
-
-    def add(self, w: torch.Tensor, v: torch.Tensor, s: torch.Tensor, arena: Arena) -> None:
-        """One tile, 1-D: `w` and `v` fp32, `s` as it is stored. Overwrites `v`."""
-        values = s.float()
-        self.numel += s.numel()
-        self.off_v += int((v.to(s.dtype) != s).sum())
-        self.off_w += int((w.to(s.dtype) != s).sum())
-        self.far_from_v += int(
-            ((values - v).abs() > HALF_PRECISION_EPS * torch.maximum(w.abs(), v.abs())).sum()
+    def __init__(self, step: Step, stored: Sources, base: Sources) -> None:
+        self.step, self.stored, self.base = step, stored, base
+        self.evidence = Evidence(cells=cells_of(base.scheme, base.spec.shape))
+        self.n_different = 0  # bytes, of a weight that is no floating point
+        self._grid = _grid(step, stored)
+        self._on_grid = (
+            simulated(stored, self._grid, stored.spec.torch_name, transposed=False) if self._grid else stored
         )
-        self.stored_sq += float(values.square().sum(dtype=torch.float64))
-        self.measures.add(measure_tile(w, v, s, arena))
+
+    def add(self, start: int, values: torch.Tensor, arena: Arena, loader: Arena) -> None:
+        """The tile of base + update that begins with the element `start`, 1-D."""
+        box = self.step.box(start, start + values.numel())
+        s = self.stored.values(box, arena)
+        if self.step.spec.dtype not in FLOATS:
+            same = values.dtype == s.dtype and torch.equal(values.view(torch.uint8), s.view(torch.uint8))
+            self.n_different += 0 if same else s.numel()
+            return
+        s = s.clone()
+        w = self.base.values(box, arena).float().clone()
+        for first in range(0, values.numel(), CHUNK_NUMEL):
+            chunk = slice(first, first + CHUNK_NUMEL)
+            self._add_chunk(start + first, w[chunk], values[chunk].clone(), s[chunk], arena)
+        if self._grid and self.evidence.numel:
+            self._add_distance(box, s, loader)
+
+    def _add_chunk(self, start: int, w: torch.Tensor, v: torch.Tensor, s: torch.Tensor, arena: Arena) -> None:
+        delta = v - w
+        if self.evidence.add(w, v, s, arena) and self.evidence.cells:
+            self.evidence.cells.add(start, w, delta, s.float())
+
+    def _add_distance(self, box: Box, s: torch.Tensor, loader: Arena) -> None:
+        """‖Q(S) − S‖² of a tile."""
+        distance = self._on_grid.values(box, loader).double().sub_(s.double())
+        self.evidence.grid_sq += float(distance.square_().sum())
+
+    def release(self) -> None:
+        for sources in (self.base, self.stored, self._on_grid):
+            sources.release()
+
+    def facts(self) -> dict[str, Any]:
+        """What `verify` says of the weight."""
+        if self.step.spec.dtype not in FLOATS:
+            return _facts(Verdict("unrelated" if self.n_different else "equal"))
+        told = _facts(verdict(self.evidence, self.stored.scheme.kind, self._grid))
+        figures = self.evidence.measures.summary() if self.evidence.measures.delta_sq else {}
+        told |= {name: figures[name] for name in ("kept", "noise", "delta_rel") if name in figures}
+        if self.evidence.numel:
+            off = self.evidence.multiples[1.0].n_off
+            told["fits"] = 1 - off / max(self.step.spec.numel, 1)
+        return told
 
 
-def relate(plan: Plan, found: Checkpoint, on_event: OnEvent) -> dict[str, Any]:
-    """How the weights of `found` relate to a plan that writes float32. Returns "related" {name: relation, and
-    of merged ones kept, noise, delta_rel}, worst first, and "relations", how many there are of each. Raises
-    CheckpointError for `found`."""
-    stored = open_weights(found)
-    on_event({"event": "plan", "nbytes": plan.nbytes, "shards": []})
-    arena, loader = Arena(torch.device("cpu")), Arena(torch.device("cpu"))
-    weights: dict[str, dict[str, Any]] = {}
-    with torch.inference_mode(), own_torch_state():
-        for step in plan.steps:
-            weights[step.name] = _relation(step, stored.get(step.name), arena, loader)
-            on_event({"event": "progress", "nbytes": step.nbytes})
+class Relating:
+    """A destination that looks at what it gets beside what a directory holds."""
+
+    def __init__(self, compared: Sequence[WeightCompared], on_event: OnEvent) -> None:
+        self.outcome = Outcome()
+        self.error: Exception | None = None
+        self._compared = {weight.step.name: weight for weight in compared}
+        self._on_event = on_event
+        self._arena, self._loader = Arena(torch.device("cpu")), Arena(torch.device("cpu"))
+
+    def steps(self) -> Iterable[Step]:
+        return (weight.step for weight in self._compared.values())
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        weight = self._compared[tensor]
+        itemsize, torch_name = DTYPES[weight.step.spec.dtype]
+        # Not the buffer itself: it is to be changed.
+        values = torch.frombuffer(bytearray(data), dtype=getattr(torch, torch_name))
+        with torch.inference_mode():
+            weight.add(offset // itemsize, values, self._arena, self._loader)
+        if offset + len(data) == weight.step.nbytes:
+            weight.release()
+        self._on_event({"event": "progress", "nbytes": len(data)})
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def fail(self, error: Exception) -> None:
+        self.error = self.error or error
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def relate(
+    plan: Plan, base: Mapping[str, Sources], merged: Checkpoint, device: torch.device, on_event: OnEvent
+) -> dict[str, Any]:
+    """How the weights of `merged` relate to a plan that writes float32; `base` are the checkpoint's weights.
+    Returns "related" {name: what was seen}, worst first, and "relations", how many there are of each. What
+    was seen: "relation", how "sure" it is, the "scale" of the update where it is another than the adapter's,
+    "fits", the share of elements that are base + update rounded once, where that is not all, and of weights
+    with an update kept, noise, delta_rel. Raises CheckpointError for `merged`, AdapterError."""
+    stored = open_weights(merged)
+    comparable, told = [], {}
+    for step in plan.steps:
+        weight = stored.get(step.name)
+        if weight is None or not _comparable(step, weight):
+            told[step.name] = _facts(Verdict("missing"))
+        else:
+            comparable.append(WeightCompared(step, weight, _base_of(step, base)))
+    on_event({"event": "plan", "nbytes": sum(weight.step.nbytes for weight in comparable), "shards": []})
+    relating = Relating(comparable, on_event)
+    merge([relating], plan.memory, device, allow_nonfinite=True)
+    if relating.error:
+        raise relating.error
+    told |= {weight.step.name: weight.facts() for weight in comparable}
+    told |= {name: _extra(stored, name, told) for name in stored if name not in told}
+    return _in_order(told)
+
+
+def _in_order(told: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     order = list(EXPLAINED)
     worst_first = sorted(
-        weights.items(), key=lambda item: (-order.index(item[1]["relation"]), item[1].get("kept") or 0.0)
+        told.items(), key=lambda item: (-order.index(item[1]["relation"]), item[1].get("kept") or 0.0)
     )
-    counts = Counter(facts["relation"] for facts in weights.values())
+    counts = Counter(facts["relation"] for facts in told.values())
     return {"related": dict(worst_first), "relations": {kind: counts[kind] for kind in order if counts[kind]}}
 
 
-def _relation(step: Step, stored: Sources | None, arena: Arena, loader: Arena) -> dict[str, Any]:
-    if stored is None or stored.spec.shape != step.spec.shape or stored.spec.dtype not in FLOATS:
-        return {
-            "relation": "equal"
-            if stored is not None and _same_bytes(step, stored, arena, loader)
-            else "missing"
-        }
-    relation, grid = Relation(), _grid(step, stored)
-    on_grid = simulated(stored, grid, stored.spec.torch_name, transposed=False) if grid else stored
-    for sources in (step.sources, on_grid):
-        sources.prepare(loader)
-    for patch in step.patches:
-        patch.prepare(Base(step.sources, loader), loader)
-    for start, stop in step.tiles():
-        box = step.box(start, stop)
-        w = step.sources.values(box, arena).float().clone()
-        s = stored.values(box, arena).clone()
-        v = patched(step, w, start, arena).clone()
-        distance = on_grid.values(box, arena).float().sub_(s)
-        relation.grid_sq += float(distance.square_().sum(dtype=torch.float64))
-        relation.add(w, v, s, arena)
-    for patch in step.patches:
-        patch.release()
-    for sources in (step.sources, on_grid):
-        sources.release()
-    facts: dict[str, Any] = {"relation": relation.kind(stored.scheme.kind, grid)}
-    if step.patches:
-        facts |= {
-            name: value
-            for name, value in relation.measures.summary().items()
-            if name in ("kept", "noise", "delta_rel")
-        }
-    return facts
+def _facts(judged: Verdict) -> dict[str, Any]:
+    scale = {} if judged.scale is None else {"scale": judged.scale}
+    return {"relation": judged.relation, "sure": judged.sure, **scale}
+
+
+def _comparable(step: Step, stored: Sources) -> bool:
+    """Floating-point weights are compared in whatever dtype they are stored, all others in their own."""
+    if step.spec.dtype not in FLOATS:
+        return stored.spec == step.spec
+    return stored.spec.shape == step.spec.shape and stored.spec.dtype in FLOATS
+
+
+def _base_of(step: Step, base: Mapping[str, Sources]) -> Sources:
+    """W: the checkpoint's weight, unless the result has another shape or the checkpoint lacks it."""
+    weight = base.get(step.name)
+    return weight if weight and weight.spec.shape == step.spec.shape else step.sources
+
+
+def _extra(stored: Mapping[str, Sources], name: str, told: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of a weight that the plan does not have. A copy of one that it has is what that is: tied weights may be
+    stored twice."""
+    spec = stored[name].spec
+    arena, loader = Arena(torch.device("cpu")), Arena(torch.device("cpu"))
+    for other, facts in told.items():
+        alike = other in stored and stored[other].spec == spec and len(spec.shape) == 2
+        if alike and _same_values(stored[other], stored[name], arena, loader):
+            return dict(facts)
+    return _facts(Verdict("extra"))
+
+
+def _same_values(a: Sources, b: Sources, arena: Arena, loader: Arena) -> bool:
+    n_rows, n_cols = a.spec.shape
+    rows = max(CHUNK_NUMEL // max(n_cols, 1), 1)
+    for first in range(0, n_rows, rows):
+        box = Box(range(first, min(first + rows, n_rows)), range(n_cols), n_rows, n_cols, 0)
+        if not torch.equal(a.values(box, arena), b.values(box, loader)):
+            return False
+    return True
 
 
 def _grid(step: Step, stored: Sources) -> BaseQuant | None:
@@ -132,11 +200,3 @@ def _grid(step: Step, stored: Sources) -> BaseQuant | None:
     kind = scheme.kind if scheme.kind in ON_GRID else "nf4"
     # Scales that were quantized themselves are the largest values of their blocks, and are found again.
     return BaseQuant(kind=kind, double_quant=False, blocksize=scheme.blocksize or 64)
-
-
-def _same_bytes(step: Step, stored: Sources, arena: Arena, loader: Arena) -> bool:
-    """Of a weight that is no floating point, or whose shape differs."""
-    if stored.spec != step.spec or step.patches:
-        return False
-    boxes = (step.box(*tile) for tile in step.tiles())
-    return all(torch.equal(step.sources.values(box, arena), stored.values(box, loader)) for box in boxes)

@@ -1,30 +1,27 @@
 """`lorafuse verify`: is a merged directory what its receipt says, and what its inputs make?"""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any
 
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
+from lorafuse.codecs import open_weights
 from lorafuse.codecs.plain import values_of
-from lorafuse.errors import ResultError, UsageError, listed, shown
+from lorafuse.errors import ResultError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.names import RECEIPT
-from lorafuse.inputs.hashes import InputHashes, path_of
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, opened
-from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
-from lorafuse.receipt.fields import InputEntry
 from lorafuse.receipt.read import read_receipt
 from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.verification.against_inputs import check_merge
 from lorafuse.verification.against_receipt import verify_directory
+from lorafuse.verification.merged_adapters import in_merged_order
 from lorafuse.verification.other_tools import relate
 
 
@@ -61,9 +58,11 @@ def verify(
             f"{shown(folder)}: has no {RECEIPT}; with the checkpoint and the adapter its weights can be "
             "compared."
         )
-    own: dict[str, Any] = {"device": device, "memory_nbytes": parse_nbytes(memory_limit)}
+    memory_nbytes = parse_nbytes(memory_limit)
     settings = (
-        Settings.of_receipt(receipt["settings"], **own) if receipt else Settings(dtype="float32", **own)
+        Settings.of_receipt(receipt["settings"], device=device, memory_nbytes=memory_nbytes)
+        if receipt
+        else Settings(dtype="float32", device=device, memory_nbytes=memory_nbytes)
     )
     checked = {"files": 0, "nbytes": 0, "weights": 0} | _against_receipt(folder, receipt, on_event)
     if ckpt is None:
@@ -72,10 +71,11 @@ def verify(
     located = [located_adapter(fspath(adapter), 1.0, None, on_event) for adapter in adapters]
     with closing(Checkpoint(folder)) as merged, closing(Checkpoint(source)) as base, opened(located) as given:
         if not receipt:
-            plan = make_plan(base, given, settings, encoder_of=values_of)
-            return checked | relate(plan, merged, on_event)
-        merged_as = _as_merged(folder, receipt, base, given, settings)
-        plan = make_plan(base, merged_as, replace(settings, adapter_scale=merged_as[0].weight))
+            weights = open_weights(base)
+            plan = make_plan(base, given, settings, weights, encoder_of=values_of)
+            return checked | relate(plan, weights, merged, pick_device(device), on_event)
+        as_merged, located = in_merged_order(folder, receipt, base, given, located, settings.adapter_scale)
+        plan = make_plan(base, as_merged, settings)
         return checked | {"weights": check_merge(merged, plan, sample, pick_device(device), on_event)}
 
 
@@ -86,52 +86,3 @@ def _against_receipt(folder: Folder, receipt: dict[str, Any], on_event: OnEvent)
     verify_directory(folder, receipt, lambda n: on_event({"event": "progress", "nbytes": n}))
     outputs = receipt["outputs"]
     return {"files": len(outputs), "nbytes": sum(entry["size"] for entry in outputs)}
-
-
-def _as_merged(
-    folder: Folder,
-    receipt: dict[str, Any],
-    base: Checkpoint,
-    given: Sequence[WeightedAdapter],
-    settings: Settings,
-) -> list[WeightedAdapter]:
-    """The adapters with the weights that the receipt says. Raises ResultError unless the inputs are the files
-    that were merged."""
-    with InputHashes(base, str(base.folder), given) as inputs:
-        weights = _weights(folder, receipt, inputs.result(), given, settings)
-    return [WeightedAdapter(named.adapter, weight) for named, weight in zip(given, weights, strict=True)]
-
-
-def _weights(
-    folder: Folder,
-    receipt: dict[str, Any],
-    inputs: list[InputEntry],
-    adapters: Sequence[WeightedAdapter],
-    settings: Settings,
-) -> list[float]:
-    """The weight of each adapter, as the receipt says. Raises ResultError unless these are the files that
-    were merged."""
-
-    def identity(entry: Mapping[str, object]) -> tuple[Any, ...]:
-        return tuple(entry.get(name) for name in ("role", "size", "sha256"))
-
-    merged = Counter(map(identity, receipt["inputs"]))
-    if merged != Counter(map(identity, inputs)):
-        names = [shown(entry["path"]) for entry in inputs if identity(entry) not in merged]
-        raise ResultError(
-            f"{shown(folder)}: was merged from other files than these: "
-            + (
-                f"{listed(names)} differ from what the receipt says."
-                if names
-                else "the receipt lists more of them."
-            )
-        )
-    if len(adapters) == 1:
-        return [settings.adapter_scale]
-    by_hash = {entry["sha256"]: entry["weight"] for entry in receipt["inputs"] if "weight" in entry}
-    own = {entry["path"]: entry["sha256"] for entry in inputs}
-    tensor_files = [
-        path_of(weighted.adapter.name, weighted.adapter.sub_folder, weighted.adapter.file_name)
-        for weighted in adapters
-    ]
-    return [by_hash[own[path]] for path in tensor_files]
