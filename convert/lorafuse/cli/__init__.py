@@ -10,6 +10,7 @@ from lorafuse.cli.cmd_convert import convert
 from lorafuse.cli.cmd_inspect import inspect
 from lorafuse.cli.cmd_verify import verify
 from lorafuse.cli.options import CONTEXT
+from lorafuse.cli.streams import prepare_streams
 
 __all__ = ["batch", "convert", "inspect", "lorafuse", "main", "main_convert", "verify"]
 
@@ -27,7 +28,11 @@ lorafuse.add_command(verify)
 
 
 def _entry(command: click.Command, name: str) -> Callable[[], None]:
-    return lambda: command.main(prog_name=name)
+    def run() -> None:
+        prepare_streams()
+        command.main(prog_name=name)
+
+    return run
 
 
 main = _entry(lorafuse, "lorafuse")

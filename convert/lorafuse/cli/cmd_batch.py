@@ -13,6 +13,7 @@ from lorafuse._version import __version__
 from lorafuse.batching.jobs import checked_share, read_jobs
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import CONTEXT, base_options, check_base_options, output_options, run_options
+from lorafuse.cli.streams import stdout_is_not_the_result
 from lorafuse.errors import BatchError, shown
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.outdir.apart import refuse_nameless
@@ -68,6 +69,8 @@ def batch(
     """
     show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose)
     with exit_codes("what is finished stays, and the same command goes on"):
+        if not dry_run:
+            stdout_is_not_the_result()
         refuse_nameless(out_root)
         Settings(
             **{name: options[name] for name in ("device", "adapter_scale")}

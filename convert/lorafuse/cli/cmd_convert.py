@@ -17,6 +17,7 @@ from lorafuse.cli.options import (
     weighted,
 )
 from lorafuse.cli.show import Show, plan_text, summary_text, weights_text
+from lorafuse.cli.streams import stdout_is_not_the_result
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import Settings
 
@@ -65,6 +66,8 @@ def convert(
     """
     show = Show(as_json=as_json, quiet=quiet)
     with exit_codes("OUT_DIR is as it was, and the same command goes on from what is finished"):
+        if not dry_run:
+            stdout_is_not_the_result()
         refuse_nameless(out_dir)
         checked = ("device", "adapter_scale", "adapter_name")
         Settings(**{name: options[name] for name in checked})  # refuses them, as click does the others

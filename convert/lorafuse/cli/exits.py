@@ -26,7 +26,7 @@ class exit_codes:  # noqa: N801 (reads as a statement)
         self._interrupted = interrupted
 
     def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _not_ignored():
             signal.signal(number, _interrupt)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -41,10 +41,16 @@ class exit_codes:  # noqa: N801 (reads as a statement)
             _fail(f"{shown(error.filename or 'the output')}: {error.strerror}.", 5)
 
 
+def _not_ignored() -> list[int]:
+    """The signals that end a run, less those that the caller ignores: nohup, a script's background job."""
+    ending = (signal.SIGINT, signal.SIGTERM)
+    return [number for number in ending if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 def _interrupt(number: int, _: object) -> None:
     """The first signal stops the run within a tile, or when what must not be interrupted is done; a second
     one at once."""
-    for any_number in (signal.SIGINT, signal.SIGTERM):
+    for any_number in _not_ignored():
         signal.signal(any_number, lambda number, _: os._exit(128 + number))
     UNINTERRUPTED.interrupt(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
 
