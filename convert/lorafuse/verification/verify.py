@@ -58,12 +58,7 @@ def verify(
             f"{shown(folder)}: has no {RECEIPT}; with the checkpoint and the adapter its weights can be "
             "compared."
         )
-    memory_nbytes = parse_nbytes(memory_limit)
-    settings = (
-        Settings.of_receipt(receipt["settings"], device=device, memory_nbytes=memory_nbytes)
-        if receipt
-        else Settings(dtype="float32", device=device, memory_nbytes=memory_nbytes)
-    )
+    settings = _settings_of(receipt, device, parse_nbytes(memory_limit))
     checked = {"files": 0, "nbytes": 0, "weights": 0} | _against_receipt(folder, receipt, on_event)
     if ckpt is None:
         return checked
@@ -77,6 +72,13 @@ def verify(
         as_merged, located = in_merged_order(folder, receipt, base, given, located, settings.adapter_scale)
         plan = make_plan(base, as_merged, settings)
         return checked | {"weights": check_merge(merged, plan, sample, pick_device(device), on_event)}
+
+
+def _settings_of(receipt: dict[str, Any], device: str, memory_nbytes: int) -> Settings:
+    """Those that the result was made with; without a receipt, those that compare it in fp32."""
+    if not receipt:
+        return Settings(dtype="float32", device=device, memory_nbytes=memory_nbytes)
+    return Settings.of_receipt(receipt["settings"], device=device, memory_nbytes=memory_nbytes)
 
 
 def _against_receipt(folder: Folder, receipt: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
