@@ -36,8 +36,8 @@ class Tie:
 class Ties:
     """The weights of a class's input and output embedding by the checkpoint's names, whether stored or not;
     the ties; and the sections of config.json whose flag these follow too. `vocab_fields`, None where the
-    class is not known, are the fields of config.json that hold the number of the embedding's rows, with dots between
-    sections; `one_vocabulary` says whether the head has as many, since it may be tied."""
+    class is not known, are the fields of config.json that hold the number of the embedding's rows, with
+    dots between sections; `one_vocabulary` says whether the head has as many, since it may be tied."""
 
     embed: str | None
     head: str | None
