@@ -107,6 +107,18 @@ def test_a_receipt_that_was_forged_for_other_weights(merged):
         lorafuse.verify(out)
 
 
+def test_a_vocabulary_of_another_size_than_the_embedding(merged):
+    """Nobody can load such a directory, whatever the receipt says."""
+    out = merged[2]
+    path = out / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 97}))
+    forge(out, path)
+    with pytest.raises(
+        ResultError, match=r"vocab_size in config\.json is 97, but .*embed_tokens\.weight has 96 rows"
+    ):
+        lorafuse.verify(out)
+
+
 def test_a_changed_byte_is_found_although_its_hash_was_forged(merged):
     """The merge is made again: the first differing element is named, with both values."""
     ckpt, lora, out = merged
