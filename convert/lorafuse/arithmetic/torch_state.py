@@ -43,12 +43,10 @@ class _Process:
         restore = self._before.callback
         restore(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        restore(
-            torch.use_deterministic_algorithms,
-            torch.are_deterministic_algorithms_enabled(),
-            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-        torch.use_deterministic_algorithms(False)
+        if torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler: 70 MB
+            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+            restore(torch.use_deterministic_algorithms, True, warn_only=warn_only)
+            torch.use_deterministic_algorithms(False)
         restore(restore_products, exact_products())
 
 

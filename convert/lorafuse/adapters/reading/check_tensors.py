@@ -2,6 +2,7 @@
 else AdapterError names them."""
 
 import math
+import re
 
 import torch
 
@@ -13,6 +14,7 @@ from lorafuse.patches.factor import pieces
 from lorafuse.patches.target import Target
 
 INTEGERS = ("U8", "I8", "I16", "I32", "I64")
+_FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)(\.|$)")
 _ANOTHER_BASE = "; is the adapter for another base?"
 # The dimensions of a tensor, each a size or a name for one.
 Dims = tuple[int | str, ...]
@@ -92,7 +94,9 @@ def check_positions(
 
 def refuse_placeholders(adapter: AdapterDir) -> None:
     """Raises AdapterError for tensors of shape [0], which stand for those that DeepSpeed ZeRO-3 has cut."""
-    empty = [key for key, info in adapter.store.tensors.items() if info.spec.shape == (0,)]
+    # Of some PEFT types an empty tensor is right: no sparse part, a rank of 0.
+    factors = ((key, info) for key, info in adapter.store.tensors.items() if _FACTOR.search(key))
+    empty = [key for key, info in factors if info.spec.shape == (0,)]
     if empty:
         raise AdapterError(
             f"{adapter.file}: {listed(empty, most=2)} of shape [0]: DeepSpeed ZeRO-3 saved placeholders in "
