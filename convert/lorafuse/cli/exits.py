@@ -1,5 +1,6 @@
 """Exceptions as exit codes and one line on stderr."""
 
+import errno
 import os
 import signal
 import sys
@@ -38,7 +39,9 @@ class exit_codes:  # noqa: N801 (reads as a statement)
         if no_memory or isinstance(error, MemoryError):
             _fail("out of memory: the system gave less than --memory-limit; lower that, or free some.", 5)
         if isinstance(error, OSError) and error.errno is not None:
-            _fail(f"{shown(error.filename or 'the output')}: {error.strerror}.", 5)
+            too_many = error.errno in (errno.EMFILE, errno.ENFILE)
+            remedy = "; raise `ulimit -n`" if too_many else ""
+            _fail(f"{shown(error.filename or 'the output')}: {error.strerror}{remedy}.", 5)
 
 
 def _not_ignored() -> list[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.folder import Buffer, FileFacts
+from lorafuse.files.open_files import OPEN_FILES, changed
 from lorafuse.files.safetensors_file import FormatError
 
 
@@ -69,21 +70,34 @@ class LocalFolder:
 
 
 class LocalFile:
-    """A file in the file system, open for ranged reads."""
+    """A file in the file system, open for ranged reads, or closed and opened again when it is read."""
 
     def __init__(self, path: str) -> None:
-        self._fd = open_regular(path)
-        self.facts = _facts(os.fstat(self._fd))
+        # The working directory may be another one later.
+        self._path = os.path.abspath(path)
+        fd = open_regular(path)
+        self.facts = _facts(os.fstat(fd))
+        OPEN_FILES.add(self, fd)
 
     def read_into(self, start: int, buffer: Buffer) -> int:
-        return os.preadv(self._fd, [buffer], start)
+        with OPEN_FILES.using(self, self._open_again) as fd:
+            return os.preadv(fd, [buffer], start)
 
     def will_need(self, start: int, nbytes: int) -> None:
         """Ask the kernel to read ahead."""
-        os.posix_fadvise(self._fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+        with OPEN_FILES.using(self, self._open_again) as fd:
+            os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        os.close(self._fd)
+        OPEN_FILES.close(self)
+
+    def _open_again(self) -> int:
+        """Raises OSError for another file, or one that was written to."""
+        fd = open_regular(self._path)
+        if _facts(os.fstat(fd)) != self.facts:
+            os.close(fd)
+            raise changed(self._path)
+        return fd
 
 
 def _facts(status: os.stat_result) -> FileFacts:
