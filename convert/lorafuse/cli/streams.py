@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from io import TextIOWrapper
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -87,5 +88,6 @@ def prepare_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
     for name, on_error in (("stdout", _STDOUT.lost), ("stderr", lambda error: None)):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
-        stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, LossyStream(stream, on_error))
+        if isinstance(stream, TextIOWrapper):  # neither prepared before nor a program's own
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, LossyStream(stream, on_error))
