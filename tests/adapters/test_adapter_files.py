@@ -365,5 +365,5 @@ def test_peft_type_is_spelled_as_peft_spells_it(tmp_path):
     with pytest.raises(KeyError):
         PeftConfig.from_pretrained(lora)
     assert refused(ckpt, lora, tmp_path).startswith(
-        f"{lora}/adapter_config.json: peft_type lora is not supported; known are "
+        f"{lora}/adapter_config.json: peft_type lora is not supported; PEFT writes it LORA."
     )

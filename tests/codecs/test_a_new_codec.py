@@ -68,7 +68,9 @@ def steps(tmp_path, monkeypatch):
         f"{MODULE}.step": torch.tensor([0.01]),
     }
     path = write_checkpoint(
-        tmp_path / "ckpt", stored, config=CONFIG | {"quantization_config": {"quant_method": "steps"}}
+        tmp_path / "ckpt",
+        stored,
+        config=CONFIG | {"vocab_size": 8, "quantization_config": {"quant_method": "steps"}},
     )
     yield path, codes * torch.tensor([0.01])
     del sys.modules["steps_codec"]

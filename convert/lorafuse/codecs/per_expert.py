@@ -101,7 +101,10 @@ class Stacked(Sources):
         if self._vectors:
             return (self._bytes(box, arena),)
         raws = [member.fetch(part, arena) for member, part in self._parts(box)]
-        return (torch.tensor([len(raw) for raw in raws], dtype=torch.int64), *(tensor for raw in raws for tensor in raw))
+        return (
+            torch.tensor([len(raw) for raw in raws], dtype=torch.int64),
+            *(tensor for raw in raws for tensor in raw),
+        )
 
     def _bytes(self, box: Box, arena: Arena) -> torch.Tensor:
         itemsize = self._dtype.itemsize
