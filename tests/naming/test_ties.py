@@ -166,13 +166,18 @@ SAMPLE = (
 )
 
 
+# Built with another number of rows than what they are tied to; transformers puts that in their place.
+OTHER_SIZES = {"ImageGPTForCausalImageModeling", "KyutaiSpeechToTextForConditionalGeneration"}
+
+
 def check_built(name):
     model = built(TRANSFORMERS[name])
     entry = CLASSES.get(name, {})
     to = {target: source for target, (source, _) in roots(expanded(model)).items()}
     assert entry.get("to", {}) == to
     shapes = {key: tensor.shape for key, tensor in model.named_parameters(remove_duplicate=False)}
-    assert all(shapes[target] == shapes[source] for target, source in to.items())
+    same = all(shapes[target] == shapes[source] for target, source in to.items())
+    assert same != (name in OTHER_SIZES)
 
 
 @pytest.mark.parametrize("name", SAMPLE)
