@@ -22,7 +22,7 @@ WORKER_NBYTES_PER_ELEMENT = 12
 # stored tensor's name and entries in the tables; an adapter's tensor, with what it says of a weight; and what
 # the receipt says of a weight, once no tile is in the making.
 STORED_TENSOR_NBYTES = 800
-ADAPTER_TENSOR_NBYTES = 1300
+ADAPTER_TENSOR_NBYTES = 1450
 RECEIPT_ENTRY_NBYTES = 250
 
 
