@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lorafuse.codecs import Sources
-from lorafuse.errors import CheckpointError, listed, shown
+from lorafuse.errors import CheckpointError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.patterns import Pattern
 from lorafuse.files.tensors import FLOATS
 from lorafuse.naming.names import Names
 from lorafuse.naming.table import Component, Renames, v4_name
@@ -47,9 +48,15 @@ def _starred(name: str) -> str:
 def is_skipped(module: str, skip: Iterable[str]) -> bool:
     """transformers 5.23 quantizers/quantizers_utils.py, should_convert_module: an entry is a regular
     expression from the start of the name to a boundary between words, or the end of the name."""
-    return any(
-        re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(entry) for entry in skip
-    )
+    return any(_skip_pattern(entry).matches(module) or module.endswith(entry) for entry in skip)
+
+
+@cache
+def _skip_pattern(entry: str) -> Pattern:
+    try:
+        return Pattern(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
+    except re.error as e:
+        raise UsageError(f"quant_skip {shown(entry)!r} cannot be matched: {e}.") from None
 
 
 def quantized_on_load(
