@@ -184,7 +184,7 @@ CONFIGS = {
     "alpha as text": ({"lora_alpha": "8"}, 'is the text "8", expected a number.'),
     "a type in small letters": (
         {"peft_type": "lora"},
-        "peft_type lora is not supported; PEFT writes it LORA.",
+        "and 27 more; PEFT spells it LORA.",
     ),
     "a type of nobody": ({"peft_type": "x"}, "peft_type x is not supported; known are ADALORA, "),
 }

@@ -219,7 +219,11 @@ SHIFTED = (
     [
         ({}, {"lora_parameters": {"rank": 8}}, NO_SCALE),
         ({}, {"lora_parameters": None}, NO_SCALE),
-        ({}, {"lora_parameters": {"scale": "20"}}, "CONFIG: lora_parameters.scale is 20, expected a number."),
+        (
+            {},
+            {"lora_parameters": {"scale": "20"}},
+            'CONFIG: lora_parameters.scale is the text "20", expected a number.',
+        ),
         (
             {},
             {"lora_parameters": {"scale": float("nan")}},

@@ -106,7 +106,7 @@ REFUSED = {
         "loha",
         {"alpha": "8"},
         None,
-        "{config}: the alpha of model.layers.0.mlp.down_proj is 8, expected a number.",
+        '{config}: the alpha of model.layers.0.mlp.down_proj is the text "8", expected a number.',
     ),
     "loha pattern": (
         "loha",
@@ -208,7 +208,7 @@ REFUSED = {
         "adalora",
         {"lora_alpha": "9"},
         None,
-        "{config}: lora_alpha is 9, expected a number.",
+        '{config}: lora_alpha is the text "9", expected a number.',
     ),
     "adalora, target_parameters": (
         "adalora",
@@ -254,7 +254,7 @@ REFUSED_ON_Q_PROJ = {
         "fourierft",
         {"scaling": "much"},
         None,
-        "{config}: scaling is much, expected a number.",
+        '{config}: scaling is the text "much", expected a number.',
     ),
     "fourierft seed": (
         "fourierft",

@@ -54,7 +54,7 @@ REFUSED = {
         "oft_constrained",
         {"eps": "1"},
         None,
-        "{config}: eps is 1, expected a number of at least 0.",
+        '{config}: eps is the text "1", expected a number of at least 0.',
     ),
     "boft of another size": (
         "boft",
@@ -194,7 +194,7 @@ REFUSED = {
         None,
         "{config}: decomposition_method is svd, which is not supported; known are relu, qr.",
     ),
-    "deft, alpha": ("deft", {"alpha": "nan"}, None, "{config}: alpha is nan, expected a number."),
+    "deft, alpha": ("deft", {"alpha": "nan"}, None, '{config}: alpha is the text "nan", expected a number.'),
     "trainable_tokens, another width": (
         "trainable_tokens, two",
         {"token_indices": [1, 5]},
