@@ -2,14 +2,18 @@
 plain words, or the same result as ever."""
 
 import dataclasses
+import time
 
 import build
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lorafuse
 from lorafuse.adapters.reading.known_fields import KNOWN
+from lorafuse.adapters.reading.module_patterns import ModulePatterns
 from lorafuse.errors import AdapterError
 
 PREFIX = "base_model.model."
@@ -180,7 +184,7 @@ CONFIGS = {
     "alpha as text": ({"lora_alpha": "8"}, 'is the text "8", expected a number.'),
     "a type in small letters": (
         {"peft_type": "lora"},
-        "peft_type lora is not supported; PEFT writes it LORA.",
+        "and 27 more; PEFT spells it LORA.",
     ),
     "a type of nobody": ({"peft_type": "x"}, "peft_type x is not supported; known are ADALORA, "),
 }
@@ -194,3 +198,71 @@ def test_what_is_wrong_is_said_so_that_it_can_be_seen(case, inputs, tmp_path):
     with pytest.raises(AdapterError) as caught:
         lorafuse.convert(ckpt, adapter, tmp_path / "out")
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (
+            {"lora_alpha": 1e300},
+            "lora_alpha (or alpha_pattern) of model.layers.0.mlp.down_proj is 1e+300, which is",
+        ),
+        ({"alpha_pattern": {"q_proj": -1e39}}, "of model.layers.0.self_attn.q_proj is -1e+39, which is"),
+        ({"lora_alpha": 10**400}, "lora_alpha (or alpha_pattern) of model.layers.0.mlp.down_proj is 1"),
+    ],
+)
+def test_a_scale_beyond_float32_is_refused(fields, text, inputs, tmp_path):
+    ckpt, adapter = inputs
+    build.rewrite(adapter, **fields)
+    with pytest.raises(AdapterError) as caught:
+        lorafuse.convert(ckpt, adapter, tmp_path / "out")
+    assert text in str(caught.value)
+
+
+def test_an_update_of_a_single_number_is_refused(inputs, tmp_path):
+    """No update fits a weight without dimensions."""
+    ckpt, adapter = inputs
+    file = ckpt / "model.safetensors"
+    name = f"{WEIGHTS[0]}.weight"
+    save_file(load_file(file) | {name: torch.tensor(1.0)}, file)
+    with pytest.raises(AdapterError) as caught:
+        lorafuse.convert(ckpt, adapter, tmp_path / "out")
+    key = f"{PREFIX}{WEIGHTS[0]}.lora_A.weight"
+    assert str(caught.value) == f"{adapter}/adapter_model.safetensors: {key} updates {name}, which is F32 []."
+
+
+def test_patterns_of_every_module_take_no_time():
+    """Names are looked up, whatever the number of entries; the first that matches counts."""
+    names = [
+        f"model.layers.{i}.mlp.experts.{e}.{m}_proj"
+        for i in range(40)
+        for e in range(64)
+        for m in ("up", "q")
+    ]
+    patterns = ModulePatterns({name: number for number, name in enumerate(names)})
+    start = time.perf_counter()
+    assert [patterns.value(name, None) for name in names] == list(range(len(names)))
+    assert time.perf_counter() - start < 20  # tried one by one: hours
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.text("ab.", max_size=4) | st.sampled_from([r"a\.b", "a|b", "^b", ".*b", "[ab]"]), max_size=6),
+    st.text("ab.", max_size=7),
+)
+def test_patterns_find_what_peft_finds(keys, module):
+    from peft.utils.other import get_pattern_key
+
+    values = {key: number for number, key in enumerate(keys)}
+    expected = values.get(get_pattern_key(list(values), module), "default")
+    assert ModulePatterns(values).value(module, "default") == expected
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_evil_patterns_end(field, inputs, tmp_path):
+    """`re` would take years."""
+    ckpt, adapter = inputs
+    build.rewrite(adapter, **{field: {"(.*)*(.*)*(.*)*(.*)*z": 8, r"([a-z_.0-9]+)*X": 8}})
+    start = time.perf_counter()
+    assert warnings_of(ckpt, adapter, tmp_path / "out") == []
+    assert time.perf_counter() - start < 20

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from trained import assert_same_answers
 
 import lorafuse
-from lorafuse.adapters.reading.keys import pattern_value
+from lorafuse.adapters.reading.module_patterns import ModulePatterns
 from lorafuse.errors import AdapterError
 
 NAMES = st.sampled_from(
@@ -36,7 +36,9 @@ NAMES = st.sampled_from(
 def test_patterns_match_as_in_peft(keys, module):
     """The first key in file order that matches, as a regex anchored at the end."""
     pattern = {key: i for i, key in enumerate(keys)}
-    assert pattern_value(pattern, module, "default") == pattern.get(get_pattern_key(keys, module), "default")
+    assert ModulePatterns(pattern).value(module, "default") == pattern.get(
+        get_pattern_key(keys, module), "default"
+    )
 
 
 def test_patterns_scale_each_module(base, adapter, tmp_path):

@@ -164,6 +164,9 @@ def type_of(adapter: AdapterDir) -> AdapterType:
         )
     if known is None:
         right = str(kind).upper()
-        choices = f"PEFT writes it {right}" if right in ADAPTERS else f"known are {listed(ADAPTERS)}"
-        raise AdapterError(f"{adapter.folder / CONFIG}: peft_type {shown(kind)} is not supported; {choices}.")
+        spelling = f"; PEFT spells it {right}" if right in ADAPTERS else ""
+        raise AdapterError(
+            f"{adapter.folder / CONFIG}: peft_type {shown(kind)} is not supported; known are "
+            f"{listed(ADAPTERS)}{spelling}."
+        )
     return known

@@ -7,6 +7,7 @@ names is shared, not copied.
 """
 
 import json
+from collections import Counter
 from contextlib import closing
 from typing import Any
 
@@ -52,8 +53,8 @@ def parse_json(text: str, where: object) -> Any:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is there twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"{shown(next(name for name in counts if counts[name] > 1))} is there twice")
     return result
 
 

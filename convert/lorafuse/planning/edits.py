@@ -136,7 +136,7 @@ def _patch(
     """The update's patch for this weight, moved to the rows that it has of the parameter."""
     assert update.make is not None
     key, spec, quantized = shown(update.keys[0]), sources.spec, not sources.as_stored
-    if spec.dtype not in FLOATS:
+    if spec.dtype not in FLOATS or not spec.shape:  # nor does any update fit a single number
         raise AdapterError(f"{adapter.file}: {key} updates {shown(part.weight)}, which is {spec}.")
     conv1d = is_conv1d(names.config, part.weight) != part.transposed
     model_type = names.config.get("model_type")

@@ -12,7 +12,10 @@ own, before that those on disk.
 
 import re
 from collections.abc import Iterable
+from functools import cache
 
+from lorafuse.errors import UsageError, shown
+from lorafuse.files.patterns import Pattern
 from lorafuse.naming.table import load_table
 from lorafuse.trained_base.config_fields import parsed_version
 
@@ -23,9 +26,15 @@ RENAMED = (4, 52)
 def is_skipped(module: str, skip: Iterable[str]) -> bool:
     """transformers 5.23 quantizers/quantizers_utils.py, should_convert_module: an entry is a regular
     expression from the start of the name to a boundary between words, or the end of the name."""
-    return any(
-        re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(entry) for entry in skip
-    )
+    return any(_skip_pattern(entry).matches(module) or module.endswith(entry) for entry in skip)
+
+
+@cache
+def _skip_pattern(entry: str) -> Pattern:
+    try:
+        return Pattern(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
+    except re.error as e:
+        raise UsageError(f"quant_skip {shown(entry)!r} cannot be matched: {e}.") from None
 
 
 def is_skipped_by_4(module: str, skip: Iterable[str], version: tuple[int, int]) -> bool:

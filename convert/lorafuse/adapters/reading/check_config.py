@@ -2,11 +2,15 @@
 names it."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir
+from lorafuse.adapters.reading.module_patterns import ModulePatterns
 from lorafuse.errors import AdapterError, listed, shown
+
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 def number(
@@ -31,12 +35,23 @@ def checked(
     kinds: tuple[type, ...] = (int, float),
 ) -> float:
     """A number of the config that was found somehow; `what` names it in the refusal."""
+    if type(value) is int and int in kinds:
+        in_float32(adapter, what, value)  # before anything makes a float of it
     if type(value) not in kinds or not math.isfinite(value) or value < least:
         expected = ("a number" if float in kinds else "an integer") + (
             f" of at least {least:g}" if least > -math.inf else ""
         )
         found = f'the text "{shown(value)}"' if isinstance(value, str) else shown(value)
         raise AdapterError(f"{adapter.folder / CONFIG}: {what} is {found}, expected {expected}.")
+    return in_float32(adapter, what, value)
+
+
+def in_float32(adapter: AdapterDir, what: str, value: float) -> float:
+    """The number, which the arithmetic has to hold. Raises AdapterError for one beyond float32."""
+    if abs(value) > MAX_FLOAT32:
+        raise AdapterError(
+            f"{adapter.folder / CONFIG}: {what} is {shown(value, 40)}, which is beyond float32."
+        )
     return float(value)
 
 
@@ -57,6 +72,20 @@ def pattern(adapter: AdapterDir, field: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AdapterError(f"{adapter.folder / CONFIG}: {field} is {shown(value)}, expected an object.")
     return value
+
+
+def pattern_value(adapter: AdapterDir, field: str, module: str, default: Any) -> Any:
+    """What a rank_pattern or alpha_pattern says for a module; `default` where it says nothing. Raises
+    AdapterError for a key that is no regular expression."""
+    if field not in adapter.patterns:
+        try:
+            adapter.patterns[field] = ModulePatterns(pattern(adapter, field))
+        except re.error as e:
+            where = adapter.folder / CONFIG
+            raise AdapterError(
+                f"{where}: a pattern of {field} is not a regular expression: {shown(e)}."
+            ) from None
+    return adapter.patterns[field].value(module, default)
 
 
 def refuse_fields(adapter: AdapterDir, refused: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import torch
 
 from lorafuse.adapters.reading.beside import Stores, trained_beside
+from lorafuse.adapters.reading.module_patterns import ModulePatterns
 from lorafuse.errors import AdapterError, StorageError, listed, shown
 from lorafuse.files.folder import Buffer, Folder, stream
 from lorafuse.files.json_yaml import read_json_dict
@@ -81,6 +82,7 @@ class AdapterDir:
         try:
             self.config = read_json_dict(folder, CONFIG)
             self.store: Store
+            self.patterns: dict[str, ModulePatterns] = {}  # those that were looked into
             self.nbytes = 0
             single = MLX if is_mlx(self.config) else SAFETENSORS
             index = f"{single}.index.json"

@@ -2,7 +2,6 @@
 whole."""
 
 import re
-from typing import Any
 
 from lorafuse.adapters.reading.directory import AdapterDir, is_mlx
 from lorafuse.adapters.updates import Update
@@ -144,12 +143,3 @@ def check_float(adapter: AdapterDir, key: str) -> None:
         raise AdapterError(
             f"{adapter.file}: {shown(key)} has the dtype {spec.dtype}; expected one of {listed(FLOATS)}."
         )
-
-
-def pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's look-up in rank_pattern and alpha_pattern: the first key in file order that matches as a regex
-    anchored at the end, preceded by nothing or by a dot (PEFT 0.21 utils/other.py, get_pattern_key)."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default

@@ -2,29 +2,23 @@
 for convolutions."""
 
 import math
-import re
 
 import torch
 
-from lorafuse.adapters.reading.check_config import checked, pattern
+from lorafuse.adapters.reading.check_config import checked, pattern_value
 from lorafuse.adapters.reading.check_tensors import not_one_update, shape_of
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir
-from lorafuse.adapters.reading.keys import check_float, pattern_value
+from lorafuse.adapters.reading.keys import check_float
 from lorafuse.adapters.reading.modules import Warn
-from lorafuse.errors import AdapterError, shown
+from lorafuse.errors import shown
 from lorafuse.patches.row_function import Tensors
 
 
 def scaling_of(adapter: AdapterDir, module: str, rank: int | None, warn: Warn) -> float:
     """alpha / r, each by its pattern (PEFT 0.21 lycoris_utils.py). The tensors' rank is believed where they
     have one."""
-    try:
-        alpha = pattern_value(pattern(adapter, "alpha_pattern"), module, adapter.config.get("alpha", 8))
-        expected = pattern_value(pattern(adapter, "rank_pattern"), module, adapter.config.get("r", 8))
-    except re.error as e:
-        raise AdapterError(
-            f"{adapter.folder / CONFIG}: a pattern is not a regular expression: {shown(e)}."
-        ) from None
+    alpha = pattern_value(adapter, "alpha_pattern", module, adapter.config.get("alpha", 8))
+    expected = pattern_value(adapter, "rank_pattern", module, adapter.config.get("r", 8))
     alpha = checked(adapter, f"the alpha of {shown(module)}", alpha)
     if rank is None:
         return alpha / checked(adapter, f"the rank of {shown(module)}", expected, least=1, kinds=(int,))

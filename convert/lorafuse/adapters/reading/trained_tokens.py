@@ -4,6 +4,8 @@ W[token_indices] = trainable_tokens_delta (PEFT 0.21 trainable_tokens/layer.py, 
 the new ones, not differences. When the head is tied to the embedding, PEFT saves the same rows for both.
 """
 
+from collections import Counter
+
 from lorafuse.adapters.reading.check_tensors import misfit
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir
 from lorafuse.adapters.reading.keys import Modules, check_float, take_one, unwrapped
@@ -42,7 +44,8 @@ def replace_rows(
                 misfit=True,
             )
     if len(set(indices)) < len(indices):
-        twice = next(i for i in indices if indices.count(i) > 1)
+        counts = Counter(indices)
+        twice = next(i for i in counts if counts[i] > 1)
         raise AdapterError(f"{where}: {field} has {twice} twice; which row is meant?")
     return ReplaceRows(Factor(adapter.store, key), indices, scale)
 

@@ -18,6 +18,7 @@ from lorafuse.adapters.reading.keys import check_float
 from lorafuse.adapters.reading.modules import NAMED, Leaves, Updates, Warn, collect
 from lorafuse.adapters.updates import Update
 from lorafuse.errors import AdapterError, shown
+from lorafuse.files.patterns import Pattern
 from lorafuse.patches.patch import Patch
 from lorafuse.patches.row_function import RowFunction, Tensors, UpdateRows, tile_nbytes
 from lorafuse.patches.target import Target
@@ -62,7 +63,7 @@ def _on_inputs(adapter: AdapterDir, module: str, shape: tuple[int, ...]) -> bool
     names, where = adapter.config.get("feedforward_modules"), adapter.folder / CONFIG
     if isinstance(names, str):
         try:
-            return re.fullmatch(names, module) is not None
+            return Pattern(rf"(?:{names})\Z").matches(module)
         except re.error as e:
             raise AdapterError(
                 f"{where}: feedforward_modules is not a regular expression: {shown(e)}."

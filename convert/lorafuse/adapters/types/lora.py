@@ -9,12 +9,11 @@ before any update.
 """
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from lorafuse.adapters.reading import lora_experts as experts
-from lorafuse.adapters.reading.check_config import checked
+from lorafuse.adapters.reading.check_config import checked, in_float32, pattern_value
 from lorafuse.adapters.reading.check_tensors import unexpected
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir
 from lorafuse.adapters.reading.keys import (
@@ -22,7 +21,6 @@ from lorafuse.adapters.reading.keys import (
     check_float,
     drop_copies,
     group,
-    pattern_value,
     refuse_left_over,
     replacements,
     take_one,
@@ -178,7 +176,9 @@ class _Lora:
                 f"{where}: says rank {expected:g} where the tensors have rank {rank}; the tensors are "
                 "believed."
             )
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        in_float32(self.adapter, f"the scale of {shown(module)}", scaling * self.strength)
+        return scaling
 
     def _setting(
         self,
@@ -190,13 +190,7 @@ class _Lora:
         kinds: tuple[type, ...] = (int, float),
     ) -> float:
         """A number of the config, or what a pattern says for the module."""
-        try:
-            value = pattern_value(self.config.get(by_pattern), module, self.config.get(field, 8))
-        except re.error as e:
-            where = self.adapter.folder / CONFIG
-            raise AdapterError(
-                f"{where}: a pattern of {by_pattern} is not a regular expression: {shown(e)}."
-            ) from None
+        value = pattern_value(self.adapter, by_pattern, module, self.config.get(field, 8))
         return checked(
             self.adapter, f"{field} (or {by_pattern}) of {shown(module)}", value, least=least, kinds=kinds
         )
