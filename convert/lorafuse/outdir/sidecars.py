@@ -6,14 +6,13 @@ when it brings a vocabulary, else the checkpoint's; a mixture of both is a token
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 from lorafuse.errors import CheckpointError
 from lorafuse.files.folder import Folder, stream
 from lorafuse.files.names import INDEX
 from lorafuse.files.tensors import FLOATS
-from lorafuse.outdir.out_dir import OutDir
 from lorafuse.planning.plan import Plan
 
 VOCABULARIES = (
@@ -50,8 +49,18 @@ MAX_NBYTES = 1_000_000_000
 READ_NBYTES = 1 << 20
 
 
+class TakesFiles(Protocol):
+    """Where small files go: an OutDir, or what compares them."""
+
+    def put(self, file: str, chunks: Iterable[bytes]) -> None: ...
+
+
 def write_sidecars(
-    plan: Plan, ckpt: Folder, ckpt_config: dict[str, Any], adapter_folders: Sequence[Folder], out_dir: OutDir
+    plan: Plan,
+    ckpt: Folder,
+    ckpt_config: dict[str, Any],
+    adapter_folders: Sequence[Folder],
+    out_dir: TakesFiles,
 ) -> None:
     """Write them all. `adapter_folders` are where the adapter's may be, the first first."""
     for folder, name in copied_files(plan, ckpt, adapter_folders):
@@ -123,7 +132,7 @@ def index_of(plan: Plan) -> dict[str, Any]:
     }
 
 
-def write_json(out_dir: OutDir, file: str, value: Any) -> None:
+def write_json(out_dir: TakesFiles, file: str, value: Any) -> None:
     """Pretty-printed JSON. As transformers writes it: ASCII, so that any path or string can be
     spelled, and with Infinity and NaN, which some configs hold (Mamba's time_step_limit)."""
     out_dir.put(file, [(json.dumps(value, indent=2) + "\n").encode("ascii")])
