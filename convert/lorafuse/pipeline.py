@@ -104,16 +104,8 @@ def _convert(
             return announced
         files = UnchangedInputs(base, adapters)
         files.refuse_nonfinite()
-        job = PlannedJob(
-            out_dir,
-            out_dir,
-            settings,
-            plan,
-            files,
-            files.attempt(plan, settings),
-            located[0].folders,
-            on_event,
-        )
+        attempt = files.attempt(plan, settings)
+        job = PlannedJob(out_dir, out_dir, settings, plan, files, attempt, on_event)
         receipts: list[Receipt] = []
         with InputHashes(base, ckpt, []) as hashes:
             one_pass = Pass(

@@ -1,7 +1,8 @@
 """What one pass over the base does: several results' plans, each tile decoded once for all of them, and each
 result committed. A conversion is a pass with one result.
 
-How a pass is put together, and how many there are, is `batch.py`'s; where it runs, whoever called that.
+How a pass is put together, and how many there are, is decided in `passes.py`; where it runs, by whoever
+called that.
 """
 
 import errno
@@ -15,7 +16,6 @@ import torch
 from lorafuse.errors import LorafuseError
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.folder import Folder
 from lorafuse.files.names import RECEIPT
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.merge.destination import Written
@@ -40,8 +40,8 @@ UNREADABLE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP}
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A result that is planned; its adapters are open. `side_folders`: where its tokenizer may lie, the first
-    first. `common`: the files that other results may need too, each with a key that stands for its bytes."""
+    """A result that is planned; its adapters are open. `common`: the files that other results may need too,
+    each with a key that stands for its bytes."""
 
     name: str
     out_dir: str
@@ -49,7 +49,6 @@ class PlannedJob:
     plan: Plan
     files: UnchangedInputs
     attempt: Attempt
-    side_folders: Sequence[Folder]
     on_event: OnEvent
     common: Mapping[str, str] = field(default_factory=dict)
 

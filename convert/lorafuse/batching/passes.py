@@ -47,7 +47,7 @@ from lorafuse.trained_base.base_weights import base_weights
 
 @dataclass
 class Member:
-    """A job that goes into the next pass, its adapter open until `close`."""
+    """A job that goes into the next pass. Its adapter is open until `stack` is closed."""
 
     job: Job
     planned: PlannedJob
@@ -144,7 +144,7 @@ class Batch:
             files.refuse_nonfinite()
             planned = PlannedJob(
                 job.name, out_dir, settings, plan, files, files.attempt(plan, settings),
-                located.folders, of_job(self.on_event, job.name), common_files_of(plan),
+                of_job(self.on_event, job.name), common_files_of(plan),
             )  # fmt: skip
             return Member(job, planned, adapters[0].adapter.nbytes, stack.pop_all())
 
@@ -196,7 +196,7 @@ class Batch:
 
     def failed(self, job: PlannedJob, error: Exception) -> None:
         """An error that is the job's own."""
-        self._failed(job.name, str(job.side_folders[0]), error)
+        self._failed(job.name, job.out_dir, error)
 
     def _failed(self, name: str, where: str, error: Exception) -> None:
         if isinstance(error, OSError):

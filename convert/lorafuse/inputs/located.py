@@ -69,11 +69,6 @@ class LocatedAdapter(NamedTuple):
         """Where its tensors are."""
         return self.root if self.sub_folder is None else self.root.sub_folder(self.sub_folder)
 
-    @property
-    def folders(self) -> list[Folder]:
-        """Where files beside its tensors may be, the first first."""
-        return [self.folder, self.root]
-
 
 def located_adapter(name: str, weight: float, folder_name: str | None, on_event: OnEvent) -> LocatedAdapter:
     """Where the adapter lies, of which `folder_name` chooses one: `adapter_folder`. Raises AdapterError."""

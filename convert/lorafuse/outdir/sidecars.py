@@ -3,13 +3,12 @@ lists. These are copied as they are, never as links."""
 
 import io
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 from lorafuse.files.folder import Folder, stream
 from lorafuse.files.names import INDEX
 from lorafuse.files.tensors import FLOATS
-from lorafuse.outdir.out_dir import OutDir
 from lorafuse.planning.plan import Plan
 from lorafuse.side_files.checked import refuse_large
 
@@ -17,7 +16,13 @@ READ_NBYTES = 1 << 20
 JSON_NBYTES = 1 << 16
 
 
-def write_sidecars(plan: Plan, ckpt_config: dict[str, Any], out_dir: OutDir) -> None:
+class TakesFiles(Protocol):
+    """Where small files go: an OutDir, or what compares them."""
+
+    def put(self, file: str, chunks: Iterable[bytes]) -> None: ...
+
+
+def write_sidecars(plan: Plan, ckpt_config: dict[str, Any], out_dir: TakesFiles) -> None:
     """Write them all."""
     for folder, name in copied_files(plan):
         out_dir.put(name, _chunks(folder, name))
@@ -91,7 +96,7 @@ def index_of(plan: Plan) -> dict[str, Any]:
     }
 
 
-def write_json(out_dir: OutDir, file: str, value: Any) -> None:
+def write_json(out_dir: TakesFiles, file: str, value: Any) -> None:
     """Pretty-printed JSON. As transformers writes it: ASCII, so that any path or string can be
     spelled, and with Infinity and NaN, which some configs hold (Mamba's time_step_limit)."""
     out_dir.put(file, _json_chunks(value))

@@ -56,9 +56,9 @@ def make_receipt(
             *(_output(w.file, FileHash(w.nbytes, w.sha256)) for w in outcome.written),
             *_others(outcome, out_dir),
         ],
-        "tensors": {step.name: _tensor(step, outcome) for step in plan.steps},
+        "tensors": {step.name: tensor_entry(step, outcome) for step in plan.steps},
         "adapter_tensors": {"used": plan.used, "ignored": plan.ignored},
-        "base_semantics": f"simulated: {settings.base_quant}" if settings.base_quant else _stored(plan),
+        "base_semantics": base_semantics(plan, settings),
         "timing": _timing(wall_s, outcome.timing),
         "peak_rss": peak_rss(),
     }
@@ -84,14 +84,18 @@ def _others(outcome: "Outcome", out_dir: "OutDir") -> list[OutputEntry]:
     return [_output(file, out_dir.hash(file)) for file in out_dir.files() if file not in shards]
 
 
-def _stored(plan: "Plan") -> str:
-    """How the weights that the adapter updates are stored, most of them first."""
+def base_semantics(plan: "Plan", settings: Settings) -> str:
+    """How training quantized the base, or how the weights that the adapter updates are stored, most of them
+    first."""
+    if settings.base_quant:
+        return f"simulated: {settings.base_quant}"
     schemes = Counter(str(step.sources.scheme) for step in plan.steps if step.action == "merged")
     words = " and in ".join(scheme for scheme, _ in schemes.most_common())
     return f"stored in {words}" if words else "stored"
 
 
-def _tensor(step: "Step", outcome: "Outcome") -> TensorEntry:
+def tensor_entry(step: "Step", outcome: "Outcome") -> TensorEntry:
+    """What a receipt says of a weight."""
     entry: dict[str, Any] = {"action": step.action, **_spec(step.spec)}
     for patch in step.patches:
         entry |= patch.facts

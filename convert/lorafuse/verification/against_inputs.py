@@ -20,10 +20,10 @@ class Comparison:
     """A destination that compares what it gets with what a directory holds. The first difference is a
     ResultError."""
 
-    def __init__(self, found: Checkpoint, steps: Sequence[Step], on_event: OnEvent) -> None:
+    def __init__(self, merged: Checkpoint, steps: Sequence[Step], on_event: OnEvent) -> None:
         self.outcome = Outcome()
         self.error: Exception | None = None
-        self._found, self._steps, self._on_event = found, steps, on_event
+        self._merged, self._steps, self._on_event = merged, steps, on_event
         self._buffer = bytearray()
 
     def steps(self) -> Iterable[Step]:
@@ -33,13 +33,13 @@ class Comparison:
         if len(self._buffer) < len(data):
             self._buffer = bytearray(len(data))
         stored = memoryview(self._buffer)[: len(data)]
-        self._found.read_into(tensor, offset, stored)
+        self._merged.read_into(tensor, offset, stored)
         if stored != data:
             raise ResultError(self._difference(tensor, offset, stored, data))
         self._on_event({"event": "progress", "nbytes": len(data)})
 
     def _difference(self, name: str, at: int, stored: memoryview, made: memoryview) -> str:
-        spec = self._found.tensors[name].spec
+        spec = self._merged.tensors[name].spec
         dtype = getattr(torch, spec.torch_name)
         ours, theirs = (torch.frombuffer(bytearray(part), dtype=dtype) for part in (made, stored))
         differing = np.flatnonzero(_differs(made, stored, ours.element_size()))
@@ -50,7 +50,7 @@ class Comparison:
             else []
         )
         return (
-            f"{shown(self._found.folder)}: {shown(name)} differs from the merge of the inputs: element "
+            f"{shown(self._merged.folder)}: {shown(name)} differs from the merge of the inputs: element "
             f"{index} is {theirs[first].item()!r}, expected {ours[first].item()!r}; so are "
             f"{len(differing)} of {len(ours)} around it."
         )
@@ -71,9 +71,11 @@ def _differs(a: memoryview, b: memoryview, itemsize: int) -> Any:
     return np.any(next(rows) != next(rows), axis=1)
 
 
-def check_merge(found: Checkpoint, plan: Plan, n_sample: int, device: torch.device, on_event: OnEvent) -> int:
-    """Carry the plan out again and compare with `found`: all weights, or `n_sample` of them, the same ones
-    for the same plan. Returns how many. Raises ResultError at the first difference."""
+def check_merge(
+    merged: Checkpoint, plan: Plan, n_sample: int, device: torch.device, on_event: OnEvent
+) -> tuple[int, Outcome]:
+    """Carry the plan out again and compare with `merged`: all weights, or `n_sample` of them, the same
+    for the same plan. Returns how many, and what was measured. Raises ResultError at the first difference."""
     steps = list(plan.steps)
     if n_sample:
         by_hash = sorted(
@@ -85,16 +87,16 @@ def check_merge(found: Checkpoint, plan: Plan, n_sample: int, device: torch.devi
     missing = [
         tensor.name
         for tensor in made
-        if tensor.name not in found.tensors or found.tensors[tensor.name].spec != tensor.spec
+        if tensor.name not in merged.tensors or merged.tensors[tensor.name].spec != tensor.spec
     ]
     if missing:
         raise ResultError(
-            f"{shown(found.folder)}: {listed(missing)} should be there, with other shapes or dtypes than "
+            f"{shown(merged.folder)}: {listed(missing)} should be there, with other shapes or dtypes than "
             "they have."
         )
     on_event({"event": "plan", "nbytes": sum(tensor.nbytes for tensor in made), "shards": []})
-    comparison: Destination = Comparison(found, steps, on_event)
+    comparison: Destination = Comparison(merged, steps, on_event)
     merge([comparison], plan.memory, device, allow_nonfinite=True)
     if comparison.error:
         raise comparison.error
-    return len(steps)
+    return len(steps), comparison.outcome

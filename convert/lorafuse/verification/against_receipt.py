@@ -4,7 +4,7 @@ The first is a stage of every run, and reads as the reference implementation of 
 """
 
 import posixpath
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -12,12 +12,12 @@ from lorafuse.errors import CheckpointError, ResultError, StorageError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.hashing import FileHash, hash_file
-from lorafuse.files.names import INDEX, RECEIPT, stays_inside
+from lorafuse.files.names import RECEIPT, stays_inside
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.naming.vocabulary import conflict_in
 from lorafuse.receipt.read import stored_tensors
 
-LOADED = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+HARMLESS = (".md", ".html", ".png", ".svg", ".log")  # of files that people put beside a model
 
 
 def verify_directory(folder: Folder, receipt: dict[str, Any], on_nbytes: Callable[[int], object]) -> None:
@@ -35,6 +35,8 @@ def verify_directory(folder: Folder, receipt: dict[str, Any], on_nbytes: Callabl
                 f"{shown(folder / RECEIPT)}: has the output {shown(entry)}, which is no file of this "
                 "directory."
             )
+        if entry["file"] in files:
+            raise ResultError(f"{shown(folder / RECEIPT)}: lists {shown(entry['file'])} twice.")
         files[entry["file"]] = FileHash(entry.get("size", -1), entry.get("sha256", ""))
     _refuse_strays(folder, files)
     for name, expected in files.items():
@@ -52,15 +54,28 @@ def verify_directory(folder: Folder, receipt: dict[str, Any], on_nbytes: Callabl
 
 
 def _refuse_strays(folder: Folder, files: Collection[str]) -> None:
-    """Files that a loader would take for weights, or for an adapter to apply once more."""
-    for name in sorted([*folder.names("*"), *folder.sub_folders()]):
-        suffix = posixpath.splitext(name)[1]
-        loaded = suffix in LOADED or name in (INDEX, "adapter_config.json")
-        if loaded and name not in files:
-            raise ResultError(
-                f"{shown(folder / name)}: is not in the receipt; a loader may take it for a part of the "
-                "model."
-            )
+    """Files that the merge did not write, but those that no loader looks at. One may be taken for weights,
+    for an adapter to apply once more, for the tokenizer, or for the code of the model."""
+    for name in _strays(folder, "", files):
+        raise ResultError(
+            f"{shown(folder / name)}: is not in the receipt; a loader may take it for a part of the model."
+        )
+
+
+def _strays(folder: Folder, prefix: str, files: Collection[str]) -> Iterator[str]:
+    """Names of files, and of whole folders that hold no file of the merge."""
+    own = {prefix + name for name in folder.names("*") if not _is_harmless(name)} - {RECEIPT}
+    yield from sorted(own - {*files})
+    for name in folder.sub_folders():
+        inner = f"{prefix}{name}/"
+        if any(file.startswith(inner) for file in files):
+            yield from _strays(folder.sub_folder(name), inner, files)
+        elif not name.startswith("."):
+            yield prefix + name
+
+
+def _is_harmless(name: str) -> bool:
+    return name.startswith(".") or posixpath.splitext(name)[1].lower() in HARMLESS
 
 
 def _verify_file(folder: Folder, name: str, expected: FileHash, on_nbytes: Callable[[int], object]) -> None:

@@ -10,7 +10,6 @@ from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.names import RECEIPT
 from lorafuse.inputs.hashes import InputHashes
-from lorafuse.inputs.located import LocatedAdapter
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.receipt.fields import InputEntry
 from lorafuse.settings import checked_weight
@@ -23,21 +22,21 @@ def in_merged_order(
     receipt: Mapping[str, Any],
     base: Checkpoint,
     given: Sequence[WeightedAdapter],
-    located: Sequence[LocatedAdapter],
     adapter_scale: float,
-) -> tuple[list[WeightedAdapter], list[LocatedAdapter]]:
-    """The adapters with the weights and in the order that the receipt says, and where they lie.
-    `adapter_scale` is the first's weight. Raises ResultError unless the inputs are the files that were
+) -> list[WeightedAdapter]:
+    """The adapters with the weights and in the order that the receipt says. `adapter_scale` is the first's
+    weight. Raises ResultError unless the inputs are the files that were
     merged."""
     with InputHashes(base, str(base.folder), given) as hashes:
         inputs = hashes.result()
     _refuse_other_files(folder, receipt["inputs"], inputs)
     told = [entry for entry in receipt["inputs"] if entry["role"] == "adapter"]
     if len(given) == 1:
-        return [WeightedAdapter(given[0].adapter, adapter_scale)], list(located)
+        return [WeightedAdapter(given[0].adapter, adapter_scale)]
     by_number = [_identities(entries) for entries in _entries_of_each(given, inputs)]
     order = _order(folder, list(map(_identity, told)), by_number)
-    merged, at = [], 0
+    merged: list[WeightedAdapter] = []
+    at = 0
     for number in order:
         weights = [entry.get("weight") for entry in told[at : at + len(by_number[number])]]
         merged.append(WeightedAdapter(given[number].adapter, _weight(folder, weights)))
@@ -47,7 +46,7 @@ def in_merged_order(
             f"{shown(folder / RECEIPT)}: says that the first adapter's weight is {merged[0].weight}, and "
             f"that adapter_scale is {adapter_scale}."
         )
-    return merged, [located[number] for number in order]
+    return merged
 
 
 def _identity(entry: Mapping[str, object]) -> Identity:

@@ -182,7 +182,7 @@ def _scaled(seen: Evidence) -> Verdict | None:
         return None
     sure = "certain" if chance * N_SIGMA_CERTAIN < 0.5 else "likely"
     twice = abs(share - _leaves(seen, 2.0)) <= BIAS * 2 + N_SIGMA * chance
-    return _multiple(2.0, sure) if twice else Verdict("wrong scale", sure, round(m, 3))
+    return _multiple(2.0, sure) if twice else Verdict("wrong scale", sure, m)
 
 
 def _on_another_base(seen: Evidence) -> Verdict | None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import closing
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
@@ -16,11 +16,13 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.names import RECEIPT
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, opened
+from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.receipt.read import read_receipt
 from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.verification.against_inputs import check_merge
 from lorafuse.verification.against_receipt import verify_directory
+from lorafuse.verification.made_again import check_files, check_receipt
 from lorafuse.verification.merged_adapters import in_merged_order
 from lorafuse.verification.other_tools import relate
 
@@ -62,16 +64,46 @@ def verify(
     checked = {"files": 0, "nbytes": 0, "weights": 0} | _against_receipt(folder, receipt, on_event)
     if ckpt is None:
         return checked
-    source = checkpoint_folder(fspath(ckpt))
     located = [located_adapter(fspath(adapter), 1.0, None, on_event) for adapter in adapters]
-    with closing(Checkpoint(folder)) as merged, closing(Checkpoint(source)) as base, opened(located) as given:
-        if not receipt:
-            weights = open_weights(base)
-            plan = make_plan(base, given, settings, weights, encoder_of=values_of)
-            return checked | relate(plan, weights, merged, pick_device(device), on_event)
-        as_merged, located = in_merged_order(folder, receipt, base, given, located, settings.adapter_scale)
-        plan = make_plan(base, as_merged, settings)
-        return checked | {"weights": check_merge(merged, plan, sample, pick_device(device), on_event)}
+    with closing(Checkpoint(checkpoint_folder(fspath(ckpt)))) as base, opened(located) as given:
+        inputs = MergeInputs(base, given)
+        if receipt:
+            return checked | _against_inputs(folder, receipt, inputs, settings, sample, on_event)
+        return checked | _another_tools(folder, inputs, settings, on_event)
+
+
+class MergeInputs(NamedTuple):
+    """What was merged, as it was given."""
+
+    base: Checkpoint
+    adapters: Sequence[WeightedAdapter]
+
+
+def _another_tools(
+    folder: Folder, inputs: MergeInputs, settings: Settings, on_event: OnEvent
+) -> dict[str, Any]:
+    weights = open_weights(inputs.base)
+    plan = make_plan(inputs.base, inputs.adapters, settings, weights, encoder_of=values_of)
+    with closing(Checkpoint(folder)) as merged:
+        return relate(plan, weights, merged, pick_device(settings.device), on_event)
+
+
+def _against_inputs(
+    folder: Folder,
+    receipt: dict[str, Any],
+    inputs: MergeInputs,
+    settings: Settings,
+    sample: int,
+    on_event: OnEvent,
+) -> dict[str, Any]:
+    """How many weights the inputs make. All else that they make is compared as well."""
+    base, given = inputs
+    plan = make_plan(base, in_merged_order(folder, receipt, base, given, settings.adapter_scale), settings)
+    with closing(Checkpoint(folder)) as merged:
+        n_weights, outcome = check_merge(merged, plan, sample, pick_device(settings.device), on_event)
+    check_files(folder, receipt, plan, base)
+    check_receipt(folder, receipt, plan, outcome, settings, several=len(given) > 1)
+    return {"weights": n_weights}
 
 
 def _settings_of(receipt: dict[str, Any], device: str, memory_nbytes: int) -> Settings:
