@@ -7,6 +7,9 @@ Anything that came out of an input goes through `shown` first, since a tensor na
 import difflib
 from collections.abc import Iterable
 
+# What torch (on the CPU, on a GPU) and Python say in a RuntimeError when the system gives no more.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "can't start new thread")
+
 
 class LorafuseError(Exception):
     """Base of every error that lorafuse raises on purpose; `exit_code` is what the command line ends with."""
@@ -68,12 +71,19 @@ class BatchError(LorafuseError):
     exit_code = 9
 
 
+def out_of_memory(error: BaseException | None) -> StorageError | None:
+    """What to say of an error that means that the system gives no more memory; None for any other."""
+    no_memory = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    if not no_memory and not isinstance(error, MemoryError):
+        return None
+    return StorageError("out of memory: the system gave less than --memory-limit; lower that, or free some.")
+
+
 def as_own(error: Exception) -> LorafuseError:
-    """An error that nobody foresaw, as the error of the job that it ended: the others go on. Its traceback
-    is that of `__cause__`."""
+    """Any error as that of the job that it ended: the others go on. Its traceback is that of `__cause__`."""
     if isinstance(error, LorafuseError):
         return error
-    own = LorafuseError(
+    own = out_of_memory(error) or LorafuseError(
         f"{type(error).__name__}: {shown(error) or 'without a message'}. Nobody foresaw this error: please "
         "report it."
     )

@@ -15,7 +15,7 @@ from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, named_weight, opened
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.outdir.kinds import kind_of
-from lorafuse.planning.announce import announce
+from lorafuse.planning.announce import announced
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import kept_in_sum
@@ -99,9 +99,12 @@ def _convert(
     kind_of(out_dir).check_out_dir(out_dir, inputs, overwrite=overwrite)
     with closing(Checkpoint(ckpt_folder)) as base, opened(located) as adapters:
         plan = make_plan(base, adapters, settings)
-        announced = announce(plan, on_event, dry_run=dry_run)
+        warnings, planned = announced(plan, dry_run=dry_run)
+        for warning in warnings:
+            on_event(warning)
+        on_event(planned)
         if dry_run:
-            return announced
+            return planned
         files = UnchangedInputs(base, adapters)
         files.refuse_nonfinite()
         attempt = files.attempt(plan, settings)

@@ -27,7 +27,7 @@ from lorafuse.merge.destination import Written
 from lorafuse.outdir.folder_file import FolderFile
 from lorafuse.outdir.out_dir import FinishedFile
 from lorafuse.planning.plan import Plan, PlannedShard
-from lorafuse.receipt.fields import InputEntry
+from lorafuse.receipt.fields import InputEntry, OutputEntry, Receipt
 from lorafuse.receipt.read import read_receipt, stored_tensors
 from lorafuse.settings import Settings
 
@@ -105,8 +105,8 @@ class ExistingResults:
         self._remember(name, receipt)
         return True
 
-    def _other_inputs(self, receipt: dict[str, Any], adapter_inputs: list[InputEntry]) -> str | None:
-        if _identities(receipt, "adapter") != _identities({"inputs": adapter_inputs}, "adapter"):
+    def _other_inputs(self, receipt: Receipt, adapter_inputs: list[InputEntry]) -> str | None:
+        if _identities(receipt["inputs"], "adapter") != _identities(adapter_inputs, "adapter"):
             return "the receipt names another adapter, or the adapter has changed since"
         return (
             None
@@ -114,10 +114,8 @@ class ExistingResults:
             else "the receipt names another checkpoint, or it has changed since"
         )
 
-    def _of_this_checkpoint(self, receipt: dict[str, Any]) -> bool:
-        return _identities(receipt, "checkpoint") == _identities(
-            {"inputs": self._ckpt_inputs()}, "checkpoint"
-        )
+    def _of_this_checkpoint(self, receipt: Receipt) -> bool:
+        return _identities(receipt["inputs"], "checkpoint") == _identities(self._ckpt_inputs(), "checkpoint")
 
     def find(self, key: str) -> Shared | None:
         """A file with this content, which was hashed by this call. Results that others finished meanwhile are
@@ -141,7 +139,7 @@ class ExistingResults:
             if key in self._files:
                 return
 
-    def _remember(self, name: str, receipt: dict[str, Any]) -> None:
+    def _remember(self, name: str, receipt: Receipt) -> None:
         """The files of a result that hold only what no adapter has a say in."""
         self._seen.add(name)
         out_dir = self._out_root.sub_folder(name)
@@ -173,23 +171,19 @@ class ExistingResults:
         self._files.pop(key, None)
 
 
-def _read_receipt(out_dir: Folder) -> dict[str, Any] | None:
+def _read_receipt(out_dir: Folder) -> Receipt | None:
     try:
         receipt = read_receipt(out_dir)
     except (OSError, LorafuseError):
         return None
-    entries = [*receipt.get("outputs", ()), *receipt.get("inputs", ())]
-    whole = all(
-        isinstance(entry, dict) and type(entry.get("size")) is int and "sha256" in entry for entry in entries
-    )
-    return (
-        receipt
-        if receipt and whole and all(isinstance(entry.get("file"), str) for entry in receipt["outputs"])
-        else None
-    )
+    if receipt is None:
+        return None
+    entries: list[InputEntry | OutputEntry] = [*receipt["outputs"], *receipt["inputs"]]
+    whole = all(type(entry.get("size")) is int and "sha256" in entry for entry in entries)
+    return receipt if whole else None
 
 
-def _shards(receipt: dict[str, Any]) -> list[dict[str, Any]]:
+def _shards(receipt: Receipt) -> list[OutputEntry]:
     """The files that hold weights; others may be edited as people like."""
     return [
         entry
@@ -198,13 +192,13 @@ def _shards(receipt: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _is_own(receipt: dict[str, Any]) -> bool:
+def _is_own(receipt: Receipt) -> bool:
     """Whether this version of the tool wrote it: another one may decode or arrange differently."""
     tool = receipt.get("tool")
     return isinstance(tool, dict) and tool.get("version") == __version__
 
 
-def _difference(receipt: dict[str, Any], out_dir: Folder, settings: Settings) -> str | None:
+def _difference(receipt: Receipt, out_dir: Folder, settings: Settings) -> str | None:
     """What a result is not, before any input is looked at."""
     if not _is_own(receipt):
         return "another version of lorafuse made it"
@@ -218,9 +212,8 @@ def _difference(receipt: dict[str, Any], out_dir: Folder, settings: Settings) ->
     return None
 
 
-def _identities(receipt: dict[str, Any], role: str) -> list[tuple[str, str]]:
+def _identities(inputs: Sequence[InputEntry], role: str) -> list[tuple[str, str]]:
     """What the files of a role hold, wherever they lie."""
-    inputs = receipt["inputs"]
     return sorted(
         (str(entry.get("size")), str(entry.get("sha256"))) for entry in inputs if entry.get("role") == role
     )

@@ -150,6 +150,8 @@ class Pass:
                 raise
             self.on_failed(job, e)
             return True
+        if nothing := no_update(receipt["tensors"]):
+            job.on_event({"event": "warning", "message": nothing})
         self.on_done(making, receipt)
         return True
 
@@ -162,7 +164,4 @@ class Pass:
         inputs = [*self.ckpt_inputs(), *job.files.adapter_inputs()]
         receipt = make_receipt(job.plan, outcome, out_dir, job.settings, inputs, time.perf_counter() - began)
         write_json(out_dir, RECEIPT, receipt)
-        nothing = no_update(receipt["tensors"])
-        if nothing:
-            job.on_event({"event": "warning", "message": nothing})
         return receipt

@@ -35,7 +35,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.inputs.located import LocatedAdapter, located_adapter, opened
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.outdir.kinds import kind_of
-from lorafuse.planning.announce import announce
+from lorafuse.planning.announce import announced
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.memory import RUNTIME_NBYTES, Needs, fit_memory, within_limit
 from lorafuse.planning.plan import STORED_TENSOR_NBYTES, Memory
@@ -104,7 +104,7 @@ class Batch:
         with ExitStack() as stack:
             while self.todo and len(members) < MAX_MEMBERS:
                 job, notes, full = self.todo[0], list[Event](), None
-                try:
+                try:  # what a job says comes after it: an error of who listens is not the job's
                     scale = job.settings(self.settings).adapter_scale
                     located = located_adapter(job.adapter, scale, None, notes.append)
                     if members and not self._may_open(located.folder, members):
@@ -116,14 +116,18 @@ class Batch:
                         full = self._disk_error([*members, member])
                         if more is None or (full and members):
                             break
-                        for note in notes:
-                            member.planned.on_event(note)
-                        announce(member.planned.plan, member.planned.on_event, dry_run=self.dry_run)
+                        warnings, plan = announced(member.planned.plan, dry_run=self.dry_run)
+                        notes += [*warnings, plan]
                         members, memory = [*members, member], more
                 except Exception as e:
                     self._failed(job.name, job.adapter, e)
-                if full:
-                    raise full
+                else:
+                    if full:
+                        raise full
+                    if member is None:
+                        self._state(job.name, "skipped")
+                    for note in notes if member else ():
+                        of_job(self.on_event, job.name)(note)
                 self.todo.popleft()
             yield members, memory
 
@@ -138,7 +142,6 @@ class Batch:
             if self._is_there(job.name, settings, files):
                 if not self.dry_run:
                     self.kind.clean_up(out_dir)
-                self._state(job.name, "skipped")
                 return None
             plan = make_plan(self.base, adapters, settings, weights=self.weights)
             files.refuse_nonfinite()

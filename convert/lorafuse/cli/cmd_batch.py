@@ -15,6 +15,7 @@ from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import CONTEXT, base_options, check_base_options, output_options, run_options
 from lorafuse.cli.streams import say, tell
 from lorafuse.errors import BatchError, shown
+from lorafuse.events import Event, JobEvent, PassEvent, PlanEvent, ResumedEvent
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import Settings
@@ -97,30 +98,29 @@ class ShowBatch:
 
     def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
         self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
-        self._plans: dict[str, dict[str, Any]] = {}
+        self._plans: dict[str, PlanEvent] = {}
         self._n_passes = 0
         self._rows: list[tuple[str, str, str]] = []
         self._bar: Any = None
 
-    def __call__(self, event: Any) -> None:
-        kind = event["event"]
-        if self._as_json and kind != "progress":
+    def __call__(self, event: Event) -> None:
+        if self._as_json and event["event"] != "progress":
             tell(json.dumps(event))
-        if kind == "warning" and not self._quiet:
+        if event["event"] == "warning" and not self._quiet:
             whose = f"{shown(event['job'])}: " if "job" in event else ""
             say(f"Warning: {whose}{event['message']}")
-        elif kind == "plan":
+        elif event["event"] == "plan":
             self._plans[event["job"]] = event
-        elif kind == "pass":
+        elif event["event"] == "pass":
             self._pass(event)
-        elif kind == "progress" and self._bar is not None:
+        elif event["event"] == "progress" and self._bar is not None:
             self._bar.update(event["nbytes"])
-        elif kind == "resumed":
+        elif event["event"] == "resumed":
             self._resumed(event)
-        elif kind == "job":
+        elif event["event"] == "job":
             self._job(event)
 
-    def _pass(self, event: dict[str, Any]) -> None:
+    def _pass(self, event: PassEvent) -> None:
         self._n_passes += 1
         names = event["jobs"]
         nbytes = sum(self._plans[name]["nbytes"] for name in names)
@@ -137,14 +137,14 @@ class ShowBatch:
                 total=nbytes, unit="B", unit_scale=True, dynamic_ncols=True, desc=f"pass {self._n_passes}"
             )
 
-    def _resumed(self, event: dict[str, Any]) -> None:
+    def _resumed(self, event: ResumedEvent) -> None:
         if not self._quiet:
             done = f"{event['n_shards']} of {len(self._plans[event['job']]['shards'])} files"
             say(f"{shown(event['job'])}: going on after {done} that an earlier call finished.")
         if self._bar is not None:
             self._bar.update(event["nbytes"])
 
-    def _job(self, event: dict[str, Any]) -> None:
+    def _job(self, event: JobEvent) -> None:
         name, state = event["job"], event["state"]
         plan = self._plans.pop(name, None)
         if state == "planned" and plan:

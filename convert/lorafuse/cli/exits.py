@@ -6,11 +6,8 @@ import sys
 from typing import NoReturn
 
 from lorafuse.cli.streams import say
-from lorafuse.errors import LorafuseError, shown
+from lorafuse.errors import LorafuseError, out_of_memory, shown
 from lorafuse.outdir.interrupts import UNINTERRUPTED
-
-# What torch (on the CPU, on a GPU) and Python say in a RuntimeError when the system gives no more.
-_NO_MEMORY = ("can't allocate memory", "out of memory", "can't start new thread")
 
 
 class Terminated(BaseException):
@@ -33,9 +30,8 @@ class exit_codes:  # noqa: N801 (reads as a statement)
             _fail(str(error), error.exit_code)
         if isinstance(error, KeyboardInterrupt | Terminated):
             _fail(f"interrupted; {self._interrupted}.", 130 if isinstance(error, KeyboardInterrupt) else 143)
-        no_memory = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
-        if no_memory or isinstance(error, MemoryError):
-            _fail("out of memory: the system gave less than --memory-limit; lower that, or free some.", 5)
+        if no_memory := out_of_memory(error):
+            _fail(str(no_memory), no_memory.exit_code)
         if isinstance(error, OSError) and error.errno is not None:
             _fail(f"{shown(error.filename or 'the output')}: {error.strerror}.", 5)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lorafuse.cli.streams import say, tell
 from lorafuse.errors import listed, shown
+from lorafuse.events import Event
 from lorafuse.receipt.read import ENOUGH_KEPT, kept_in_sum
 
 
@@ -18,25 +19,24 @@ class Show:
         self._bar: Any = None
         self._n_shards = self._n_done = 0
 
-    def __call__(self, event: Any) -> None:
-        kind = event["event"]
-        if self._as_json and kind != "progress":
+    def __call__(self, event: Event) -> None:
+        if self._as_json and event["event"] != "progress":
             tell(json.dumps(event))
         if self._quiet:
             return
-        if kind == "warning":
+        if event["event"] == "warning":
             say(f"Warning: {event['message']}")
-        elif kind == "plan":
+        elif event["event"] == "plan":
             self._n_shards = len(event["shards"])
             self._open_bar(event["nbytes"])
-        elif kind == "resumed":
+        elif event["event"] == "resumed":
             self._n_done = event["n_shards"]
             say(f"Going on after {self._n_done} of {self._n_shards} files that an earlier run finished.")
             if self._bar is not None:
                 self._bar.update(event["nbytes"])
-        elif kind == "progress" and self._bar is not None:
+        elif event["event"] == "progress" and self._bar is not None:
             self._bar.update(event["nbytes"])
-        elif kind == "shard" and self._bar is None:
+        elif event["event"] == "shard" and self._bar is None:
             self._n_done += 1
             say(f"{event['file']}: {event['nbytes'] / 1e6:,.1f} MB ({self._n_done} of {self._n_shards})")
 

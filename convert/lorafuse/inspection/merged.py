@@ -3,6 +3,7 @@ Needs no torch."""
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -10,6 +11,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES
+from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import kept_in_sum, read_receipt, worst_first
 
 _FIGURES = ("kept", "noise", "delta_rel", "delta_norm", "changed")
@@ -18,6 +20,7 @@ _FIGURES = ("kept", "noise", "delta_rel", "delta_norm", "changed")
 def inspect_merged(folder: Folder, name: str) -> dict[str, Any]:
     """The receipt in sum, and the merged weights, worst first. Raises ResultError for a damaged receipt."""
     receipt = read_receipt(folder)
+    assert receipt, "it has a receipt, or something else is inspected"
     tensors = receipt["tensors"]
     shards = [output for output in receipt["outputs"] if output["file"].endswith(".safetensors")]
     config: dict[str, Any] = {}
@@ -46,7 +49,7 @@ def inspect_merged(folder: Folder, name: str) -> dict[str, Any]:
     }
 
 
-def _inputs(receipt: dict[str, Any], role: str, config: str) -> list[dict[str, Any]]:
+def _inputs(receipt: Receipt, role: str, config: str) -> list[dict[str, Any]]:
     """The inputs of a role as the user named them, each with its weight if it has one: every one has a
     config, whose path is the input's and the file's."""
     configs = [
@@ -57,7 +60,7 @@ def _inputs(receipt: dict[str, Any], role: str, config: str) -> list[dict[str, A
     ]
 
 
-def _weight(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+def _weight(name: str, entry: Mapping[str, object]) -> dict[str, Any]:
     figures = {figure: entry.get(figure) for figure in _FIGURES}
     return {
         "name": name,

@@ -2,19 +2,15 @@
 
 from collections import Counter
 
-from lorafuse.events import OnEvent, PlanEvent, warn_by
+from lorafuse.events import PlanEvent, WarningEvent
 from lorafuse.planning.plan import Plan
 
 
-def announce(plan: Plan, on_event: OnEvent, *, dry_run: bool = False) -> PlanEvent:
-    """An event for each warning, and the plan's, which is returned. The adapters' copies of base weights,
-    which planning did not read, are compared before a merge."""
-    warn = warn_by(on_event)
-    for message in plan.warnings if dry_run else plan.all_warnings():
-        warn(message)
-    event = plan_event(plan)
-    on_event(event)
-    return event
+def announced(plan: Plan, *, dry_run: bool = False) -> tuple[list[WarningEvent], PlanEvent]:
+    """An event for each warning, and the plan's. The adapters' copies of base weights, which planning did not
+    read, are compared before a merge."""
+    messages = plan.warnings if dry_run else plan.all_warnings()
+    return [{"event": "warning", "message": message} for message in messages], plan_event(plan)
 
 
 def plan_event(plan: Plan) -> PlanEvent:

@@ -6,14 +6,14 @@ of one long vector: kept = Σ kept_i ‖Δ_i‖² / Σ ‖Δ_i‖² and noise² 
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lorafuse.errors import ResultError, shown
 from lorafuse.files.folder import Folder
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.names import RECEIPT
 from lorafuse.files.safetensors_file import FormatError
-from lorafuse.receipt.fields import SCHEMA
+from lorafuse.receipt.fields import SCHEMA, Receipt
 
 # Where a smaller share of the update is kept, another dtype is worth a word.
 ENOUGH_KEPT = 0.97
@@ -30,13 +30,13 @@ _FIELDS |= {"adapter_tensors": dict, "base_semantics": str}
 Entries = Mapping[str, Mapping[str, Any]]  # what a receipt says of each weight
 
 
-def read_receipt(folder: Folder) -> dict[str, Any]:
-    """The receipt of a merged directory, with everything that is read of it anywhere of the right type; empty
+def read_receipt(folder: Folder) -> Receipt | None:
+    """The receipt of a merged directory, with everything that is read of it anywhere of the right type; None
     when it has none. Raises ResultError for one that is damaged."""
     path = folder / RECEIPT
     # A pattern finds a link that leads nowhere too, which is a damaged receipt.
     if not folder.exists(RECEIPT) and RECEIPT not in folder.names(f"{RECEIPT}*"):
-        return {}
+        return None
     try:
         receipt = read_json_dict(folder, RECEIPT)
     except (FormatError, ValueError) as e:
@@ -48,7 +48,7 @@ def read_receipt(folder: Folder) -> dict[str, Any]:
     broken = next(_broken(receipt), None)
     if broken is not None:
         raise ResultError(f"{shown(path)}: is damaged: {shown(broken)} is missing or of another kind.")
-    return receipt
+    return cast(Receipt, receipt)
 
 
 class StoredEntry(NamedTuple):

@@ -15,12 +15,13 @@ from lorafuse.files.hashing import FileHash, hash_file
 from lorafuse.files.names import RECEIPT, stays_inside
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.naming.vocabulary import conflict_in
+from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import stored_tensors
 
 HARMLESS = (".md", ".html", ".png", ".svg", ".log")  # of files that people put beside a model
 
 
-def verify_directory(folder: Folder, receipt: dict[str, Any], on_nbytes: Callable[[int], object]) -> None:
+def verify_directory(folder: Folder, receipt: Receipt, on_nbytes: Callable[[int], object]) -> None:
     """Compare a merged directory with its receipt: every file's size and sha256, headers and index, names,
     dtypes and shapes of the weights, and that transformers would find a config. Raises ResultError at the
     first difference."""

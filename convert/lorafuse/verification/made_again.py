@@ -3,8 +3,7 @@ headers, side files, which files there are, and what the receipt says."""
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from lorafuse._version import __version__
 from lorafuse.errors import ResultError, shown
@@ -15,6 +14,7 @@ from lorafuse.files.safetensors_file import FormatError, header_of
 from lorafuse.merge.destination import Outcome
 from lorafuse.outdir.sidecars import write_sidecars
 from lorafuse.planning.plan import Plan
+from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.write import base_semantics, tensor_entry
 from lorafuse.settings import Settings
 
@@ -52,7 +52,7 @@ class SideFilesCompared:
         return f"{shown(self._folder / file)}: is not what the inputs make."
 
 
-def check_files(folder: Folder, receipt: Mapping[str, Any], plan: Plan, base: Checkpoint) -> None:
+def check_files(folder: Folder, receipt: Receipt, plan: Plan, base: Checkpoint) -> None:
     """The headers of the shards, the side files, and that the receipt lists these files and no others. Raises
     ResultError."""
     compared = SideFilesCompared(folder)
@@ -81,7 +81,7 @@ def _beginning(folder: Folder, file: str, nbytes: int) -> bytes:
 
 def check_receipt(
     folder: Folder,
-    receipt: Mapping[str, Any],
+    receipt: Receipt,
     plan: Plan,
     outcome: Outcome,
     settings: Settings,

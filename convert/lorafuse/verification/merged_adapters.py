@@ -3,7 +3,6 @@ by their names."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from lorafuse.errors import ResultError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -11,7 +10,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.names import RECEIPT
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.planning.combine import WeightedAdapter
-from lorafuse.receipt.fields import InputEntry
+from lorafuse.receipt.fields import InputEntry, Receipt
 from lorafuse.settings import checked_weight
 
 Identity = tuple[object, ...]  # what two entries of the same file have in common
@@ -19,7 +18,7 @@ Identity = tuple[object, ...]  # what two entries of the same file have in commo
 
 def in_merged_order(
     folder: Folder,
-    receipt: Mapping[str, Any],
+    receipt: Receipt,
     base: Checkpoint,
     given: Sequence[WeightedAdapter],
     adapter_scale: float,

@@ -18,6 +18,7 @@ from lorafuse.files.names import RECEIPT
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, opened
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
+from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import read_receipt
 from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.verification.against_inputs import check_merge
@@ -44,7 +45,7 @@ def verify(
     inputs CheckpointError or AdapterError.
 
     A directory without a receipt, which another tool made, is compared with its inputs: the result has
-    "relations" and, as "related", what each weight is (`relate.relate`), whatever that is.
+    "relations" and, as "related", what each weight is (`other_tools.relate`), whatever that is.
     """
     if (ckpt is None) != (not adapters):
         raise UsageError(
@@ -90,7 +91,7 @@ def _another_tools(
 
 def _against_inputs(
     folder: Folder,
-    receipt: dict[str, Any],
+    receipt: Receipt,
     inputs: MergeInputs,
     settings: Settings,
     sample: int,
@@ -106,14 +107,14 @@ def _against_inputs(
     return {"weights": n_weights}
 
 
-def _settings_of(receipt: dict[str, Any], device: str, memory_nbytes: int) -> Settings:
+def _settings_of(receipt: Receipt | None, device: str, memory_nbytes: int) -> Settings:
     """Those that the result was made with; without a receipt, those that compare it in fp32."""
     if not receipt:
         return Settings(dtype="float32", device=device, memory_nbytes=memory_nbytes)
     return Settings.of_receipt(receipt["settings"], device=device, memory_nbytes=memory_nbytes)
 
 
-def _against_receipt(folder: Folder, receipt: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
+def _against_receipt(folder: Folder, receipt: Receipt | None, on_event: OnEvent) -> dict[str, Any]:
     """How many files and bytes are what the receipt says; nothing without a receipt."""
     if not receipt:
         return {}
