@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from build import CONFIG, write_adapter, write_checkpoint
+from build import CONFIG, write_checkpoint
 from safetensors.torch import save_file
 from side_run import Run, fill
 
@@ -16,16 +16,6 @@ from lorafuse.errors import CheckpointError
 from lorafuse.side_files.sets import TOKENIZER
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 17209920\n"
-
-
-@pytest.fixture
-def ckpt(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "ckpt")
-
-
-@pytest.fixture
-def lora(tmp_path: Path) -> Path:
-    return write_adapter(tmp_path / "lora")
 
 
 # ---- what is copied

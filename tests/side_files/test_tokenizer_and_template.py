@@ -6,18 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from build import checkpoint_tensors, write_adapter, write_checkpoint
+from build import checkpoint_tensors, write_adapter
 from side_run import Run, fill
-
-
-@pytest.fixture
-def ckpt(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "ckpt")
-
-
-@pytest.fixture
-def lora(tmp_path: Path) -> Path:
-    return write_adapter(tmp_path / "lora")
 
 
 def tokenizer(n: int, added: int = 0, kind: str = "dict") -> dict[str, Any]:
