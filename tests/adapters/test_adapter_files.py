@@ -364,6 +364,6 @@ def test_peft_type_is_spelled_as_peft_spells_it(tmp_path):
     )
     with pytest.raises(KeyError):
         PeftConfig.from_pretrained(lora)
-    assert refused(ckpt, lora, tmp_path).startswith(
-        f"{lora}/adapter_config.json: peft_type lora is not supported; PEFT writes it LORA."
-    )
+    message = refused(ckpt, lora, tmp_path)
+    assert message.startswith(f"{lora}/adapter_config.json: peft_type lora is not supported; known are ")
+    assert message.endswith("; PEFT spells it LORA.")
