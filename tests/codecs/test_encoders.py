@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 import lorafuse
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs import FORMATS, plain
-from lorafuse.codecs.encoder import Encoded, Encoder, Piece, WeightToStore
+from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece, WeightToStore
 from lorafuse.codecs.plain import PlainEncoder
 from lorafuse.codecs.stored import StoredEncoder
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
-from lorafuse.files.tensors import StoredTensor, TensorSpec
+from lorafuse.files.tensors import Box, StoredTensor, TensorSpec
 from lorafuse.planning import make_plan as planning
 
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def test_a_run_of_bytes_may_span_tensors(base, tmp_path):
         for start in range(0, size, step):
             stop = min(start + step, size)
             buffer = torch.empty(step, dtype=torch.uint8)
-            for piece in encoder.encode(torch.empty(0), start, stop, buffer, Arena(CPU)).pieces:
+            for piece in encoder.copy(start, stop, buffer):
                 part = buffer[piece.start : piece.start + piece.nbytes]
                 made[piece.tensor][piece.at : piece.at + piece.nbytes] = bytes(part.tolist())
         for name, data in made.items():
@@ -143,8 +143,9 @@ class ScaledEncoder(Encoder):
     def prepare(self, tiles):
         self.scale = max(float(values.abs().max()) for _, values in tiles()) / 127
 
-    def encode(self, values, start, stop, buffer, arena):
-        codes = (values.float() / self.scale).round_().to(torch.int8)
+    def encode(self, tile, buffer, arena):
+        start, stop = tile.start, tile.stop
+        codes = (tile.values.float() / self.scale).round_().to(torch.int8)
         buffer[: stop - start].view(torch.int8).copy_(codes)
         pieces = [Piece(self.name, start, 0, stop - start)]
         if stop == self.numel:
@@ -190,7 +191,8 @@ def test_the_plain_encoder_rounds_to_nearest_even(tmp_path):
     spec = TensorSpec("BF16", (2, 3))
     values = torch.tensor([1.0, 1 + 2**-9, 1 + 3 * 2**-9, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8])
     buffer = torch.empty(12, dtype=torch.uint8)
-    encoded = PlainEncoder("w", spec).encode(values, 0, 6, buffer, Arena(CPU))
+    tile = FinishedTile(0, 6, values, values, (), Box.whole(spec))
+    encoded = PlainEncoder("w", spec).encode(tile, buffer, Arena(CPU))
     assert encoded.pieces == (Piece("w", 0, 0, 12),)
     expected = [1.0, 1.0, 1 + 2**-7, 1.0, 1 + 2**-6, -1.0]
     assert buffer.view(torch.bfloat16).tolist() == expected

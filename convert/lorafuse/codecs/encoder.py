@@ -12,12 +12,25 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs.sources import Sources
-from lorafuse.files.tensors import StoredTensor, TensorSpec
+from lorafuse.codecs.sources import Raw, Sources
+from lorafuse.files.tensors import Box, StoredTensor, TensorSpec
 
 # (first element, values in fp32, 1-D) of every tile of a finished weight, in order; each is valid until the
 # next.
 FinishedTiles = Callable[[], Iterator[tuple[int, torch.Tensor]]]
+
+
+class FinishedTile(NamedTuple):
+    """Elements [start, stop) of a weight, ready to be stored. `values` (1-D, in fp32, or in the dtype that the
+    weight was decoded to where nothing changes it) are on the arena's device; so is `base`, what was decoded
+    before any patch, from what the sources fetched (`raw`) for `box`."""
+
+    start: int
+    stop: int
+    values: torch.Tensor
+    base: torch.Tensor
+    raw: Raw
+    box: Box
 
 
 class Piece(NamedTuple):
@@ -93,12 +106,12 @@ class Encoder(Protocol):
         """Hint that the tile [start, stop) is encoded soon."""
         return
 
-    def encode(
-        self, values: torch.Tensor, start: int, stop: int, buffer: torch.Tensor, arena: Arena
-    ) -> Encoded:
-        """Fill `buffer` (uint8 on the host) with the bytes of elements [start, stop), whose `values` (1-D, in
-        fp32 or in the dtype that the weight was decoded to) are on the arena's device. Rounds once. `values`
-        is empty where none are needed."""
+    def encode(self, tile: FinishedTile, buffer: torch.Tensor, arena: Arena) -> Encoded:
+        """Fill `buffer` (uint8 on the host) with the bytes of the tile. Rounds once."""
+
+    def copy(self, start: int, stop: int, buffer: torch.Tensor) -> tuple[Piece, ...]:
+        """Fill `buffer` with the stored bytes [start, stop), where no values are needed."""
+        raise AssertionError("values are needed")
 
     def decode(self, encoded: Encoded, arena: Arena) -> torch.Tensor:
         """What a reader will decode from these bytes: 1-D, in any floating-point dtype, on the arena's

@@ -3,7 +3,7 @@
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs.encoder import Encoded, Encoder, Piece, WeightToStore
+from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece, WeightToStore
 from lorafuse.codecs.stored import StoredEncoder
 from lorafuse.files.tensors import DTYPES, StoredTensor, TensorSpec
 
@@ -25,15 +25,13 @@ class PlainEncoder(Encoder):
     def tile_nbytes(self, n: int) -> int:
         return n * self._itemsize
 
-    def encode(
-        self, values: torch.Tensor, start: int, stop: int, buffer: torch.Tensor, arena: Arena
-    ) -> Encoded:
+    def encode(self, tile: FinishedTile, buffer: torch.Tensor, arena: Arena) -> Encoded:
         """The one rounding, to nearest even."""
-        nbytes = (stop - start) * self._itemsize
+        nbytes = (tile.stop - tile.start) * self._itemsize
         finished = buffer[:nbytes].view(self._dtype)
-        stored = arena.beside(finished, "plain.stored").copy_(values)
+        stored = arena.beside(finished, "plain.stored").copy_(tile.values)
         arena.bring_back(stored, finished)
-        return Encoded((Piece(self.tensors[0].name, start * self._itemsize, 0, nbytes),), (stored,))
+        return Encoded((Piece(self.tensors[0].name, tile.start * self._itemsize, 0, nbytes),), (stored,))
 
     def decode(self, encoded: Encoded, arena: Arena) -> torch.Tensor:
         return encoded.raw[0]

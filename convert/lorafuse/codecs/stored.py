@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lorafuse.arithmetic.arena import Arena, host_view
-from lorafuse.codecs.encoder import Encoded, Encoder, Piece
+from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import StoredTensor
 
@@ -51,14 +51,15 @@ class StoredEncoder(Encoder):
         for stored, piece in self._pieces(start, stop):
             self._store.will_need(stored, piece.at, piece.nbytes)
 
-    def encode(
-        self, values: torch.Tensor, start: int, stop: int, buffer: torch.Tensor, arena: Arena
-    ) -> Encoded:
-        """Reads the bytes [start, stop) of all tensors; `values` is not looked at."""
+    def copy(self, start: int, stop: int, buffer: torch.Tensor) -> tuple[Piece, ...]:
+        """Reads the bytes [start, stop) of all tensors."""
         pieces, view = list(self._pieces(start, stop)), host_view(buffer)
         for stored, piece in pieces:
             self._store.read_into(stored, piece.at, view[piece.start : piece.start + piece.nbytes])
-        return Encoded(tuple(piece for _, piece in pieces))
+        return tuple(piece for _, piece in pieces)
+
+    def encode(self, tile: FinishedTile, buffer: torch.Tensor, arena: Arena) -> Encoded:
+        raise AssertionError("what is copied has no values")
 
     def decode(self, encoded: Encoded, arena: Arena) -> torch.Tensor:
         raise AssertionError("what is copied is not measured")

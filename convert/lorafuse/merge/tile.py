@@ -10,14 +10,11 @@ import torch
 from lorafuse.arithmetic.arena import DECODED_FP32
 from lorafuse.arithmetic.measure import Measures, count_broken, measure_tile
 from lorafuse.codecs import Arena, Sources
-from lorafuse.codecs.encoder import Piece
+from lorafuse.codecs.encoder import FinishedTile, Piece
 from lorafuse.merge.destination import Timing
 from lorafuse.patches.patch import Base
 from lorafuse.planning.plan import Step
 from lorafuse.planning.shared_weights import SharedWeight, Variant
-
-NO_VALUES = torch.empty(0, dtype=torch.float32)
-
 
 @dataclass
 class Made:
@@ -60,43 +57,37 @@ def make_tile(
     """The tile [start, stop) for each variant of the weight, in its buffer. The time of reading and decoding
     counts for the first."""
     if not weight.needs_values:
-        return [_copied(weight.variants[0].step, start, stop, buffers[0], arena)]
+        return [_copied(weight.variants[0].step, start, stop, buffers[0])]
     began = time.perf_counter()
     box = weight.box(start, stop)
     raw = weight.sources.fetch(box, arena)
     read_s, cpu_began = time.perf_counter() - began, time.thread_time()
     base = weight.sources.decode(raw, box, arena)
-    results = []
+    tile, results = FinishedTile(start, stop, base, base, raw, box), []
     for variant, buffer in zip(weight.variants, buffers, strict=True):
-        made = _made(variant, base, start, stop, buffer, arena, cpu_began)
+        made = _made(variant, tile, buffer, arena, cpu_began)
         made.timing.read_s, read_s = read_s, 0.0
         results.append(made)
         cpu_began = time.thread_time()
     return results
 
 
-def _copied(step: Step, start: int, stop: int, buffer: torch.Tensor, arena: Arena) -> Made:
+def _copied(step: Step, start: int, stop: int, buffer: torch.Tensor) -> Made:
     """Stored bytes as they are."""
     began = time.perf_counter()
-    pieces, _ = step.encoder.encode(NO_VALUES, start, stop, buffer, arena)
+    pieces = step.encoder.copy(start, stop, buffer)
     return Made(pieces, Timing(read_s=time.perf_counter() - began))
 
 
 def _made(
-    variant: Variant,
-    base: torch.Tensor,
-    start: int,
-    stop: int,
-    buffer: torch.Tensor,
-    arena: Arena,
-    cpu_began: float,
+    variant: Variant, tile: FinishedTile, buffer: torch.Tensor, arena: Arena, cpu_began: float
 ) -> Made:
-    """One variant of a decoded tile; its time counts from `cpu_began` on. What a reader decodes is
-    measured."""
+    """One variant of a tile whose values are the base's; its time counts from `cpu_began` on. What a reader
+    decodes is measured."""
     step, made = variant.step, Made()
     try:
-        total = patched(step, base, start, arena)
-        encoded = step.encoder.encode(total, start, stop, buffer, arena)
+        total = patched(step, tile.base, tile.start, arena)
+        encoded = step.encoder.encode(tile._replace(values=total), buffer, arena)
     except Exception as e:  # whatever it is, the other outputs go on
         made.error = e
         return made
@@ -104,7 +95,9 @@ def _made(
     cpu_ended = time.thread_time()
     made.timing.compute_cpu_s = cpu_ended - cpu_began
     stored = step.encoder.decode(encoded, arena)
-    made.measures = measure_tile(base, total, stored, arena) if step.patches else _check_values(base, stored)
+    made.measures = (
+        measure_tile(tile.base, total, stored, arena) if step.patches else _check_values(tile.base, stored)
+    )
     made.timing.stats_cpu_s = time.thread_time() - cpu_ended
     return made
 
