@@ -31,6 +31,9 @@ def convert(
     *,
     adapters: Sequence[Name | tuple[Name, float]] = (),
     dtype: str = "auto",
+    format: str = "dense",
+    keep_dense: Sequence[str] = (),
+    rounding: str | None = None,
     max_shard_size: str | int = "5GB",
     device: str = "auto",
     memory_limit: str | int = "100MB",
@@ -60,7 +63,8 @@ def convert(
     interruption the same call goes on, unless `restart`.
     """
     settings = Settings(
-        dtype=dtype, device=device, adapter_scale=adapter_scale, adapter_name=adapter_name,
+        dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
+        adapter_scale=adapter_scale, adapter_name=adapter_name,
         max_shard_nbytes=parse_nbytes(max_shard_size), memory_nbytes=parse_nbytes(memory_limit),
         base_quant=chosen_base_quant(base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),

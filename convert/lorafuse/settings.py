@@ -10,6 +10,8 @@ from typing import Any
 from lorafuse.errors import UsageError, shown
 
 DTYPE_CHOICES = ("auto", "float32", "float16", "bfloat16")
+FORMAT_CHOICES = ("dense", "base", "mixed")
+ROUNDING_CHOICES = ("unbiased", "nearest")
 BASE_QUANT_CHOICES = ("none", "nf4", "fp4", "int8")
 QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 functional.py, quantize_4bit
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?")
@@ -104,7 +106,9 @@ class Settings:
     adapter_name: str | None = None
     base_quant: BaseQuant | None = None
     allow_nonfinite: bool = False
-    format: str = "dense"  # a word of codecs.FORMATS
+    format: str = "dense"  # a word of formats.FORMATS
+    keep_dense: tuple[str, ...] = ()
+    rounding: str | None = None
     n_threads: int = 0  # 0: as many as this process may use
 
     def __post_init__(self) -> None:
@@ -112,6 +116,10 @@ class Settings:
             raise UsageError(f"dtype is {shown(self.dtype)}; expected one of {', '.join(DTYPE_CHOICES)}.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"device is {shown(self.device)}; expected auto, cpu, cuda or cuda:N.")
+        if self.rounding not in (None, *ROUNDING_CHOICES):
+            raise UsageError(
+                f"rounding is {shown(self.rounding)}; expected one of {', '.join(ROUNDING_CHOICES)}."
+            )
         if not math.isfinite(self.adapter_scale):
             raise UsageError(f"adapter_scale is {self.adapter_scale}; expected a finite number.")
         name = self.adapter_name
@@ -130,8 +138,10 @@ class Settings:
             "max_shard_size": self.max_shard_nbytes,
             "adapter_scale": self.adapter_scale,
         }
-        others = {"format": self.format} if self.format != "dense" else {}
-        return found | others | ({"base_quant": self.base_quant.that_decide_bytes} if self.base_quant else {})
+        light: dict[str, Any] = {"format": self.format} if self.format != "dense" else {}
+        light |= {"keep_dense": list(self.keep_dense)} if self.keep_dense else {}
+        light |= {"rounding": self.rounding} if self.rounding else {}
+        return found | light | ({"base_quant": self.base_quant.that_decide_bytes} if self.base_quant else {})
 
     @classmethod
     def of_receipt(
@@ -146,6 +156,8 @@ class Settings:
                 max_shard_nbytes=that_decide_bytes["max_shard_size"],
                 adapter_scale=float(that_decide_bytes["adapter_scale"]),
                 format=str(that_decide_bytes.get("format", "dense")),
+                keep_dense=tuple(that_decide_bytes.get("keep_dense", ())),
+                rounding=that_decide_bytes.get("rounding"),
                 base_quant=BaseQuant.of_receipt(quant) if quant else None,
                 device=device,
                 memory_nbytes=memory_nbytes,

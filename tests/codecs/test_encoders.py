@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 import lorafuse
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs import FORMATS, plain
-from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece, WeightToStore
+from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece
 from lorafuse.codecs.plain import PlainEncoder
 from lorafuse.codecs.stored import StoredEncoder
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.tensors import Box, StoredTensor, TensorSpec
-from lorafuse.planning import make_plan as planning
+from lorafuse.formats import FORMATS
+from lorafuse.formats.dense import Dense
 
 CPU = torch.device("cpu")
 
@@ -31,49 +31,20 @@ def stored_files(folder):
     return tensors
 
 
-def mixed(base):
-    """What nothing changes stays as the base stores it, quantized or not; the rest is plain."""
-    config = json.loads((base / "config.json").read_text())
-
-    def encoder_of(weight: WeightToStore) -> Encoder:
-        if not weight.untouched:
-            return plain.values_of(weight)
-        names = {name: name for name in weight.sources.names}
-        quantized = len(names) > 1
-        return StoredEncoder(
-            weight.sources.store,
-            names,
-            {"quantization_config": config["quantization_config"]} if quantized else {},
-        )
-
-    return encoder_of
-
-
 @pytest.fixture
 def formats(monkeypatch):
     """Formats by word, as a later version would add them."""
-
-    def add(word, encoder_of):
-        monkeypatch.setitem(FORMATS, word, encoder_of)
-        settings = planning.FORMATS
-        assert settings is FORMATS
-        real = lorafuse.pipeline.Settings
-        monkeypatch.setattr("lorafuse.pipeline.Settings", lambda **given: real(format=word, **given))
-
-    return add
+    return lambda word, make: monkeypatch.setitem(FORMATS, word, make)
 
 
-@pytest.mark.parametrize("kind", ["nf4_dq", "int8", "bf16"])
+@pytest.mark.parametrize("kind", ["nf4_dq", "int8"])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])
-def test_what_nothing_changes_can_stay_as_it_is_stored(
-    kind, max_shard_size, base, adapter, formats, tmp_path
-):
+def test_what_nothing_changes_can_stay_as_it_is_stored(kind, max_shard_size, base, adapter, tmp_path):
     """Every companion with it, in the same file or another; what the adapter changes is as in a dense
     result."""
     ckpt, lora = base(kind), adapter(kind, target_modules=["q_proj"])
     dense = lorafuse.convert(ckpt, lora, tmp_path / "dense")
-    formats("mixed", mixed(ckpt))
-    receipt = lorafuse.convert(ckpt, lora, tmp_path / "mixed", max_shard_size=max_shard_size)
+    receipt = lorafuse.convert(ckpt, lora, tmp_path / "mixed", format="mixed", max_shard_size=max_shard_size)
     was, full, found = (
         {k: v for p in d.glob("*.safetensors") for k, v in load_file(p).items()}
         for d in (ckpt, tmp_path / "dense", tmp_path / "mixed")
@@ -88,10 +59,8 @@ def test_what_nothing_changes_can_stay_as_it_is_stored(
     assert {n: receipt["tensors"][n]["kept"] for n in changed} == {
         n: dense["tensors"][n]["kept"] for n in changed
     }
-    quantized = kind != "bf16"
-    config = json.loads((tmp_path / "mixed/config.json").read_text())
-    assert ("quantization_config" in config) == quantized
-    assert any("stored" in entry for entry in receipt["tensors"].values()) == quantized
+    assert "quantization_config" in json.loads((tmp_path / "mixed/config.json").read_text())
+    assert any("stored" in entry for entry in receipt["tensors"].values())
     assert lorafuse.verify(tmp_path / "mixed")["files"] == len(receipt["outputs"])
 
 
@@ -123,15 +92,11 @@ class ScaledEncoder(Encoder):
 
     needs_pass = True
 
-    def __init__(self, weight: WeightToStore) -> None:
+    def __init__(self, weight) -> None:
         self.name, self.numel = weight.name, weight.spec.numel
         scale = StoredTensor(f"{weight.name}.scale", TensorSpec("F32", ()))
         self.tensors = (scale, StoredTensor(weight.name, TensorSpec("I8", weight.spec.shape)))
         self.scale = None
-
-    @property
-    def config(self):
-        return {"quantization_config": {"quant_method": "toy"}}
 
     @property
     def key(self):
@@ -157,6 +122,16 @@ class ScaledEncoder(Encoder):
         return encoded.raw[0].float() * self.scale
 
 
+class Toy(Dense):
+    """What an adapter changes is scaled."""
+
+    def encoder_of(self, weight):
+        return super().encoder_of(weight) if weight.untouched else ScaledEncoder(weight)
+
+    def config(self):
+        return {"quantization_config": {"quant_method": "toy"}}
+
+
 @pytest.mark.parametrize("tile_numel", [1 << 19, 640])
 def test_a_new_format_is_an_encoder_and_a_word(tile_numel, base, adapter, formats, tmp_path, monkeypatch):
     """It makes several tensors of a weight, out of order, after a pass over what the adapter makes of it; the
@@ -164,8 +139,8 @@ def test_a_new_format_is_an_encoder_and_a_word(tile_numel, base, adapter, format
     monkeypatch.setattr("lorafuse.planning.plan.TILE_NUMEL", tile_numel)
     ckpt, lora = base("bf16"), adapter("bf16", target_modules=["q_proj", "down_proj"])
     lorafuse.convert(ckpt, lora, tmp_path / "dense", dtype="float32")
-    formats("toy", lambda weight: plain.encoder_of(weight) if weight.untouched else ScaledEncoder(weight))
-    receipt = lorafuse.convert(ckpt, lora, tmp_path / "toy")
+    formats("toy", Toy)
+    receipt = lorafuse.convert(ckpt, lora, tmp_path / "toy", format="toy")
     (full,) = (load_file(p) for p in (tmp_path / "dense").glob("*.safetensors"))
     (found,) = (load_file(p) for p in (tmp_path / "toy").glob("*.safetensors"))
     (was,) = (load_file(p) for p in ckpt.glob("*.safetensors"))

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from the rooms before it; rooms of one floor, joined by commas, do not know each other.
 FLOORS = """
     _version, errors < settings, events < files < arithmetic < codecs < patches < adapters, naming
-    < structure, trained_base, side_files < planning < merge < outdir < receipt < inputs < batching
+    < structure, trained_base, side_files < formats < planning < merge < outdir < receipt < inputs < batching
     < pipeline, verification, inspection < cli < __main__
 """
 RANK = {room.strip(): rank for rank, floor in enumerate(FLOORS.split("<")) for room in floor.split(",")}
@@ -233,7 +233,8 @@ def test_values_are_what_is_fetched_and_decoded(path: Path) -> None:
     assert not [
         node.name
         for node in classes
-        if {"Sources", "ReadByColumns"} & {ast.unparse(base) for base in node.bases}
+        if {"Sources", "ReadByColumns", "GridSources", "Grid", "Format"}
+        & {ast.unparse(base) for base in node.bases}
         and any(isinstance(part, ast.FunctionDef) and part.name == "values" for part in node.body)
     ]
 
@@ -338,6 +339,9 @@ def test_plain_style(path: Path) -> None:
         "Sources",
         "Encoder",
         "ReadByColumns",
+        "GridSources",
+        "Grid",
+        "Format",
         "Exception",
         "BaseException",
         "LorafuseError",

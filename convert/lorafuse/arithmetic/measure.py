@@ -2,7 +2,8 @@
 
 With W the base, Δ the update, V = W + Δ in fp32 and S the stored value: delta_norm = ‖Δ‖, delta_rel = ‖Δ‖ /
 ‖W‖, kept = ⟨S−W, Δ⟩ / ⟨Δ, Δ⟩ = 1 + ⟨S−V, Δ⟩ / ⟨Δ, Δ⟩, noise = ‖S−V‖ / ‖Δ‖, changed = share of elements with S
-≠ W. Sums within a chunk are fp32, across chunks float64. Δ is taken as V − W, so what fp32 itself rounds away
+≠ W, clipped = share of elements beyond the largest value that a quantized weight's codes stand for. Sums
+within a chunk are fp32, across chunks float64. Δ is taken as V − W, so what fp32 itself rounds away
 is below the resolution (noise of a float32 output is 0).
 """
 
@@ -29,6 +30,7 @@ class Measures:
     residual_sq: float = 0.0
     residual_delta: float = 0.0
     n_changed: int = 0
+    n_clipped: int = 0
     n_broken: int = 0  # elements that are not finite although the base's are
     n_broken_base: int = 0  # elements that are not finite, nor the base's
 

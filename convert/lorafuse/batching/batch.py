@@ -35,6 +35,9 @@ def batch(
     out_root: Name,
     *,
     dtype: str = "auto",
+    format: str = "dense",
+    keep_dense: Sequence[str] = (),
+    rounding: str | None = None,
     max_shard_size: str | int = "5GB",
     device: str = "auto",
     memory_limit: str | int = "100MB",
@@ -58,8 +61,8 @@ def batch(
     makes.
 
     `jobs` is a directory whose sub-directories are adapters, or a JSONL file of {"adapter", "name", "scale"?,
-    "dtype"?}; `index` and `of` choose a share of them (default: that of a Slurm array task or a Kubernetes
-    Indexed Job, else all). A result that is there already and was made from the same inputs with the same
+    "dtype"?, "format"?}; `index` and `of` choose a share of them (default: that of a Slurm array task or a
+    Kubernetes Indexed Job, else all). A result that is there already and was made from the same inputs with the same
     settings is skipped. `share` says how files that no adapter changes are shared between results: "reflink",
     "hardlink", "copy", or "auto", the first of these that works. The other options are those of `convert`.
 
@@ -69,7 +72,8 @@ def batch(
     on with the rest.
     """
     settings = Settings(
-        dtype=dtype, device=device, adapter_scale=adapter_scale, allow_nonfinite=allow_nonfinite,
+        dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
+        adapter_scale=adapter_scale, allow_nonfinite=allow_nonfinite,
         max_shard_nbytes=parse_nbytes(max_shard_size), memory_nbytes=parse_nbytes(memory_limit),
         base_quant=chosen_base_quant(base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),

@@ -2,7 +2,7 @@
 knows how a job is done.
 
 JOBS is a directory whose sub-directories are adapters, or a JSONL file with a {"adapter", "name", "scale"?,
-"dtype"?} in each line.
+"dtype"?, "format"?} in each line.
 """
 
 import json
@@ -18,9 +18,9 @@ from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, show
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import has_scheme, open_folder
 from lorafuse.outdir.apart import Id, contents_of, place_of, places_of
-from lorafuse.settings import DTYPE_CHOICES, HUB_ID, Settings
+from lorafuse.settings import DTYPE_CHOICES, FORMAT_CHOICES, HUB_ID, Settings
 
-KEYS = ("adapter", "name", "scale", "dtype")
+KEYS = ("adapter", "name", "scale", "dtype", "format")
 MAX_NAME_NBYTES = 200  # a directory entry has 255, and the staging directory's name is longer
 # What tells a worker its number, and how many there are.
 SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
@@ -36,11 +36,17 @@ class Job:
     name: str
     scale: float | None = None
     dtype: str | None = None
+    format: str | None = None
 
     def settings(self, of_call: Settings) -> Settings:
         """The settings of a single run that makes the same."""
         scale = of_call.adapter_scale if self.scale is None else self.scale
-        return replace(of_call, adapter_scale=scale, dtype=self.dtype or of_call.dtype)
+        return replace(
+            of_call,
+            adapter_scale=scale,
+            dtype=self.dtype or of_call.dtype,
+            format=self.format or of_call.format,
+        )
 
 
 @dataclass(slots=True)
@@ -111,14 +117,18 @@ def _parse(line: bytes, folder: Path) -> Job:
         raise ValueError(
             f"has the unknown key {listed(sorted(entry.keys() - set(KEYS)))}; known are {listed(KEYS)}"
         )
-    adapter, name, scale, dtype = (entry.get(key) for key in KEYS)
+    adapter, name, scale, dtype, form = (entry.get(key) for key in KEYS)
     if not isinstance(adapter, str) or not adapter or "\0" in adapter:
         raise ValueError(f"the adapter is {shown(adapter)}; expected a directory or a hub id")
     if not (scale is None or _is_finite(scale)):
         raise ValueError(f"the scale is {shown(scale, 50)}; expected a finite number")
     if dtype is not None and dtype not in DTYPE_CHOICES:
         raise ValueError(f"the dtype is {shown(dtype)}; expected one of {', '.join(DTYPE_CHOICES)}")
-    return Job(_located(adapter, folder), _checked_name(name), None if scale is None else float(scale), dtype)
+    if form is not None and form not in FORMAT_CHOICES:
+        raise ValueError(f"the format is {shown(form)}; expected one of {', '.join(FORMAT_CHOICES)}")
+    return Job(
+        _located(adapter, folder), _checked_name(name), None if scale is None else float(scale), dtype, form
+    )
 
 
 def _is_finite(scale: object) -> bool:

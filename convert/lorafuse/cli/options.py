@@ -7,7 +7,14 @@ import click
 from click.core import ParameterSource
 
 from lorafuse.errors import UsageError
-from lorafuse.settings import BASE_QUANT_CHOICES, DTYPE_CHOICES, parse_nbytes, parse_weighted
+from lorafuse.settings import (
+    BASE_QUANT_CHOICES,
+    DTYPE_CHOICES,
+    FORMAT_CHOICES,
+    ROUNDING_CHOICES,
+    parse_nbytes,
+    parse_weighted,
+)
 from lorafuse.trained_base.options import BASE_OPTIONS, chosen_base_quant, refuse_beside_file
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,6 +64,16 @@ output_options = _all(
     click.option("--dtype", type=click.Choice(DTYPE_CHOICES), default="auto", show_default=True,
                  help="dtype of the output's floating-point weights; auto keeps, per weight, the dtype it "
                       "decodes to."),
+    click.option("--format", type=click.Choice(FORMAT_CHOICES), default="dense", show_default=True,
+                 help="How weights are stored: in full precision; all as the base stores them, what changes "
+                      "rounded without bias onto the base's own grid; or what changes in full precision and "
+                      "the rest as the base stores it."),
+    click.option("--keep-dense", multiple=True, metavar="PATTERN",
+                 help="With a light --format, changed weights of modules of this name become dense, "
+                      "'*.v_proj' for example; repeatable."),
+    click.option("--rounding", type=click.Choice(ROUNDING_CHOICES), default=None,
+                 help="How a quantized format rounds what changes; if not given, unbiased where the weight "
+                      "sat on the grid."),
     click.option("--max-shard-size", type=Size(), default="5GB", show_default=True,
                  help="Largest output file, in decimal units; a larger tensor gets a file of its own."),
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]",

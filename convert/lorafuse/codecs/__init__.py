@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs import bnb4, bnb8, dense, plain
-from lorafuse.codecs.encoder import EncoderOf
+from lorafuse.codecs import bnb4, bnb8, dense
 from lorafuse.codecs.other_formats import packed_format
 from lorafuse.codecs.per_expert import as_stacks
 from lorafuse.codecs.sources import Scheme, Sources
@@ -42,9 +41,6 @@ class Codec(Protocol):
 # In order: a codec claims from what those before it left, dense takes the rest.
 CODECS: tuple[Codec, ...] = (bnb4, bnb8, dense)
 
-# How the output is stored: the word of `--format` → what gives each weight its encoder.
-FORMATS: dict[str, EncoderOf] = {"dense": plain.encoder_of}
-
 _WAY_OUT = (
     "bitsandbytes 4-bit and 8-bit and full precision are supported. Dequantize it first, or merge into the "
     "full-precision checkpoint."
@@ -52,7 +48,6 @@ _WAY_OUT = (
 
 __all__ = [
     "CODECS",
-    "FORMATS",
     "Arena",
     "Codec",
     "Scheme",

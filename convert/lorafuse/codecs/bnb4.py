@@ -18,8 +18,13 @@ import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
 from lorafuse.arithmetic.dequantize import NARROW, byte_pairs, look_up, nested_absmax
+from lorafuse.arithmetic.draws import Draws
+from lorafuse.arithmetic.on_grid import round_tile
+from lorafuse.codecs.bnb4_grid import FourBitGrid, levels_of
 from lorafuse.codecs.conv1d import ReadByColumns, Transposed, is_conv1d
+from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import read_runs
+from lorafuse.codecs.own_grid import GridSources, Recoded
 from lorafuse.codecs.sources import Raw, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -127,7 +132,7 @@ def _pairs(quant_map: bytes) -> torch.Tensor:
     return byte_pairs(_floats(quant_map))
 
 
-class FourBitSources(ReadByColumns):
+class FourBitSources(ReadByColumns, GridSources):
     """The packed codes and scales of one weight, as they are stored."""
 
     def __init__(self, weight: str, names: tuple[str, ...], state: QuantState, ckpt: Checkpoint) -> None:
@@ -136,8 +141,10 @@ class FourBitSources(ReadByColumns):
         self.out_dtype = state.dtype
         self.scheme = scheme(names, state.blocksize)
         self.column_multiple = min(state.blocksize, 64)  # even: a window begins with a whole byte
+        self.grid_rows = 1 + self.spec.n_cols % 2
         self._n_blocks = -(-self.spec.numel // state.blocksize)
-        self._pairs = _pairs(bytes(read_all(ckpt, weight + ".quant_map")))
+        self._quant_map = bytes(read_all(ckpt, weight + ".quant_map"))
+        self._pairs = _pairs(self._quant_map)
         self._nested_map = (
             _floats(bytes(read_all(ckpt, weight + ".nested_quant_map"))) if state.nested_blocksize else None
         )
@@ -203,6 +210,21 @@ class FourBitSources(ReadByColumns):
             codes, arena.place(self._nested_map), outer, state.nested_offset, first % state.nested_blocksize
         )
         return scales[: last - first]
+
+    def codes_nbytes(self, n: int) -> int:
+        return -(-n // 2)
+
+    def recode(self, tile: FinishedTile, draws: Draws | None, buffer: torch.Tensor, arena: Arena) -> Recoded:
+        first, last = self._blocks(tile.box)
+        skip, nbytes = tile.start - first * self._state.blocksize, self.codes_nbytes(tile.stop - tile.start)
+        codes = buffer[:nbytes]
+        packed = arena.beside(codes, "bnb4.recoded").copy_(tile.raw[0][skip // 2 : skip // 2 + nbytes])
+        scales = self._absmax(tile.raw, first, last, arena)
+        levels = levels_of(self._quant_map, getattr(torch, self.spec.torch_name))
+        grid = FourBitGrid(packed, scales, levels.on(arena), self._state.blocksize, skip)
+        values, n_clipped = round_tile(grid, tile.base, tile.values, draws, tile.start, arena)
+        arena.bring_back(packed, codes)
+        return Recoded(((tile.start // 2, 0, nbytes),), values, n_clipped)
 
     def _blocks_of_columns(self, n_cols: int) -> int:
         """At most so many blocks are touched by the same columns of a row."""

@@ -5,15 +5,14 @@ it turns the tiles of the weight into the bytes of these tensors, each with its 
 may come in any order.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs.sources import Raw, Sources
-from lorafuse.files.tensors import Box, StoredTensor, TensorSpec
+from lorafuse.codecs.sources import Raw
+from lorafuse.files.tensors import Box, StoredTensor
 
 # (first element, values in fp32, 1-D) of every tile of a finished weight, in order; each is valid until the
 # next.
@@ -21,9 +20,9 @@ FinishedTiles = Callable[[], Iterator[tuple[int, torch.Tensor]]]
 
 
 class FinishedTile(NamedTuple):
-    """Elements [start, stop) of a weight, ready to be stored. `values` (1-D, in fp32, or in the dtype that the
-    weight was decoded to where nothing changes it) are on the arena's device; so is `base`, what was decoded
-    before any patch, from what the sources fetched (`raw`) for `box`."""
+    """Elements [start, stop) of a weight, ready to be stored. `values` (1-D, in fp32, or in the dtype that
+    the weight was decoded to where nothing changes it) are on the arena's device; so is `base`, what was
+    decoded before any patch, from what the sources fetched (`raw`) for `box`."""
 
     start: int
     stop: int
@@ -45,22 +44,11 @@ class Piece(NamedTuple):
 
 class Encoded(NamedTuple):
     """An encoded tile. `raw` is what `decode` needs, on the arena's device; valid until the arena's next
-    use."""
+    use. `n_clipped`: elements beyond the largest value that the weight's codes can stand for."""
 
     pieces: tuple[Piece, ...]
     raw: tuple[torch.Tensor, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class WeightToStore:
-    """A weight of the output, as a format sees it before it says how the weight is stored. `spec` has the
-    dtype that `--dtype` asks for; `untouched`: no adapter has a say in it, so that `sources` are its values.
-    """
-
-    name: str
-    spec: TensorSpec
-    sources: Sources
-    untouched: bool
+    n_clipped: int = 0
 
 
 class Encoder(Protocol):
@@ -80,11 +68,7 @@ class Encoder(Protocol):
     needs_pass: bool = False
     row_multiple: int = 1
     held_nbytes: int = 0
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The fields of config.json that a reader of these tensors needs."""
-        return {}
+    clips: bool = False
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -120,7 +104,3 @@ class Encoder(Protocol):
     def release(self) -> None:
         """Drop what prepare computed."""
         return
-
-
-# How a format (`--format`) stores a weight.
-EncoderOf = Callable[[WeightToStore], Encoder]

@@ -3,8 +3,7 @@
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece, WeightToStore
-from lorafuse.codecs.stored import StoredEncoder
+from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece
 from lorafuse.files.tensors import DTYPES, StoredTensor, TensorSpec
 
 
@@ -35,16 +34,3 @@ class PlainEncoder(Encoder):
 
     def decode(self, encoded: Encoded, arena: Arena) -> torch.Tensor:
         return encoded.raw[0]
-
-
-def values_of(weight: WeightToStore) -> Encoder:
-    """Every weight's values, also of bytes that would not change."""
-    return PlainEncoder(weight.name, weight.spec)
-
-
-def encoder_of(weight: WeightToStore) -> Encoder:
-    """The format `dense`: every weight in full precision. Bytes that would not change are copied."""
-    sources = weight.sources
-    if weight.untouched and sources.as_stored and sources.spec == weight.spec:
-        return StoredEncoder(sources.store, {weight.name: sources.names[0]})
-    return values_of(weight)

@@ -2,16 +2,24 @@
 quantized ones with their companions."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 
 from lorafuse.arithmetic.arena import Arena, host_view
 from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece
+from lorafuse.codecs.sources import Sources
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import StoredTensor
 
-NOTHING: Mapping[str, Any] = {}
+
+def stored_names(weight: str, of_base: str, sources: Sources) -> dict[str, str]:
+    """{name in the output: name in the base} of the stored tensors of `weight`. They lie in its module; in a
+    model that repeats layers, this is not the module that they lie in in the base, under the weight
+    `of_base`."""
+    here, there = (name.rpartition(".")[0] for name in (weight, of_base))
+    return {
+        here + name.removeprefix(there) if name.startswith(there) else name: name for name in sources.names
+    }
 
 
 class StoredEncoder(Encoder):
@@ -19,16 +27,12 @@ class StoredEncoder(Encoder):
 
     needs_values = False
 
-    __slots__ = ("_config", "_store", "_stored", "tensors")  # most weights of a large model have one
+    __slots__ = ("_store", "_stored", "tensors")  # most weights of a large model have one
 
-    def __init__(self, store: Store, names: Mapping[str, str], config: Mapping[str, Any] = NOTHING) -> None:
-        self._store, self._stored, self._config = store, tuple(names.values()), config
+    def __init__(self, store: Store, names: Mapping[str, str]) -> None:
+        self._store, self._stored = store, tuple(names.values())
         specs = ((name, store.tensors[stored].spec) for name, stored in names.items())
         self.tensors: tuple[StoredTensor, ...] = tuple(StoredTensor(name, spec) for name, spec in specs)
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._config
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -16,6 +16,7 @@ from lorafuse.patches.patch import Base
 from lorafuse.planning.plan import Step
 from lorafuse.planning.shared_weights import SharedWeight, Variant
 
+
 @dataclass
 class Made:
     """What a finished tile holds for one variant. `pieces` say which bytes of the buffer belong where."""
@@ -79,9 +80,7 @@ def _copied(step: Step, start: int, stop: int, buffer: torch.Tensor) -> Made:
     return Made(pieces, Timing(read_s=time.perf_counter() - began))
 
 
-def _made(
-    variant: Variant, tile: FinishedTile, buffer: torch.Tensor, arena: Arena, cpu_began: float
-) -> Made:
+def _made(variant: Variant, tile: FinishedTile, buffer: torch.Tensor, arena: Arena, cpu_began: float) -> Made:
     """One variant of a tile whose values are the base's; its time counts from `cpu_began` on. What a reader
     decodes is measured."""
     step, made = variant.step, Made()
@@ -98,6 +97,8 @@ def _made(
     made.measures = (
         measure_tile(tile.base, total, stored, arena) if step.patches else _check_values(tile.base, stored)
     )
+    if made.measures:
+        made.measures.n_clipped = encoded.n_clipped
     made.timing.stats_cpu_s = time.thread_time() - cpu_ended
     return made
 

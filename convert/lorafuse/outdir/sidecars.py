@@ -3,12 +3,13 @@ lists. These are copied as they are, never as links."""
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from lorafuse.files.folder import Folder, stream
 from lorafuse.files.names import INDEX
 from lorafuse.files.tensors import FLOATS
+from lorafuse.formats.not_converted import ANNOUNCING
 from lorafuse.planning.plan import Plan
 from lorafuse.side_files.checked import refuse_large
 
@@ -38,7 +39,9 @@ def copied_files(plan: Plan) -> Sequence[tuple[Folder, str]]:
     return plan.side_files.copied
 
 
-def output_config(config: dict[str, Any], changes: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+def output_config(
+    config: dict[str, Any], changes: dict[str, Any], stored: Mapping[str, Any]
+) -> dict[str, Any]:
     """The checkpoint's config without quantization and with `changes`, each set where the config has the
     field, else at the top, and a path with dots in that section; then what readers need for the tensors as
     they are `stored`."""
@@ -54,7 +57,10 @@ def output_config(config: dict[str, Any], changes: dict[str, Any], stored: dict[
             holders = [part for part in (result, text) if part is not None and name in part]
             for part in holders or [result]:
                 part[name] = value
-    return result | stored
+    for name, value in stored.items():
+        inner = result.get(name)
+        result[name] = inner | value if name not in ANNOUNCING and isinstance(inner, dict) else value
+    return result
 
 
 def _in_section(config: dict[str, Any], path: list[str]) -> dict[str, Any]:
@@ -70,8 +76,7 @@ def _in_section(config: dict[str, Any], path: list[str]) -> dict[str, Any]:
 def _without_quantization(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
-    drop = ("quantization_config", "compression_config", "_load_in_4bit", "_load_in_8bit")
-    return {name: value for name, value in part.items() if name not in drop}
+    return {name: value for name, value in part.items() if name not in ANNOUNCING}
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 
 from lorafuse._version import __version__
 from lorafuse.adapters import AdapterDir, Edit, updates_of
-from lorafuse.codecs import FORMATS, Sources
-from lorafuse.codecs.encoder import EncoderOf, WeightToStore
+from lorafuse.codecs import Sources
 from lorafuse.errors import CheckpointError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import natural_key
 from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, StoredTensor, TensorSpec
+from lorafuse.formats import FORMATS
+from lorafuse.formats.format import Format, MakeFormat, WeightToStore
 from lorafuse.naming import Names
 from lorafuse.planning.base_check import base_copies, base_warnings, naming_the_base
 from lorafuse.planning.combine import AdapterSays, WeightedAdapter, combine, common_model, in_order
@@ -46,7 +47,7 @@ def make_plan(
     adapters: Sequence[WeightedAdapter],
     settings: Settings,
     weights: Mapping[str, Sources] | None = None,
-    encoder_of: EncoderOf | None = None,
+    make_format: MakeFormat | None = None,
 ) -> Plan:
     """Decide everything. The updates of all adapters are added. Plans that get the same `weights`, those of
     `ckpt`, can be carried out together. Raises CheckpointError, AdapterError, or UsageError when the memory
@@ -63,7 +64,8 @@ def make_plan(
     copies = [copy for says in said for copy in base_copies(says.adapter, says.edits, names)]
     edits, ignored = combine(said, model, names)
     untied = settle_tied(names, edits, ignored)
-    steps = _steps(model, names, edits, untied, settings.dtype, encoder_of or _format(settings))
+    how = (make_format or _format_of(settings))(ckpt, settings, weights)
+    steps = _steps(model, names, edits, untied, settings.dtype, how)
     if not steps:
         raise CheckpointError(f"{shown(ckpt.folder)}: holds no weight.")
     shards = split_shards(steps, settings.max_shard_nbytes)
@@ -81,8 +83,9 @@ def make_plan(
     side_files = _side_files(ckpt, adapters[0].adapter, names, steps, config_changes)
     warnings += side_files.warnings
     return Plan(
-        shards, plan_id, memory, held_nbytes, config_changes, used, ignored, warnings, copies, side_files
-    )
+        shards, plan_id, memory, held_nbytes, config_changes, how.config(), used, ignored, warnings, copies,
+        side_files,
+    )  # fmt: skip
 
 
 def _side_files(
@@ -116,7 +119,7 @@ def _read(
 
 
 def _steps(
-    model: Structure, names: Names, edits: dict[str, Edit], untied: bool, dtype: str, encoder_of: EncoderOf
+    model: Structure, names: Names, edits: dict[str, Edit], untied: bool, dtype: str, how: Format
 ) -> list[Step]:
     bases, untouched = model.weights, Edit()
     if untied:
@@ -128,17 +131,17 @@ def _steps(
         out = base.out_dtype if dtype == "auto" or base.out_dtype not in FLOATS else SAFETENSORS_NAMES[dtype]
         action = _action(edit, stored=name in model.weights and name not in model.added)
         spec = sources.spec if out == sources.spec.dtype else TensorSpec(out, sources.spec.shape)
-        encoder = encoder_of(WeightToStore(name, spec, sources, untouched=action is None))
+        encoder = how.encoder_of(WeightToStore(name, spec, sources, action is None, model.weights.get(name)))
         action = action or ("decoded" if encoder.needs_values else "copied")
         steps.append(Step(name, spec, sources, encoder, edit.patches, action))
     return steps
 
 
-def _format(settings: Settings) -> EncoderOf:
-    encoder_of = FORMATS.get(settings.format)
-    if encoder_of is None:
+def _format_of(settings: Settings) -> MakeFormat:
+    make = FORMATS.get(settings.format)
+    if make is None:
         raise UsageError(f"format is {shown(settings.format)}; expected one of {', '.join(FORMATS)}.")
-    return encoder_of
+    return make
 
 
 def _action(edit: Edit, *, stored: bool) -> str | None:

@@ -1,7 +1,7 @@
 """What a plan consists of: steps in shards, cut into tiles, within a memory limit."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,6 +159,7 @@ class Plan:
     memory: Memory  # of a run for this output alone
     held_nbytes: int  # by the tables of stored tensors, and by adapters
     config_changes: dict[str, Any]
+    stored_config: Mapping[str, Any]  # the fields of config.json that readers of the stored tensors need
     used: list[str]
     ignored: dict[str, str]
     warnings: list[str]
@@ -177,11 +178,3 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
-
-    @property
-    def stored_config(self) -> dict[str, Any]:
-        """The fields of config.json that readers of the stored tensors need."""
-        fields: dict[str, Any] = {}
-        for step in self.steps:
-            fields |= step.encoder.config
-        return fields

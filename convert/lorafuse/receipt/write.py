@@ -100,7 +100,10 @@ def tensor_entry(step: "Step", outcome: "Outcome") -> TensorEntry:
     for patch in step.patches:
         entry |= patch.facts
     if step.name in outcome.measures:
-        entry |= outcome.measures[step.name].summary()
+        measures = outcome.measures[step.name]
+        entry |= measures.summary()
+        if step.encoder.clips:
+            entry["clipped"] = measures.n_clipped / measures.numel
     if step.encoder.tensors != ((step.name, step.spec),):
         entry["stored"] = {tensor.name: _spec(tensor.spec) for tensor in step.encoder.tensors}
     if not step.changes and step.sources.names[0] != step.name:

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.codecs import open_weights
-from lorafuse.codecs.plain import values_of
 from lorafuse.errors import ResultError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.names import RECEIPT
+from lorafuse.formats.dense import Values
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, opened
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
@@ -84,7 +84,7 @@ def _another_tools(
     folder: Folder, inputs: MergeInputs, settings: Settings, on_event: OnEvent
 ) -> dict[str, Any]:
     weights = open_weights(inputs.base)
-    plan = make_plan(inputs.base, inputs.adapters, settings, weights, encoder_of=values_of)
+    plan = make_plan(inputs.base, inputs.adapters, settings, weights, make_format=Values)
     with closing(Checkpoint(folder)) as merged:
         return relate(plan, weights, merged, pick_device(settings.device), on_event)
 

@@ -1,0 +1,80 @@
+"""Changed weights that stay stored as the base stores them: scales and all else are the base's own bytes,
+and codes move to a neighbouring value of the base's own grid, without bias (arithmetic/on_grid.py)."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.draws import Draws
+from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece
+from lorafuse.codecs.sources import Sources
+from lorafuse.codecs.stored import StoredEncoder
+from lorafuse.files.tensors import StoredTensor
+
+
+class Recoded(NamedTuple):
+    """A tile whose codes are those of the sums. `codes`: (byte of the stored tensor of codes, byte of the
+    buffer, number of bytes) of each run; `values` (1-D) is what a reader decodes."""
+
+    codes: tuple[tuple[int, int, int], ...]
+    values: torch.Tensor
+    n_clipped: int
+
+
+@runtime_checkable
+class GridSources(Sources, Protocol):
+    """Sources whose codes can be written anew. `names[0]` are the codes; `grid_rows`: tiles begin at whole
+    multiples of so many rows, where codes begin at whole bytes."""
+
+    grid_rows: int
+
+    def codes_nbytes(self, n: int) -> int:
+        """At most so many bytes hold the codes of a tile of `n` elements."""
+
+    def recode(self, tile: FinishedTile, draws: Draws | None, buffer: torch.Tensor, arena: Arena) -> Recoded:
+        """Fill `buffer` with the codes of the tile's values: without bias, or to the nearest value where
+        `draws` is None."""
+
+
+class OwnGridEncoder(Encoder):
+    """A changed weight on the grid of the base. Companions are copied in slices, beside the tiles."""
+
+    clips = True
+    __slots__ = ("_codes", "_companions", "_draws", "_numel", "_sources", "row_multiple", "tensors")
+
+    def __init__(
+        self, weight: str, names: Mapping[str, str], sources: GridSources, *, unbiased: bool
+    ) -> None:
+        """`names`: those of the output's tensors → those of the base's, the codes first."""
+        specs = ((out, sources.store.tensors[stored].spec) for out, stored in names.items())
+        self.tensors: tuple[StoredTensor, ...] = tuple(StoredTensor(out, spec) for out, spec in specs)
+        codes, *_ = names
+        self._codes, self._sources, self._numel = codes, sources, max(sources.spec.numel, 1)
+        self._companions = StoredEncoder(sources.store, {out: names[out] for out in names if out != codes})
+        self._draws = Draws(weight) if unbiased else None
+        self.row_multiple = sources.grid_rows
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return ("own grid", self._codes, self._draws is None)
+
+    def _companion_bytes(self, start: int, stop: int) -> tuple[int, int]:
+        """Those that are copied beside the elements [start, stop)."""
+        nbytes = sum(tensor.nbytes for tensor in self._companions.tensors)
+        return nbytes * start // self._numel, nbytes * stop // self._numel
+
+    def tile_nbytes(self, n: int) -> int:
+        return self._sources.codes_nbytes(n) + self._companion_bytes(0, n)[1] + 1
+
+    def encode(self, tile: FinishedTile, buffer: torch.Tensor, arena: Arena) -> Encoded:
+        runs, values, n_clipped = self._sources.recode(tile, self._draws, buffer, arena)
+        pieces = [Piece(self._codes, at, start, nbytes) for at, start, nbytes in runs]
+        used = max((piece.start + piece.nbytes for piece in pieces), default=0)
+        copied = self._companions.copy(*self._companion_bytes(tile.start, tile.stop), buffer[used:])
+        pieces += (piece._replace(start=piece.start + used) for piece in copied)
+        return Encoded(tuple(pieces), (values,), n_clipped)
+
+    def decode(self, encoded: Encoded, arena: Arena) -> torch.Tensor:
+        return encoded.raw[0]

@@ -1,0 +1,14 @@
+"""Formats of the output: which encoder each weight gets, and what config.json says of it.
+
+A format is added by one file and one word in FORMATS.
+"""
+
+from lorafuse.formats import as_stored, dense
+from lorafuse.formats.format import MakeFormat
+
+# The word of `--format` → what makes the format of a run.
+FORMATS: dict[str, MakeFormat] = {
+    "dense": dense.Dense,
+    "base": as_stored.base,
+    "mixed": as_stored.mixed,
+}

@@ -1,0 +1,111 @@
+"""The formats that keep what the base stores.
+
+    base    every weight is stored as the base stores it; what changes is rounded onto the base's own grid
+    mixed   what changes is dense, the rest is stored as it was
+
+With both, an adapter's replacement of a weight is dense.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lorafuse.codecs.encoder import Encoder
+from lorafuse.codecs.own_grid import GridSources, OwnGridEncoder
+from lorafuse.codecs.per_expert import Stacked
+from lorafuse.codecs.plain import PlainEncoder
+from lorafuse.codecs.sources import Sources
+from lorafuse.codecs.stored import StoredEncoder, stored_names
+from lorafuse.errors import UsageError, shown
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.formats.format import Format, WeightToStore
+from lorafuse.formats.not_converted import with_dense_modules
+from lorafuse.settings import Settings
+
+
+def base(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> Format:
+    """Of a base in full precision that is full precision. `--keep-dense` names modules that become dense."""
+    return AsStored(ckpt, settings, weights, settings.keep_dense)
+
+
+def mixed(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> Format:
+    """Raises UsageError for a base in full precision too."""
+    if settings.keep_dense or settings.rounding:
+        raise UsageError(
+            "--format mixed leaves all that changes dense: leave --keep-dense and --rounding out."
+        )
+    if all(sources.as_stored for sources in weights.values()):
+        raise UsageError(
+            f"{shown(ckpt.folder)}: no weight of it is quantized, so that --format mixed would keep nothing: "
+            "leave --format out."
+        )
+    return AsStored(ckpt, settings, weights, ("*",))
+
+
+class AsStored(Format):
+    """Quantized weights that nothing changes are copied, with their companions; of those that change, modules
+    that match a pattern of `dense` become dense."""
+
+    def __init__(
+        self,
+        ckpt: Checkpoint,
+        settings: Settings,
+        weights: Mapping[str, Sources],
+        dense: tuple[str, ...],
+    ) -> None:
+        word = settings.format
+        if settings.dtype != "auto":
+            raise UsageError(f"--format {word} keeps the base's own dtypes: leave --dtype out.")
+        if settings.base_quant:
+            raise UsageError(
+                f"--format {word} keeps what the base stores, full precision where --base-quant is given."
+            )
+        self._config, self._weights, self._patterns = ckpt.config, weights, dense
+        self._unbiased, self._word = settings.rounding != "nearest", word
+        self._of_base: dict[int, str] = {}
+        self._quantized: set[str] = set()  # weights of the output
+        self._dense: set[str] = set()  # weights that the base has quantized and the output has not
+
+    def encoder_of(self, weight: WeightToStore) -> Encoder:
+        base = weight.base
+        if weight.untouched:
+            if base is not None and not base.as_stored:
+                self._quantized.add(weight.name)
+            return StoredEncoder(weight.sources.store, self._names(weight.name, weight.sources))
+        if base is None:
+            return PlainEncoder(weight.name, weight.spec)
+        if base.as_stored:
+            [name] = self._names(weight.name, base)
+            return PlainEncoder(name, weight.spec)
+        if isinstance(base, Stacked):
+            raise UsageError(
+                f"--format {self._word}: {shown(weight.name)} is made from several weights of the base, "
+                "which keeps them apart: leave --format out."
+            )
+        module = weight.name.removesuffix(".weight")
+        if weight.sources is not base or any(fnmatchcase(module, pattern) for pattern in self._patterns):
+            self._dense.add(weight.name)
+            return PlainEncoder(weight.name, weight.spec)
+        self._quantized.add(weight.name)
+        return self._on_grid(weight.name, base)
+
+    def _on_grid(self, name: str, base: Sources) -> Encoder:
+        if not isinstance(base, GridSources):
+            raise UsageError(
+                f"--format base: {shown(name)} is stored in {base.scheme}, whose codes cannot be written "
+                "anew: --format mixed leaves what changes dense."
+            )
+        return OwnGridEncoder(name, self._names(name, base), base, unbiased=self._unbiased)
+
+    def _names(self, name: str, sources: Sources) -> dict[str, str]:
+        """{name in the output: name in the base} of what a weight of the base is stored as."""
+        if self._weights.get(name) is sources:
+            return stored_names(name, name, sources)
+        if not self._of_base:  # layers are repeated
+            self._of_base = {id(of_base): weight for weight, of_base in self._weights.items()}
+        return stored_names(name, self._of_base[id(sources)], sources)
+
+    def config(self) -> Mapping[str, Any]:
+        if not self._quantized:
+            return {}
+        return with_dense_modules(self._config, self._dense, self._quantized, self._weights)

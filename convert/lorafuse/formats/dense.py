@@ -1,0 +1,45 @@
+"""The format `dense`: every weight in full precision."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorafuse.codecs.encoder import Encoder
+from lorafuse.codecs.plain import PlainEncoder
+from lorafuse.codecs.sources import Sources
+from lorafuse.codecs.stored import StoredEncoder
+from lorafuse.errors import UsageError
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.formats.format import Format, WeightToStore
+from lorafuse.settings import Settings
+
+
+class Dense(Format):
+    """Bytes that would not change are copied."""
+
+    def __init__(self, ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> None:
+        for option, given in (("--keep-dense", settings.keep_dense), ("--rounding", settings.rounding)):
+            if given:
+                raise UsageError(f"{option} is for a light --format; dense has no quantized weight.")
+
+    def encoder_of(self, weight: WeightToStore) -> Encoder:
+        sources = weight.sources
+        if weight.untouched and sources.as_stored and sources.spec == weight.spec:
+            return StoredEncoder(sources.store, {weight.name: sources.names[0]})
+        return PlainEncoder(weight.name, weight.spec)
+
+    def config(self) -> Mapping[str, Any]:
+        return {}
+
+
+class Values(Format):
+    """The values of every weight, also of bytes that would not change: what other results are compared
+    with."""
+
+    def __init__(self, ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> None:
+        pass
+
+    def encoder_of(self, weight: WeightToStore) -> Encoder:
+        return PlainEncoder(weight.name, weight.spec)
+
+    def config(self) -> Mapping[str, Any]:
+        return {}
