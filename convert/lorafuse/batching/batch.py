@@ -62,14 +62,13 @@ def batch(
 
     `jobs` is a directory whose sub-directories are adapters, or a JSONL file of {"adapter", "name", "scale"?,
     "dtype"?, "format"?}; `index` and `of` choose a share of them (default: that of a Slurm array task or a
-    Kubernetes Indexed Job, else all). A result that is there already and was made from the same inputs with the same
-    settings is skipped. `share` says how files that no adapter changes are shared between results: "reflink",
-    "hardlink", "copy", or "auto", the first of these that works. The other options are those of `convert`.
-
-    Returns a state for each job; a failed job does not cost the others. `on_event` gets the events of
-    `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no job can go on:
-    wrong options or lists, a bad checkpoint, a full disk. What is finished by then stays; the same call goes
-    on with the rest.
+    Kubernetes Indexed Job, else all). A result that is there already and was made from the same inputs with
+    the same settings is skipped. `share` says how files that no adapter changes are shared between results:
+    "reflink", "hardlink", "copy", or "auto", the first of these that works. The other options are those of
+    `convert`. Returns a state for each job; a failed job does not cost the others. `on_event` gets the
+    events of `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no job
+    can go on: wrong options or lists, a bad checkpoint, a full disk. What is finished by then stays; the
+    same call goes on with the rest.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,

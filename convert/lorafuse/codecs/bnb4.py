@@ -8,20 +8,19 @@ sizes and nested_offset. The format is that of bitsandbytes 0.50 functional.py, 
 dequantize.py has the formula.
 """
 
-import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
 from lorafuse.arithmetic.dequantize import NARROW, byte_pairs, look_up, nested_absmax
-from lorafuse.arithmetic.draws import Draws
+from lorafuse.arithmetic.draws import Draws, of_run
 from lorafuse.arithmetic.on_grid import round_tile
 from lorafuse.codecs.bnb4_grid import FourBitGrid, levels_of
-from lorafuse.codecs.conv1d import ReadByColumns, Transposed, is_conv1d
+from lorafuse.codecs.bnb4_state import QuantState, check_companions, read_state
+from lorafuse.codecs.conv1d import RecodedByColumns, Transposed, is_conv1d
 from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import read_runs
 from lorafuse.codecs.own_grid import GridSources, Recoded
@@ -29,24 +28,11 @@ from lorafuse.codecs.sources import Raw, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import read_all
-from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES, Box, TensorInfo, TensorSpec
+from lorafuse.files.tensors import Box, TensorInfo, TensorSpec
 
 QUANT_METHODS: tuple[str, ...] = ("bitsandbytes",)
 MARKER = ".quant_state.bitsandbytes__"
 COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-MAX_STATE_NBYTES = 10_000
-MAX_BLOCKSIZE = 1 << 16  # bitsandbytes has blocks of up to 4096; they are decoded whole
-
-
-@dataclass(frozen=True, slots=True)
-class QuantState:
-    """What the quant_state JSON says, checked. `nested_blocksize` is 0 without double quantization."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    blocksize: int
-    nested_blocksize: int
-    nested_offset: float
 
 
 def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
@@ -70,55 +56,14 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
     """Returns the sources of a 4-bit weight. Raises CheckpointError where its quant_state or a companion is
     broken or missing."""
     try:
-        state = _read_state(names[1], ckpt)
-        _check_companions(weight, state, ckpt)
+        state = read_state(names[1], ckpt)
+        check_companions(weight, state, ckpt)
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise CheckpointError(
             f"{shown(ckpt.folder)}: the quant_state of {shown(weight)} is broken: {shown(e)}."
         ) from None
     sources = FourBitSources(weight, names, state, ckpt)
     return Transposed(sources) if is_conv1d(ckpt.config, weight) and len(state.shape) == 2 else sources
-
-
-def _read_state(name: str, ckpt: Checkpoint) -> QuantState:
-    if ckpt.tensors[name].spec.nbytes > MAX_STATE_NBYTES:
-        raise ValueError("it is too long")
-    raw: dict[str, Any] = json.loads(read_all(ckpt, name))
-    dtype = SAFETENSORS_NAMES.get(str(raw["dtype"]))
-    if dtype not in FLOATS:
-        raise ValueError(f"the dtype is {raw['dtype']!r}")
-    nested_blocksize = raw.get("nested_blocksize", 0)
-    sizes = [*raw["shape"], raw["blocksize"]] + ([nested_blocksize] if "nested_blocksize" in raw else [])
-    if not all(type(size) is int and size > 0 for size in sizes):
-        raise ValueError("shape or block size is not a positive whole number")
-    if max(raw["blocksize"], nested_blocksize) > MAX_BLOCKSIZE:
-        raise ValueError(f"a block size is larger than {MAX_BLOCKSIZE}")
-    if raw["blocksize"] % 2:
-        raise ValueError(f"the block size {raw['blocksize']} is odd")
-    return QuantState(
-        dtype, tuple(raw["shape"]), raw["blocksize"], nested_blocksize, float(raw.get("nested_offset", 0.0))
-    )
-
-
-def _check_companions(weight: str, state: QuantState, ckpt: Checkpoint) -> None:
-    """Every companion has the dtype and length that the quant_state implies."""
-    numel = TensorSpec("U8", state.shape).numel
-    n_blocks = -(-numel // state.blocksize)
-    expected = {".quant_map": ("F32", 16), ".absmax": ("U8" if state.nested_blocksize else "F32", n_blocks)}
-    if state.nested_blocksize:
-        expected |= {
-            ".nested_quant_map": ("F32", 256),
-            ".nested_absmax": ("F32", -(-n_blocks // state.nested_blocksize)),
-        }
-    for companion, (dtype, length) in expected.items():
-        info = ckpt.tensors.get(weight + companion)
-        found = f"{info.spec.dtype} with {info.spec.numel} elements" if info else "missing"
-        if found != f"{dtype} with {length} elements":
-            raise ValueError(f"{companion[1:]} is {found}, expected {dtype} with {length} elements")
-    # A storage dtype wider than a byte may have left some bytes of padding.
-    nbytes, needed = ckpt.tensors[weight].spec.nbytes, -(-numel // 2)
-    if not needed <= nbytes < needed + 8:
-        raise ValueError(f"{nbytes} bytes are stored, {list(state.shape)} needs {needed}")
 
 
 # All weights of a checkpoint have the same tables, as a rule: thousands of experts share one.
@@ -132,7 +77,7 @@ def _pairs(quant_map: bytes) -> torch.Tensor:
     return byte_pairs(_floats(quant_map))
 
 
-class FourBitSources(ReadByColumns, GridSources):
+class FourBitSources(RecodedByColumns, GridSources):
     """The packed codes and scales of one weight, as they are stored."""
 
     def __init__(self, weight: str, names: tuple[str, ...], state: QuantState, ckpt: Checkpoint) -> None:
@@ -142,6 +87,8 @@ class FourBitSources(ReadByColumns, GridSources):
         self.scheme = scheme(names, state.blocksize)
         self.column_multiple = min(state.blocksize, 64)  # even: a window begins with a whole byte
         self.grid_rows = 1 + self.spec.n_cols % 2
+        # An odd width has codes of one byte in two rows: its transpose cannot be written in parts.
+        self.column_run = 0 if self.spec.n_cols % 2 else math.gcd(self.spec.n_cols, state.blocksize, 64)
         self._n_blocks = -(-self.spec.numel // state.blocksize)
         self._quant_map = bytes(read_all(ckpt, weight + ".quant_map"))
         self._pairs = _pairs(self._quant_map)
@@ -220,11 +167,28 @@ class FourBitSources(ReadByColumns, GridSources):
         codes = buffer[:nbytes]
         packed = arena.beside(codes, "bnb4.recoded").copy_(tile.raw[0][skip // 2 : skip // 2 + nbytes])
         scales = self._absmax(tile.raw, first, last, arena)
-        levels = levels_of(self._quant_map, getattr(torch, self.spec.torch_name))
-        grid = FourBitGrid(packed, scales, levels.on(arena), self._state.blocksize, skip)
-        values, n_clipped = round_tile(grid, tile.base, tile.values, draws, tile.start, arena)
+        grid = self.grid_of(packed, scales, self._state.blocksize, skip, arena)
+        values, n_clipped = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
         arena.bring_back(packed, codes)
         return Recoded(((tile.start // 2, 0, nbytes),), values, n_clipped)
+
+    def grid_of(
+        self, codes: torch.Tensor, scales: torch.Tensor, run: int, skip: int, arena: Arena
+    ) -> FourBitGrid:
+        levels = levels_of(self._quant_map, getattr(torch, self.spec.torch_name))
+        return FourBitGrid(codes, scales, levels.on(arena), run, skip)
+
+    def codes_of_columns(
+        self, raw: Raw, window: range, cols: range, arena: Arena
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = raw[0][:, (cols.start - window.start) // 2 : (cols.stop - window.start) // 2].contiguous()
+        # Of each run, the block among those of its row that are in the window.
+        first = torch.arange(self.spec.shape[0], dtype=torch.int64)[:, None] * self.spec.shape[1]
+        runs = torch.arange(cols.start, cols.stop, self.column_run, dtype=torch.int64)
+        block_of, before = (
+            (first + at).div_(self._state.blocksize, rounding_mode="floor") for at in (runs, window.start)
+        )
+        return arena.place(codes), arena.place(raw[1].gather(1, block_of - before))
 
     def _blocks_of_columns(self, n_cols: int) -> int:
         """At most so many blocks are touched by the same columns of a row."""

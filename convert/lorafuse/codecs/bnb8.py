@@ -4,14 +4,20 @@
 The weight is fp32, uncast: dequantize.py. Outlier columns are a matter of run time; the weights are complete.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
 from lorafuse.arithmetic.dequantize import decode_int8
-from lorafuse.codecs.conv1d import ReadByColumns, Transposed, is_conv1d
+from lorafuse.arithmetic.draws import Draws, of_run
+from lorafuse.arithmetic.on_grid import round_tile
+from lorafuse.codecs.bnb8_grid import Int8Grid
+from lorafuse.codecs.conv1d import RecodedByColumns, Transposed, is_conv1d
+from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import read_runs
+from lorafuse.codecs.own_grid import GridSources, Recoded
 from lorafuse.codecs.sources import Raw, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -65,15 +71,17 @@ def _config_dtype(ckpt: Checkpoint) -> str:
     return "F16"
 
 
-class Int8Sources(ReadByColumns):
+class Int8Sources(RecodedByColumns, GridSources):
     """q and SCB of one weight, as they are stored: (out, in)."""
 
     column_multiple = 64
+    grid_rows = 1
 
     def __init__(self, weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> None:
         self.store, self.names, self.scheme = ckpt, names, scheme(names)
         self.spec = TensorSpec("F32", ckpt.tensors[weight].spec.shape)
         self.out_dtype = _config_dtype(ckpt)
+        self.column_run = math.gcd(self.spec.shape[1], 64)
 
     def will_need(self, box: Box) -> None:
         start, stop = box.run
@@ -92,6 +100,31 @@ class Int8Sources(ReadByColumns):
         out.copy_(q)
         decode_int8(out.view(-1, self.spec.shape[1]), scb[:, None])
         return out
+
+    def codes_nbytes(self, n: int) -> int:
+        return n
+
+    def recode(self, tile: FinishedTile, draws: Draws | None, buffer: torch.Tensor, arena: Arena) -> Recoded:
+        q, scb = (arena.place(t) for t in tile.raw)
+        codes = buffer[: q.numel()].view(torch.int8)
+        recoded = arena.beside(codes, "int8.recoded").copy_(q)
+        values, n_clipped = round_tile(
+            Int8Grid(recoded, scb), tile.base, tile.values, of_run(draws, tile.start), arena
+        )
+        arena.bring_back(recoded, codes)
+        return Recoded(((tile.start, 0, q.numel()),), values, n_clipped)
+
+    def codes_of_columns(
+        self, raw: Raw, window: range, cols: range, arena: Arena
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q = raw[0][:, cols.start - window.start : cols.stop - window.start]
+        scales = raw[1][:, None].expand(-1, len(cols) // self.column_run)
+        return arena.place(q.contiguous().view(torch.uint8)), arena.place(scales.contiguous())
+
+    def grid_of(
+        self, codes: torch.Tensor, scales: torch.Tensor, run: int, skip: int, arena: Arena
+    ) -> Int8Grid:
+        return Int8Grid(codes.view(torch.int8), scales)
 
     def columns_nbytes(self, n_cols: int) -> int:
         return self.spec.shape[0] * (n_cols + 4)

@@ -1,13 +1,17 @@
 """Weights of HF Conv1D, which are (in, out) where every other linear layer's are (out, in). bitsandbytes
 stores them as (out, in), so that a row of the weight is a column of what is stored."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.draws import Draws, Half, Turned
+from lorafuse.arithmetic.on_grid import Grid, round_tile
+from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import N_WINDOWS_HELD, WINDOWS_NBYTES, Windows
+from lorafuse.codecs.own_grid import GridSources, Recoded
 from lorafuse.codecs.sources import Raw, Sources
 from lorafuse.files.tensors import Box, TensorSpec
 
@@ -42,7 +46,24 @@ class ReadByColumns(Sources, Protocol):
         columns `window` around it. Valid until the arena's next use."""
 
 
-class Transposed(Sources):
+@runtime_checkable
+class RecodedByColumns(ReadByColumns, Protocol):
+    """Those whose codes can be written anew, some columns of all rows at a time."""
+
+    column_run: int  # the scale of so many columns, from a multiple of so many on, is one
+
+    def codes_of_columns(
+        self, raw: Raw, window: range, cols: range, arena: Arena
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes, uint8 [rows, bytes], and scales, float32 [rows, runs], of columns inside a window, which are
+        whole runs, on the arena's device."""
+
+    def grid_of(self, codes: torch.Tensor, scales: torch.Tensor, run: int, skip: int, arena: Arena) -> Grid:
+        """The grid of codes, uint8 [bytes], which `write` changes, with a scale (float32, 1-D) for each run;
+        the first code is that of element `skip` of a run."""
+
+
+class Transposed(GridSources):
     """The transpose of a stored matrix. It is read once, a window of columns at a time, or whole where that
     is not much: a tile's own columns are a few bytes of every stored row."""
 
@@ -54,6 +75,7 @@ class Transposed(Sources):
         self.nbytes = CHUNK_NUMEL * CHUNK_NBYTES_PER_ELEMENT
         n_rows, width = self.spec.shape[0], self._width_of_windows()
         self._windows = Windows(n_rows, width, self._read)
+        self.grid_rows = stored.column_run if isinstance(stored, RecodedByColumns) else 1
         self.window_nbytes = self._windows.n_held * stored.columns_nbytes(width)
 
     def _width_of_windows(self) -> int:
@@ -81,14 +103,49 @@ class Transposed(Sources):
     def fetch(self, box: Box, arena: Arena) -> Raw:
         return tuple(tensor for raw in self._windows.get(self._rows(box), arena) for tensor in raw)
 
+    def _by_window(self, raw: Raw, rows: range) -> Iterator[tuple[range, range, Raw]]:
+        """(window, those of the rows in it, what was fetched for it) of each."""
+        windows = list(self._windows.around(rows))
+        n_tensors = len(raw) // len(windows)
+        for number, (window, part) in enumerate(windows):
+            yield window, part, raw[number * n_tensors : (number + 1) * n_tensors]
+
+    def codes_nbytes(self, n: int) -> int:
+        stored = self.store.tensors[self.names[0]].spec.nbytes
+        return -(-n * stored // max(self.spec.numel, 1))
+
+    def recode(self, tile: FinishedTile, draws: Draws | None, buffer: torch.Tensor, arena: Arena) -> Recoded:
+        """In the order in which codes are stored, in which those of the tile are some of each row's."""
+        stored = self._stored
+        assert isinstance(stored, RecodedByColumns)
+        rows, n_cols = self._rows(tile.box), self.spec.n_cols
+        parts = [
+            stored.codes_of_columns(raw, window, part, arena)
+            for window, part, raw in self._by_window(tile.raw, rows)
+        ]
+        codes, scales = (torch.cat(of_windows, dim=1) for of_windows in zip(*parts, strict=True))
+        grid = stored.grid_of(codes.view(-1), scales.view(-1), stored.column_run, 0, arena)
+        base, sums = (
+            arena.get(f"conv1d.{name}", values.numel(), values.dtype).copy_(
+                values.view(len(rows), n_cols).T.reshape(-1)
+            )
+            for name, values in (("base", tile.base), ("sums", tile.values))
+        )
+        drawn = Turned(draws, tile.start, len(rows), n_cols, arena) if draws else Half()
+        values, n_clipped = round_tile(grid, base, sums, drawn, arena)
+        base.view(len(rows), n_cols).copy_(values.view(n_cols, len(rows)).T)
+        buffer[: codes.numel()].copy_(codes.view(-1))
+        nbytes, n_rows = codes.shape[1], self.spec.shape[0]
+        runs = (
+            ((col * n_rows + rows.start) * nbytes // len(rows), col * nbytes, nbytes) for col in range(n_cols)
+        )
+        return Recoded(tuple(runs), base, n_clipped)
+
     def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
         rows, n_cols = self._rows(box), self.spec.n_cols
         made = arena.get("conv1d.made", box.numel, getattr(torch, self.spec.torch_name))
         tile = made.view(len(rows), n_cols)
-        windows = list(self._windows.around(rows))
-        n_tensors = len(raw) // len(windows)
-        for number, (window, part) in enumerate(windows):
-            fetched = raw[number * n_tensors : (number + 1) * n_tensors]
+        for window, part, fetched in self._by_window(raw, rows):
             at = slice(part.start - rows.start, part.stop - rows.start)
             step = max(CHUNK_NUMEL // len(part), 1)
             for first in range(0, n_cols, step):

@@ -8,10 +8,11 @@ import torch
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.draws import Draws
+from lorafuse.arithmetic.on_grid import SCRATCH_NBYTES
 from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece
 from lorafuse.codecs.sources import Sources
 from lorafuse.codecs.stored import StoredEncoder
-from lorafuse.files.tensors import StoredTensor
+from lorafuse.files.tensors import DTYPES, StoredTensor
 
 
 class Recoded(NamedTuple):
@@ -29,6 +30,7 @@ class GridSources(Sources, Protocol):
     multiples of so many rows, where codes begin at whole bytes."""
 
     grid_rows: int
+    grid_nbytes_per_element: int = 0  # of a tile, beyond what round_tile takes
 
     def codes_nbytes(self, n: int) -> int:
         """At most so many bytes hold the codes of a tile of `n` elements."""
@@ -67,6 +69,10 @@ class OwnGridEncoder(Encoder):
 
     def tile_nbytes(self, n: int) -> int:
         return self._sources.codes_nbytes(n) + self._companion_bytes(0, n)[1] + 1
+
+    def scratch_nbytes(self, n: int) -> int:
+        stored = DTYPES[self._sources.spec.dtype][0]
+        return n * (stored + self._sources.grid_nbytes_per_element) + SCRATCH_NBYTES
 
     def encode(self, tile: FinishedTile, buffer: torch.Tensor, arena: Arena) -> Encoded:
         runs, values, n_clipped = self._sources.recode(tile, self._draws, buffer, arena)

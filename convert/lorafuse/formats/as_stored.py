@@ -90,7 +90,7 @@ class AsStored(Format):
         return self._on_grid(weight.name, base)
 
     def _on_grid(self, name: str, base: Sources) -> Encoder:
-        if not isinstance(base, GridSources):
+        if not isinstance(base, GridSources) or not base.grid_rows:
             raise UsageError(
                 f"--format base: {shown(name)} is stored in {base.scheme}, whose codes cannot be written "
                 "anew: --format mixed leaves what changes dense."
