@@ -129,7 +129,7 @@ class _Exactly:
         before = self._grid.positions(elements)
         to = before + direction
         neighbour = self._grid.decoded(elements, to.clamp(0, self._grid.n_positions - 1))
-        share = (sums - base).div_(neighbour - base).mul_(256.0)
+        share = (sums - base).div_(neighbour - base).mul_(256.0).abs_()  # of 1 / -0, too
         whole = share.floor()
         # Not where the neighbour is passed, where there is none, or where it has the same value: there the
         # share is larger, or no number.
