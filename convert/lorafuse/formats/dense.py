@@ -30,6 +30,9 @@ class Dense(Format):
     def config(self) -> Mapping[str, Any]:
         return {}
 
+    def warnings(self) -> list[str]:
+        return []
+
 
 class Values(Format):
     """The values of every weight, also of bytes that would not change: what other results are compared
@@ -43,3 +46,6 @@ class Values(Format):
 
     def config(self) -> Mapping[str, Any]:
         return {}
+
+    def warnings(self) -> list[str]:
+        return []
