@@ -33,6 +33,7 @@ disable_progress_bar()
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 HELD_OUT = FIXTURES / "smollm2-qlora" / "eval_ids.safetensors"
+N_PARAMETERS = 134_515_008
 BATCH = 8  # sequences of 128 tokens: 200 MB of float32 logits
 QUANTIZATIONS = {
     "nf4": BitsAndBytesConfig(
@@ -116,8 +117,8 @@ def decode(module: torch.nn.Module) -> torch.Tensor:
 
 
 def save_decoded(model: PreTrainedModel, dense: Path, out: Path) -> None:
-    """`model` with its linear layers in full precision, decoded by bitsandbytes where they are quantized, as a
-    checkpoint like `dense`."""
+    """`model` with its linear layers in full precision, decoded by bitsandbytes where they are quantized, as
+    a checkpoint like `dense`."""
     weights = {
         name: tensor
         for shard in sorted(dense.glob("*.safetensors"))
@@ -262,6 +263,14 @@ def directory(work: Work, adapter: Adapter, row: str) -> Path:
         return quantized_again(work, adapter)
     made = run_lorafuse(work, adapter, row)
     return loaded_as_stored(work, made) if row in LIGHT else made
+
+
+def stored(work: Work, adapter: Adapter, row: str) -> Path:
+    """Where the files of a row lie as a user would keep them; PEFT's and the naive merge are as large as the
+    base."""
+    return (
+        work.root / f"{adapter.name}-{row}" if row in merges(adapter.base) else work.quantized(adapter.base)
+    )
 
 
 def loaded_as_stored(work: Work, made: Path) -> Path:

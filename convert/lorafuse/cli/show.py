@@ -55,8 +55,9 @@ def plan_text(plan: dict[str, Any]) -> str:
     """The plan of a dry run for people."""
     weights = ", ".join(f"{n} {action}" for action, n in sorted(plan["weights"].items()))
     lines = [f"{plan['nbytes'] / 1e6:,.1f} MB in {len(plan['shards'])} shards; weights: {weights}"]
-    if sizes := [f"{word} {nbytes / 1e6:,.1f} MB" for word, nbytes in plan["formats"].items()]:
-        lines.append(f"as --format: {', '.join(sizes)}")
+    if len(plan["formats"]) > 1:
+        sizes = (f"{word} {nbytes / 1e6:,.1f} MB" for word, nbytes in plan["formats"].items())
+        lines.append(f"--format: {', '.join(sizes)}")
     lines += [f"  {s['file']}  {s['nbytes'] / 1e6:,.1f} MB  {s['n_weights']} weights" for s in plan["shards"]]
     lines.append(
         f"adapter tensors: {plan['adapter_tensors']['used']} used, {len(plan['adapter_tensors']['ignored'])} "

@@ -18,8 +18,8 @@ def sizes_by_format(
     weights: Mapping[str, Sources],
     steps: Callable[[str, Format], list[Step]],
 ) -> dict[str, int]:
-    """{word of a format: bytes of all weights} of the formats that these weights allow, with everything else
-    as it was chosen. `steps(dtype, format)` plans the weights."""
+    """{word of a format: bytes of all weights} of `dense` and of the formats that are lighter, as far as these
+    weights allow them, with everything else as it was chosen. `steps(dtype, format)` plans the weights."""
     sizes = {}
     for word, make in FORMATS.items():
         plain = word == "dense"
@@ -34,5 +34,7 @@ def sizes_by_format(
             planned = steps(chosen.dtype, make(ckpt, chosen, weights))
         except UsageError:
             continue
-        sizes[word] = sum(step.nbytes for step in planned)
+        nbytes = sum(step.nbytes for step in planned)
+        if plain or nbytes < sizes["dense"]:
+            sizes[word] = nbytes
     return sizes

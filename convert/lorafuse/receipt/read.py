@@ -94,7 +94,6 @@ def _is_spec(value: object) -> bool:
     return (
         isinstance(value, dict)
         and _has(value, {"dtype": str, "shape": list})
-        and value["dtype"] in SAFETENSORS_NAMES
         and all(type(n) is int and n >= 0 for n in value["shape"])
     )
 
@@ -156,7 +155,7 @@ def _enough(entry: Mapping[str, Any]) -> float:
 
 def sizes_in_sum(tensors: Entries) -> dict[str, Any]:
     """`nbytes` of all stored tensors, `dense_nbytes` of the weights in their own dtypes, and
-    `bits_per_weight`: 8 · nbytes over the number of elements."""
+    `bits_per_weight`: 8 · nbytes over the number of elements. Dtypes that are not known count 0."""
     nbytes = sum(_nbytes(stored.dtype, stored.shape) for stored in stored_tensors(tensors))
     numel = sum(math.prod(entry["shape"]) for entry in tensors.values())
     return {
@@ -167,4 +166,5 @@ def sizes_in_sum(tensors: Entries) -> dict[str, Any]:
 
 
 def _nbytes(dtype: str, shape: list[int]) -> int:
-    return DTYPES[SAFETENSORS_NAMES[dtype]][0] * math.prod(shape)
+    known = SAFETENSORS_NAMES.get(dtype)
+    return DTYPES[known][0] * math.prod(shape) if known else 0
