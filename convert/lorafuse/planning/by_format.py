@@ -18,9 +18,10 @@ def sizes_by_format(
     weights: Mapping[str, Sources],
     steps: Callable[[str, Format], list[Step]],
 ) -> dict[str, int]:
-    """{word of a format: bytes of all weights} of `dense` and of the formats that are lighter, as far as these
-    weights allow them, with everything else as it was chosen. `steps(dtype, format)` plans the weights."""
-    sizes = {}
+    """{word of a format: bytes of all weights} of `dense`, and of the formats that are lighter, as far as
+    these weights allow them, with everything else as it was chosen. `steps(dtype, format)` plans the
+    weights."""
+    sizes: dict[str, int] = {}
     for word, make in FORMATS.items():
         plain = word == "dense"
         chosen = replace(
