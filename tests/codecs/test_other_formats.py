@@ -169,8 +169,9 @@ def test_refused_by_what_is_stored(case, tmp_path):
     text = refusal(path)
     named = [name for name in stored if f"{path}: {name} belongs" in text]
     assert named and text == (
-        f"{path}: {named[0]} belongs to a weight that is quantized: {title}; bitsandbytes 4-bit and 8-bit "
-        "and full precision are supported. Dequantize it first, or merge into the full-precision checkpoint."
+        f"{path}: {named[0]} belongs to a weight that is quantized: {title}; this format is not read "
+        "(docs/bases.md lists those that are). Dequantize it first, or merge into the full-precision "
+        "checkpoint."
     )
 
 
@@ -232,6 +233,6 @@ def test_look_alikes_pass(case, tmp_path):
 def test_bitsandbytes_without_its_state_is_refused_without_a_config(dtype, tmp_path):
     """The codes may be viewed as any dtype; the scales beside them tell."""
     stored = {"m.weight": zeros(4, 1, dtype=dtype), "m.weight.absmax": zeros(1, dtype=torch.float32)}
-    assert "m.weight is quantized, but its quant_state or SCB is missing" in refusal(
+    assert "m.weight is quantized, but its scales (quant_state, SCB) are missing" in refusal(
         write(tmp_path / "ckpt", stored)
     )

@@ -7,8 +7,9 @@ the format's row goes.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lorafuse.files.tensors import TensorInfo
 
@@ -92,6 +93,7 @@ FORMATS: tuple[Format, ...] = (
     # What is not known by name is by its form: coded matrices with scales beside them.
     Format("integers or FP8 with scales", (".scales",), _codes(".weight")),
 )
+_SECTIONS = ("quantization_config", "compression_config")  # where a config says how it is quantized
 _ENDS = tuple({form.names[0] for form in FORMATS})
 
 
@@ -105,3 +107,9 @@ def packed_format(stored: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
             if stem != name and all(stem + n in stored for n in form.names) and form.also(stem, stored):
                 return name, form.title
     return None
+
+
+def quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What a config says of quantization, at its top and in its parts (text_config)."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        yield from (section for name in _SECTIONS if isinstance(section := part.get(name), dict))
