@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs import bnb4, bnb8, dense, plain
+from lorafuse.codecs import bnb4, bnb8, dense, fp8, plain
 from lorafuse.codecs.encoder import EncoderOf
 from lorafuse.codecs.other_formats import packed_format, quantizations
 from lorafuse.codecs.per_expert import as_stacks
@@ -46,12 +46,13 @@ class Codec(Protocol):
 
 
 # In order: a codec claims from what those before it left, dense takes the rest.
-CODECS: tuple[Codec, ...] = (bnb4, bnb8, dense)
+CODECS: tuple[Codec, ...] = (bnb4, bnb8, fp8, dense)
 
 # How the output is stored: the word of `--format` → what gives each weight its encoder.
 FORMATS: dict[str, EncoderOf] = {"dense": plain.encoder_of}
 
 _CODES = ("U8", "I8", "I16", "I32", "U32")
+_INCOMPLETE = "what else this weight needs is missing, or of another dtype or shape than this format has."
 _WAY_OUT = (
     "this format is not read (docs/bases.md lists those that are). Dequantize it first, or merge into the "
     "full-precision checkpoint."
@@ -127,9 +128,10 @@ def refuse_unknown_quantization(
     left = {name: stored[name] for codec, name, _ in claims(stored, config) if codec is dense}
     packed = packed_format(left)
     if packed is not None:
-        name, title = packed
+        name, form = packed
         raise CheckpointError(
-            f"{shown(folder)}: {shown(name)} belongs to a weight that is quantized: {title}; {_WAY_OUT}"
+            f"{shown(folder)}: {shown(name)} belongs to a weight that is quantized: {form.title}; "
+            f"{_INCOMPLETE if form.read else _WAY_OUT}"
         )
 
 

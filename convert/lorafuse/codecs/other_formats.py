@@ -2,9 +2,9 @@
 by, whatever its config says. A config may be silent: `quantize_config.json`, `hf_quant_config.json`,
 `compression_config` and MLX's `quantization` are read by nobody here.
 
-A codec that learns to read a format claims its tensors, and is thereby out of the reach of this table; then
-the format's row goes.
-"""
+A codec that reads a format claims its tensors before this table is looked at. The format's row stays, as
+`read`: what the codec leaves is a part of a weight whose other parts are missing or unlike what the format
+has."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +28,7 @@ class Format:
     title: str
     names: tuple[str, ...]
     also: Condition = lambda stem, stored: True
+    read: bool = False
 
 
 def _has(*names: str) -> Condition:
@@ -71,13 +72,13 @@ FORMATS: tuple[Format, ...] = (
     Format(f"{_CT} (pack-quantized, NVFP4 or MXFP4)", (".weight_packed",)),
     Format(f"{_CT} (sparse)", (".compressed", ".bitmask")),
     Format("ModelOpt (NVFP4)", (".weight_scale_2",)),
-    Format("FP8 with a scale for each block", (".weight_scale_inv",)),
-    Format("FP8 with a scale for each block", ("_scale_inv",), _codes("")),
-    Format("FP8 with scales, by Mistral's names", (".qscale_weight",)),
+    Format("FP8 with a scale for each block", (".weight_scale_inv",), read=True),
+    Format("FP8 with a scale for each block", ("_scale_inv",), _codes(""), read=True),
+    Format("FP8 with scales, by Mistral's names", (".qscale_weight",), read=True),
     Format("EETQ", (".weight_scales",), _codes(".weight")),
     Format(_ANY_FP8, (".weight_scale",)),
     Format("FP8 of FBGEMM", ("_scale",), _codes("")),
-    Format("FP8 or FP4 with scales, by DeepSeek's names", (".scale",), _codes(".weight")),
+    Format("FP8 or FP4 with scales, by DeepSeek's names", (".scale",), _codes(".weight"), read=True),
     Format("MXFP4 of gpt-oss", ("_blocks", "_scales"), _dtype("_blocks", "U8")),
     Format("Metal (MLX's layout)", (".scales", ".qbiases")),
     Format("MLX", (".scales",), _dtype(".weight", "U32")),
@@ -97,15 +98,15 @@ _SECTIONS = ("quantization_config", "compression_config")  # where a config says
 _ENDS = tuple({form.names[0] for form in FORMATS})
 
 
-def packed_format(stored: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
-    """Returns (a stored tensor, the title of the format that it belongs to), by the first format in the table
-    that the tensors have; None where all tensors are what they seem."""
+def packed_format(stored: Mapping[str, TensorInfo]) -> tuple[str, Format] | None:
+    """Returns (a stored tensor, the format that it belongs to), by the first format in the table that the
+    tensors have; None where all tensors are what they seem."""
     suspects = [name for name in stored if name.endswith(_ENDS)]
     for form in FORMATS if suspects else ():
         for name in suspects:
             stem = name.removesuffix(form.names[0])
             if stem != name and all(stem + n in stored for n in form.names) and form.also(stem, stored):
-                return name, form.title
+                return name, form
     return None
 
 
