@@ -225,7 +225,8 @@ def test_codes_without_companions_are_refused(tmp_path):
         quantization_config={"load_in_4bit": True},
     )
     with pytest.raises(
-        CheckpointError, match=r"w\.weight is quantized, but its scales \(quant_state, SCB\) are missing"
+        CheckpointError,
+        match=r"w\.weight is quantized, but other parts of it \(codes, scales, quant_state, SCB\)",
     ):
         open_weights(Checkpoint(LocalFolder(path)))
 

@@ -173,7 +173,7 @@ DAMAGED = {
     "dtype": ({f"{WEIGHT}_scale_inv": torch.ones(1, 1).double()}, "are F64 [1, 1]"),
     "codes gone": ({WEIGHT: None}, f"{WEIGHT}_scale_inv belongs to a weight that is quantized"),
     "codes of integers": ({WEIGHT: random_bytes(9, 20)}, f"{WEIGHT}_scale_inv belongs to a weight"),
-    "scales gone": ({f"{WEIGHT}_scale_inv": None}, f"{WEIGHT} is quantized, but its scales"),
+    "scales gone": ({f"{WEIGHT}_scale_inv": None}, f"{WEIGHT} is quantized, but other parts of it"),
 }
 
 

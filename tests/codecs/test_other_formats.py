@@ -108,7 +108,7 @@ CASES = {
     ),
     "eetq": ({"m.weight": zeros(32, 16, dtype=torch.int8), "m.weight_scales": zeros(16)}, "EETQ"),
     "mxfp4 of gpt-oss": (
-        {"m.down_proj_blocks": u8(2, 16, 1, 16), "m.down_proj_scales": u8(2, 16, 1)},
+        {"m.down_proj_blocks": u8(2, 16, 1, 16), "m.down_proj_scales": u8(2, 16, 2)},
         "MXFP4 of gpt-oss",
     ),
     "mlx": (
@@ -236,6 +236,6 @@ def test_look_alikes_pass(case, tmp_path):
 def test_bitsandbytes_without_its_state_is_refused_without_a_config(dtype, tmp_path):
     """The codes may be viewed as any dtype; the scales beside them tell."""
     stored = {"m.weight": zeros(4, 1, dtype=dtype), "m.weight.absmax": zeros(1, dtype=torch.float32)}
-    assert "m.weight is quantized, but its scales (quant_state, SCB) are missing" in refusal(
+    assert "m.weight is quantized, but other parts of it (codes, scales, quant_state, SCB)" in refusal(
         write(tmp_path / "ckpt", stored)
     )

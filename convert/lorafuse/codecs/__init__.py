@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs import bnb4, bnb8, dense, fp8, plain
+from lorafuse.codecs import bnb4, bnb8, dense, fp8, mxfp4, plain
 from lorafuse.codecs.encoder import EncoderOf
-from lorafuse.codecs.other_formats import packed_format, quantizations
+from lorafuse.codecs.other_formats import is_part, packed_format, quantizations
 from lorafuse.codecs.per_expert import as_stacks
 from lorafuse.codecs.sources import Claims, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
@@ -46,12 +46,11 @@ class Codec(Protocol):
 
 
 # In order: a codec claims from what those before it left, dense takes the rest.
-CODECS: tuple[Codec, ...] = (bnb4, bnb8, fp8, dense)
+CODECS: tuple[Codec, ...] = (bnb4, bnb8, fp8, mxfp4, dense)
 
 # How the output is stored: the word of `--format` → what gives each weight its encoder.
 FORMATS: dict[str, EncoderOf] = {"dense": plain.encoder_of}
 
-_CODES = ("U8", "I8", "I16", "I32", "U32")
 _INCOMPLETE = "what else this weight needs is missing, or of another dtype or shape than this format has."
 _WAY_OUT = (
     "this format is not read (docs/bases.md lists those that are). Dequantize it first, or merge into the "
@@ -136,15 +135,17 @@ def refuse_unknown_quantization(
 
 
 def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint, quantized: bool) -> None:
-    """In a quantized checkpoint, or beside what bitsandbytes stores with codes, integers called `weight` and
-    FP8 numbers that no codec claimed are codes whose companions are missing."""
+    """In a quantized checkpoint, or beside what bitsandbytes stores with codes, what looks like codes or
+    scales
+    and was claimed by no codec is a part of a weight whose other parts are missing."""
     for name, sources in weights.items():
         if not sources.as_stored:
             continue
         module = name.removesuffix(".weight")
-        codes = (module != name and sources.spec.dtype in _CODES) or sources.spec.dtype.startswith("F8_")
-        if (codes and (quantized or f"{module}.SCB" in weights)) or f"{name}.absmax" in weights:
+        if f"{name}.absmax" in weights or (
+            (quantized or f"{module}.SCB" in weights) and is_part(name, sources.spec)
+        ):
             raise CheckpointError(
-                f"{shown(ckpt.folder)}: {shown(name)} is quantized, but its scales (quant_state, SCB) are "
-                "missing."
+                f"{shown(ckpt.folder)}: {shown(name)} is quantized, but other parts of it (codes, scales, "
+                "quant_state, SCB) are missing."
             )

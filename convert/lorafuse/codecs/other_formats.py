@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorafuse.files.tensors import TensorInfo
+from lorafuse.files.tensors import TensorInfo, TensorSpec
 
 _INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 _FP8 = re.compile(r"F8_")
@@ -79,7 +79,7 @@ FORMATS: tuple[Format, ...] = (
     Format(_ANY_FP8, (".weight_scale",)),
     Format("FP8 of FBGEMM", ("_scale",), _codes("")),
     Format("FP8 or FP4 with scales, by DeepSeek's names", (".scale",), _codes(".weight"), read=True),
-    Format("MXFP4 of gpt-oss", ("_blocks", "_scales"), _dtype("_blocks", "U8")),
+    Format("MXFP4 of gpt-oss", ("_blocks", "_scales"), _dtype("_blocks", "U8"), read=True),
     Format("Metal (MLX's layout)", (".scales", ".qbiases")),
     Format("MLX", (".scales",), _dtype(".weight", "U32")),
     Format("HIGGS", (".scales", ".tables"), _codes(".weight")),
@@ -94,8 +94,27 @@ FORMATS: tuple[Format, ...] = (
     # What is not known by name is by its form: coded matrices with scales beside them.
     Format("integers or FP8 with scales", (".scales",), _codes(".weight")),
 )
+_WORDS = frozenset({"I16", "I32", "U32"})
+# Ends of names that only quantized weights have, and those that others may have too unless they are bytes.
+_PARTS = (
+    ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", ".codebooks", "_qdata", "_scale_inv",
+    ".weight_packed", ".weight_scale", ".weight_scale_2", ".weight_zero_point", ".weight_shape",
+    ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale",
+)  # fmt: skip
+_BYTES = ("_blocks", "_scales", ".scales")
 _SECTIONS = ("quantization_config", "compression_config")  # where a config says how it is quantized
 _ENDS = tuple({form.names[0] for form in FORMATS})
+
+
+def is_part(name: str, spec: TensorSpec) -> bool:
+    """Whether a stored tensor that no codec claimed looks like a part of a quantized weight, in a checkpoint
+    where others are quantized."""
+    is_bytes = spec.dtype in ("U8", "I8") or spec.dtype.startswith("F8_")
+    if name.endswith(_PARTS) or spec.dtype.startswith("F8_"):
+        return True
+    if name.endswith(".weight"):
+        return is_bytes or spec.dtype in _WORDS
+    return is_bytes and (len(spec.shape) > 1 or name.endswith(_BYTES))
 
 
 def packed_format(stored: Mapping[str, TensorInfo]) -> tuple[str, Format] | None:

@@ -93,7 +93,7 @@ class Grid:
     def by_rows(self, values: torch.Tensor, rows: range) -> torch.Tensor:
         """[rows, n_cols]: for each row of the weight, what it shares with others; [1, n_cols] where all rows
         have the same."""
-        if len(values) == 1 or (self.block.height == 1 and self.n_rows == self.height):
+        if len(values) == 1 or self.n_rows == self.height:
             return values
         first = self._row_of(rows.start)
         places = torch.tensor([self._row_of(row) - first for row in rows], dtype=torch.int64)
