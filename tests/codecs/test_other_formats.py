@@ -19,7 +19,7 @@ from lorafuse.files.local_folder import LocalFolder
 
 F8 = torch.float8_e4m3fn
 FP8 = "FP8 with a scale for each block"
-BY_SCALE = "FP8 or integers with scales (compressed-tensors, ModelOpt, FBGEMM, BitNet and others)"
+BY_SCALE = "FP8 or integers with scales (compressed-tensors, ModelOpt, FBGEMM)"
 CT = "compressed-tensors (pack-quantized, NVFP4 or MXFP4)"
 
 
@@ -59,7 +59,6 @@ CASES = {
         {
             "m.weight_packed": i32(16, 4),
             "m.weight_scale": zeros(16, 1),
-            "m.weight_shape": torch.tensor([16, 32]),
         },
         CT,
     ),
@@ -67,16 +66,18 @@ CASES = {
         {
             "m.weight_packed": u8(16, 16),
             "m.weight_scale": zeros(16, 2, dtype=F8),
-            "m.weight_global_scale": zeros(1),
         },
         CT,
     ),
-    "float-quantized": ({"m.weight": zeros(16, 32, dtype=F8), "m.weight_scale": zeros(16, 1)}, BY_SCALE),
+    "float-quantized": ({"m.weight_scale": zeros(16, 1)}, BY_SCALE),
     "int-quantized": (
-        {"m.weight": zeros(16, 32, dtype=torch.int8), "m.weight_scale": zeros(16, 1)},
+        {"m.weight": i32(16, 32), "m.weight_scale": zeros(16, 1)},
         BY_SCALE,
     ),
-    "bitnet": ({"m.weight": u8(4, 32), "m.weight_scale": zeros(1)}, BY_SCALE),
+    "bitnet": (
+        {"m.weight": u8(4, 32), "m.weight_scale": zeros(1)},
+        "bytes with scales (BitNet, Gemma and others)",
+    ),
     "sparse": (
         {"m.compressed": zeros(16, 16), "m.bitmask": u8(16, 4), "m.shape": torch.tensor([16, 32])},
         "compressed-tensors (sparse)",

@@ -3,7 +3,7 @@ common."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -100,6 +100,19 @@ class Grid:
         return values.index_select(0, places.to(values.device))
 
 
+class Blocks(Protocol):
+    """What a Grid has: numbers of blocks of a weight, however they are stored."""
+
+    @property
+    def block(self) -> Block: ...
+
+    def fetch(self, rows: range, store: Store, arena: Arena, role: str) -> torch.Tensor: ...
+
+    def values(self, raw: torch.Tensor, arena: Arena) -> torch.Tensor: ...
+
+    def by_rows(self, values: torch.Tensor, rows: range) -> torch.Tensor: ...
+
+
 # Scales, given what a stored number (uint8 [4]: fp32) makes of them.
 WithGlobal = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -112,7 +125,7 @@ class Recipe:
 
     codes: Codes
     scales: Grid
-    zeros: Grid | None = None
+    zeros: Blocks | None = None
     via: str | None = None
     global_scale: str | None = None
     combine: WithGlobal = torch.Tensor.mul
