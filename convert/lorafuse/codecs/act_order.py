@@ -3,12 +3,11 @@
 import torch
 
 from lorafuse.codecs.held import ComputedOnce
-from lorafuse.codecs.scaled import Recipe, ScaledRows
-from lorafuse.codecs.sources import Raw, Scheme
+from lorafuse.codecs.sources import Raw
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import read_all
-from lorafuse.files.tensors import DTYPES, TensorSpec
+from lorafuse.files.tensors import DTYPES
 
 _CHUNK_NUMEL = 1 << 16  # values whose scales are spread at a time
 
@@ -28,40 +27,30 @@ def read_groups(ckpt: Checkpoint, name: str, n_groups: int) -> torch.Tensor | No
     return groups
 
 
-class ActOrderRows(ScaledRows):
-    """A matrix by rows whose columns have the scales of the groups that `g_idx` says."""
+class Groups:
+    """The groups of a matrix's columns, held while tiles of it are in the making."""
 
-    def __init__(
-        self,
-        ckpt: Checkpoint,
-        names: tuple[str, ...],
-        spec: TensorSpec,
-        scheme: Scheme,
-        recipe: Recipe,
-        g_idx: str,
-    ) -> None:
-        super().__init__(ckpt, names, spec, scheme, recipe)
-        self._ckpt, self._g_idx, self._groups = ckpt, g_idx, ComputedOnce()
-        self.held_nbytes = 8 * spec.shape[-1]
-        self.nbytes = 8 * max(_CHUNK_NUMEL, spec.shape[-1])
+    def __init__(self, ckpt: Checkpoint, name: str, n_groups: int) -> None:
+        self._ckpt, self._name, self._n_groups = ckpt, name, n_groups
+        n_cols = ckpt.tensors[name].spec.numel
+        self._held = ComputedOnce()
+        self.held_nbytes = 8 * n_cols
+        self.scratch_nbytes = 8 * max(_CHUNK_NUMEL, n_cols)
 
     def release(self) -> None:
-        self._groups.drop()
+        """Drop what was read."""
+        self._held.drop()
 
     def _load(self) -> Raw:
-        groups = read_groups(self._ckpt, self._g_idx, self._recipe.scales.n_cols)
+        groups = read_groups(self._ckpt, self._name, self._n_groups)
         assert groups is not None, "it was looked at before"
         return (groups,)
 
-    def _scale(
-        self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, rows: range
-    ) -> None:
-        groups = self._groups.get(self._load)[0].to(matrix.device)
+    def scale(self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
+        """(matrix − zeros) · scales in place, all fp32; scales and zeros are [rows or 1, groups]."""
+        groups = self._held.get(self._load)[0].to(matrix.device)
         step = max(_CHUNK_NUMEL // matrix.shape[1], 1)
-        scales = self._recipe.scales.by_rows(scales, rows)
-        if zeros is not None and self._recipe.zeros:
-            zeros = self._recipe.zeros.by_rows(zeros, rows)
-        for first in range(0, len(rows), step):
+        for first in range(0, len(matrix), step):
             part = matrix[first : first + step]
             if zeros is not None:
                 part.sub_(_spread(zeros, first, step, groups))

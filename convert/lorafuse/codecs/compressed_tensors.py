@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lorafuse.arithmetic.codes import Codes, e2m1_codes, float8_codes, int8_codes, packed_codes
-from lorafuse.codecs.act_order import ActOrderRows, read_groups
+from lorafuse.codecs.act_order import Groups, read_groups
 from lorafuse.codecs.ct_config import block_structure, group_width, packing, packing_by_headers
 from lorafuse.codecs.model_dtype import out_dtype
 from lorafuse.codecs.packed_zeros import PackedZeros
@@ -204,7 +204,7 @@ def _open_packed(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
     if any(name.endswith(_G_IDX) for name in names):
         g_idx = _of(names, _G_IDX, ckpt, ("I32", "I64"), shape[1])
         if read_groups(ckpt, g_idx, grid.n_cols) is not None:
-            return ActOrderRows(ckpt, names, spec, told, recipe, g_idx)
+            recipe = replace(recipe, groups=Groups(ckpt, g_idx, grid.n_cols))
     return ScaledRows(ckpt, names, spec, told, recipe)
 
 
@@ -225,4 +225,4 @@ def _packed_zeros(
     if grid.block.height > 1:
         raise CheckpointError(f"{shown(ckpt.folder)}: {shown(names[0])} has one zero point for several rows.")
     name = _of(names, _ZERO, ckpt, ("I32",), n_words * grid.n_cols)
-    return PackedZeros(name, bits, padded, n_words, grid.n_cols, grid.block)
+    return PackedZeros(name, bits, padded, n_words, grid.n_cols)

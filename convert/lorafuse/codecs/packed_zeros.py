@@ -6,7 +6,6 @@ import torch
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.bit_stream import unpack, unpack_words
-from lorafuse.codecs.scaled import Block
 from lorafuse.files.stores import Store
 
 
@@ -20,7 +19,6 @@ class PackedZeros:
     padded: bool
     n_words: int
     n_cols: int
-    block: Block
 
     @property
     def _period(self) -> tuple[int, int]:
