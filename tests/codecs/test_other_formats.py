@@ -84,11 +84,18 @@ CASES = {
     ),
     "modelopt nvfp4": (
         {
-            "m.weight": u8(16, 16),
             "m.weight_scale": zeros(16, 2, dtype=F8),
             "m.weight_scale_2": zeros(),
         },
         "ModelOpt (NVFP4)",
+    ),
+    "smoothquant": (
+        {
+            "m.weight": zeros(16, 32, dtype=F8),
+            "m.weight_scale": zeros(),
+            "m.pre_quant_scale": zeros(32),
+        },
+        "ModelOpt after AWQ or SmoothQuant",
     ),
     "fp8 blocks": ({"m.weight": zeros(16, 32), "m.weight_scale_inv": zeros(1, 1)}, FP8),
     "fp8 blocks of stacks": (
@@ -104,7 +111,7 @@ CASES = {
         "FP8 or FP4 with scales, by DeepSeek's names",
     ),
     "fbgemm stacks": (
-        {"m.gate_up_proj": zeros(2, 32, 16, dtype=F8), "m.gate_up_proj_scale": zeros(2, 1, 16)},
+        {"m.gate_up_proj": u8(2, 32, 16), "m.gate_up_proj_scale": zeros(2, 1, 16)},
         "FP8 of FBGEMM",
     ),
     "eetq": ({"m.weight": zeros(32, 16, dtype=torch.int8), "m.weight_scales": zeros(16)}, "EETQ"),

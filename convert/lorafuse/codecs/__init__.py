@@ -8,7 +8,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs import bnb4, bnb8, compressed_tensors, dense, fp8, mxfp4, plain
+from lorafuse.codecs import (
+    bnb4,
+    bnb8,
+    compressed_tensors,
+    dense,
+    fbgemm_fp8,
+    fp8,
+    modelopt,
+    mxfp4,
+    plain,
+)
 from lorafuse.codecs.encoder import EncoderOf
 from lorafuse.codecs.other_formats import is_part, packed_format, quantizations, unread_setting
 from lorafuse.codecs.per_expert import as_stacks
@@ -46,7 +56,16 @@ class Codec(Protocol):
 
 
 # In order: a codec claims from what those before it left, dense takes the rest.
-CODECS: tuple[Codec, ...] = (bnb4, bnb8, fp8, mxfp4, compressed_tensors, dense)
+CODECS: tuple[Codec, ...] = (
+    bnb4,
+    bnb8,
+    fp8,
+    mxfp4,
+    fbgemm_fp8,
+    modelopt,
+    compressed_tensors,  # whose names ModelOpt and FBGEMM have too
+    dense,
+)
 
 # How the output is stored: the word of `--format` → what gives each weight its encoder.
 FORMATS: dict[str, EncoderOf] = {"dense": plain.encoder_of}
