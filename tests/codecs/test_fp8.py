@@ -195,3 +195,13 @@ def test_the_judge_agrees_with_torch():
     codes = torch.arange(256, dtype=torch.uint8)
     assert same_bits(E4M3.float(), codes.view(F8).float())
     assert same_bits(E8M0.float(), codes.view(torch.float8_e8m0fnu).float())
+
+
+def test_gpt_oss_with_a_layer_for_each_expert_is_refused():
+    """Its stacks are transposed, which FP8 is not read in."""
+    stored = {}
+    for n in range(2):
+        name = f"model.layers.0.mlp.experts.down_projs.{n}.weight"
+        stored |= {name: random_bytes(4, 4).view(F8), f"{name}_scale_inv": torch.ones(1, 1)}
+    text = refusal(stored, quantization(), model_type="gpt_oss")
+    assert "down_projs.0.weight and others, which are stored in FP8, a scale for each tensor" in text
