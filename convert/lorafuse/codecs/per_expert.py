@@ -192,9 +192,9 @@ def _stacked(stack: str, names: list[str], weights: Mapping[str, Sources], ckpt:
         return Stacked(members)
     if members[0].scheme.kind not in BY_COLUMNS:
         raise CheckpointError(
-            f"{shown(ckpt.folder)}: {shown(stack)} cannot be made from {shown(names[0])} and others, which "
-            f"are stored in {members[0].scheme}: of experts one by one, only bitsandbytes and full precision are "
-            "read. Dequantize the checkpoint first."
+            f"{shown(ckpt.folder)}: {shown(stack)} cannot be made from {shown(names[0])} and others, "
+            f"which are stored in {members[0].scheme}: of experts one by one, only bitsandbytes and full "
+            "precision are read. Dequantize the checkpoint first."
         )
     return Stacked([Transposed(_by_columns(member)) for member in members])
 
