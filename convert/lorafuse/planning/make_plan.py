@@ -13,7 +13,7 @@ from typing import Any
 
 from lorafuse._version import __version__
 from lorafuse.adapters import AdapterDir, Edit, updates_of
-from lorafuse.codecs import Sources
+from lorafuse.codecs import Sources, dropped
 from lorafuse.errors import CheckpointError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import natural_key
@@ -86,8 +86,9 @@ def make_plan(
     side_files = _side_files(ckpt, adapters[0].adapter, names, steps, config_changes)
     warnings += [*how.warnings(), *side_files.warnings]
     return Plan(
-        shards, plan_id, memory, held_nbytes, config_changes, how.config(), used, ignored, warnings, copies,
-        side_files, partial(sizes_by_format, ckpt, settings, weights, stored_so),
+        shards, plan_id, memory, held_nbytes, config_changes, how.config(), used, ignored,
+        dropped(ckpt.tensors, ckpt.config), warnings, copies, side_files,
+        partial(sizes_by_format, ckpt, settings, weights, stored_so),
     )  # fmt: skip
 
 
