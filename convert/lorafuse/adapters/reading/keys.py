@@ -19,6 +19,8 @@ _SAVED_WHOLE = (
 # base_model.tinylora_v.0.
 _SHARED = re.compile(r"base_model(\.[^.]+){1,2}")
 
+COUNTER = "I64"  # BatchNorm counts the batches that it saw; no weight has this dtype
+
 Modules = dict[str, dict[str, str]]  # module → {leaf: key}
 
 
@@ -126,7 +128,8 @@ def replacements(adapter: AdapterDir, module: str, leaves: dict[str, str]) -> li
             if key is not None:
                 whole[f"{module}.{parameter}"] = key
     for key in whole.values():
-        check_float(adapter, key)
+        if adapter.store.tensors[key].spec.dtype != COUNTER:
+            check_float(adapter, key)
     return [Update(name, (key,), replaced=DenseSources(adapter.store, key)) for name, key in whole.items()]
 
 
