@@ -20,6 +20,7 @@ from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.naming.table import Renames
 from lorafuse.structure.models import load_table
 
+BY_LABEL = ("labels", "labels+1")  # detection has a row for what is nothing
 # PEFT 0.21 utils/peft_types.py, TaskType, as far as they have heads.
 PEFT_TASKS = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -56,11 +57,21 @@ def new_head(
     whole = {one.parameter: one for one in said if isinstance(one, Update) and one.replaced and not one.make}
     modules = {_module(name) for entry in kind["classes"].values() for name in entry["head"]}
     offered = {name: update for name, update in whole.items() if _module(name) in modules}
-    if all(name in weights and not _has_other_labels(kind, name, weights, whole) for name in offered):
+    if not offered:
         return None
-    task = _class_of(kind["classes"], offered, adapter)
     renames = Renames(config)
     in_memory = {name: renames.memory_names(name)[0][0] for name in weights}
+    stored = {memory: name for name, memory in in_memory.items()} | {name: name for name in weights}
+    resized = {
+        name
+        for name, update in offered.items()
+        if name in stored
+        and update.replaced
+        and update.replaced.spec.shape != weights[stored[name]].spec.shape
+    }
+    if offered.keys() <= stored.keys() and not any(_is_by_label(kind, name) for name in resized):
+        return None
+    task = _class_of(kind["classes"], offered, adapter)
     _check_prefix(kind, task, in_memory, adapter)
     updates = _collect(kind, task, in_memory, whole, adapter)
     n_labels = _check_shapes(task, updates, config, adapter)
@@ -69,11 +80,11 @@ def new_head(
     if n_labels is not None:
         changes |= _labels(n_labels, config, adapter)
     new = {
-        name: update
+        stored.get(name, name): update
         for name, update in updates.items()
-        if name not in weights or not _same_shape(name, weights, whole)
+        if name not in stored or name in resized
     }
-    warn(_notice(task, new, dropped, n_labels, changes, adapter))
+    warn(_notice(task, new, dropped, n_labels, changes, adapter, resized=bool(resized)))
     return NewHead(new, dropped, changes)
 
 
@@ -86,21 +97,10 @@ def _module(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _same_shape(name: str, weights: Mapping[str, Sources], whole: Whole) -> bool:
-    brought = whole[name].replaced
-    return brought is not None and brought.spec.shape == weights[name].spec.shape
-
-
-def _has_other_labels(
-    kind: Mapping[str, Any], name: str, weights: Mapping[str, Sources], whole: Whole
-) -> bool:
-    """Whether a part of a head that the checkpoint has is brought for another number of labels."""
-    by_label = any(
-        str(dims[0]).startswith("labels")
-        for entry in kind["classes"].values()
-        if (dims := entry["head"].get(_numberless(name)))
-    )
-    return by_label and not _same_shape(name, weights, whole)
+def _is_by_label(kind: Mapping[str, Any], name: str) -> bool:
+    """Whether a part of a head has a row for each label."""
+    heads = [entry["head"].get(_numberless(name)) for entry in kind["classes"].values()]
+    return any(dims and dims[0] in BY_LABEL for dims in heads)
 
 
 def _class_of(classes: Mapping[str, Any], offered: Whole, adapter: AdapterDir) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _check_shapes(
             continue
         shape = update.replaced.spec.shape
         sizes = [_size(dim, config) for dim in dims]
-        if dims and len(shape) == len(dims) and dims[0] in ("labels", "labels+1"):
+        if dims and len(shape) == len(dims) and dims[0] in BY_LABEL:
             more = int(dims[0] == "labels+1")
             n_labels = n_labels or shape[0] - more
             sizes[0] = n_labels + more
@@ -278,10 +278,13 @@ def _notice(
     n_labels: int | None,
     changes: Mapping[str, Any],
     adapter: AdapterDir,
+    *,
+    resized: bool,
 ) -> str:
     named = "" if n_labels is None else f" with {n_labels} labels ({listed(changes['id2label'].values(), 3)})"
+    other_size = " or has for another number of labels" if resized else ""
     gone = f"; {listed(sorted(dropped))} {'is' if len(dropped) == 1 else 'are'} left out" if dropped else ""
     return (
-        f"{adapter.file}: brings {listed(updates)}, which the checkpoint lacks; the output is a "
+        f"{adapter.file}: brings {listed(updates)}, which the checkpoint lacks{other_size}; the output is a "
         f"{task['class']}{named}{gone}."
     )
