@@ -27,18 +27,23 @@ Modules = dict[str, dict[str, str]]  # module → {leaf: key}
 # Modules that other libraries wrap around a model or its layers when it is trained, and a PEFT prefix too
 # many.
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# What keeps the model as a part of it: NeMo's biencoder, and TRL's models with a value head.
+_HOLDER = r"(?:(?:lm_q|pretrained_model)\.)?"
 # OpenRLHF's actor keeps the model as its own `model`.
-_OUTER = re.compile(rf"(?:(?:{'|'.join(map(re.escape, _WRAPPERS))})*(?:model\.)?{re.escape(PREFIX)})*")
+_BEFORE = rf"(?:{'|'.join(map(re.escape, _WRAPPERS))})*(?:model\.)?{_HOLDER}{re.escape(PREFIX)}"
+_OUTER = re.compile(rf"(?:{_BEFORE})*(?:base_model\.(?=lm_q\.))?{_HOLDER}")
 _INNER = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, _WRAPPERS[1:]))})")
 
 
 def plain_name(key: str) -> str:
-    """A key without PEFT's prefix, however often it has it, and without what wrappers put into it."""
+    """A key without PEFT's prefix, however often and wherever it has it, and without what wrappers put into
+    it."""
     match = _OUTER.match(key)
     name = key[match.end() :] if match else key
     if name == key:
         name = re.sub(rf"^(?:{re.escape(_WRAPPERS[0])})+", "", name)
-    return _INNER.sub("", name)
+    name = _INNER.sub("", name)
+    return name.replace(f".{PREFIX}", ".")  # PEFT around a part of the model
 
 
 def unwrapped(module: str) -> str:
