@@ -10,7 +10,7 @@ from lorafuse.files.local_folder import LocalFolder
 from lorafuse.outdir.local_file import LocalOutFile
 
 
-class Interrupted(Exception):
+class InterruptedHereError(Exception):
     pass
 
 
@@ -21,13 +21,13 @@ def test_what_is_interrupted_is_closed(kind, tmp_path, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
 
     def raise_it(*_: object) -> None:
-        raise Interrupted
+        raise InterruptedHereError
 
     kernel = os.fstat
     monkeypatch.setattr(os, "fstat", lambda fd: raise_it() if kind == "read" else kernel(fd))
     old = signal.signal(signal.SIGUSR1, raise_it)
     try:
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedHereError):
             if kind == "read":
                 LocalFolder(tmp_path).open("a")
             else:
