@@ -37,7 +37,7 @@ from lorafuse.planning.plan import (
 from lorafuse.planning.shards import split_shards
 from lorafuse.planning.shared_weights import SharedWeights
 from lorafuse.planning.tied import settle_tied
-from lorafuse.planning.vocabulary import vocabulary_changes
+from lorafuse.planning.vocabulary import cut_vocabulary, vocabulary_changes
 from lorafuse.settings import Settings
 from lorafuse.side_files.choose import Embedding, SideFiles, choose_side_files
 from lorafuse.structure import Structure, structure_of
@@ -65,6 +65,8 @@ def make_plan(
         says.edits = own_edits(says, names, warnings.append)
     copies = [copy for says in said for copy in base_copies(says.adapter, says.edits, names)]
     edits, ignored = combine(said, model, names)
+    files = listed(weighted.adapter.file for weighted in summed)
+    cut_vocabulary(names, edits, files, warnings.append)
     untied = settle_tied(names, edits, ignored)
     how = (make_format or _format_of(settings))(ckpt, settings, weights)
     stored_so = partial(_steps, model, names, edits, untied)
@@ -78,9 +80,7 @@ def make_plan(
         for weighted in adapters
     )
     memory = fit_memory(SharedWeights([steps]), held_nbytes, settings, len(steps) * RECEIPT_ENTRY_NBYTES)
-    config_changes = model.changes | _config_changes(
-        names, steps, untied, listed(weighted.adapter.file for weighted in summed)
-    )
+    config_changes = model.changes | _config_changes(names, steps, untied, files)
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
     plan_id = _plan_id(ckpt, adapters[0].adapter, summed, settings, shards)
     side_files = _side_files(ckpt, adapters[0].adapter, names, steps, config_changes)
