@@ -94,8 +94,8 @@ def test_peak_memory_is_bounded(tmp_path):
 
 @pytest.mark.soak
 def test_peak_memory_of_a_transposed_matrix(tmp_path, share_s):
-    """So does an NF4 matrix that is stored transposed, of which a tile is a band of columns: of 218 M elements,
-    and in `make soak` of 872 M, as the largest models have them."""
+    """So does an NF4 matrix that is stored transposed, of which a tile is a band of columns: of 218 M
+    elements, and in `make soak` of 872 M, as the largest models have them."""
     rows, cols, w = 16384 if share_s else 4096, 53248, "h.0.mlp.c_fc.weight"
     ckpt, lora = write_pair(tmp_path, w, (cols, rows), 16, nf4(w, rows, cols), model_type="gpt2")
     beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out")

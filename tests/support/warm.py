@@ -1,8 +1,8 @@
 """Run by test_kill.py: a process that has imported torch, and forks for each command line that it is given.
 
 A line of its input is {"argv", "kill_after", "strace"}, and of its output {"status", "wall_s", "stderr"}, or
-{"refused"} where strace may not trace. `strace` are options of it, for a trace from before the command's first
-system call.
+{"refused"} where strace may not trace. `strace` are options of it, for a trace from before the command's
+first system call.
 """
 
 import ctypes
