@@ -58,9 +58,11 @@ def test_an_error_keeps_its_exit_code(inputs, tmp_path):
         )
 
 
-def test_a_plan_that_cannot_be_printed_is_an_error(inputs, tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_plan_that_cannot_be_printed_is_an_error(unbuffered, inputs, tmp_path):
+    """Also when Python flushes its buffer at the end, which has an exit code of its own."""
     script = '"$1" -m lorafuse convert --dry-run "$2" "$3" "$4" >/dev/full'
-    done = shell(script, sys.executable, *inputs, tmp_path / "out")
+    done = shell(script, sys.executable, *inputs, tmp_path / "out", PYTHONUNBUFFERED=unbuffered)
     assert (done.returncode, done.stderr) == (5, f"Error: the output: {os.strerror(errno.ENOSPC)}.\n")
 
 
