@@ -82,9 +82,9 @@ def _before_the_scale(
         if adapter.config.get("target_parameters"):
             yield (
                 f"{adapter.file}: was trained with target_parameters, and {shown(expert)} of {shown(ckpt)} "
-                "is stored in FP8. If experts stayed FP8 in training, what they computed is no sum of weights"
-                " and update, and the result is another model; the files do not tell. If training dequantized "
-                "the base (FineGrainedFP8Config(dequantize=True)), the result is the model that was trained."
+                "is stored in FP8. If experts stayed FP8 in training, what they computed is no sum of "
+                "weights and update, and the result is another model; the files do not tell. If training "
+                "dequantized the base (FineGrainedFP8Config(dequantize=True)), the result is the model that was trained."
             )
 
 
@@ -131,10 +131,11 @@ def _other_quantization(
         kind = quantized_by_name(adapter.base_name)
         if kind is None or any(is_named(kind, scheme.bits, f"{scheme.kind} {scheme}") for scheme in schemes):
             continue
+        stored = listed(sorted(map(str, schemes)), most=2)
         yield (
             f"{adapter.file}: was trained on {shown(adapter.base_name)}, whose weights are quantized "
-            f"({kind}), but {shown(ckpt)} is stored in {listed(sorted(map(str, schemes)), most=2)}: the update "
-            "was trained on weights that were rounded otherwise, so the result is not the model that was "
+            f"({kind}), but {shown(ckpt)} is stored in {stored}: the update was trained on weights that were "
+            "rounded otherwise, so the result is not the model that was "
             "trained."
         )
 
