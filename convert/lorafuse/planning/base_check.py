@@ -84,8 +84,8 @@ def _before_the_scale(
                 f"{adapter.file}: was trained with target_parameters, and {shown(expert)} of {shown(ckpt)} "
                 "is stored in FP8. If experts stayed FP8 in training, what they computed is no sum of "
                 "weights and update, and the result is another model; the files do not tell. If training "
-                "dequantized the base (FineGrainedFP8Config(dequantize=True)), the result is the model that was "
-                "trained."
+                "dequantized the base (FineGrainedFP8Config(dequantize=True)), the result is the model that "
+                "was trained."
             )
 
 
