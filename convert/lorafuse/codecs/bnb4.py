@@ -20,7 +20,7 @@ from lorafuse.arithmetic.arena import DECODED_FP32, Arena
 from lorafuse.arithmetic.dequantize import NARROW, byte_pairs, look_up, nested_absmax
 from lorafuse.codecs.conv1d import ReadByColumns, Transposed, is_conv1d
 from lorafuse.codecs.held import read_runs
-from lorafuse.codecs.sources import Raw, Scheme, Sources
+from lorafuse.codecs.sources import Claims, Raw, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import read_all
@@ -29,6 +29,7 @@ from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES, Box, TensorInfo, T
 QUANT_METHODS: tuple[str, ...] = ("bitsandbytes",)
 MARKER = ".quant_state.bitsandbytes__"
 COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+WORDS = {"nf4": "NF4", "fp4": "FP4"}
 MAX_STATE_NBYTES = 10_000
 MAX_BLOCKSIZE = 1 << 16  # bitsandbytes has blocks of up to 4096; they are decoded whole
 
@@ -44,21 +45,25 @@ class QuantState:
     nested_offset: float
 
 
-def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
+def claim(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Claims:
     """Returns {X: (X, its quant_state, and those of its companions that are stored)}."""
     claims = {}
     for state in stored:
         weight, marker, _ = state.partition(MARKER)
         if marker and weight in stored:
             claims[weight] = (weight, state, *(weight + c for c in COMPANIONS if weight + c in stored))
-    return claims
+    return Claims(claims)
 
 
-def scheme(names: tuple[str, ...], blocksize: int = 0) -> Scheme:
+def scheme(names: tuple[str, ...], stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Scheme:
     """Returns what the names tell: the kind, and whether the scales are quantized too."""
+    return _scheme(names)
+
+
+def _scheme(names: tuple[str, ...], blocksize: int = 0) -> Scheme:
     _, _, kind = names[1].partition(MARKER)
     double_quant = any(name.endswith(COMPANIONS[2]) for name in names)
-    return Scheme(kind, double_quant, blocksize, codes_per_byte=2)
+    return Scheme(kind, double_quant, blocksize, words=WORDS.get(kind, kind), bits=4, codes_per_byte=2)
 
 
 def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sources:
@@ -134,7 +139,7 @@ class FourBitSources(ReadByColumns):
         self.store, self.names, self._weight, self._state = ckpt, names, weight, state
         self.spec = TensorSpec(state.dtype, state.shape)
         self.out_dtype = state.dtype
-        self.scheme = scheme(names, state.blocksize)
+        self.scheme = _scheme(names, state.blocksize)
         self.column_multiple = min(state.blocksize, 64)  # even: a window begins with a whole byte
         self._n_blocks = -(-self.spec.numel // state.blocksize)
         self._pairs = _pairs(bytes(read_all(ckpt, weight + ".quant_map")))

@@ -70,7 +70,8 @@ def _in_section(config: dict[str, Any], path: list[str]) -> dict[str, Any]:
 def _without_quantization(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
-    drop = ("quantization_config", "compression_config", "_load_in_4bit", "_load_in_8bit")
+    mlx = {"quantization"} if isinstance(part.get("quantization"), dict) else set()
+    drop = mlx | {"quantization_config", "compression_config", "_load_in_4bit", "_load_in_8bit"}
     return {name: value for name, value in part.items() if name not in drop}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorafuse._version import __version__
 from lorafuse.adapters import AdapterDir, Edit, updates_of
-from lorafuse.codecs import FORMATS, Sources
+from lorafuse.codecs import FORMATS, Sources, dropped
 from lorafuse.codecs.encoder import EncoderOf, WeightToStore
 from lorafuse.errors import CheckpointError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -81,8 +81,9 @@ def make_plan(
     side_files = _side_files(ckpt, adapters[0].adapter, names, steps, config_changes)
     warnings += side_files.warnings
     return Plan(
-        shards, plan_id, memory, held_nbytes, config_changes, used, ignored, warnings, copies, side_files
-    )
+        shards, plan_id, memory, held_nbytes, config_changes, used, ignored,
+        dropped(ckpt.tensors, ckpt.config), warnings, copies, side_files,
+    )  # fmt: skip
 
 
 def _side_files(

@@ -161,6 +161,7 @@ class Plan:
     config_changes: dict[str, Any]
     used: list[str]
     ignored: dict[str, str]
+    dropped: dict[str, str]  # stored tensors of the checkpoint that are no weights → why
     warnings: list[str]
     copies: list[BaseCopy]  # compared with the checkpoint before the merge
     side_files: SideFiles
