@@ -38,13 +38,14 @@ def u8(*shape):
 # How each library stores a weight of 16 × 32 under the module "m": case → (stored tensors, the title).
 CASES = {
     "gptq": (
-        {"m.qweight": i32(4, 16), "m.qzeros": i32(1, 2), "m.scales": zeros(1, 16), "m.g_idx": i32(32)},
+        {"m.qweight": i32(4, 16), "m.qzeros": i32(1, 2), "m.scales": zeros(2, 16), "m.g_idx": i32(32)},
         "GPTQ",
     ),
     "gptq without g_idx": (
-        {"m.qweight": i32(4, 16), "m.qzeros": i32(1, 2), "m.scales": zeros(1, 16)},
+        {"m.qweight": i32(4, 16), "m.qzeros": i32(1, 2), "m.scales": zeros(2, 16)},
         "GPTQ",
     ),
+    "g_idx alone": ({"m.g_idx": i32(32)}, "GPTQ"),
     "awq": ({"m.qweight": i32(32, 2), "m.qzeros": i32(1, 2), "m.scales": zeros(1, 16)}, "AWQ"),
     "qweight alone": (
         {"m.qweight": i32(32, 2)},

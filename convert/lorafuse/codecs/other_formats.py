@@ -64,8 +64,9 @@ _ANY_FP8 = f"FP8 or integers with scales ({_CT}, ModelOpt, FBGEMM, BitNet and ot
 # The first format whose names are all there counts.
 FORMATS: tuple[Format, ...] = (
     Format("FP-Quant", (".qweight", ".forward_hadamard_matrix")),
-    Format("GPTQ", (".qweight", ".g_idx")),
-    Format("GPTQ", (".qweight", ".scales"), _is_gptq),
+    Format("GPTQ", (".qweight", ".g_idx"), read=True),
+    Format("GPTQ", (".qweight", ".scales"), _is_gptq, read=True),
+    Format("GPTQ", (".g_idx",), _dtype(".g_idx", "I32"), read=True),
     Format("AWQ", (".qweight", ".scales")),
     Format("packed integers (GPTQ, AWQ or another of their kind)", (".qweight",)),
     Format("GPTQ or AWQ", (".qzeros",)),
@@ -99,9 +100,9 @@ _WORDS = frozenset({"I16", "I32", "U32"})
 _PARTS = (
     ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", ".codebooks", "_qdata", "_scale_inv",
     ".weight_packed", ".weight_scale", ".weight_scale_2", ".weight_zero_point", ".weight_shape",
-    ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale",
+    ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale", ".scales",
 )  # fmt: skip
-_BYTES = ("_blocks", "_scales", ".scales")
+_BYTES = ("_blocks", "_scales")
 _SECTIONS = ("quantization_config", "compression_config")  # where a config says how it is quantized
 _ENDS = tuple({form.names[0] for form in FORMATS})
 
