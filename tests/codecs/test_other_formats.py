@@ -46,7 +46,7 @@ CASES = {
         "GPTQ",
     ),
     "g_idx alone": ({"m.g_idx": i32(32)}, "GPTQ"),
-    "awq": ({"m.qweight": i32(32, 2), "m.qzeros": i32(1, 2), "m.scales": zeros(1, 16)}, "AWQ"),
+    "awq": ({"m.qweight": i32(32, 2), "m.qzeros": i32(2, 2), "m.scales": zeros(1, 16)}, "AWQ"),
     "qweight alone": (
         {"m.qweight": i32(32, 2)},
         "packed integers (GPTQ, AWQ or another of their kind)",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs import bnb4, bnb8, dense, fp8, gptq, mxfp4, plain
+from lorafuse.codecs import awq, bnb4, bnb8, dense, fp8, gptq, mxfp4, plain
 from lorafuse.codecs.encoder import EncoderOf
 from lorafuse.codecs.other_formats import is_part, packed_format, quantizations
 from lorafuse.codecs.per_expert import as_stacks
@@ -46,7 +46,7 @@ class Codec(Protocol):
 
 
 # In order: a codec claims from what those before it left, dense takes the rest.
-CODECS: tuple[Codec, ...] = (bnb4, bnb8, gptq, fp8, mxfp4, dense)
+CODECS: tuple[Codec, ...] = (bnb4, bnb8, gptq, awq, fp8, mxfp4, dense)
 
 # How the output is stored: the word of `--format` → what gives each weight its encoder.
 FORMATS: dict[str, EncoderOf] = {"dense": plain.encoder_of}
