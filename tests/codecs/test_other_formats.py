@@ -19,7 +19,7 @@ from lorafuse.files.local_folder import LocalFolder
 
 F8 = torch.float8_e4m3fn
 FP8 = "FP8 with a scale for each block"
-BY_SCALE = "FP8 or integers with scales (compressed-tensors, ModelOpt, FBGEMM, BitNet and others)"
+BY_SCALE = "FP8 or integers with scales (compressed-tensors, ModelOpt, FBGEMM)"
 CT = "compressed-tensors (pack-quantized, NVFP4 or MXFP4)"
 
 
@@ -60,7 +60,6 @@ CASES = {
         {
             "m.weight_packed": i32(16, 4),
             "m.weight_scale": zeros(16, 1),
-            "m.weight_shape": torch.tensor([16, 32]),
         },
         CT,
     ),
@@ -68,27 +67,36 @@ CASES = {
         {
             "m.weight_packed": u8(16, 16),
             "m.weight_scale": zeros(16, 2, dtype=F8),
-            "m.weight_global_scale": zeros(1),
         },
         CT,
     ),
-    "float-quantized": ({"m.weight": zeros(16, 32, dtype=F8), "m.weight_scale": zeros(16, 1)}, BY_SCALE),
+    "float-quantized": ({"m.weight_scale": zeros(16, 1)}, BY_SCALE),
     "int-quantized": (
-        {"m.weight": zeros(16, 32, dtype=torch.int8), "m.weight_scale": zeros(16, 1)},
+        {"m.weight": i32(16, 32), "m.weight_scale": zeros(16, 1)},
         BY_SCALE,
     ),
-    "bitnet": ({"m.weight": u8(4, 32), "m.weight_scale": zeros(1)}, BY_SCALE),
+    "bitnet": (
+        {"m.weight": u8(4, 32), "m.weight_scale": zeros(1)},
+        "bytes with scales (BitNet, Gemma and others)",
+    ),
     "sparse": (
         {"m.compressed": zeros(16, 16), "m.bitmask": u8(16, 4), "m.shape": torch.tensor([16, 32])},
         "compressed-tensors (sparse)",
     ),
     "modelopt nvfp4": (
         {
-            "m.weight": u8(16, 16),
             "m.weight_scale": zeros(16, 2, dtype=F8),
             "m.weight_scale_2": zeros(),
         },
         "ModelOpt (NVFP4)",
+    ),
+    "smoothquant": (
+        {
+            "m.weight": zeros(16, 32, dtype=F8),
+            "m.weight_scale": zeros(),
+            "m.pre_quant_scale": zeros(32),
+        },
+        "ModelOpt after AWQ or SmoothQuant",
     ),
     "fp8 blocks": ({"m.weight": zeros(16, 32), "m.weight_scale_inv": zeros(1, 1)}, FP8),
     "fp8 blocks of stacks": (
@@ -104,7 +112,7 @@ CASES = {
         "FP8 or FP4 with scales, by DeepSeek's names",
     ),
     "fbgemm stacks": (
-        {"m.gate_up_proj": zeros(2, 32, 16, dtype=F8), "m.gate_up_proj_scale": zeros(2, 1, 16)},
+        {"m.gate_up_proj": u8(2, 32, 16), "m.gate_up_proj_scale": zeros(2, 1, 16)},
         "FP8 of FBGEMM",
     ),
     "eetq": ({"m.weight": zeros(32, 16, dtype=torch.int8), "m.weight_scales": zeros(16)}, "EETQ"),

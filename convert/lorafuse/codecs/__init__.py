@@ -8,9 +8,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs import awq, bnb4, bnb8, dense, fp8, gptq, mxfp4, plain
+from lorafuse.codecs import (
+    awq,
+    bnb4,
+    bnb8,
+    compressed_tensors,
+    dense,
+    fbgemm_fp8,
+    fp8,
+    gptq,
+    modelopt,
+    mxfp4,
+    plain,
+)
 from lorafuse.codecs.encoder import EncoderOf
-from lorafuse.codecs.other_formats import is_part, packed_format, quantizations
+from lorafuse.codecs.other_formats import is_part, packed_format, quantizations, unread_setting
 from lorafuse.codecs.per_expert import as_stacks
 from lorafuse.codecs.sources import Claims, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
@@ -46,7 +58,18 @@ class Codec(Protocol):
 
 
 # In order: a codec claims from what those before it left, dense takes the rest.
-CODECS: tuple[Codec, ...] = (bnb4, bnb8, gptq, awq, fp8, mxfp4, dense)
+CODECS: tuple[Codec, ...] = (
+    bnb4,
+    bnb8,
+    gptq,
+    awq,
+    fp8,
+    mxfp4,
+    fbgemm_fp8,
+    modelopt,
+    compressed_tensors,  # whose names ModelOpt and FBGEMM have too
+    dense,
+)
 
 # How the output is stored: the word of `--format` → what gives each weight its encoder.
 FORMATS: dict[str, EncoderOf] = {"dense": plain.encoder_of}
@@ -124,6 +147,9 @@ def refuse_unknown_quantization(
             raise CheckpointError(
                 f"{folder / 'config.json'}: the checkpoint is quantized with {shown(method)}; {_WAY_OUT}"
             )
+    setting = unread_setting(config)
+    if setting is not None:
+        raise CheckpointError(f"{folder / 'config.json'}: the checkpoint has a {setting}; {_WAY_OUT}")
     left = {name: stored[name] for codec, name, _ in claims(stored, config) if codec is dense}
     packed = packed_format(left)
     if packed is not None:

@@ -59,7 +59,7 @@ def is_coded(info: TensorInfo | None) -> bool:
 
 
 _CT = "compressed-tensors"
-_ANY_FP8 = f"FP8 or integers with scales ({_CT}, ModelOpt, FBGEMM, BitNet and others)"
+_ANY_FP8 = f"FP8 or integers with scales ({_CT}, ModelOpt, FBGEMM)"
 
 # The first format whose names are all there counts.
 FORMATS: tuple[Format, ...] = (
@@ -70,15 +70,17 @@ FORMATS: tuple[Format, ...] = (
     Format("AWQ", (".qweight", ".scales"), read=True),
     Format("packed integers (GPTQ, AWQ or another of their kind)", (".qweight",)),
     Format("GPTQ or AWQ", (".qzeros",), read=True),
-    Format(f"{_CT} (pack-quantized, NVFP4 or MXFP4)", (".weight_packed",)),
+    Format(f"{_CT} (pack-quantized, NVFP4 or MXFP4)", (".weight_packed",), read=True),
     Format(f"{_CT} (sparse)", (".compressed", ".bitmask")),
-    Format("ModelOpt (NVFP4)", (".weight_scale_2",)),
+    Format("ModelOpt after AWQ or SmoothQuant", (".pre_quant_scale",)),
+    Format("ModelOpt (NVFP4)", (".weight_scale_2",), read=True),
     Format("FP8 with a scale for each block", (".weight_scale_inv",), read=True),
     Format("FP8 with a scale for each block", ("_scale_inv",), _codes(""), read=True),
     Format("FP8 with scales, by Mistral's names", (".qscale_weight",), read=True),
     Format("EETQ", (".weight_scales",), _codes(".weight")),
-    Format(_ANY_FP8, (".weight_scale",)),
-    Format("FP8 of FBGEMM", ("_scale",), _codes("")),
+    Format("bytes with scales (BitNet, Gemma and others)", (".weight_scale",), _dtype(".weight", "U8")),
+    Format(_ANY_FP8, (".weight_scale",), read=True),
+    Format("FP8 of FBGEMM", ("_scale",), _codes(""), read=True),
     Format("FP8 or FP4 with scales, by DeepSeek's names", (".scale",), _codes(".weight"), read=True),
     Format("MXFP4 of gpt-oss", ("_blocks", "_scales"), _dtype("_blocks", "U8"), read=True),
     Format("Metal (MLX's layout)", (".scales", ".qbiases")),
@@ -134,3 +136,15 @@ def quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """What a config says of quantization, at its top and in its parts (text_config)."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         yield from (section for name in _SECTIONS if isinstance(section := part.get(name), dict))
+
+
+def unread_setting(config: Mapping[str, Any]) -> str | None:
+    """Returns what a config of compressed-tensors says that changes what the stored tensors mean; None where
+    it says nothing of the kind."""
+    for section in quantizations(config):
+        transform, sparsity = section.get("transform_config"), section.get("sparsity_config")
+        if transform and not (isinstance(transform, dict) and transform.get("config_groups") == {}):
+            return "transform_config (rotations that run with the model)"
+        if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
+            return "sparsity_config (weights without their zeros)"
+    return None

@@ -3,7 +3,7 @@ common."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -12,6 +12,7 @@ from lorafuse.arithmetic.codes import Codes
 from lorafuse.arithmetic.dequantize import NARROW
 from lorafuse.arithmetic.scaling import round_through, scale_blocks, subtract_zeros
 from lorafuse.arithmetic.small_floats import decode_float8, e8m0
+from lorafuse.codecs.act_order import Groups
 from lorafuse.codecs.sources import Raw, Scheme, Sources
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, FLOATS, Box, TensorSpec
@@ -100,6 +101,16 @@ class Grid:
         return values.index_select(0, places.to(values.device))
 
 
+class Blocks(Protocol):
+    """What a Grid has: numbers of blocks of a weight, however they are stored."""
+
+    def fetch(self, rows: range, store: Store, arena: Arena, role: str) -> torch.Tensor: ...
+
+    def values(self, raw: torch.Tensor, arena: Arena) -> torch.Tensor: ...
+
+    def by_rows(self, values: torch.Tensor, rows: range) -> torch.Tensor: ...
+
+
 # Scales, given what a stored number (uint8 [4]: fp32) makes of them.
 WithGlobal = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -108,14 +119,15 @@ WithGlobal = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Recipe:
     """How codes become values: (code − zero) · scale in fp32, then rounded to `via`, if any, before the
     dtype of the weight. `global_scale`: a stored fp32 number that all scales of the weight are to be combined
-    with."""
+    with. `groups`: of the columns, where they do not lie in order."""
 
     codes: Codes
     scales: Grid
-    zeros: Grid | None = None
+    zeros: Blocks | None = None
     via: str | None = None
     global_scale: str | None = None
     combine: WithGlobal = torch.Tensor.mul
+    groups: Groups | None = None
 
 
 class ScaledRows(Sources):
@@ -126,12 +138,18 @@ class ScaledRows(Sources):
     ) -> None:
         self.store, self.names, self.scheme = store, names, scheme
         self.spec, self.out_dtype, self._recipe = spec, spec.dtype, recipe
+        if recipe.groups:
+            self.held_nbytes, self.nbytes = recipe.groups.held_nbytes, recipe.groups.scratch_nbytes
         via = [recipe.via] if recipe.via not in (None, "F32", spec.dtype) else []
         self._dtypes = [getattr(torch, DTYPES[dtype][1]) for dtype in (*via, spec.dtype) if dtype]
 
     def _rows(self, box: Box) -> range:
         start, stop = box.run
         return range(start // self.spec.shape[-1], stop // self.spec.shape[-1])
+
+    def release(self) -> None:
+        if self._recipe.groups:
+            self._recipe.groups.release()
 
     def will_need(self, box: Box) -> None:
         rows, nbytes = self._rows(box), self._recipe.codes.row_nbytes
@@ -172,6 +190,12 @@ class ScaledRows(Sources):
     ) -> None:
         """Makes codes the weight's values, in place."""
         recipe = self._recipe
+        scales = recipe.scales.by_rows(scales, rows)
         if zeros is not None and recipe.zeros:
-            subtract_zeros(matrix, recipe.zeros.by_rows(zeros, rows), recipe.zeros.block.width)
-        scale_blocks(matrix, recipe.scales.by_rows(scales, rows), recipe.scales.block.width)
+            zeros = recipe.zeros.by_rows(zeros, rows)
+        if recipe.groups:
+            recipe.groups.scale(matrix, scales, zeros)
+            return
+        if zeros is not None:
+            subtract_zeros(matrix, zeros, recipe.scales.block.width)
+        scale_blocks(matrix, scales, recipe.scales.block.width)
