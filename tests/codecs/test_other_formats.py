@@ -121,10 +121,10 @@ CASES = {
         "MXFP4 of gpt-oss",
     ),
     "mlx": (
-        {"m.weight": i32(16, 4).view(torch.uint32), "m.scales": zeros(16, 1), "m.biases": zeros(16, 1)},
+        {"m.weight": i32(16, 4).view(torch.uint32), "m.scales": zeros(16, 1), "m.biases": zeros(16, 2)},
         "MLX",
     ),
-    "mlx mxfp4": ({"m.weight": i32(16, 4).view(torch.uint32), "m.scales": u8(16, 1)}, "MLX"),
+    "mlx mxfp4": ({"m.weight": i32(16, 4).view(torch.uint32), "m.scales": u8(15, 1)}, "MLX"),
     "metal": (
         {"m.weight": i32(16, 4).view(torch.uint32), "m.scales": zeros(16, 1), "m.qbiases": zeros(16, 1)},
         "Metal (MLX's layout)",

@@ -39,7 +39,7 @@ def unpack_words(packed: torch.Tensor, bits: int, n_codes: int) -> torch.Tensor:
 
 
 @cache
-def signed_pairs() -> torch.Tensor:
-    """float64 [256], for `look_up`: the two codes of 4 bits in each byte, low half first, minus 8."""
+def pairs_less(offset: int) -> torch.Tensor:
+    """float64 [256], for `look_up`: the two codes of 4 bits in each byte, low half first, minus `offset`."""
     byte = torch.arange(256, dtype=torch.int64, device="cpu")
-    return torch.stack([byte & 15, byte >> 4], dim=1).float().sub_(8).view(torch.float64).view(-1)
+    return torch.stack([byte & 15, byte >> 4], dim=1).float().sub_(offset).view(torch.float64).view(-1)

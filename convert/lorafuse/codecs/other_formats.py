@@ -84,7 +84,7 @@ FORMATS: tuple[Format, ...] = (
     Format("FP8 or FP4 with scales, by DeepSeek's names", (".scale",), _codes(".weight"), read=True),
     Format("MXFP4 of gpt-oss", ("_blocks", "_scales"), _dtype("_blocks", "U8"), read=True),
     Format("Metal (MLX's layout)", (".scales", ".qbiases")),
-    Format("MLX", (".scales",), _dtype(".weight", "U32")),
+    Format("MLX", (".scales",), _dtype(".weight", "U32"), read=True),
     Format("HIGGS", (".scales", ".tables"), _codes(".weight")),
     Format("AQLM", (".codes", ".codebooks")),
     Format("HQQ or SINQ", (".W_q",)),
@@ -102,7 +102,7 @@ _WORDS = frozenset({"I16", "I32", "U32"})
 _PARTS = (
     ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", ".codebooks", "_qdata", "_scale_inv",
     ".weight_packed", ".weight_scale", ".weight_scale_2", ".weight_zero_point", ".weight_shape",
-    ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale", ".scales",
+    ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale", ".scales", ".biases",
 )  # fmt: skip
 _BYTES = ("_blocks", "_scales")
 _SECTIONS = ("quantization_config", "compression_config")  # where a config says how it is quantized
