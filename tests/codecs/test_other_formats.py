@@ -143,7 +143,7 @@ CASES = {
     ),
     "hqq": ({"m.W_q": u8(8, 32), "m.scale": zeros(1, 32), "m.zero": zeros(1, 32)}, "HQQ or SINQ"),
     "torchao": (
-        {"m._weight_qdata": zeros(16, 32, dtype=torch.int8), "m._weight_scale": zeros(16, 1)},
+        {"m._weight_qdata": i32(16, 4), "m._weight_scale_and_zero": zeros(16, 1)},
         "torchao",
     ),
     "quanto": (

@@ -23,10 +23,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 dtypes = st.sampled_from(sorted(DTYPES))
 
 
-def write(path, stored, quantization, /, dtype="bfloat16", **config):
-    """Returns a folder with these tensors."""
+def write(path, stored, quantization, /, dtype="bfloat16", metadata=None, **config):
+    """Returns a folder with these tensors, and `metadata` in the header of their file."""
     config = {"model_type": "llama", "dtype": dtype, "quantization_config": quantization, **config}
-    return write_checkpoint(path, stored, config=config)
+    return write_checkpoint(path, stored, config=config, metadata=metadata)
 
 
 def decoded(path, name, *, rows=None):

@@ -21,6 +21,7 @@ from lorafuse.codecs import (
     modelopt,
     mxfp4,
     plain,
+    torchao,
 )
 from lorafuse.codecs.encoder import EncoderOf
 from lorafuse.codecs.other_formats import is_part, packed_format, quantizations, unread_setting
@@ -69,6 +70,7 @@ CODECS: tuple[Codec, ...] = (
     mxfp4,
     fbgemm_fp8,
     modelopt,
+    torchao,
     compressed_tensors,  # whose names ModelOpt and FBGEMM have too
     dense,
 )

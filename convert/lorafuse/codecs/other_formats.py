@@ -88,7 +88,8 @@ FORMATS: tuple[Format, ...] = (
     Format("HIGGS", (".scales", ".tables"), _codes(".weight")),
     Format("AQLM", (".codes", ".codebooks")),
     Format("HQQ or SINQ", (".W_q",)),
-    Format("torchao", ("_qdata",), _has("_scale", "_scale_and_zero", "_per_tensor_scale")),
+    Format("torchao", ("_qdata",), _has("_scale", "_scale_and_zero", "_per_tensor_scale"), read=True),
+    Format("torchao", ("_qdata",), _codes("_qdata"), read=True),
     Format("quanto", (".weight._data",), _has(".weight._scale")),
     Format("VPTQ", (".indices", ".centroids.weight")),
     Format("SpQR", (".dense_weights", ".row_offsets")),
@@ -100,7 +101,7 @@ FORMATS: tuple[Format, ...] = (
 _WORDS = frozenset({"I16", "I32", "U32"})
 # Ends of names that only quantized weights have, and those that others may have too unless they are bytes.
 _PARTS = (
-    ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", ".codebooks", "_qdata", "_scale_inv",
+    ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", ".codebooks", "_qdata", "._weight_scale", "_scale_inv",
     ".weight_packed", ".weight_scale", ".weight_scale_2", ".weight_zero_point", ".weight_shape",
     ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale", ".scales", ".biases",
 )  # fmt: skip
