@@ -137,10 +137,11 @@ CASES = {
         {
             "m.codes": zeros(16, 4, 1, dtype=torch.int8),
             "m.codebooks": zeros(1, 256, 1, 8),
-            "m.scales": zeros(16, 1, 1, 1),
         },
         "AQLM",
     ),
+    "hqq without scales": ({"m.W_q": u8(8, 32), "m.packing": u8(7)}, "HQQ"),
+    "hqq without codes": ({"m.packing": u8(7), "m.compute_dtype": u8(13)}, "HQQ"),
     "hqq": ({"m.W_q": u8(8, 32), "m.scale": zeros(1, 32), "m.zero": zeros(1, 32)}, "HQQ or SINQ"),
     "torchao": (
         {"m._weight_qdata": i32(16, 4), "m._weight_scale_and_zero": zeros(16, 1)},

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs import (
+    aqlm,
     awq,
     bnb4,
     bnb8,
@@ -17,6 +18,7 @@ from lorafuse.codecs import (
     fbgemm_fp8,
     fp8,
     gptq,
+    hqq,
     mlx,
     modelopt,
     mxfp4,
@@ -71,6 +73,8 @@ CODECS: tuple[Codec, ...] = (
     fbgemm_fp8,
     modelopt,
     torchao,
+    hqq,
+    aqlm,
     compressed_tensors,  # whose names ModelOpt and FBGEMM have too
     dense,
 )
