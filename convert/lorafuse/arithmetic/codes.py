@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
-from lorafuse.arithmetic.bit_stream import pairs_less, unpack, unpack_words
+from lorafuse.arithmetic.bit_stream import unpack_floats, unpack_words
 from lorafuse.arithmetic.dequantize import look_up
 from lorafuse.arithmetic.small_floats import decode_float8, e2m1_pairs
 
@@ -59,12 +59,10 @@ def packed_codes(n_cols: int, bits: int, *, padded: bool = False, offset: int | 
     n_words = -(-n_cols // (32 // bits)) if padded else -(-n_cols * bits // 32)
 
     def decode(raw: torch.Tensor, n_rows: int, n_cols: int, arena: Arena) -> torch.Tensor:
+        if not padded:
+            return unpack_floats(raw.view(n_rows, -1), bits, n_cols, arena, less)
         values = arena.get(DECODED_FP32, n_rows * n_cols, torch.float32)
-        if bits == 4 and 2 * raw.numel() == values.numel():
-            look_up(raw, pairs_less(less), values, arena)
-            return values
-        codes = (unpack_words if padded else unpack)(raw.view(n_rows, -1), bits, n_cols)
-        values.view(n_rows, n_cols).copy_(codes)
-        return values.sub_(less) if less else values
+        values.view(n_rows, n_cols).copy_(unpack_words(raw.view(n_rows, -1), bits, n_cols))
+        return values.sub_(less)
 
     return Codes(4 * n_words, decode)

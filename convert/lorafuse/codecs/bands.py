@@ -98,9 +98,13 @@ class Bands(Sources):
         return made
 
     def _rounded(self, values: torch.Tensor, arena: Arena) -> torch.Tensor:
+        """The values, in place, rounded to what comes before the dtype of the weight."""
         dtypes = [getattr(torch, DTYPES[dtype][1]) for dtype in self._matrix.via if dtype != self.spec.dtype]
-        narrow = arena.get(NARROW, values.numel() if dtypes else 0, torch.int16)
-        return round_through(values.view(-1), dtypes, narrow).view(values.shape)
+        if dtypes:
+            # Back in fp32: between two dtypes of 16 bits, torch copies element by element.
+            narrow = arena.get(NARROW, values.numel(), torch.int16)
+            round_through(values.view(-1), [*dtypes, torch.float32], narrow)
+        return values
 
 
 def scale(

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lorafuse.arithmetic.arena import DECODED_FP32, Arena
-from lorafuse.arithmetic.bit_stream import unpack
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.bit_stream import unpack_floats
 from lorafuse.arithmetic.word_columns import columns_as_rows, gptq_zeros
 from lorafuse.codecs.bands import CHUNK_NBYTES_PER_ELEMENT, Turned, scale
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
@@ -81,8 +81,7 @@ class GptqMatrix(Turned):
         arena: Arena,
     ) -> torch.Tensor:
         """float32 [outputs, n_inputs], of words [word rows, outputs] and what `read_groups` returned."""
-        codes = unpack(columns_as_rows(words), self.bits, n_inputs)
-        values = arena.get(DECODED_FP32, codes.numel(), torch.float32).view(codes.shape).copy_(codes)
+        values = unpack_floats(columns_as_rows(words), self.bits, n_inputs, arena).view(-1, n_inputs)
         return scale(values, scales.T.float(), zeros.T.float(), group_of)
 
 
