@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 import lorafuse
-from lorafuse.errors import UsageError
 
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "": ["q_proj", "v_proj", "down_proj"]}
 KINDS = [

@@ -1,0 +1,163 @@
+"""`--format fp8`, `w8a16`, `w4a16`: codes, scales and config.json of compressed-tensors."""
+
+import numpy as np
+import pytest
+import symmetric_oracle as oracle
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import lorafuse
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.symmetric import E4M3, INT4, INT8
+from lorafuse.codecs.encoder import FinishedTile
+from lorafuse.codecs.symmetric import SymmetricEncoder
+from lorafuse.files.tensors import SAFETENSORS_NAMES, Box, TensorSpec
+
+CPU = torch.device("cpu")
+WORDS = {"fp8": (E4M3, None), "w8a16": (INT8, 32), "w4a16": (INT4, 128)}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ARENA = Arena(CPU)
+
+
+def encoded(weight, values, word, group, cuts):
+    """The stored tensors of a weight, made from `values` in tiles that end at these rows; what a reader
+    decodes, and the number of clipped elements."""
+    spec = TensorSpec(SAFETENSORS_NAMES[str(weight.dtype).removeprefix("torch.")], tuple(weight.shape))
+    encoder = SymmetricEncoder("m.weight", spec, WORDS[word][0], group)
+    made = {tensor.name: bytearray(tensor.nbytes) for tensor in encoder.tensors}
+    decoded, n_clipped, n_cols = [], 0, weight.shape[1]
+    for first, last in zip([0, *cuts], [*cuts, len(weight)], strict=True):
+        tile = values[first:last].reshape(-1)
+        box = Box.of_rows(spec, first, last)
+        buffer = torch.empty(encoder.tile_nbytes(len(tile)), dtype=torch.uint8)
+        result = encoder.encode(
+            FinishedTile(first * n_cols, last * n_cols, tile, tile, (), box), buffer, ARENA
+        )
+        for piece in result.pieces:
+            part = buffer[piece.start : piece.start + piece.nbytes].numpy().tobytes()
+            made[piece.tensor][piece.at : piece.at + piece.nbytes] = part
+        decoded.append(encoder.decode(result, ARENA).clone())
+        n_clipped += result.n_clipped
+    tensors = {
+        tensor.name: torch.frombuffer(made[tensor.name], dtype=getattr(torch, tensor.spec.torch_name)).view(
+            tensor.spec.shape
+        )
+        for tensor in encoder.tensors
+    }
+    return tensors, torch.cat(decoded), n_clipped
+
+
+@st.composite
+def weights(draw):
+    """Rows of very different sizes, some of them zero, some with a single value; down to denormals."""
+    dtype = draw(st.sampled_from(list(DTYPES.values())))
+    word = draw(st.sampled_from(list(WORDS)))
+    group = draw(st.sampled_from([32, 128])) if word == "w4a16" else WORDS[word][1]
+    n_rows = draw(st.integers(1, 5))
+    n_cols = (group or draw(st.integers(1, 40))) * draw(st.integers(1, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    _, lowest, largest = oracle.FLOATS[dtype]
+    x = rng.standard_normal((n_rows, n_cols))
+    for row in range(n_rows):
+        kind = draw(st.sampled_from(["plain", "zero", "single", "tiny", "huge", "ties", "negative zero"]))
+        if kind in ("zero", "single", "negative zero"):
+            x[row] = -0.0 if kind == "negative zero" else 0
+        if kind == "single":
+            x[row, rng.integers(n_cols)] = rng.standard_normal()
+        if kind == "tiny":
+            x[row] *= 2.0 ** (lowest - draw(st.integers(-6, 12)))
+        if kind == "huge":
+            x[row] = np.clip(x[row] / np.abs(x[row]).max() * largest, -largest, largest)
+        if kind == "ties":
+            x[row] = rng.integers(-255, 256, n_cols) / 2
+    x[rng.random(x.shape) < 0.1] *= 0
+    values = torch.from_numpy(x).float().clamp(-largest, largest)
+    cuts = sorted(draw(st.sets(st.integers(1, n_rows - 1)))) if n_rows > 1 else []
+    return values, dtype, word, group or n_cols, cuts
+
+
+@given(weights())
+@settings(max_examples=150, deadline=None)
+def test_codes_and_scales_are_those_of_the_definition(case):
+    values, dtype, word, group, cuts = case
+    weight = values.to(dtype)
+    codes, scales, decoded, n_clipped = oracle.quantized(weight, word, group)
+    tensors, found, clipped = encoded(weight, values, word, group, cuts)
+    made, of = oracle.stored(tensors, "m", word)
+    np.testing.assert_array_equal(of, scales)
+    np.testing.assert_array_equal(made, codes.reshape(made.shape))
+    if word == "fp8":  # the quotient is -0 only where it comes from underflow
+        negative = np.signbit(made) & (made == 0)
+        assert not (negative & (weight == 0).numpy()).any()
+    np.testing.assert_array_equal(found.double().numpy(), decoded.reshape(-1))
+    assert clipped == n_clipped
+
+
+def stored(folder):
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+LINEARS = {f"self_attn.{p}_proj" for p in "qkvo"} | {f"mlp.{p}_proj" for p in ("gate", "up", "down")}
+
+
+def check(word, group, out, dense, modules):
+    """Every module is quantized, from what it is in a dense result."""
+    found, full = stored(out), stored(dense)
+    for module in modules:
+        weight = full.pop(f"{module}.weight")
+        codes, scales, *_ = oracle.quantized(weight, word, group or weight.shape[1])
+        made, of = oracle.stored(found, module, word)
+        np.testing.assert_array_equal(of, scales.reshape(of.shape))
+        np.testing.assert_array_equal(made, codes.reshape(made.shape))
+        for name in ("weight", "weight_scale", "weight_shape", "weight_packed"):
+            found.pop(f"{module}.{name}", None)
+    assert found.keys() == full.keys()
+    for name, tensor in full.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("bf16", "auto"), ("fp32_tied", "float16"), ("nf4_dq", "auto"), ("int8", "bfloat16")]
+)
+@pytest.mark.parametrize("word", WORDS)
+def test_all_linear_layers_become_what_the_dense_result_makes(word, kind, dtype, base, adapter, tmp_path):
+    """Of bases in full precision and quantized; also those that the adapter leaves alone."""
+    ckpt, lora = base(kind), adapter(kind, target_modules=["q_proj", "down_proj"])
+    lorafuse.convert(ckpt, lora, tmp_path / "dense", dtype=dtype)
+    receipt = lorafuse.convert(ckpt, lora, tmp_path / "out", dtype=dtype, format=word, max_shard_size="40KB")
+    modules = [f"model.layers.{i}.{linear}" for i in range(2) for linear in LINEARS]
+    group = 32 if word == "w4a16" else WORDS[word][1]  # 64 and 96 columns
+    check(word, group, tmp_path / "out", tmp_path / "dense", modules)
+    entry = receipt["tensors"]["model.layers.0.self_attn.q_proj.weight"]
+    assert set(entry["stored"]) <= stored(tmp_path / "out").keys()
+    assert lorafuse.verify(tmp_path / "out", ckpt=ckpt, adapters=[lora])["weights"]
+
+
+def test_figures_are_those_of_what_a_reader_decodes(base, adapter, tmp_path):
+    ckpt, lora = base("bf16"), adapter("bf16", target_modules=["q_proj"])
+    lorafuse.convert(ckpt, lora, tmp_path / "sums", dtype="float32")
+    receipt = lorafuse.convert(ckpt, lora, tmp_path / "out", format="w4a16")
+    sums, was = stored(tmp_path / "sums"), stored(ckpt)
+    merged = [name for name, entry in receipt["tensors"].items() if entry["action"] == "merged"]
+    assert len(merged) == 2
+    for name in merged:
+        v, w = sums[name].double().numpy().ravel(), was[name].double().numpy().ravel()
+        _, _, s, n_clipped = oracle.quantized(sums[name].bfloat16(), "w4a16", 32)
+        s, entry = s.ravel(), receipt["tensors"][name]
+        assert entry["kept"] == pytest.approx((s - w) @ (v - w) / ((v - w) @ (v - w)), rel=1e-4)
+        assert entry["noise"] == pytest.approx(np.linalg.norm(s - v) / np.linalg.norm(v - w), rel=1e-4)
+        assert entry["changed"] == pytest.approx((s != w).mean())
+        assert entry["clipped"] == pytest.approx(n_clipped / s.size) and n_clipped
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_bytes_do_not_depend_on_tiles(word, base, adapter, tmp_path, monkeypatch):
+    ckpt, lora = base("nf4_dq"), adapter("nf4_dq", target_modules=["q_proj", "down_proj"])
+    lorafuse.convert(ckpt, lora, tmp_path / "one", format=word)
+    monkeypatch.setattr("lorafuse.planning.plan.TILE_NUMEL", 200)
+    monkeypatch.setattr("lorafuse.arithmetic.symmetric.CHUNK_NUMEL", 64)
+    lorafuse.convert(ckpt, lora, tmp_path / "many", format=word)
+    one, many = (next((tmp_path / d).glob("*.safetensors")).read_bytes() for d in ("one", "many"))
+    assert one == many
