@@ -82,7 +82,7 @@ class CompressedTensors(Format):
             if is_conv1d(ckpt.config, name):
                 raise UsageError(
                     f"--format {self._word}: {shown(name)} belongs to a Conv1D, which compressed-tensors "
-                    "cannot store: --keep-dense leaves it in full precision, another --format all of them."
+                    "cannot store: choose another --format."
                 )
         self._group = self._common_group(rows)
         self._dense: dict[str, TensorSpec] = {}
