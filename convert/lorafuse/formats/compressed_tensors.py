@@ -114,7 +114,7 @@ class CompressedTensors(Format):
         )
 
     def encoder_of(self, weight: WeightToStore) -> Encoder:
-        if weight.base is not None and self._quantizes(weight.name, weight.spec):
+        if self._quantizes(weight.name, weight.spec):
             return SymmetricEncoder(weight.name, weight.spec, self._scheme.levels, self._group)
         self._dense[weight.name] = weight.spec
         return dense_encoder(weight)
