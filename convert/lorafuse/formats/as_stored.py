@@ -16,7 +16,7 @@ from lorafuse.codecs.per_expert import Stacked
 from lorafuse.codecs.plain import PlainEncoder
 from lorafuse.codecs.sources import Sources
 from lorafuse.codecs.stored import StoredEncoder, stored_names
-from lorafuse.errors import UsageError, shown
+from lorafuse.errors import UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.formats.format import Format, WeightToStore
 from lorafuse.formats.not_converted import with_dense_modules
@@ -62,6 +62,7 @@ class AsStored(Format):
             )
         self._config, self._weights, self._patterns = ckpt.config, weights, dense
         self._unbiased, self._word = settings.rounding != "nearest", word
+        self._unmatched = set(dense)
         self._of_base: dict[int, str] = {}
         self._quantized: set[str] = set()  # weights of the output
         self._dense: set[str] = set()  # weights that the base has quantized and the output has not
@@ -82,12 +83,16 @@ class AsStored(Format):
                 f"--format {self._word}: {shown(weight.name)} is made from several weights of the base, "
                 "which keeps them apart: leave --format out."
             )
-        module = weight.name.removesuffix(".weight")
-        if weight.sources is not base or any(fnmatchcase(module, pattern) for pattern in self._patterns):
+        if weight.sources is not base or self._stays_dense(weight.name.removesuffix(".weight")):
             self._dense.add(weight.name)
             return PlainEncoder(weight.name, weight.spec)
         self._quantized.add(weight.name)
         return self._on_grid(weight.name, base)
+
+    def _stays_dense(self, module: str) -> bool:
+        matching = {pattern for pattern in self._patterns if fnmatchcase(module, pattern)}
+        self._unmatched -= matching
+        return bool(matching)
 
     def _on_grid(self, name: str, base: Sources) -> Encoder:
         if not isinstance(base, GridSources) or not base.grid_rows:
@@ -109,3 +114,8 @@ class AsStored(Format):
         if not self._quantized:
             return {}
         return with_dense_modules(self._config, self._dense, self._quantized, self._weights)
+
+    def warnings(self) -> list[str]:
+        if not self._unmatched or self._word == "mixed":
+            return []
+        return [f"--keep-dense {listed(sorted(self._unmatched))}: matches no quantized module that changes."]

@@ -19,7 +19,7 @@ from lorafuse.codecs.conv1d import is_conv1d
 from lorafuse.codecs.encoder import Encoder
 from lorafuse.codecs.sources import Sources
 from lorafuse.codecs.symmetric import SymmetricEncoder
-from lorafuse.errors import UsageError, shown
+from lorafuse.errors import UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.tensors import FLOATS, TensorSpec
 from lorafuse.formats.dense import dense_encoder
@@ -67,6 +67,7 @@ class CompressedTensors(Format):
             )
         self._names, self._patterns = VllmNames(weights, ckpt.config), settings.keep_dense
         modules = (name.removesuffix(".weight") for name in weights)
+        self._unmatched = set(self._patterns)
         self._kept = {whole_of(module) for module in modules if self._matches(module)}
         rows = {
             name: sources.spec.shape[-1]
@@ -88,7 +89,9 @@ class CompressedTensors(Format):
         self._dense: dict[str, TensorSpec] = {}
 
     def _matches(self, module: str) -> bool:
-        return any(fnmatchcase(module, pattern) for pattern in self._patterns)
+        matching = {pattern for pattern in self._patterns if fnmatchcase(module, pattern)}
+        self._unmatched -= matching
+        return bool(matching)
 
     def _quantizes(self, name: str, spec: TensorSpec) -> bool:
         if len(spec.shape) != 2 or not spec.numel or spec.dtype not in FLOATS:
@@ -157,3 +160,8 @@ class CompressedTensors(Format):
         for name, spec in self._dense.items():
             if spec.dtype in FLOATS and (len(spec.shape) == 2 or len(spec.shape) == 3):
                 yield name
+
+    def warnings(self) -> list[str]:
+        if not self._unmatched:
+            return []
+        return [f"--keep-dense {listed(sorted(self._unmatched))}: matches no module."]

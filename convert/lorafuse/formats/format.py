@@ -33,8 +33,11 @@ class Format(Protocol):
         """Returns the encoder of a weight. Raises UsageError where the weight cannot be stored so."""
 
     def config(self) -> Mapping[str, Any]:
-        """Returns the fields of config.json that a reader of the weights needs which had their encoders from
-        here."""
+        """Returns the fields of config.json that a reader of the weights needs, once all of them have had
+        their encoders from here."""
+
+    def warnings(self) -> list[str]:
+        """Returns what a user should know of the weights that had their encoders from here."""
 
 
 # The base, the settings of a run and the base's weights → a format. Raises UsageError for settings that make

@@ -50,6 +50,7 @@ class TensorEntry(TypedDict):
     delta_rel: NotRequired[float | None]
     kept: NotRequired[float | None]
     noise: NotRequired[float | None]
+    clipped: NotRequired[float]
     changed: NotRequired[float | None]
     rank: NotRequired[int]
     scale: NotRequired[float]
