@@ -84,8 +84,42 @@ def test_what_stays_in_full_precision_is_listed(made, tmp_path):
         r"re:.*layers\.1\.mlp\.experts\..*",
         "visual.blocks.0.attn.qkv",
     ]
-    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert stored(tmp_path / "out").keys() >= {"model.layers.1.mlp.experts.gate_up_proj"}
+
+
+WEIGHTS = {
+    "fp8": {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None},
+    "w8a16": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 32},
+    "w4a16": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
+}
+BY_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "group_size": None}
+
+
+@pytest.mark.parametrize("word", WEIGHTS)
+def test_config_is_what_compressed_tensors_writes(word, made, tmp_path):
+    ckpt, lora = made()
+    lorafuse.convert(ckpt, lora, tmp_path / "out", format=word)
+    layout = "float-quantized" if word == "fp8" else "pack-quantized"
+    group = {
+        "format": layout,
+        "input_activations": BY_TOKEN | {"dynamic": True, "symmetric": True} if word == "fp8" else None,
+        "output_activations": None,
+        "targets": ["Linear"],
+        "weights": WEIGHTS[word] | {"dynamic": False, "symmetric": True},
+    }
+    assert quantization(tmp_path / "out") == {
+        "config_groups": {"group_0": group},
+        "format": layout,
+        "global_compression_ratio": None,
+        "ignore": ["lm_head", "model.embed_tokens"],
+        "kv_cache_scheme": None,
+        "moe_sparsity_config": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": "0.20.1",
+    }
 
 
 @pytest.mark.parametrize(
@@ -225,6 +259,15 @@ def test_a_batch_makes_the_same(made, tmp_path):
         assert all(torch.equal(found[key], expected[key]) for key in expected)
         assert quantization(tmp_path / "out" / name) == quantization(tmp_path / name)
         assert lorafuse.verify(tmp_path / "out" / name, ckpt=ckpt, adapters=[path])["weights"]
+
+
+def test_a_pattern_that_matches_nothing_is_warned_of(made, tmp_path):
+    ckpt, lora = made()
+    said = []
+    options = {"format": "fp8", "keep_dense": ["*.v_proj", "v_proj"]}
+    lorafuse.convert(ckpt, lora, tmp_path / "out", on_event=said.append, **options)
+    warnings = [event["message"] for event in said if event["event"] == "warning"]
+    assert warnings == ["--keep-dense v_proj: matches no module."]
 
 
 def test_the_command_line_has_them(made, tmp_path):

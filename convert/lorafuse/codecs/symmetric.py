@@ -8,9 +8,11 @@ Scales are in the dtype of the weight. Codes of a row follow each other in the b
 first; words are little-endian, so that they are bytes in the same order.
 """
 
+import struct
+
 import torch
 
-from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.arena import Arena, host_view
 from lorafuse.arithmetic.symmetric import Levels, quantize, scratch_nbytes
 from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece
 from lorafuse.files.tensors import DTYPES, StoredTensor, TensorSpec
@@ -72,8 +74,7 @@ class SymmetricEncoder(Encoder):
             Piece(self._codes.name, self._levels.nbytes(tile.start), at, end - at),
         ]
         if self._levels.whole and tile.start == 0:
-            shape = torch.tensor(self._spec.shape, dtype=torch.int64, device="cpu").view(torch.uint8)
-            buffer[end : end + _SHAPE_NBYTES].copy_(shape)
+            host_view(buffer)[end : end + _SHAPE_NBYTES] = struct.pack("<2q", *self._spec.shape)
             pieces.append(Piece(self._shape.name, 0, end, _SHAPE_NBYTES))
         return Encoded(tuple(pieces), (made.values,), made.n_clipped)
 

@@ -4,7 +4,7 @@ A format is added by one file and one word in FORMATS.
 """
 
 from lorafuse.formats import as_stored, dense
-from lorafuse.formats.compressed_tensors import SCHEMES, CompressedTensors
+from lorafuse.formats.compressed_tensors import PRESETS, CompressedTensors
 from lorafuse.formats.format import MakeFormat
 
 # The word of `--format` → what makes the format of a run.
@@ -12,5 +12,5 @@ FORMATS: dict[str, MakeFormat] = {
     "dense": dense.Dense,
     "base": as_stored.base,
     "mixed": as_stored.mixed,
-    **dict.fromkeys(SCHEMES, CompressedTensors),
+    **dict.fromkeys(PRESETS, CompressedTensors),
 }

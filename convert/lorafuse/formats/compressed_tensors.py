@@ -30,7 +30,7 @@ from lorafuse.settings import Settings
 VERSION = "0.20.1"  # the release of compressed-tensors whose layout this is
 
 
-class Scheme(NamedTuple):
+class Preset(NamedTuple):
     """`groups`: the sizes to choose from, the first that divides all rows; None where a row has one scale."""
 
     levels: Levels
@@ -47,10 +47,10 @@ _BY_TOKEN = {
     "symmetric": True,
     "type": "float",
 }
-SCHEMES = {
-    "fp8": Scheme(E4M3, None, "float-quantized", _BY_TOKEN),
-    "w8a16": Scheme(INT8, (32,), "pack-quantized"),
-    "w4a16": Scheme(INT4, (128, 32), "pack-quantized"),
+PRESETS = {
+    "fp8": Preset(E4M3, None, "float-quantized", _BY_TOKEN),
+    "w8a16": Preset(INT8, (32,), "pack-quantized"),
+    "w4a16": Preset(INT4, (128, 32), "pack-quantized"),
 }
 
 
@@ -59,7 +59,7 @@ class CompressedTensors(Format):
 
     def __init__(self, ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> None:
         """Raises UsageError for weights that the format cannot hold."""
-        self._word, self._scheme = settings.format, SCHEMES[settings.format]
+        self._word, self._preset = settings.format, PRESETS[settings.format]
         if settings.rounding == "unbiased":
             raise UsageError(
                 f"--format {self._word} makes scales of its own, and rounds to the nearest: --rounding "
@@ -103,7 +103,7 @@ class CompressedTensors(Format):
     def _common_group(self, rows: Mapping[str, int]) -> int | None:
         """vLLM joins matrices, and has one method for all experts of a layer: no two of a model may differ.
         Raises UsageError."""
-        groups = self._scheme.groups
+        groups = self._preset.groups
         if groups is None:
             return None
         fitting = [group for group in groups if not any(n % group for n in rows.values())]
@@ -118,13 +118,13 @@ class CompressedTensors(Format):
 
     def encoder_of(self, weight: WeightToStore) -> Encoder:
         if self._quantizes(weight.name, weight.spec):
-            return SymmetricEncoder(weight.name, weight.spec, self._scheme.levels, self._group)
+            return SymmetricEncoder(weight.name, weight.spec, self._preset.levels, self._group)
         self._dense[weight.name] = weight.spec
         return dense_encoder(weight)
 
     def config(self) -> Mapping[str, Any]:
         """As compressed-tensors writes it."""
-        levels, group = self._scheme.levels, self._group
+        levels, group = self._preset.levels, self._group
         weights = {
             "dynamic": False,
             "group_size": group,
@@ -134,15 +134,15 @@ class CompressedTensors(Format):
             "type": "int" if levels.whole else "float",
         }
         scheme = {
-            "format": self._scheme.layout,
-            "input_activations": self._scheme.activations,
+            "format": self._preset.layout,
+            "input_activations": self._preset.activations,
             "output_activations": None,
             "targets": ["Linear"],
             "weights": weights,
         }
         quantization = {
             "config_groups": {"group_0": scheme},
-            "format": self._scheme.layout,
+            "format": self._preset.layout,
             "global_compression_ratio": None,
             "ignore": self._names.ignored(self._listed()),
             "kv_cache_scheme": None,
