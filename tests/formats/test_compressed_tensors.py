@@ -32,7 +32,8 @@ def stored(folder):
     return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
-LINEARS = {f"self_attn.{p}_proj" for p in "qkvo"} | {f"mlp.{p}_proj" for p in ("gate", "up", "down")}
+LINEARS = [*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down"))]
+MODULES = [f"model.layers.{i}.{linear}" for i in range(2) for linear in LINEARS]
 
 
 def check(word, group, out, dense, modules):
@@ -60,9 +61,8 @@ def test_all_linear_layers_become_what_the_dense_result_makes(word, kind, dtype,
     ckpt, lora = base(kind), adapter(kind, target_modules=["q_proj", "down_proj"])
     lorafuse.convert(ckpt, lora, tmp_path / "dense", dtype=dtype)
     receipt = lorafuse.convert(ckpt, lora, tmp_path / "out", dtype=dtype, format=word, max_shard_size="40KB")
-    modules = [f"model.layers.{i}.{linear}" for i in range(2) for linear in LINEARS]
     group = 32 if word == "w4a16" else WORDS[word][1]  # 64 and 96 columns
-    check(word, group, tmp_path / "out", tmp_path / "dense", modules)
+    check(word, group, tmp_path / "out", tmp_path / "dense", MODULES)
     entry = receipt["tensors"]["model.layers.0.self_attn.q_proj.weight"]
     assert set(entry["stored"]) <= stored(tmp_path / "out").keys()
     assert lorafuse.verify(tmp_path / "out", ckpt=ckpt, adapters=[lora])["weights"]
@@ -94,3 +94,21 @@ def test_bytes_do_not_depend_on_tiles(word, base, adapter, tmp_path, monkeypatch
     lorafuse.convert(ckpt, lora, tmp_path / "many", format=word)
     one, many = (next((tmp_path / d).glob("*.safetensors")).read_bytes() for d in ("one", "many"))
     assert one == many
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_result_is_a_base(word, base, adapter, tmp_path):
+    """It decodes to its codes times its scales, and can be quantized again."""
+    lora = adapter("bf16", target_modules=["q_proj"])
+    lorafuse.convert(base("bf16"), lora, tmp_path / "light", format=word)
+    lorafuse.convert(tmp_path / "light", lora, tmp_path / "dense", adapter_scale=0.0)
+    light, dense = stored(tmp_path / "light"), stored(tmp_path / "dense")
+    for module in MODULES:
+        codes, scales = oracle.stored(light, module, word)
+        values = oracle.rounded(
+            codes * scales.repeat(codes.shape[1] // scales.shape[1], axis=1), torch.bfloat16
+        )
+        np.testing.assert_array_equal(dense[f"{module}.weight"].double().numpy(), values)
+    lorafuse.convert(tmp_path / "light", lora, tmp_path / "again", format="w8a16")
+    lorafuse.convert(tmp_path / "light", lora, tmp_path / "sum")
+    check("w8a16", 32, tmp_path / "again", tmp_path / "sum", MODULES)
