@@ -10,7 +10,7 @@ from typing import Any
 from lorafuse.errors import UsageError, shown
 
 DTYPE_CHOICES = ("auto", "float32", "float16", "bfloat16")
-FORMAT_CHOICES = ("dense", "base", "mixed")
+FORMAT_CHOICES = ("dense", "base", "mixed", "fp8", "w8a16", "w4a16")
 ROUNDING_CHOICES = ("unbiased", "nearest")
 BASE_QUANT_CHOICES = ("none", "nf4", "fp4", "int8")
 QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 functional.py, quantize_4bit
