@@ -53,7 +53,7 @@ def scales_of(values: torch.Tensor, blocksize: int, dtype: torch.dtype, arena: A
     arena's next use."""
     absmax = arena.get("four_bit.absmax", -(-values.numel() // blocksize), torch.float32)
     for at in range(0, values.numel(), CHUNK_NUMEL):
-        chunk = values[at : at + CHUNK_NUMEL].to(dtype)
+        chunk = arena.here(values[at : at + CHUNK_NUMEL], "four_bit.chunk", dtype)
         block_absmax(chunk, blocksize, absmax[at // blocksize : (at + CHUNK_NUMEL) // blocksize], arena)
     return absmax
 

@@ -15,7 +15,7 @@ from lorafuse.settings import (
     parse_nbytes,
     parse_weighted,
 )
-from lorafuse.trained_base.options import BASE_OPTIONS, chosen_base_quant, refuse_beside_file
+from lorafuse.trained_base.options import BASE_OPTIONS, chosen_quants, refuse_beside_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -112,4 +112,4 @@ def check_base_options(options: dict[str, Any]) -> None:
     UsageError."""
     if options["base_quant_from"] is not None:
         refuse_beside_file(given("base_quant", "double_quant", "quant_skip"))
-    chosen_base_quant(**{name: options[name] for name in BASE_OPTIONS})
+    chosen_quants(options["format"], **{name: options[name] for name in BASE_OPTIONS})

@@ -20,11 +20,15 @@ from lorafuse.errors import UsageError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.formats.format import Format, WeightToStore
 from lorafuse.formats.not_converted import with_dense_modules
+from lorafuse.formats.quantized import on_simulated_base
 from lorafuse.settings import Settings
 
 
 def base(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> Format:
-    """Of a base in full precision that is full precision. `--keep-dense` names modules that become dense."""
+    """Of a base in full precision that is full precision, or with `--base-quant` what training saw.
+    `--keep-dense` names modules that become dense."""
+    if settings.base_quant:
+        return on_simulated_base(ckpt, settings, weights)
     return AsStored(ckpt, settings, weights, settings.keep_dense)
 
 
@@ -33,6 +37,11 @@ def mixed(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) 
     if settings.keep_dense or settings.rounding:
         raise UsageError(
             "--format mixed leaves all that changes dense: leave --keep-dense and --rounding out."
+        )
+    if settings.base_quant:
+        raise UsageError(
+            "--format mixed keeps what the base stores, which is full precision where --base-quant is given: "
+            "leave --format out, or choose --format base."
         )
     if all(sources.as_stored for sources in weights.values()):
         raise UsageError(
@@ -56,10 +65,6 @@ class AsStored(Format):
         word = settings.format
         if settings.dtype != "auto":
             raise UsageError(f"--format {word} keeps the base's own dtypes: leave --dtype out.")
-        if settings.base_quant:
-            raise UsageError(
-                f"--format {word} keeps what the base stores, full precision where --base-quant is given."
-            )
         self._config, self._weights, self._patterns = ckpt.config, weights, dense
         self._unbiased, self._word = settings.rounding != "nearest", word
         self._of_base: dict[int, str] = {}

@@ -1,6 +1,6 @@
 """What a format of the output (`--format`) decides."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +27,9 @@ class WeightToStore:
 
 
 class Format(Protocol):
-    """How the weights of one output are stored."""
+    """How the weights of one output are stored. `warnings`: for whoever asked for it."""
+
+    warnings: Sequence[str] = ()
 
     def encoder_of(self, weight: WeightToStore) -> Encoder:
         """Returns the encoder of a weight. Raises UsageError where the weight cannot be stored so."""

@@ -65,6 +65,7 @@ def make_plan(
     edits, ignored = combine(said, model, names)
     untied = settle_tied(names, edits, ignored)
     how = (make_format or _format_of(settings))(ckpt, settings, weights)
+    warnings += how.warnings
     steps = _steps(model, names, edits, untied, settings.dtype, how)
     if not steps:
         raise CheckpointError(f"{shown(ckpt.folder)}: holds no weight.")

@@ -51,6 +51,8 @@ class TensorEntry(TypedDict):
     kept: NotRequired[float | None]
     noise: NotRequired[float | None]
     changed: NotRequired[float | None]
+    clipped: NotRequired[float]
+    rounding: NotRequired[str]
     rank: NotRequired[int]
     scale: NotRequired[float]
     updates: NotRequired[list[dict[str, Any]]]

@@ -69,6 +69,12 @@ class FourBit(Sources):
             out[at : at + chunk.numel()].copy_(chunk)
         return out[start - first : stop - first]
 
+    def loaded(self, raw: Raw, box: Box, arena: Arena) -> Raw:
+        """The elements of a box of whole blocks before they are quantized, and what the pass over the weight
+        found."""
+        values = arena.here(self._dense.decode(raw[:1], box, arena), "simulated.loaded", self._dtype)
+        return values, *raw[1:]
+
     def _blocks_around(self, box: Box) -> Box:
         """Whole blocks around the box; a transposed weight's scales are known."""
         if self._transposed:

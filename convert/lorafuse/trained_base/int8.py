@@ -57,6 +57,10 @@ class Int8(Sources):
             decode_int8(tile, scb)
         return out
 
+    def loaded(self, raw: Raw, box: Box, arena: Arena) -> Raw:
+        """The elements of the box before they are quantized."""
+        return (arena.here(self._dense.decode(raw[:1], box, arena), "simulated.loaded", self._dtype),)
+
     def _half(self, values: torch.Tensor) -> torch.Tensor:
         """float16 [rows, n_cols]."""
         return as_loaded(values, self._dtype).half().view(-1, self.spec.n_cols)

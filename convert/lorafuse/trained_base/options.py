@@ -6,7 +6,7 @@ from os import PathLike
 from typing import Any
 
 from lorafuse.errors import UsageError
-from lorafuse.settings import BaseQuant
+from lorafuse.settings import QUANTIZING_FORMATS, BaseQuant
 from lorafuse.trained_base.trainer_configs import read_base_quant
 
 # As every command and function has them.
@@ -50,6 +50,21 @@ def chosen_base_quant(
         blocksize=quant_blocksize,
         experts=quant_experts,
     )
+
+
+def chosen_quants(
+    format: str,
+    *,
+    base_quant: str = "none",
+    base_quant_from: str | PathLike[str] | None = None,
+    **details: Any,
+) -> dict[str, BaseQuant | None]:
+    """The settings `base_quant` and `quant_anew`: how training quantized the base, and, where it did not and the
+    format does, how this quantizes; the details of both are the same options. Raises UsageError."""
+    if format in QUANTIZING_FORMATS and base_quant == "none" and base_quant_from is None:
+        return {"base_quant": None, "quant_anew": chosen_base_quant(base_quant=format, **details)}
+    known = chosen_base_quant(base_quant=base_quant, base_quant_from=base_quant_from, **details)
+    return {"base_quant": known, "quant_anew": None}
 
 
 def refuse_beside_file(options: Iterable[str]) -> None:
