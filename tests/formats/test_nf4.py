@@ -1,10 +1,15 @@
 """`--format nf4|fp4|int8`: what bitsandbytes on the CPU makes of the merged weights, and without bias on these
 grids; with `--base-quant`, the grid that training saw."""
 
+import json
+
+import own_grid
 import pytest
 import torch
+from build import adapter_tensors, write_adapter, write_checkpoint
 from quantized_anew import assert_stored, by_bitsandbytes, linear_weights
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lorafuse
 
@@ -40,9 +45,163 @@ def expected_of(dense, kind, **settings):
     ],
 )
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_as_bitsandbytes_makes_it_of_the_dense_result(dense, kind, options, use_dora, base, adapter, tmp_path):
+def test_as_bitsandbytes_makes_it_of_the_dense_result(
+    dense, kind, options, use_dora, base, adapter, tmp_path
+):
     lora = adapter(dense, target_modules=TARGETS, use_dora=use_dora)
     lorafuse.convert(base(dense), lora, tmp_path / "dense")
     lorafuse.convert(base(dense), lora, tmp_path / "out", format=kind, **options)
     settings = {name.removeprefix("quant_"): value for name, value in options.items()}
     assert_stored(stored(tmp_path / "out"), expected_of(stored(tmp_path / "dense"), kind, **settings))
+
+
+def by_transformers(folder, target, **settings):
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**settings))
+    model.save_pretrained(target)
+    return model
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("dense", "kind", "settings"),
+    [
+        (
+            "bf16",
+            "nf4",
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        ),
+        (
+            "fp16",
+            "fp4",
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+        ),
+        ("bf16_tied", "nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        ("bf16", "int8", {"load_in_8bit": True}),
+    ],
+)
+def test_as_transformers_saves_the_dense_result_and_loads_it(dense, kind, settings, base, adapter, tmp_path):
+    """Bytes and config; the same logits, and it generates."""
+    lora = adapter(dense, target_modules=TARGETS)
+    lorafuse.convert(base(dense), lora, tmp_path / "dense")
+    double_quant = settings.get("bnb_4bit_use_double_quant", kind == "int8")
+    lorafuse.convert(base(dense), lora, tmp_path / "out", format=kind, double_quant=double_quant)
+    if kind != "int8":
+        settings = settings | {"bnb_4bit_compute_dtype": config_of(tmp_path / "dense")["dtype"]}
+    theirs = by_transformers(tmp_path / "dense", tmp_path / "theirs", **settings)
+    assert_stored(stored(tmp_path / "out"), stored(tmp_path / "theirs"))
+    fields, expected = (config_of(tmp_path / name) for name in ("out", "theirs"))
+    assert fields["quantization_config"] == expected["quantization_config"]
+    assert fields["dtype"] == expected["dtype"]
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+    assert ours.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, 15)
+    assert (
+        type(ours.model.layers[0].self_attn.q_proj).__name__
+        == type(theirs.model.layers[0].self_attn.q_proj).__name__
+        != "Linear"
+    )
+
+
+@pytest.mark.parametrize("form", ["base", "same kind"])
+@pytest.mark.parametrize("rounding", [None, "nearest"])
+@pytest.mark.parametrize(
+    ("dense", "kind", "options"),
+    [
+        ("bf16", "nf4_dq", {"base_quant": "nf4"}),
+        ("fp16", "nf4_fp16", {"base_quant": "nf4"}),
+        ("bf16", "nf4_bs256", {"base_quant": "nf4", "quant_blocksize": 256}),
+        ("bf16", "fp4_dq", {"base_quant": "fp4"}),
+        ("bf16", "nf4", {"base_quant": "nf4", "double_quant": False}),
+        ("bf16", "int8", {"base_quant": "int8"}),
+    ],
+)
+def test_the_grid_that_training_saw(dense, kind, options, form, rounding, base, adapter, tmp_path):
+    """Every byte as from a base that is stored so; weights that nothing changes too."""
+    lora = adapter(dense, target_modules=TARGETS)
+    form, given = (
+        "base" if form == "base" else options["base_quant"],
+        {"rounding": rounding, "adapter_scale": 0.2},
+    )
+    expected = lorafuse.convert(base(kind), lora, tmp_path / "stored", format="base", **given)
+    receipt = lorafuse.convert(base(dense), lora, tmp_path / "out", format=form, **given, **options)
+    assert_stored(stored(tmp_path / "out"), stored(tmp_path / "stored"))
+    for name, entry in expected["tensors"].items():
+        measured = {"kept", "noise", "changed", "clipped", "rounding"} & entry.keys()
+        assert {f: receipt["tensors"][name][f] for f in measured} == pytest.approx(
+            {f: entry[f] for f in measured}
+        ), name
+    quantization = config_of(tmp_path / "out")["quantization_config"]
+    of_base = config_of(base(kind))["quantization_config"]
+    assert {name: quantization[name] for name in of_base if name != "bnb_4bit_compute_dtype"} == {
+        name: value for name, value in of_base.items() if name != "bnb_4bit_compute_dtype"
+    }
+
+
+def test_another_kind_than_training_saw_is_made_anew(base, adapter, tmp_path):
+    lora = adapter("bf16", target_modules=TARGETS)
+    lorafuse.convert(base("bf16"), lora, tmp_path / "dense", base_quant="nf4")
+    lorafuse.convert(base("bf16"), lora, tmp_path / "out", base_quant="nf4", format="int8")
+    assert_stored(stored(tmp_path / "out"), expected_of(stored(tmp_path / "dense"), "int8"))
+
+
+@pytest.mark.parametrize(
+    ("dense", "kind", "options"),
+    [
+        ("bf16", "nf4", {}),
+        ("fp32", "nf4", {"double_quant": False, "quant_blocksize": 32}),
+        ("bf16_odd", "fp4", {"quant_blocksize": 128}),
+        ("fp16", "int8", {}),
+    ],
+)
+def test_without_bias_on_a_new_grid(dense, kind, options, base, adapter, tmp_path):
+    """From the nearest codes, the sums are rounded between neighbours; what nothing changes has these codes."""
+    lora = adapter(dense, target_modules=["q_proj", "down_proj"])
+    made = {}
+    for name, given in {"nearest": {}, "unbiased": {"rounding": "unbiased"}}.items():
+        receipt = lorafuse.convert(base(dense), lora, tmp_path / name, format=kind, **options, **given)
+        made[name] = stored(tmp_path / name)
+    lorafuse.convert(base(dense), lora, tmp_path / "sums", dtype="float32")
+    sums, was = stored(tmp_path / "sums"), made["nearest"]
+    changed = [name for name, entry in receipt["tensors"].items() if entry["action"] == "merged"]
+    assert_stored(*({n: t for n, t in tensors.items() if n not in changed} for tensors in made.values()))
+    for name in changed[:2]:
+        assert receipt["tensors"][name]["rounding"] == "unbiased"
+        codes, values = own_grid.grid_of(was, name)
+        x = sums[name].double().view(-1)
+        expected, n_clipped = own_grid.rounded(codes, values, x, own_grid.uniform(name, len(x)))
+        found, _ = own_grid.grid_of(made["unbiased"], name)
+        assert torch.equal(values.gather(1, found[:, None]), values.gather(1, expected[:, None])), name
+        assert receipt["tensors"][name]["clipped"] == pytest.approx(n_clipped / len(codes))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "unbiased"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_bytes_depend_on_no_tile_and_measures_are_of_what_a_reader_decodes(
+    kind, rounding, tmp_path, monkeypatch
+):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = {name: torch.randn(200, 999).bfloat16(), "lm_head.weight": torch.randn(8, 999).bfloat16()}
+    ckpt = write_checkpoint(tmp_path / "ckpt", tensors)
+    lora = write_adapter(tmp_path / "lora", adapter_tensors(tensors))
+    made = []
+    for tile in (1 << 19, 1 << 16, 1 << 12):
+        monkeypatch.setattr("lorafuse.planning.plan.TILE_NUMEL", tile)
+        receipt = lorafuse.convert(ckpt, lora, tmp_path / str(tile), format=kind, rounding=rounding)
+        made.append(stored(tmp_path / str(tile)))
+        assert_stored(made[-1], made[0])
+    lorafuse.convert(ckpt, lora, tmp_path / "sums", dtype="float32")
+    w, x, (codes, values) = tensors[name], stored(tmp_path / "sums")[name], own_grid.grid_of(made[0], name)
+    w, x, s = w.double().view(-1), x.double().view(-1), values.gather(1, codes[:, None]).view(-1)
+    entry, delta = receipt["tensors"][name], x - w
+    assert entry["kept"] == pytest.approx(float((s - w) @ delta / (delta @ delta)), rel=1e-3)
+    assert entry["noise"] == pytest.approx(float((s - x).norm() / delta.norm()), rel=1e-3)
+    assert entry["changed"] == pytest.approx(float((s != w).double().mean()))
+    x = x if rounding == "unbiased" else x.bfloat16().double()
+    beyond = (x > values.amax(1)) | (x < values.amin(1))
+    assert entry["clipped"] == pytest.approx(float(beyond.double().mean()))
+    assert entry["rounding"] == rounding

@@ -14,7 +14,11 @@ def by_bitsandbytes(name, weight, kind, *, double_quant=True, blocksize=64):
         if kind == "int8":
             q, scb, _ = bnb.int8_vectorwise_quant(weight.half())
             module = name.removesuffix("weight")
-            return {name: q, f"{module}SCB": scb, f"{module}weight_format": torch.tensor(0, dtype=torch.uint8)}
+            return {
+                name: q,
+                f"{module}SCB": scb,
+                f"{module}weight_format": torch.tensor(0, dtype=torch.uint8),
+            }
         packed, state = bnb.quantize_4bit(
             weight, quant_type=kind, blocksize=blocksize, compress_statistics=double_quant
         )

@@ -42,9 +42,7 @@ def double_quantized(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes (uint8) of scales (fp32, of the blocks from `first` on), and what they stand for (fp32)."""
     outer = nested[(first + torch.arange(absmax.numel())) // NESTED_BLOCKSIZE]
-    codes = torch.from_numpy(
-        quantize.nested_codes(absmax.numpy(), np.float32(mean.item()), outer.numpy())
-    )
+    codes = torch.from_numpy(quantize.nested_codes(absmax.numpy(), np.float32(mean.item()), outer.numpy()))
     return codes, nested_absmax(codes, quantize.dynamic_map(), outer, mean.item())
 
 

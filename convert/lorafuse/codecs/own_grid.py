@@ -44,7 +44,16 @@ class OwnGridEncoder(Encoder):
     """A changed weight on the grid of the base. Companions are copied in slices, beside the tiles."""
 
     clips = True
-    __slots__ = ("_codes", "_companions", "_draws", "_numel", "_sources", "rounding", "row_multiple", "tensors")
+    __slots__ = (
+        "_codes",
+        "_companions",
+        "_draws",
+        "_numel",
+        "_sources",
+        "rounding",
+        "row_multiple",
+        "tensors",
+    )
 
     def __init__(
         self, weight: str, names: Mapping[str, str], sources: GridSources, *, unbiased: bool

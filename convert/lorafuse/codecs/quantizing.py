@@ -57,7 +57,12 @@ class QuantizingEncoder(Encoder, Protocol):
     _spec: TensorSpec
 
     def _set(
-        self, name: str, spec: TensorSpec, quant: BaseQuant, rounding: str | None, base: QuantizedOnLoad | None
+        self,
+        name: str,
+        spec: TensorSpec,
+        quant: BaseQuant,
+        rounding: str | None,
+        base: QuantizedOnLoad | None,
     ) -> None:
         """`rounding`: None where sums are not rounded, since they are what is quantized, or nothing changes.
         `base`: whose own grid it is."""
