@@ -1,5 +1,5 @@
-"""A bar chart on a logarithmic axis as an SVG file, by hand: no plotting library is worth being a dependency
-for one plot."""
+"""A bar chart and a scatter plot on logarithmic axes as SVG files, by hand: no plotting library is worth
+being a dependency for two plots."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,8 @@ STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328; }
 .title { font-weight: 600; } .small { font-size: 11px; } \
 .end { text-anchor: end; } .middle { text-anchor: middle; }
-.paper { fill: #ffffff; } .right { fill: #1a7f5a; } .wrong { fill: #c4501b; } .none { fill: #8c959f; }
+.paper { fill: #ffffff; } .right { fill: #1a7f5a; } .light { fill: #3f7fbf; } \
+.wrong { fill: #c4501b; } .none { fill: #8c959f; }
 line { stroke: #d0d7de; }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3; } .paper { fill: #0d1117; } .right { fill: #3fb68b; } .wrong { fill: #e5824f; }
@@ -27,7 +28,7 @@ line { stroke: #d0d7de; }
 class Bar:
     label: str
     value: float
-    colour: str  # a class of STYLE: right, wrong or none
+    colour: str  # a class of STYLE: right, light, wrong or none
 
 
 def decades(values: Sequence[float]) -> tuple[int, int]:
@@ -66,7 +67,11 @@ def svg(title: str, panels: Mapping[str, Sequence[Bar]]) -> str:
                 f'<text class="small" x="{LABELS + width + 6:.1f}" y="{y + 15}">{bar.value:.1e}</text>'
             )
         top = bottom + 30
-    size = f'viewBox="0 0 {WIDTH} {top}" width="{WIDTH}" height="{top}"'
+    return _page(title, out, top)
+
+
+def _page(title: str, out: Sequence[str], height: int) -> str:
+    size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
         f"<title>{escape(title)}</title>",
@@ -74,3 +79,37 @@ def svg(title: str, panels: Mapping[str, Sequence[Bar]]) -> str:
         '<rect class="paper" width="100%" height="100%"/>',
     ]
     return "\n".join([*head, *out, "</svg>\n"])
+
+
+@dataclass(frozen=True)
+class Point:
+    label: str
+    x: float
+    y: float
+
+
+PANEL = 220  # px: the height of a panel of the scatter plot
+
+
+def scatter(title: str, panels: Mapping[str, Sequence[Point]]) -> str:
+    """One panel below the other, y on a logarithmic axis, all on the same axes."""
+    every = [point for points in panels.values() for point in points]
+    first, last = decades([point.y for point in every])
+    right = max(point.x for point in every) * 1.05
+    out = [f'<text class="title" x="16" y="26">{escape(title)}</text>']
+    top = 44
+    for heading, points in panels.items():
+        bottom = top + PANEL
+        out.append(f'<text class="title" x="16" y="{top + 14}">{escape(heading)}</text>')
+        for power in range(first, last + 1):
+            y = bottom - (PANEL - 30) * (power - first) / (last - first)
+            out.append(f'<line x1="{VALUES}" y1="{y:.1f}" x2="{WIDTH - 16}" y2="{y:.1f}"/>')
+            out.append(f'<text class="small end" x="{VALUES - 6}" y="{y + 4:.1f}">1e{power}</text>')
+        for point in points:
+            x = VALUES + (WIDTH - VALUES - 120) * point.x / right
+            y = bottom - (PANEL - 30) * (math.log10(point.y) - first) / (last - first)
+            out.append(f'<circle class="light" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+            label = f"{point.label}, {point.x:.0f} MB"
+            out.append(f'<text class="small" x="{x + 8:.1f}" y="{y + 4:.1f}">{escape(label)}</text>')
+        top = bottom + 30
+    return _page(title, out, top)

@@ -10,6 +10,7 @@ on 40 × 128 held-out tokens.
 * kept = ⟨S − W, Δ⟩ / ⟨Δ, Δ⟩ and noise = ‖S − W − Δ‖ / ‖Δ‖ over all merged weights together, in float64 and
   from the files: S the row's weights, W the decoded base, Δ the update. kept 1 = the whole update is there,
   0 = it is gone.
+* MB: of the files of weights, as a user keeps them; bits a weight: of all of the model's.
 """
 
 import json
@@ -26,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from bench.faithfulness.smollm2 import HELD_OUT, Adapter, Work, load, once
+from bench.faithfulness.smollm2 import HELD_OUT, N_PARAMETERS, Adapter, Work, load, once
 
 BATCH = 8  # sequences of 128 tokens: 200 MB of float32 logits
 
@@ -130,20 +131,31 @@ class Row:
     top1: float
     kept: float
     noise: float
+    nbytes: int
 
 
-def measure(path: Path, work: Work, adapter: Adapter) -> Row:
+def measure(path: Path, stored: Path, work: Work, adapter: Adapter) -> Row:
+    """`path` is loaded; `stored` is what a user would keep of it."""
     return Row(
         *compare(load(path), unmerged(work, adapter)),
         *kept_and_noise(path, work.decoded(adapter.base), adapter),
+        sum(file.stat().st_size for file in stored.glob("*.safetensors")),
     )
 
 
 def figures(row: Row) -> list[str]:
-    return [f"{row.kl:.1e}", f"{row.loss:.4f}", f"{row.top1:.2%}", f"{row.kept:.3f}", f"{row.noise:.3g}"]
+    size = [f"{8 * row.nbytes / N_PARAMETERS:.1f}", f"{row.nbytes / 1e6:.0f}"]
+    return [
+        f"{row.kl:.1e}",
+        f"{row.loss:.4f}",
+        f"{row.top1:.2%}",
+        f"{row.kept:.3f}",
+        f"{row.noise:.3g}",
+        *size,
+    ]
 
 
-HEADER = ["KL to unmerged", "loss", "top-1", "kept", "noise"]
+HEADER = ["KL to unmerged", "loss", "top-1", "kept", "noise", "bits a weight", "MB"]
 
 
 def versions() -> str:

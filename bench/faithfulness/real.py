@@ -17,11 +17,11 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
 from bench.faithfulness.distance import HEADER, around_block, figures, measure, versions
-from bench.faithfulness.smollm2 import QLORA, Work, directory, load, titles
+from bench.faithfulness.smollm2 import QLORA, Work, directory, load, stored, titles
 from bench.support.measure import table
 
 PROMPT = "def read_lines(path):\n"
-ROWS = ("float32", "float16", "bfloat16", "16bit", "peft", "none")
+ROWS = ("float32", "float16", "bfloat16", "base-v", "base", "16bit", "peft", "none")
 
 
 def continuation(model: PreTrainedModel | PeftModel, tokenizer_dir: Path) -> str:
@@ -39,7 +39,7 @@ def run(work: Work) -> str:
         title, path = titles(QLORA.base)[row], directory(work, QLORA, row)
         text = continuation(load(path), decoded)
         print(f"{title} writes {text!r}", file=sys.stderr)
-        lines.append([title, *figures(measure(path, work, QLORA))])
+        lines.append([title, *figures(measure(path, stored(work, QLORA, row), work, QLORA))])
         same += [title] if text == want else []
     return (
         f"{table(['what is loaded', *HEADER], lines)}\n\n"

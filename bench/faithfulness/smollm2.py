@@ -33,6 +33,7 @@ disable_progress_bar()
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 HELD_OUT = FIXTURES / "smollm2-qlora" / "eval_ids.safetensors"
+N_PARAMETERS = 134_515_008
 BATCH = 8  # sequences of 128 tokens: 200 MB of float32 logits
 QUANTIZATIONS = {
     "nf4": BitsAndBytesConfig(
@@ -116,7 +117,8 @@ def decode(module: torch.nn.Module) -> torch.Tensor:
 
 
 def save_decoded(model: PreTrainedModel, dense: Path, out: Path) -> None:
-    """`model` with its quantized weights decoded by bitsandbytes, as a checkpoint like `dense`."""
+    """`model` with its linear layers in full precision, decoded by bitsandbytes where they are quantized, as
+    a checkpoint like `dense`."""
     weights = {
         name: tensor
         for shard in sorted(dense.glob("*.safetensors"))
@@ -125,6 +127,8 @@ def save_decoded(model: PreTrainedModel, dense: Path, out: Path) -> None:
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
             weights[f"{name}.weight"] = decode(module)
+        elif isinstance(module, torch.nn.Linear) and f"{name}.weight" in weights:
+            weights[f"{name}.weight"] = module.weight.data
     shutil.copytree(dense, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*"))
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
 
@@ -172,6 +176,9 @@ class Merge:
     options: tuple[str, ...]
 
 
+LIGHT = ("base", "base-v", "base-nearest", "mixed")
+
+
 def merges(base: str) -> dict[str, Merge]:
     return {
         "float32": Merge("lorafuse → float32", base, ("--dtype", "float32")),
@@ -182,6 +189,18 @@ def merges(base: str) -> dict[str, Merge]:
             "bf16",
             ("--base-quant", base, "--dtype", "bfloat16"),
         ),
+        "base": Merge("lorafuse `--format base`", base, ("--format", "base")),
+        "base-v": Merge(
+            "lorafuse `--format base --keep-dense '*.v_proj'`",
+            base,
+            ("--format", "base", "--keep-dense", "*.v_proj"),
+        ),
+        "base-nearest": Merge(
+            "lorafuse `--format base --rounding nearest`",
+            base,
+            ("--format", "base", "--rounding", "nearest"),
+        ),
+        "mixed": Merge("lorafuse `--format mixed`", base, ("--format", "mixed")),
         "16bit": Merge("plain merge into the 16-bit base → bfloat16", "bf16", ("--dtype", "bfloat16")),
     }
 
@@ -242,4 +261,22 @@ def directory(work: Work, adapter: Adapter, row: str) -> Path:
         return peft_merge(work, adapter)
     if row == "naive":
         return quantized_again(work, adapter)
-    return run_lorafuse(work, adapter, row)
+    made = run_lorafuse(work, adapter, row)
+    return loaded_as_stored(work, made) if row in LIGHT else made
+
+
+def stored(work: Work, adapter: Adapter, row: str) -> Path:
+    """Where the files of a row lie as a user would keep them; PEFT's and the naive merge are as large as the
+    base."""
+    return (
+        work.root / f"{adapter.name}-{row}" if row in merges(adapter.base) else work.quantized(adapter.base)
+    )
+
+
+def loaded_as_stored(work: Work, made: Path) -> Path:
+    """A result that is quantized, as transformers and bitsandbytes load and decode it."""
+    out = made.with_name(f"{made.name}-decoded")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    save_decoded(AutoModelForCausalLM.from_pretrained(made), work.dense(), out)
+    return out

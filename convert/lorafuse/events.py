@@ -32,7 +32,8 @@ class PlannedSideFiles(TypedDict):
 
 class PlanEvent(TypedDict):
     """What is going to happen. `weights`: the number of weights by action; `held_whole`: the weights that are
-    held in memory whole. A verification says `nbytes` and no shards."""
+    held in memory whole; `formats`: of a dry run, the bytes of all weights in each format that the base
+    allows. A verification says `nbytes` and no shards."""
 
     event: Literal["plan"]
     nbytes: int
@@ -44,6 +45,7 @@ class PlanEvent(TypedDict):
     config_changes: NotRequired[dict[str, Any]]
     side_files: NotRequired[PlannedSideFiles]
     held_whole: NotRequired[list[str]]
+    formats: NotRequired[dict[str, int]]
     job: NotRequired[str]
 
 

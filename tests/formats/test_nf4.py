@@ -1,5 +1,5 @@
-"""`--format nf4|fp4|int8`: what bitsandbytes on the CPU makes of the merged weights, and without bias on these
-grids; with `--base-quant`, the grid that training saw."""
+"""`--format nf4|fp4|int8`: what bitsandbytes on the CPU makes of the merged weights, and without bias on
+these grids; with `--base-quant`, the grid that training saw."""
 
 import json
 
@@ -159,7 +159,7 @@ def test_another_kind_than_training_saw_is_made_anew(base, adapter, tmp_path):
     ],
 )
 def test_without_bias_on_a_new_grid(dense, kind, options, base, adapter, tmp_path):
-    """From the nearest codes, the sums are rounded between neighbours; what nothing changes has these codes."""
+    """From the nearest codes, the sums are rounded between neighbours; what nothing changes has these."""
     lora = adapter(dense, target_modules=["q_proj", "down_proj"])
     made = {}
     for name, given in {"nearest": {}, "unbiased": {"rounding": "unbiased"}}.items():

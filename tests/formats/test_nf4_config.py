@@ -1,14 +1,13 @@
-"""`--format nf4|fp4|int8`: what stays dense, what config.json says of it, what is refused, and that verify, batch
-and resume work with it."""
+"""`--format nf4|fp4|int8`: what stays dense, what config.json says of it, what is refused, and that verify,
+batch and resume work with it."""
 
 import hashlib
 import json
 
 import pytest
-import torch
-from build import CONFIG, adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
+from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
 from quantized_anew import assert_stored
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lorafuse
@@ -93,14 +92,14 @@ def test_a_tied_embedding_that_changes(base, adapter, tmp_path):
         (
             "nf4",
             {"format": "nf4"},
-            "nf4: is quantized already, and --format nf4 would quantize it again: --format base keeps the update on "
-            "the base's own grid.",
+            "nf4: is quantized already, and --format nf4 would quantize it again: --format base "
+            "keeps the update on the base's own grid.",
         ),
         (
             "int8",
             {"format": "nf4"},
-            "int8: is quantized already, and --format nf4 would quantize it again: --format base keeps the update on "
-            "the base's own grid.",
+            "int8: is quantized already, and --format nf4 would quantize it again: --format base "
+            "keeps the update on the base's own grid.",
         ),
         (
             "bf16",
@@ -115,14 +114,14 @@ def test_a_tied_embedding_that_changes(base, adapter, tmp_path):
         (
             "bf16",
             {"format": "mixed", "base_quant": "nf4"},
-            "--format mixed keeps what the base stores, which is full precision where --base-quant is given: leave "
-            "--format out, or choose --format base.",
+            "--format mixed keeps what the base stores, which is full precision where --base-quant is given: "
+            "leave --format out, or choose --format base.",
         ),
         (
             "bf16",
             {"format": "nf4", "quant_experts": True},
-            "--format nf4: transformers 5 does not load experts that are quantized one by one, as --quant-experts "
-            "says they were: leave --format out.",
+            "--format nf4: transformers 5 does not load experts that are quantized one by one, as "
+            "--quant-experts says they were: leave --format out.",
         ),
         (
             "bf16",

@@ -28,7 +28,8 @@ def uniform(weight, n):
 
 
 def grid_of(tensors, weight):
-    """(codes int64 [n], values float64 [n, number of codes]) of a stored weight, in the order of the weight as it is stored."""
+    """(codes int64 [n], values float64 [n, number of codes]) of a weight, in the order in which it is
+    stored."""
     if f"{weight.removesuffix('.weight')}.SCB" in tensors:
         q, scb = tensors[weight], tensors[f"{weight.removesuffix('.weight')}.SCB"]
         levels = torch.arange(-128, 128, dtype=torch.float32)

@@ -42,7 +42,7 @@ class Arena:
         return self._on_host
 
     def here(self, values: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The values (1-D) in `dtype` on the arena's device: themselves, or a copy in scratch of that name."""
+        """The values (1-D) in `dtype` on the arena's device: themselves, or a copy in scratch."""
         if values.dtype == dtype and values.device == self.device:
             return values
         return self.get(name, values.numel(), dtype).copy_(values)

@@ -57,8 +57,9 @@ def scales_of(values: torch.Tensor, blocksize: int, dtype: torch.dtype, arena: A
 
 
 def nearest_levels(scaled: torch.Tensor, numel: int, kind: str, arena: Arena) -> torch.Tensor:
-    """uint8 [ceil(numel / 2)]: the places in `quantize.levels` of the nearest of each, two to a byte. `scaled`
-    (fp32, within -1 and 1) has room for an element more than `numel`. Valid until the arena's next use."""
+    """uint8 [ceil(numel / 2)]: the places in `quantize.levels` of the nearest of each, two to a byte.
+    `scaled` (fp32, within -1 and 1) has room for an element more than `numel`. Valid until the arena's next
+    use."""
     even = numel + numel % 2
     scaled[numel:even] = 0
     packed = arena.get("four_bit.packed", even // 2, torch.uint8)

@@ -55,7 +55,8 @@ def levels(kind: str) -> torch.Tensor:
 def codes_of_pairs(kind: str) -> NDArray[np.uint8]:
     """uint8 [256]: for two places in `levels`, packed in a byte, their codes, packed in the same way."""
     codes, pairs = np.argsort(_by_code(kind), kind="stable"), np.arange(256)
-    return (codes[pairs >> 4] << 4 | codes[pairs & 15]).astype(np.uint8)
+    packed: NDArray[np.uint8] = (codes[pairs >> 4] << 4 | codes[pairs & 15]).astype(np.uint8)
+    return packed
 
 
 @cache
@@ -78,7 +79,8 @@ def _by_code(kind: str) -> Floats:
     if kind == "nf4":
         return np.array(NF4, np.float32)
     values = np.array([*FP4, *(-value for value in FP4)], np.float32)
-    return values / values.max()
+    normed: Floats = values / values.max()
+    return normed
 
 
 @cache
@@ -223,6 +225,6 @@ class CascadeSum:
 
 
 def int8_rows(half: torch.Tensor, scb: torch.Tensor, q: torch.Tensor) -> None:
-    """Makes of `half` (fp16, 2-D) the codes `q` (fp32, of its shape), given the largest magnitudes `scb` (fp32)
-    of its rows or columns, broadcast against it."""
+    """Makes of `half` (fp16, 2-D) the codes `q` (fp32, of its shape), given the largest magnitudes `scb`
+    (fp32) of its rows or columns, broadcast against it."""
     q.copy_(half).mul_((127.0 / scb).masked_fill_(scb == 0, 0)).round_().add_(0)  # integers have no -0

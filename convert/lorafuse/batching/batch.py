@@ -64,15 +64,14 @@ def batch(
     "dtype"?, "format"?}; `index` and `of` choose a share of them (default: that of a Slurm array task or a
     Kubernetes Indexed Job, else all). A result that is there already and was made from the same inputs with
     the same settings is skipped. `share` says how files that no adapter changes are shared between results:
-    "reflink", "hardlink", "copy", or "auto", the first of these that works. The other options are those of
-    `convert`. Returns a state for each job; a failed job does not cost the others. `on_event` gets the
-    events of `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no job
-    can go on: wrong options or lists, a bad checkpoint, a full disk. What is finished by then stays; the
-    same call goes on with the rest.
+    "reflink", "hardlink", "copy", or "auto", the first that works. The other options are those of `convert`.
+    Returns a state for each job; a failed job does not cost the others. `on_event` gets the events of
+    `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no job can go on;
+    what is finished by then stays, and the same call goes on with the rest.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
-        adapter_scale=adapter_scale, allow_nonfinite=allow_nonfinite,
+        allow_nonfinite=allow_nonfinite, adapter_scale=adapter_scale,
         max_shard_nbytes=parse_nbytes(max_shard_size), memory_nbytes=parse_nbytes(memory_limit),
         **chosen_quants(format, base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),

@@ -46,6 +46,8 @@ class Job:
             adapter_scale=scale,
             dtype=self.dtype or of_call.dtype,
             format=self.format or of_call.format,
+            keep_dense=() if self.format == "dense" else of_call.keep_dense,
+            rounding=None if self.format == "dense" else of_call.rounding,
         )
 
 

@@ -110,6 +110,10 @@ def _merged(facts: Facts) -> Lines:
         "settings", [f"{shown(name)} {shown(_plain(value))}" for name, value in facts["settings"].items()]
     )
     yield "size", f"{_size(facts)} {_counts(facts['dtypes'])}{_in_files(facts)}"
+    sizes = facts["sizes"]
+    if sizes["nbytes"] < sizes["dense_nbytes"]:
+        share = sizes["nbytes"] / sizes["dense_nbytes"]
+        yield "stored", f"{sizes['bits_per_weight']:.2f} bits a weight, {share:.0%} of the dense result"
     yield "weights", ", ".join(f"{n} {shown(action)}" for action, n in sorted(facts["actions"].items()))
     yield from _notes("ignored", (f"{key}: {reason}" for key, reason in facts["ignored"].items()))
     update = facts["update"]

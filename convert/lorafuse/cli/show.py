@@ -8,7 +8,7 @@ from typing import Any
 from lorafuse.cli.streams import say, tell
 from lorafuse.errors import listed, shown
 from lorafuse.events import Event
-from lorafuse.receipt.read import ENOUGH_KEPT, kept_in_sum
+from lorafuse.receipt.read import ENOUGH_KEPT, kept_in_sum, sizes_in_sum
 
 
 class Show:
@@ -55,6 +55,9 @@ def plan_text(plan: dict[str, Any]) -> str:
     """The plan of a dry run for people."""
     weights = ", ".join(f"{n} {action}" for action, n in sorted(plan["weights"].items()))
     lines = [f"{plan['nbytes'] / 1e6:,.1f} MB in {len(plan['shards'])} shards; weights: {weights}"]
+    if len(plan["formats"]) > 1:
+        sizes = (f"{word} {nbytes / 1e6:,.1f} MB" for word, nbytes in plan["formats"].items())
+        lines.append(f"--format: {', '.join(sizes)}")
     lines += [f"  {s['file']}  {s['nbytes'] / 1e6:,.1f} MB  {s['n_weights']} weights" for s in plan["shards"]]
     lines.append(
         f"adapter tensors: {plan['adapter_tensors']['used']} used, {len(plan['adapter_tensors']['ignored'])} "
@@ -79,7 +82,7 @@ def weights_text(receipt: dict[str, Any]) -> str:
         if entry["action"] in ("merged", "replaced", "added"):
             figures = [
                 f"{k} {entry[k]:.4g}"
-                for k in ("rank", "scale", "delta_rel", "kept", "noise", "changed")
+                for k in ("rank", "scale", "delta_rel", "kept", "noise", "changed", "clipped")
                 if entry.get(k) is not None
             ]
             if "updates" in entry:
@@ -99,23 +102,31 @@ def summary_text(receipt: dict[str, Any], ckpt: str, adapters: list[str]) -> str
         else f", {percent(update['least'])} of the update kept where it is least"
     )
     nbytes = sum(output["size"] for output in receipt["outputs"])
+    sizes = sizes_in_sum(receipt["tensors"])
+    light = ""
+    if sizes["nbytes"] < sizes["dense_nbytes"]:
+        of_dense = sizes["nbytes"] / sizes["dense_nbytes"]
+        light = f", {of_dense:.0%} of the dense result, {sizes['bits_per_weight']:.1f} bits a weight,"
     line = (
         f"Merged {listed(adapters)} into {shown(ckpt)} ({shown(receipt['base_semantics'])}): "
         f"{n_merged} of {len(receipt['tensors'])} weights updated{share}; "
-        f"{nbytes / 1e6:,.1f} MB in {receipt['timing']['wall_s']:.1f} s, peak "
+        f"{nbytes / 1e6:,.1f} MB{light} in {receipt['timing']['wall_s']:.1f} s, peak "
         f"{receipt['peak_rss'] / 1e6:,.0f} MB."
     )
     return "\n".join([line, *too_little_text(update)])
 
 
 def too_little_text(update: dict[str, Any]) -> list[str]:
-    """Where less than enough of an update is kept, a line that says so, and what helps."""
-    if not update["n_below"]:
-        return []
-    weights = "1 weight keeps" if update["n_below"] == 1 else f"{update['n_below']} weights keep"
-    least = f"{shown(update['least_in'])} the least ({percent(update['least'])})"
+    """Where less than enough of an update is kept, or much noise is added to it, a line that says so, and
+    what helps."""
     remedy = f": {update['remedy']}" if update["remedy"] else ""
-    return [f"{weights} less than {ENOUGH_KEPT:.0%} of the update, {least}{remedy}."]
+    if update["n_below"]:
+        weights = "1 weight keeps" if update["n_below"] == 1 else f"{update['n_below']} weights keep"
+        least = f"{shown(update['least_in'])} the least ({percent(update['least'])})"
+        return [f"{weights} less than {ENOUGH_KEPT:.0%} of the update, {least}{remedy}."]
+    if update["n_noisy"]:
+        return [f"Rounding adds noise of {update['noise']:.2g} times the size of the update{remedy}."]
+    return []
 
 
 def percent(share: float) -> str:

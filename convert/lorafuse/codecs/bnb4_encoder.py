@@ -28,8 +28,8 @@ from lorafuse.arithmetic.quantize import (
     quant_map,
     scale_by_blocks,
 )
-from lorafuse.codecs.bnb4 import MARKER
 from lorafuse.codecs.bnb4_grid import FourBitGrid, levels_of
+from lorafuse.codecs.bnb4_state import MARKER
 from lorafuse.codecs.encoder import FinishedTiles, Piece
 from lorafuse.codecs.quantizing import OnGrid, QuantizedOnLoad, QuantizingEncoder, put, stored
 from lorafuse.codecs.sources import Raw
@@ -42,10 +42,7 @@ OFFSET_NBYTES = 24  # of the longest text of a number of fp32 in JSON, -1.175494
 class FourBitEncoder(QuantizingEncoder):
     """A tile has whole blocks. `held_nbytes`: the scales of scales."""
 
-    __slots__ = (
-        "_base", "_draws", "_dtype", "_moves", "_n_blocks", "_name", "_quant", "_spec", "_state", "held_nbytes",
-        "needs_pass", "rounding", "row_multiple", "tensors",
-    )  # fmt: skip
+    __slots__ = ("_n_blocks", "held_nbytes", "needs_pass", "row_multiple", "tensors")
 
     def __init__(
         self,
@@ -55,7 +52,7 @@ class FourBitEncoder(QuantizingEncoder):
         rounding: str | None,
         base: QuantizedOnLoad | None = None,
     ) -> None:
-        self._set(name, spec, quant, rounding, base)
+        super().__init__(name, spec, quant, rounding, base)
         self._n_blocks = -(-spec.numel // quant.blocksize)
         self.row_multiple = quant.blocksize // math.gcd(spec.n_cols, quant.blocksize)
         self.needs_pass = quant.double_quant and base is None
@@ -145,8 +142,8 @@ class FourBitEncoder(QuantizingEncoder):
         packed: torch.Tensor,
         arena: Arena,
     ) -> torch.Tensor:
-        """Fills `packed` with the nearest codes, given the scale of each block and what a reader decodes of it.
-        Returns what a reader decodes."""
+        """Fills `packed` with the nearest codes, given the scale of each block, and what a reader gets for
+        it. Returns what a reader decodes."""
         decoded = arena.get("quantizing.decoded", values.numel(), self._dtype)
         pairs, codes = byte_pairs(quant_map(self._quant.kind)), codes_of_pairs(self._quant.kind)
         for at in range(0, values.numel(), CHUNK_NUMEL):

@@ -16,9 +16,7 @@ from lorafuse.settings import BaseQuant
 class Int8Encoder(QuantizingEncoder):
     """The scale of a row is its largest magnitude in fp16."""
 
-    __slots__ = (
-        "_base", "_draws", "_dtype", "_module", "_moves", "_name", "_quant", "_spec", "_state", "rounding", "tensors",
-    )  # fmt: skip
+    __slots__ = ("_module", "tensors")
 
     def __init__(
         self,
@@ -28,7 +26,7 @@ class Int8Encoder(QuantizingEncoder):
         rounding: str | None,
         base: QuantizedOnLoad | None = None,
     ) -> None:
-        self._set(name, spec, quant, rounding, base)
+        super().__init__(name, spec, quant, rounding, base)
         self._module = name.removesuffix(".weight")
         self.tensors = (
             stored(name, "I8", *spec.shape),

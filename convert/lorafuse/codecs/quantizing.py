@@ -1,9 +1,9 @@
 """Weights of the output that are quantized here, as bitsandbytes quantizes a weight when a model is loaded.
 
-What is quantized is the finished weight, cast to the dtype that it would have in full precision: then codes are
-those of the nearest values, or, where asked for, the fp32 sums are rounded without bias onto the grid that these
-scales make. Or it is the base, which training saw quantized so: then its changes are rounded onto its own grid.
-All of it is computed on the host.
+What is quantized is the finished weight, cast to the dtype that it would have in full precision: then codes
+are those of the nearest values, or, where asked for, the fp32 sums are rounded without bias onto the grid
+that these scales make. Or it is the base, which training saw quantized so: then the sums are rounded onto its
+own grid. All of it is computed on the host.
 """
 
 from abc import abstractmethod
@@ -32,45 +32,36 @@ class QuantizedOnLoad(Sources, Protocol):
 
 
 class OnGrid(NamedTuple):
-    """A quantized tile. `grid` has its codes, which lie in the tile's buffer; `values` (1-D) is what they stand
-    for."""
+    """A quantized tile. `grid` has its codes, which lie in the tile's buffer; `values` (1-D) is what they
+    stand for."""
 
     grid: Grid
     values: torch.Tensor
     pieces: tuple[Piece, ...]
 
 
-class QuantizingEncoder(Encoder, Protocol):
+class QuantizingEncoder(Encoder):
     """One weight (out, in). `rounding`: of sums onto the grid that is made of what is quantized."""
 
-    __slots__ = ()
+    __slots__ = ("_base", "_draws", "_dtype", "_moves", "_name", "_quant", "_spec", "_state", "rounding")
 
     clips = True
 
-    _base: QuantizedOnLoad | None
-    _draws: Draws | None
-    _dtype: torch.dtype
-    _moves: bool
-    _name: str
-    _quant: BaseQuant
-    _state: Raw
-    _spec: TensorSpec
-
-    def _set(
+    def __init__(
         self,
         name: str,
         spec: TensorSpec,
         quant: BaseQuant,
         rounding: str | None,
-        base: QuantizedOnLoad | None,
+        base: QuantizedOnLoad | None = None,
     ) -> None:
         """`rounding`: None where sums are not rounded, since they are what is quantized, or nothing changes.
         `base`: whose own grid it is."""
         self._name, self._spec, self._quant, self._base = name, spec, quant, base
-        self._dtype = getattr(torch, spec.torch_name)
+        self._dtype: torch.dtype = getattr(torch, spec.torch_name)
         self._moves, self.rounding = rounding is not None, rounding or "nearest"
         self._draws = Draws(name) if rounding == "unbiased" else None
-        self._state = ()
+        self._state: Raw = ()
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -7,7 +7,6 @@ With both, an adapter's replacement of a weight is dense.
 """
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from lorafuse.codecs.encoder import Encoder
@@ -19,6 +18,7 @@ from lorafuse.codecs.stored import StoredEncoder, stored_names
 from lorafuse.errors import UsageError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.formats.format import Format, WeightToStore
+from lorafuse.formats.keep_dense import KeepDense
 from lorafuse.formats.not_converted import with_dense_modules
 from lorafuse.formats.quantized import on_simulated_base
 from lorafuse.settings import Settings
@@ -65,7 +65,7 @@ class AsStored(Format):
         word = settings.format
         if settings.dtype != "auto":
             raise UsageError(f"--format {word} keeps the base's own dtypes: leave --dtype out.")
-        self._config, self._weights, self._patterns = ckpt.config, weights, dense
+        self._config, self._weights, self._keep_dense = ckpt.config, weights, KeepDense(dense)
         self._unbiased, self._word = settings.rounding != "nearest", word
         self._of_base: dict[int, str] = {}
         self._quantized: set[str] = set()  # weights of the output
@@ -87,8 +87,7 @@ class AsStored(Format):
                 f"--format {self._word}: {shown(weight.name)} is made from several weights of the base, "
                 "which keeps them apart: leave --format out."
             )
-        module = weight.name.removesuffix(".weight")
-        if weight.sources is not base or any(fnmatchcase(module, pattern) for pattern in self._patterns):
+        if weight.sources is not base or self._keep_dense.names(weight.name):
             self._dense.add(weight.name)
             return PlainEncoder(weight.name, weight.spec)
         self._quantized.add(weight.name)
@@ -114,3 +113,6 @@ class AsStored(Format):
         if not self._quantized:
             return {}
         return with_dense_modules(self._config, self._dense, self._quantized, self._weights)
+
+    def warnings(self) -> list[str]:
+        return [] if self._word == "mixed" else self._keep_dense.warnings()

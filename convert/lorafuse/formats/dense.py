@@ -35,6 +35,9 @@ class Dense(Format):
     def config(self) -> Mapping[str, Any]:
         return {}
 
+    def warnings(self) -> list[str]:
+        return []
+
 
 class Values(Format):
     """The values of every weight, also of bytes that would not change: what other results are compared
@@ -48,3 +51,6 @@ class Values(Format):
 
     def config(self) -> Mapping[str, Any]:
         return {}
+
+    def warnings(self) -> list[str]:
+        return []

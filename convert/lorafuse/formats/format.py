@@ -1,6 +1,6 @@
 """What a format of the output (`--format`) decides."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,16 +27,17 @@ class WeightToStore:
 
 
 class Format(Protocol):
-    """How the weights of one output are stored. `warnings`: for whoever asked for it."""
-
-    warnings: Sequence[str] = ()
+    """How the weights of one output are stored."""
 
     def encoder_of(self, weight: WeightToStore) -> Encoder:
         """Returns the encoder of a weight. Raises UsageError where the weight cannot be stored so."""
 
     def config(self) -> Mapping[str, Any]:
-        """Returns the fields of config.json that a reader of the weights needs which had their encoders from
-        here."""
+        """Returns the fields of config.json that a reader of the weights needs, once all of them have had
+        their encoders from here."""
+
+    def warnings(self) -> list[str]:
+        """Returns what a user should know of the weights that had their encoders from here."""
 
 
 # The base, the settings of a run and the base's weights → a format. Raises UsageError for settings that make

@@ -57,8 +57,8 @@ def dense_modules(
     quantized: Iterable[str],
     weights: Mapping[str, Sources],
 ) -> list[str]:
-    """The list of an output whose weights are all quantized here or dense: the modules of the weights `dense`, and
-    the output embedding, which a list takes the place of."""
+    """The list of an output whose weights are all quantized here or dense: the modules of the weights
+    `dense`, and the output embedding, which readers leave dense only where there is no list."""
     names = _Modules(config, weights)
     modules = names.of([*dense, names.head])
     return _catching_nothing_else(names.fused(modules), names.of(quantized))

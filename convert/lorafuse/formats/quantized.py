@@ -7,7 +7,6 @@ result when it loads it, or, of a base that training saw quantized so, the grid 
 
 from collections import Counter
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from lorafuse.arithmetic.arena import device_kind
@@ -22,6 +21,7 @@ from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.tensors import FLOATS
 from lorafuse.formats.dense import dense_encoder
 from lorafuse.formats.format import Format, WeightToStore
+from lorafuse.formats.keep_dense import KeepDense
 from lorafuse.formats.not_converted import dense_modules
 from lorafuse.settings import BaseQuant, Settings
 from lorafuse.trained_base.which_weights import quantized_on_load
@@ -47,7 +47,7 @@ class Quantized(Format):
         self._ckpt, self._settings, self._weights = ckpt, settings, weights
         self._quant = quant or settings.quantization
         self._own_grid = settings.base_quant is not None and settings.base_quant.kind == self._quant.kind
-        self.warnings: list[str] = []
+        self._keep_dense, self._warnings = KeepDense(settings.keep_dense), list[str]()
         self._refuse()
         self._chosen = {id(weights[name]) for name in self._on_load()}
         self._outputs: dict[str, Sources] = {}  # weights of the output
@@ -58,13 +58,13 @@ class Quantized(Format):
         settings, word = self._settings, f"--format {self._settings.format}"
         if any(sources.scheme.kind != "dense" for sources in self._weights.values()):
             raise UsageError(
-                f"{shown(self._ckpt.folder)}: is quantized already, and {word} would quantize it again: --format "
-                "base keeps the update on the base's own grid."
+                f"{shown(self._ckpt.folder)}: is quantized already, and {word} would quantize it again: "
+                "--format base keeps the update on the base's own grid."
             )
         if self._quant.experts:
             raise UsageError(
-                f"{word}: transformers 5 does not load experts that are quantized one by one, as --quant-experts "
-                "says they were: leave --format out."
+                f"{word}: transformers 5 does not load experts that are quantized one by one, as "
+                "--quant-experts says they were: leave --format out."
             )
         if self._own_grid and settings.dtype != "auto":
             raise UsageError(f"{word} keeps the dtypes that training saw: leave --dtype out.")
@@ -75,11 +75,11 @@ class Quantized(Format):
         """The weights of the base that transformers quantizes on loading."""
         if self._settings.base_quant:
             return [name for name, sources in self._weights.items() if isinstance(sources, QuantizedOnLoad)]
-        chosen = quantized_on_load(self._weights, self._ckpt, self._quant, self.warnings.append)
+        chosen = quantized_on_load(self._weights, self._ckpt, self._quant, self._warnings.append)
         if not chosen:
             raise UsageError(
-                f"{shown(self._ckpt.folder)}: transformers 5 quantizes no weight of it on loading; leave --format "
-                "out."
+                f"{shown(self._ckpt.folder)}: transformers 5 quantizes no weight of it on loading; leave "
+                "--format out."
             )
         return chosen
 
@@ -87,10 +87,9 @@ class Quantized(Format):
         self._outputs[weight.name] = weight.base or weight.sources
         if weight.spec.dtype in FLOATS:
             self._dtypes[weight.spec.torch_name] += weight.spec.nbytes
-        kept = not weight.untouched and any(
-            fnmatchcase(weight.name.removesuffix(".weight"), pattern) for pattern in self._settings.keep_dense
-        )
-        if id(weight.base) not in self._chosen or weight.sources is not weight.base or kept:
+        if id(weight.base) not in self._chosen or weight.sources is not weight.base:
+            return dense_encoder(weight)
+        if not weight.untouched and self._keep_dense.names(weight.name):
             return dense_encoder(weight)
         if is_conv1d(self._ckpt.config, weight.name):
             raise UsageError(
@@ -130,6 +129,9 @@ class Quantized(Format):
                 "quant_method": "bitsandbytes",
             }
         }
+
+    def warnings(self) -> list[str]:
+        return [*self._warnings, *self._keep_dense.warnings()]
 
     def _list(self) -> list[str] | None:
         """Modules that are dense; None where a reader leaves these dense by itself."""

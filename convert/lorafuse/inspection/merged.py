@@ -12,9 +12,9 @@ from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES
 from lorafuse.receipt.fields import Receipt
-from lorafuse.receipt.read import kept_in_sum, read_receipt, worst_first
+from lorafuse.receipt.read import kept_in_sum, read_receipt, sizes_in_sum, worst_first
 
-_FIGURES = ("kept", "noise", "delta_rel", "delta_norm", "changed")
+_FIGURES = ("kept", "noise", "delta_rel", "delta_norm", "changed", "clipped")
 
 
 def inspect_merged(folder: Folder, name: str) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def inspect_merged(folder: Folder, name: str) -> dict[str, Any]:
         "actions": Counter(entry["action"] for entry in tensors.values()),
         "ignored": receipt["adapter_tensors"]["ignored"],
         "update": kept_in_sum(tensors),
+        "sizes": sizes_in_sum(tensors),
         "weights": [_weight(weight, tensors[weight]) for weight in worst_first(tensors)],
     }
 

@@ -10,7 +10,10 @@ def announced(plan: Plan, *, dry_run: bool = False) -> tuple[list[WarningEvent],
     """An event for each warning, and the plan's. The adapters' copies of base weights, which planning did not
     read, are compared before a merge."""
     messages = plan.warnings if dry_run else plan.all_warnings()
-    return [{"event": "warning", "message": message} for message in messages], plan_event(plan)
+    planned = plan_event(plan)
+    if dry_run:
+        planned["formats"] = plan.sizes_by_format()
+    return [{"event": "warning", "message": message} for message in messages], planned
 
 
 def plan_event(plan: Plan) -> PlanEvent:

@@ -8,6 +8,7 @@ import json
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lorafuse._version import __version__
@@ -21,6 +22,7 @@ from lorafuse.formats import FORMATS
 from lorafuse.formats.format import Format, MakeFormat, WeightToStore
 from lorafuse.naming import Names
 from lorafuse.planning.base_check import base_copies, base_warnings, naming_the_base
+from lorafuse.planning.by_format import sizes_by_format
 from lorafuse.planning.combine import AdapterSays, WeightedAdapter, combine, common_model, in_order
 from lorafuse.planning.edits import own_edits
 from lorafuse.planning.memory import fit_memory
@@ -65,8 +67,8 @@ def make_plan(
     edits, ignored = combine(said, model, names)
     untied = settle_tied(names, edits, ignored)
     how = (make_format or _format_of(settings))(ckpt, settings, weights)
-    warnings += how.warnings
-    steps = _steps(model, names, edits, untied, settings.dtype, how)
+    stored_so = partial(_steps, model, names, edits, untied)
+    steps = stored_so(settings.dtype, how)
     if not steps:
         raise CheckpointError(f"{shown(ckpt.folder)}: holds no weight.")
     shards = split_shards(steps, settings.max_shard_nbytes)
@@ -82,10 +84,10 @@ def make_plan(
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
     plan_id = _plan_id(ckpt, adapters[0].adapter, summed, settings, shards)
     side_files = _side_files(ckpt, adapters[0].adapter, names, steps, config_changes)
-    warnings += side_files.warnings
+    warnings += [*how.warnings(), *side_files.warnings]
     return Plan(
         shards, plan_id, memory, held_nbytes, config_changes, how.config(), used, ignored, warnings, copies,
-        side_files,
+        side_files, partial(sizes_by_format, ckpt, settings, weights, stored_so),
     )  # fmt: skip
 
 

@@ -13,17 +13,21 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.names import RECEIPT
 from lorafuse.files.safetensors_file import FormatError
+from lorafuse.files.tensors import DTYPES, SAFETENSORS_NAMES
 from lorafuse.receipt.fields import SCHEMA, Receipt
 
 # Where a smaller share of the update is kept, another dtype is worth a word.
 ENOUGH_KEPT = 0.97
-# The dtype that was written → what keeps more.
+# Where the rounding of a quantized weight adds more than so many times the update, too.
+MUCH_NOISE = 1.0
+# How the weight was written → what keeps more.
 REMEDIES = {
+    "quantized": "--keep-dense PATTERN leaves some of them dense, --format mixed all that changes",
     "bfloat16": "--dtype float16 keeps 3 more bits (an overflow ends the run), --dtype float32 keeps "
     "everything",
     "float16": "--dtype float32 keeps everything",
 }
-_FIGURES = ("delta_norm", "delta_rel", "kept", "noise", "changed")
+_FIGURES = ("delta_norm", "delta_rel", "kept", "noise", "changed", "clipped")
 _FIELDS: dict[str, type] = {"tool": dict, "settings": dict, "inputs": list, "outputs": list, "tensors": dict}
 _FIELDS |= {"adapter_tensors": dict, "base_semantics": str}
 
@@ -56,8 +60,8 @@ class StoredEntry(NamedTuple):
 
     name: str
     weight: str
-    dtype: object
-    shape: object
+    dtype: Any
+    shape: Any
 
 
 def stored_tensors(tensors: Entries) -> Iterator[StoredEntry]:
@@ -76,10 +80,22 @@ def _broken(receipt: dict[str, Any]) -> Iterator[str]:
     adapter_tensors = {"used": list, "ignored": dict}
     yield from ["adapter_tensors"] * (not _has(receipt["adapter_tensors"], adapter_tensors))
     for name, entry in receipt["tensors"].items():
-        right = _has(entry, {"action": str, "dtype": str, "shape": list}) and all(
-            type(n) is int for n in entry["shape"]
+        stored = entry.get("stored", {}) if isinstance(entry, dict) else None
+        right = (
+            _has(entry, {"action": str})
+            and isinstance(stored, dict)
+            and all(_is_spec(spec) for spec in (entry, *stored.values()))
         )
         yield from [name] * (not right or not all(_is_figure(entry.get(figure)) for figure in _FIGURES))
+
+
+def _is_spec(value: object) -> bool:
+    """A dtype and a shape."""
+    return (
+        isinstance(value, dict)
+        and _has(value, {"dtype": str, "shape": list})
+        and all(type(n) is int and n >= 0 for n in value["shape"])
+    )
 
 
 def _has(value: object, fields: Mapping[str, type]) -> bool:
@@ -106,8 +122,8 @@ def _badness(entry: Mapping[str, Any]) -> tuple[float, float]:
 
 def kept_in_sum(tensors: Entries) -> dict[str, Any]:
     """How much of the update is in the stored weights: `kept` and `noise` over all of them, `least` in the
-    weight `least_in`, the number `n_below` of those that keep less than ENOUGH_KEPT, and the `remedy`. None
-    where there is no figure or no remedy."""
+    weight `least_in`, the number `n_below` of those that keep less than enough, and the `remedy`; `n_noisy`:
+    quantized weights with more than MUCH_NOISE. None where there is no figure or no remedy."""
     names = [name for name in worst_first(tensors) if tensors[name].get("kept") is not None]
     squares = [(tensors[name].get("delta_norm") or 0.0) ** 2 for name in names]
     total = sum(squares)
@@ -115,13 +131,40 @@ def kept_in_sum(tensors: Entries) -> dict[str, Any]:
     noise = sum(
         square * (tensors[name].get("noise") or 0.0) ** 2 for square, name in zip(squares, names, strict=True)
     )
-    below = [name for name in names if tensors[name]["kept"] < ENOUGH_KEPT]
-    dtypes = {tensors[name]["dtype"] for name in below}
+    below = [name for name in names if tensors[name]["kept"] < _enough(tensors[name])]
+    noisy = [name for name in names if "clipped" in tensors[name] and tensors[name]["noise"] > MUCH_NOISE]
+    poor = [tensors[name] for name in (*below, *noisy)]
+    written = {"quantized" if "clipped" in entry else entry["dtype"] for entry in poor}
     return {
         "kept": kept / total if total else None,
         "noise": math.sqrt(noise / total) if total else None,
         "least": tensors[names[0]]["kept"] if names else None,
         "least_in": names[0] if names else None,
         "n_below": len(below),
-        "remedy": next((remedy for dtype, remedy in REMEDIES.items() if dtype in dtypes), None),
+        "n_noisy": len(noisy),
+        "remedy": next((remedy for how, remedy in REMEDIES.items() if how in written), None),
     }
+
+
+def _enough(entry: Mapping[str, Any]) -> float:
+    """Of a weight that was rounded without bias, less three times what chance makes of `kept`."""
+    if "clipped" not in entry:
+        return ENOUGH_KEPT
+    return ENOUGH_KEPT - 3 * (entry["noise"] or 0.0) / math.sqrt(max(math.prod(entry["shape"]), 1))
+
+
+def sizes_in_sum(tensors: Entries) -> dict[str, Any]:
+    """`nbytes` of all stored tensors, `dense_nbytes` of the weights in their own dtypes, and
+    `bits_per_weight`: 8 · nbytes over the number of elements. Dtypes that are not known count 0."""
+    nbytes = sum(_nbytes(stored.dtype, stored.shape) for stored in stored_tensors(tensors))
+    numel = sum(math.prod(entry["shape"]) for entry in tensors.values())
+    return {
+        "nbytes": nbytes,
+        "dense_nbytes": sum(_nbytes(entry["dtype"], entry["shape"]) for entry in tensors.values()),
+        "bits_per_weight": 8 * nbytes / numel if numel else None,
+    }
+
+
+def _nbytes(dtype: str, shape: list[int]) -> int:
+    known = SAFETENSORS_NAMES.get(dtype)
+    return DTYPES[known][0] * math.prod(shape) if known else 0
