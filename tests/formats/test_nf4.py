@@ -6,7 +6,7 @@ import json
 import own_grid
 import pytest
 import torch
-from build import adapter_tensors, write_adapter, write_checkpoint
+from build import CONFIG, adapter_tensors, write_adapter, write_checkpoint
 from quantized_anew import assert_stored, by_bitsandbytes, linear_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -14,6 +14,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import lorafuse
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+CONV1D = ["c_attn", "c_proj", "c_fc"]
+
+
+def targets_of(kind):
+    of_gpt2 = {"target_modules": CONV1D, "fan_in_fan_out": True}
+    return of_gpt2 if kind.startswith("gpt2") else {"target_modules": TARGETS}
 
 
 def stored(folder):
@@ -25,7 +31,8 @@ def expected_of(dense, kind, **settings):
     linears = linear_weights(dense)
     made = {name: t for name, t in dense.items() if name not in linears}
     for name in linears:
-        made |= by_bitsandbytes(name, dense[name], kind, **settings)
+        weight = dense[name].T.contiguous() if name.startswith("transformer.h.") else dense[name]
+        made |= by_bitsandbytes(name, weight, kind, **settings)
     return made
 
 
@@ -42,13 +49,17 @@ def expected_of(dense, kind, **settings):
         ("bf16", "int8", {}),
         ("fp32", "int8", {}),
         ("bf16_odd", "int8", {}),
+        ("gpt2_bf16", "nf4", {}),
+        ("gpt2", "fp4", {"quant_blocksize": 4096}),
+        ("gpt2_bf16", "nf4", {"double_quant": False}),
+        ("gpt2", "int8", {}),
     ],
 )
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_as_bitsandbytes_makes_it_of_the_dense_result(
     dense, kind, options, use_dora, base, adapter, tmp_path
 ):
-    lora = adapter(dense, target_modules=TARGETS, use_dora=use_dora)
+    lora = adapter(dense, use_dora=use_dora, **targets_of(dense))
     lorafuse.convert(base(dense), lora, tmp_path / "dense")
     lorafuse.convert(base(dense), lora, tmp_path / "out", format=kind, **options)
     settings = {name.removeprefix("quant_"): value for name, value in options.items()}
@@ -80,11 +91,13 @@ def config_of(folder):
         ),
         ("bf16_tied", "nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
         ("bf16", "int8", {"load_in_8bit": True}),
+        ("gpt2_bf16", "nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        ("gpt2", "int8", {"load_in_8bit": True}),
     ],
 )
 def test_as_transformers_saves_the_dense_result_and_loads_it(dense, kind, settings, base, adapter, tmp_path):
     """Bytes and config; the same logits, and it generates."""
-    lora = adapter(dense, target_modules=TARGETS)
+    lora = adapter(dense, **targets_of(dense))
     lorafuse.convert(base(dense), lora, tmp_path / "dense")
     double_quant = settings.get("bnb_4bit_use_double_quant", kind == "int8")
     lorafuse.convert(base(dense), lora, tmp_path / "out", format=kind, double_quant=double_quant)
@@ -100,15 +113,11 @@ def test_as_transformers_saves_the_dense_result_and_loads_it(dense, kind, settin
     with torch.no_grad():
         assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
     assert ours.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, 15)
-    assert (
-        type(ours.model.layers[0].self_attn.q_proj).__name__
-        == type(theirs.model.layers[0].self_attn.q_proj).__name__
-        != "Linear"
-    )
+    classes = [{n: type(m) for n, m in model.named_modules()} for model in (ours, theirs)]
+    assert classes[0] == classes[1]
 
 
-@pytest.mark.parametrize("form", ["base", "same kind"])
-@pytest.mark.parametrize("rounding", [None, "nearest"])
+@pytest.mark.parametrize(("form", "rounding"), [("base", None), ("same kind", "nearest")])
 @pytest.mark.parametrize(
     ("dense", "kind", "options"),
     [
@@ -118,11 +127,13 @@ def test_as_transformers_saves_the_dense_result_and_loads_it(dense, kind, settin
         ("bf16", "fp4_dq", {"base_quant": "fp4"}),
         ("bf16", "nf4", {"base_quant": "nf4", "double_quant": False}),
         ("bf16", "int8", {"base_quant": "int8"}),
+        ("gpt2_bf16", "gpt2_nf4", {"base_quant": "nf4", "double_quant": False}),
+        ("gpt2_bf16", "gpt2_int8", {"base_quant": "int8"}),
     ],
 )
 def test_the_grid_that_training_saw(dense, kind, options, form, rounding, base, adapter, tmp_path):
     """Every byte as from a base that is stored so; weights that nothing changes too."""
-    lora = adapter(dense, target_modules=TARGETS)
+    lora = adapter(dense, **targets_of(dense))
     form, given = (
         "base" if form == "base" else options["base_quant"],
         {"rounding": rounding, "adapter_scale": 0.2},
@@ -205,3 +216,37 @@ def test_bytes_depend_on_no_tile_and_measures_are_of_what_a_reader_decodes(
     beyond = (x > values.amax(1)) | (x < values.amin(1))
     assert entry["clipped"] == pytest.approx(float(beyond.double().mean()))
     assert entry["rounding"] == rounding
+
+
+@pytest.mark.parametrize("shape", [(50, 70), (64, 48)])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("nf4", {}), ("fp4", {"quant_blocksize": 128, "double_quant": False}), ("int8", {})],
+)
+def test_transposed_weights_in_any_tiles(kind, options, shape, tmp_path, monkeypatch):
+    """The nearest as bitsandbytes makes it, a last block that is short too, and from there without bias."""
+    name = "transformer.h.0.mlp.c_fc.weight"
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(shape).bfloat16(), "lm_head.weight": torch.randn(8, 50).bfloat16()}
+    ckpt = write_checkpoint(tmp_path / "ckpt", tensors, config=CONFIG | {"model_type": "gpt2"})
+    key = f"base_model.model.{name.removesuffix('.weight')}"
+    factors = {"lora_A": torch.randn(4, shape[0]) * 0.1, "lora_B": torch.randn(shape[1], 4) * 0.1}
+    lora = write_adapter(tmp_path / "lora", {f"{key}.{n}.weight": t for n, t in factors.items()})
+    lorafuse.convert(ckpt, lora, tmp_path / "dense")
+    lorafuse.convert(ckpt, lora, tmp_path / "sums", dtype="float32")
+    expected = expected_of(
+        stored(tmp_path / "dense"), kind, **{n.removeprefix("quant_"): v for n, v in options.items()}
+    )
+    x = stored(tmp_path / "sums")[name].double().T.reshape(-1)
+    u = own_grid.uniform(name, len(x)).reshape(shape).T.reshape(-1)
+    codes, values = own_grid.grid_of(expected, name)
+    unbiased, _ = own_grid.rounded(codes, values, x, u)
+    for tile in (1 << 19, 1 << 9):
+        monkeypatch.setattr("lorafuse.planning.plan.TILE_NUMEL", tile)
+        out = tmp_path / str(tile)
+        lorafuse.convert(ckpt, lora, out, format=kind, **options)
+        assert_stored(stored(out), expected)
+        lorafuse.convert(ckpt, lora, out, format=kind, rounding="unbiased", overwrite=True, **options)
+        found, _ = own_grid.grid_of(stored(out), name)
+        assert torch.equal(values.gather(1, found[:, None]), values.gather(1, unbiased[:, None]))
+        lorafuse.verify(out, ckpt=ckpt, adapters=[lora])

@@ -134,7 +134,8 @@ def test_peak_memory_of_a_matrix_that_is_quantized(options, tmp_path):
     piece = torch.randn(1 << 19, dtype=torch.float32).mul_(0.02).bfloat16().view(torch.uint8)
     tensors = {w: ("BF16", [rows, cols], piece.numpy().tobytes(), rows * cols >> 19)}
     ckpt, _ = write_pair(tmp_path, w, (rows, cols), 16, tensors)
-    beyond = beyond_torch("convert", "-q", ckpt, full_update(tmp_path, w, rows, cols), tmp_path / "out", *options)
+    lora = full_update(tmp_path, w, rows, cols)
+    beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out", *options)
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
 
 

@@ -1,6 +1,7 @@
 """What bitsandbytes on the CPU makes of weights in full precision, as transformers stores it."""
 
 import json
+import re
 
 import bitsandbytes.functional as bnb
 import torch
@@ -45,5 +46,6 @@ def assert_stored(found, expected):
 
 
 def linear_weights(tensors):
-    """Those of a Llama that transformers quantizes."""
-    return [name for name in tensors if name.endswith("_proj.weight")]
+    """Those of a Llama or GPT-2 that transformers quantizes."""
+    in_blocks = re.compile(r".*_proj\.weight|.*\.h\..*\.(c_attn|c_proj|c_fc)\.weight")
+    return [name for name in tensors if in_blocks.fullmatch(name)]

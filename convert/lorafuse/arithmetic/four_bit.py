@@ -29,8 +29,8 @@ class ScalesOfScales:
         self._n_done += absmax.size
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(float32 [nested blocks], float32 []): their scales, and the mean. The largest distance from the
-        mean is that of the lowest or highest, since rounding keeps the order."""
+        """(float32 [nested blocks], float32 []): their scales, and the mean; to be called once. The largest
+        distance from the mean is that of the lowest or highest, since rounding keeps the order."""
         mean = self._sum.mean()
         return torch.from_numpy(np.maximum(self._high - mean, mean - self._low)), torch.tensor(
             mean, dtype=torch.float32
@@ -44,6 +44,18 @@ def double_quantized(
     outer = nested[(first + torch.arange(absmax.numel())) // NESTED_BLOCKSIZE]
     codes = torch.from_numpy(quantize.nested_codes(absmax.numpy(), np.float32(mean.item()), outer.numpy()))
     return codes, nested_absmax(codes, quantize.dynamic_map(), outer, mean.item())
+
+
+def known_scales(absmax: torch.Tensor, *, double_quant: bool) -> tuple[torch.Tensor, ...]:
+    """Of the scales of all blocks (fp32): these, what a reader gets for them, what is stored of them, and
+    with double quantization what ScalesOfScales finds."""
+    if not double_quant:
+        return absmax, absmax, absmax
+    of_scales = ScalesOfScales(absmax.numel())
+    of_scales.add(absmax.numpy())
+    nested, mean = of_scales.result()
+    codes, scales = double_quantized(absmax, 0, nested, mean)
+    return absmax, scales, codes, nested, mean
 
 
 def scales_of(values: torch.Tensor, blocksize: int, dtype: torch.dtype, arena: Arena) -> torch.Tensor:

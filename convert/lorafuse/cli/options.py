@@ -66,8 +66,9 @@ output_options = _all(
                       "decodes to."),
     click.option("--format", type=click.Choice(FORMAT_CHOICES), default="dense", show_default=True,
                  help="How weights are stored: in full precision; all as the base stores them, what changes "
-                      "rounded without bias onto the base's own grid; or what changes in full precision and "
-                      "the rest as the base stores it."),
+                      "rounded without bias onto the base's own grid; what changes in full precision and the "
+                      "rest as the base stores it; or a base in full precision quantized as bitsandbytes "
+                      "does on loading."),
     click.option("--keep-dense", multiple=True, metavar="PATTERN",
                  help="With a light --format, changed weights of modules of this name become dense, "
                       "'*.v_proj' for example; repeatable."),
@@ -93,12 +94,12 @@ base_options = _all(
                  help="Treat a full-precision CKPT as training saw it: quantized, and dequantized, as "
                       "bitsandbytes does."),
     click.option("--double-quant/--no-double-quant", default=True, show_default=True,
-                 help="Whether training quantized the scales of nf4 and fp4 as well."),
+                 help="Whether the scales of nf4 and fp4 are quantized as well, by training or by --format."),
     click.option("--quant-blocksize", type=int, default=64, show_default=True,
                  help="Elements to a scale of nf4 and fp4."),
     click.option("--quant-skip", multiple=True, metavar="NAME",
-                 help="Modules that training did not quantize, instead of those that transformers skips; "
-                      "repeatable."),
+                 help="Modules that are not quantized, by training or by --format, instead of those that "
+                      "transformers skips; repeatable."),
     click.option("--quant-experts", is_flag=True,
                  help="Training quantized the experts of a mixture too: transformers 4 did, 5 does not."),
     click.option("--base-quant-from", metavar="FILE",

@@ -109,30 +109,35 @@ class FourBitEncoder(QuantizingEncoder):
         stored_scales, scales = double_quantized(absmax, first, *state) if state else (absmax, absmax)
         packed = buffer[: -(-values.numel() // 2)]
         decoded = self._codes(values, absmax, scales, packed, arena)
-        pieces = [Piece(self._name, start // 2, 0, packed.numel())]
-        at = packed.numel()
-        for name, offset, tensor in self._beside(first, stored_scales, state):
-            end = put(buffer, at, tensor)
-            pieces.append(Piece(name, offset, at, end - at))
-            at = end
+        codes = Piece(self._name, start // 2, 0, packed.numel())
+        beside = self._beside(first, stored_scales, state, buffer[packed.numel() :], once=start == 0)
+        pieces = (codes, *(piece._replace(start=piece.start + packed.numel()) for piece in beside))
+        return OnGrid(self._grid(packed, scales, self._quant.blocksize), decoded, pieces)
+
+    def _grid(self, packed: torch.Tensor, scales: torch.Tensor, run: int) -> FourBitGrid:
         levels = levels_of(quant_map(self._quant.kind).numpy().tobytes(), self._dtype)
-        return OnGrid(FourBitGrid(packed, scales, levels, self._quant.blocksize, 0), decoded, tuple(pieces))
+        return FourBitGrid(packed, scales, levels, run, 0)
 
     def _beside(
-        self, first: int, stored_scales: torch.Tensor, state: Raw
-    ) -> Iterator[tuple[str, int, torch.Tensor]]:
-        """(stored tensor, byte in it, what is put there) beside the codes of a tile from block `first` on."""
-        yield f"{self._name}.absmax", first * stored_scales.itemsize, stored_scales
-        if first:
-            return
-        mean = 0.0
-        if state:
-            yield f"{self._name}.nested_absmax", 0, state[0]
-            yield f"{self._name}.nested_quant_map", 0, dynamic_map()
-            mean = state[1].item()
-        yield f"{self._name}.quant_map", 0, quant_map(self._quant.kind)
-        text = bytearray(self._quant_state(mean))
-        yield self.tensors[-1].name, 0, torch.frombuffer(text, dtype=torch.uint8)
+        self, first: int, scales: torch.Tensor, state: Raw, buffer: torch.Tensor, *, once: bool
+    ) -> Iterator[Piece]:
+        """Puts into the buffer what is beside the codes of a tile: stored scales from block `first` on, and,
+        in the first tile, what there is once."""
+        parts = [(f"{self._name}.absmax", first * scales.itemsize, scales)]
+        if once:
+            mean = 0.0
+            if state:
+                parts.append((f"{self._name}.nested_absmax", 0, state[0]))
+                parts.append((f"{self._name}.nested_quant_map", 0, dynamic_map()))
+                mean = state[1].item()
+            text = torch.frombuffer(bytearray(self._quant_state(mean)), dtype=torch.uint8)
+            parts.append((f"{self._name}.quant_map", 0, quant_map(self._quant.kind)))
+            parts.append((self.tensors[-1].name, 0, text))
+        at = 0
+        for name, offset, tensor in parts:
+            end = put(buffer, at, tensor)
+            yield Piece(name, offset, at, end - at)
+            at = end
 
     def _codes(
         self,
@@ -144,17 +149,24 @@ class FourBitEncoder(QuantizingEncoder):
     ) -> torch.Tensor:
         """Fills `packed` with the nearest codes, given the scale of each block, and what a reader gets for
         it. Returns what a reader decodes."""
+        blocksize = self._quant.blocksize
         decoded = arena.get("quantizing.decoded", values.numel(), self._dtype)
-        pairs, codes = byte_pairs(quant_map(self._quant.kind)), codes_of_pairs(self._quant.kind)
         for at in range(0, values.numel(), CHUNK_NUMEL):
-            chunk, block = values[at : at + CHUNK_NUMEL], at // self._quant.blocksize
+            chunk, block = values[at : at + CHUNK_NUMEL], at // blocksize
             scaled = arena.get("quantizing.scaled", chunk.numel() + 1, torch.float32)
-            scale_by_blocks(scaled[: chunk.numel()].copy_(chunk), absmax[block:], self._quant.blocksize)
-            places = nearest_levels(scaled, chunk.numel(), self._quant.kind, arena)
-            part = packed[at // 2 : at // 2 + places.numel()]
-            np.take(codes, places.numpy(), out=part.numpy())
-            nearest = arena.get("quantizing.nearest", 2 * places.numel(), torch.float32)
-            look_up(part, pairs, nearest, arena)
-            multiply_blocks(nearest[: chunk.numel()], scales[block:], self._quant.blocksize)
-            decoded[at : at + chunk.numel()].copy_(nearest[: chunk.numel()])
+            scale_by_blocks(scaled[: chunk.numel()].copy_(chunk), absmax[block:], blocksize)
+            nearest = self._nearest(scaled, chunk.numel(), packed[at // 2 :], arena)
+            multiply_blocks(nearest, scales[block:], blocksize)
+            decoded[at : at + chunk.numel()].copy_(nearest)
         return decoded
+
+    def _nearest(self, scaled: torch.Tensor, numel: int, packed: torch.Tensor, arena: Arena) -> torch.Tensor:
+        """Fills `packed` with the codes of the levels nearest to `scaled`, which has room for an element
+        more. Returns these levels, fp32 [numel]."""
+        kind = self._quant.kind
+        places = nearest_levels(scaled, numel, kind, arena)
+        part = packed[: places.numel()]
+        np.take(codes_of_pairs(kind), places.numpy(), out=part.numpy())
+        nearest = arena.get("quantizing.nearest", 2 * places.numel(), torch.float32)
+        look_up(part, byte_pairs(quant_map(kind)), nearest, arena)
+        return nearest[:numel]

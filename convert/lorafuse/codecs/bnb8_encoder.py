@@ -1,5 +1,7 @@
 """LLM.int8 made anew, in the layout that bnb8.py reads."""
 
+from collections.abc import Iterator
+
 import torch
 
 from lorafuse.arithmetic.arena import Arena
@@ -47,26 +49,36 @@ class Int8Encoder(QuantizingEncoder):
     def _quantized(
         self, values: torch.Tensor, start: int, state: Raw, buffer: torch.Tensor, arena: Arena
     ) -> OnGrid:
-        n_cols = self._spec.n_cols
+        first, numel = start // self._spec.n_cols, values.numel()
         half = arena.here(values, "quantizing.half", torch.float16)
-        bits = magnitudes(half, arena).view(-1, n_cols)
-        scb = bits.amax(1).view(torch.float16).float()
-        codes = buffer[: values.numel()].view(torch.int8)
-        decoded = arena.get("quantizing.decoded", values.numel(), torch.float32)
-        step = max(CHUNK_NUMEL // n_cols, 1)
+        bits = magnitudes(half, arena)
+        scb = bits.view(-1, self._spec.n_cols).amax(1).view(torch.float16).float()
+        grid, decoded = self._codes(half, scb, buffer, arena)
+        beside = self._beside(first, scb, buffer, numel)
+        return OnGrid(grid, decoded, (Piece(self._name, start, 0, numel), *beside))
+
+    def _codes(
+        self, half: torch.Tensor, scb: torch.Tensor, buffer: torch.Tensor, arena: Arena
+    ) -> tuple[Int8Grid, torch.Tensor]:
+        """Fills the buffer with the codes of stored rows or equal parts of them (fp16, 1-D), given the scale
+        of each. Returns their grid, and what a reader decodes."""
+        half = half.view(len(scb), -1)
+        codes = buffer[: half.numel()].view(torch.int8)
+        decoded = arena.get("quantizing.decoded", half.numel(), torch.float32)
+        made, tile = codes.view(half.shape), decoded.view(half.shape)
+        step = max(CHUNK_NUMEL // half.shape[1], 1)
         for row in range(0, len(scb), step):
-            of_rows, some = scb[row : row + step, None], slice(row * n_cols, (row + step) * n_cols)
-            q = decoded[some].view(-1, n_cols)
-            int8_rows(half[some].view(-1, n_cols), of_rows, q)
-            codes[some].copy_(q.view(-1))
-            decode_int8(q, of_rows)
-        end = put(buffer, values.numel(), scb)
-        first = start // n_cols
-        pieces = [
-            Piece(self._name, start, 0, values.numel()),
-            Piece(f"{self._module}.SCB", 4 * first, values.numel(), end - values.numel()),
-        ]
+            rows, of_rows = slice(row, row + step), scb[row : row + step, None]
+            int8_rows(half[rows], of_rows, tile[rows])
+            made[rows].copy_(tile[rows])
+            decode_int8(tile[rows], of_rows)
+        return Int8Grid(codes, scb), decoded
+
+    def _beside(self, first: int, scb: torch.Tensor, buffer: torch.Tensor, at: int) -> Iterator[Piece]:
+        """Puts the scales of the stored rows from `first` on, and with the first of them what there is once,
+        at byte `at` of the buffer."""
+        end = put(buffer, at, scb)
+        yield Piece(f"{self._module}.SCB", 4 * first, at, end - at)
         if not first:  # 0: row by row
             buffer[end] = 0
-            pieces.append(Piece(f"{self._module}.weight_format", 0, end, 1))
-        return OnGrid(Int8Grid(codes, scb), decoded, tuple(pieces))
+            yield Piece(f"{self._module}.weight_format", 0, end, 1)

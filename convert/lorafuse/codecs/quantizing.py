@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.arithmetic.draws import Draws, of_run
+from lorafuse.arithmetic.draws import Draws, TileDraws, of_run
 from lorafuse.arithmetic.on_grid import SCRATCH_NBYTES, Grid, count_beyond, round_tile
 from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece
 from lorafuse.codecs.sources import Raw, Sources
@@ -41,7 +41,7 @@ class OnGrid(NamedTuple):
 
 
 class QuantizingEncoder(Encoder):
-    """One weight (out, in). `rounding`: of sums onto the grid that is made of what is quantized."""
+    """One weight. `rounding`: of sums onto the grid that is made of what is quantized."""
 
     __slots__ = ("_base", "_draws", "_dtype", "_moves", "_name", "_quant", "_spec", "_state", "rounding")
 
@@ -55,8 +55,8 @@ class QuantizingEncoder(Encoder):
         rounding: str | None,
         base: QuantizedOnLoad | None = None,
     ) -> None:
-        """`rounding`: None where sums are not rounded, since they are what is quantized, or nothing changes.
-        `base`: whose own grid it is."""
+        """`spec`: (out, in). `rounding`: None where sums are not rounded, since they are what is quantized,
+        or nothing changes. `base`: whose own grid it is."""
         self._name, self._spec, self._quant, self._base = name, spec, quant, base
         self._dtype: torch.dtype = getattr(torch, spec.torch_name)
         self._moves, self.rounding = rounding is not None, rounding or "nearest"
@@ -83,7 +83,8 @@ class QuantizingEncoder(Encoder):
     def _quantized(
         self, values: torch.Tensor, start: int, state: Raw, buffer: torch.Tensor, arena: Arena
     ) -> OnGrid:
-        """Quantize the elements from `start` on (1-D, on the host) into the buffer."""
+        """Quantize the elements of the tile that begins with element `start` (1-D, on the host, in the order
+        in which they are stored) into the buffer."""
 
     def encode(self, tile: FinishedTile, buffer: torch.Tensor, arena: Arena) -> Encoded:
         host = arena.host
@@ -92,13 +93,26 @@ class QuantizingEncoder(Encoder):
         else:
             values, *found = self._base.loaded(tile, host)
             state = tuple(found)
+        values = self._in_stored_order(values, "values", host)
         grid, stored, pieces = self._quantized(values, tile.start, state, buffer, host)
         if self._moves:
             sums = host.here(tile.values, "quantizing.sums", torch.float32)
-            stored, n_clipped = round_tile(grid, stored, sums, of_run(self._draws, tile.start), host)
+            sums = self._in_stored_order(sums, "sums", host)
+            stored, n_clipped = round_tile(grid, stored, sums, self._drawn(tile, host), host)
         else:
             n_clipped = count_beyond(grid, values, host)
-        return Encoded(pieces, (arena.place(stored),), n_clipped)
+        return Encoded(pieces, (arena.place(self._in_order(stored, host)),), n_clipped)
+
+    def _in_stored_order(self, values: torch.Tensor, name: str, arena: Arena) -> torch.Tensor:
+        """The values of a tile in the order in which they are stored."""
+        return values
+
+    def _in_order(self, values: torch.Tensor, arena: Arena) -> torch.Tensor:
+        """What is in the order in which it is stored, in that of the weight."""
+        return values
+
+    def _drawn(self, tile: FinishedTile, arena: Arena) -> TileDraws:
+        return of_run(self._draws, tile.start)
 
     def decode(self, encoded: Encoded, arena: Arena) -> torch.Tensor:
         return encoded.raw[0]

@@ -12,6 +12,7 @@ from typing import Any
 from lorafuse.arithmetic.arena import device_kind
 from lorafuse.codecs.bnb4_encoder import FourBitEncoder
 from lorafuse.codecs.bnb8_encoder import Int8Encoder
+from lorafuse.codecs.columns_encoders import FourBitColumnsEncoder, Int8ColumnsEncoder
 from lorafuse.codecs.conv1d import is_conv1d
 from lorafuse.codecs.encoder import Encoder
 from lorafuse.codecs.quantizing import QuantizedOnLoad
@@ -91,22 +92,30 @@ class Quantized(Format):
             return dense_encoder(weight)
         if not weight.untouched and self._keep_dense.names(weight.name):
             return dense_encoder(weight)
-        if is_conv1d(self._ckpt.config, weight.name):
-            raise UsageError(
-                f"--format {self._settings.format}: {shown(weight.name)} is the weight of a Conv1D, which "
-                "bitsandbytes stores transposed; this version does not write that: leave --format out."
-            )
         self._quantized.add(weight.name)
         return self._encoder(weight)
 
     def _encoder(self, weight: WeightToStore) -> Encoder:
-        make = Int8Encoder if self._quant.kind == "int8" else FourBitEncoder
+        make = self._kind_of(weight)
         rounding = None if weight.untouched else self._settings.rounding
         if not self._own_grid:
             return make(weight.name, weight.spec, self._quant, "unbiased" if rounding == "unbiased" else None)
         assert isinstance(weight.base, QuantizedOnLoad)
         rounding = None if weight.untouched else rounding or "unbiased"
         return make(weight.name, weight.spec, self._quant, rounding, weight.base)
+
+    def _kind_of(self, weight: WeightToStore) -> type[FourBitEncoder] | type[Int8Encoder]:
+        """Which encoder it takes: bitsandbytes stores the weights of Conv1D transposed."""
+        by_columns = is_conv1d(self._ckpt.config, weight.name)
+        if self._quant.kind == "int8":
+            return Int8ColumnsEncoder if by_columns else Int8Encoder
+        if by_columns and weight.spec.shape[0] % 2:
+            raise UsageError(
+                f"--format {self._settings.format}: {shown(weight.name)} is the weight of a Conv1D with an "
+                "odd number of rows, whose 4-bit codes this version does not write: choose --format int8, or "
+                "leave --format out."
+            )
+        return FourBitColumnsEncoder if by_columns else FourBitEncoder
 
     def config(self) -> Mapping[str, Any]:
         """The fields that transformers 5 writes for a model that it has quantized so."""

@@ -16,6 +16,7 @@ from lorafuse.arithmetic.dequantize import byte_pairs, look_up
 from lorafuse.arithmetic.four_bit import (
     ScalesOfScales,
     double_quantized,
+    known_scales,
     multiply_blocks,
     nearest_levels,
     scales_of,
@@ -86,11 +87,7 @@ class FourBit(Sources):
     def _pass_over(self, arena: Arena) -> Raw:
         if self._transposed:
             absmax = self._transposed_absmax(arena)
-            if not self._quant.double_quant:
-                return absmax, absmax
-            scales = ScalesOfScales(self._n_blocks)
-            scales.add(absmax.numpy())
-            return absmax, double_quantized(absmax, 0, *scales.result())[1]
+            return known_scales(absmax, double_quant=self._quant.double_quant)
         if not self._quant.double_quant:
             return ()
         scales = ScalesOfScales(self._n_blocks)
@@ -149,7 +146,7 @@ class FourBit(Sources):
     def _transposed_chunks(
         self, values: torch.Tensor, first: int, state: Raw, arena: Arena
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        absmax, scales = state
+        absmax, scales, *_ = state
         reciprocals = absmax.clamp(min=quantize.TINY).reciprocal_()
         for at in range(0, values.numel(), CHUNK_NUMEL):
             chunk = as_loaded(values[at : at + CHUNK_NUMEL], self._dtype)

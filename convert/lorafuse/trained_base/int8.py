@@ -58,8 +58,10 @@ class Int8(Sources):
         return out
 
     def loaded(self, raw: Raw, box: Box, arena: Arena) -> Raw:
-        """The elements of the box before they are quantized."""
-        return (arena.here(self._dense.decode(raw[:1], box, arena), "simulated.loaded", self._dtype),)
+        """The elements of the box before they are quantized, and the largest of each column of a transposed
+        weight."""
+        values = arena.here(self._dense.decode(raw[:1], box, arena), "simulated.loaded", self._dtype)
+        return values, *raw[1:]
 
     def _half(self, values: torch.Tensor) -> torch.Tensor:
         """float16 [rows, n_cols]."""
