@@ -227,7 +227,7 @@ def test_transposed_weights_in_any_tiles(kind, options, shape, tmp_path, monkeyp
     """The nearest as bitsandbytes makes it, a last block that is short too, and from there without bias."""
     name = "transformer.h.0.mlp.c_fc.weight"
     torch.manual_seed(0)
-    tensors = {name: torch.randn(shape).bfloat16(), "lm_head.weight": torch.randn(8, 50).bfloat16()}
+    tensors = {name: torch.randn(shape).bfloat16(), "lm_head.weight": torch.randn(32, 50).bfloat16()}
     ckpt = write_checkpoint(tmp_path / "ckpt", tensors, config=CONFIG | {"model_type": "gpt2"})
     key = f"base_model.model.{name.removesuffix('.weight')}"
     factors = {"lora_A": torch.randn(4, shape[0]) * 0.1, "lora_B": torch.randn(shape[1], 4) * 0.1}
