@@ -5,15 +5,14 @@ import hashlib
 import json
 
 import pytest
-from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
+import torch
+from build import CONFIG, adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
 from quantized_anew import assert_stored
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lorafuse
 from lorafuse.errors import ResultError, UsageError
-
-NO_BIAS = {"bias": "none"}
 
 
 def stored(folder):
@@ -141,6 +140,22 @@ def test_wrong_wishes(kind, options, message, base, adapter, tmp_path):
         lorafuse.convert(base(kind), lora, tmp_path / "out", **options)
     assert str(e.value).endswith(message)
     assert not (tmp_path / "out").exists()
+
+
+def test_four_bits_of_a_transposed_weight_with_an_odd_number_of_rows(tmp_path):
+    name = "transformer.h.0.mlp.c_fc.weight"
+    tensors = {name: torch.randn(15, 8), "lm_head.weight": torch.randn(8, 8)}
+    ckpt = write_checkpoint(tmp_path / "ckpt", tensors, config=CONFIG | {"model_type": "gpt2"})
+    key = f"base_model.model.{name.removesuffix('.weight')}"
+    factors = {"lora_A": torch.randn(4, 15), "lora_B": torch.randn(8, 4)}
+    lora = write_adapter(tmp_path / "lora", {f"{key}.{n}.weight": t for n, t in factors.items()})
+    with pytest.raises(UsageError) as e:
+        lorafuse.convert(ckpt, lora, tmp_path / "out", format="nf4")
+    assert str(e.value) == (
+        f"--format nf4: {name} is the weight of a Conv1D with an odd number of rows, whose 4-bit codes this "
+        "version does not write: choose --format int8, or leave --format out."
+    )
+    lorafuse.convert(ckpt, lora, tmp_path / "out", format="int8")
 
 
 @pytest.mark.parametrize(
