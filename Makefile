@@ -12,10 +12,11 @@ demo: $(VENV)/.demo
 	$(BIN)/lorafuse-convert fixtures/llama-nf4 fixtures/llama-adapter $(BUILD)/demo
 	$(BIN)/python fixtures/load.py $(BUILD)/demo
 
+# Two processes, each of which takes whole files: what the tests of a file share is made once.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The fuzzer, kills at any time and full disks, for so many hours.
+# The fuzzer, kills at any time and full disks, for so many hours: in one process, which shares them out.
 soak: export LORAFUSE_SOAK ?= 8
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorafuse.adapters import AdapterDir
-from lorafuse.adapters.reading.keys import unusual_prefixes
+from lorafuse.adapters.reading.keys import plain_name, unusual_prefixes
 from lorafuse.files.local_folder import LocalFolder
 
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -44,3 +44,23 @@ def test_wrapped_it_is_said(kind, prefix, tmp_path):
     said = said_of(tmp_path, kind, f"{prefix}{MODULE}.{kind.lower()}_x")
     assert said is not None and said.endswith("PEFT itself would not load keys of this form.")
     assert said_of(tmp_path, kind, f"{prefix}base_model.{SHARED[kind][0]}") is not None
+
+
+INSIDE = "layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        (f"base_model.lm_q.model.{INSIDE}", f"model.{INSIDE}"),
+        (f"base_model.model.lm_q.{INSIDE}", INSIDE),
+        (f"base_model.model.pretrained_model.model.{INSIDE}", f"model.{INSIDE}"),
+        (f"pretrained_model.base_model.model.model.{INSIDE}", f"model.{INSIDE}"),
+        (f"language_model.base_model.model.model.{INSIDE}", f"language_model.model.{INSIDE}"),
+        (f"base_model.model.llm.base_model.model.model.{INSIDE}", f"llm.model.{INSIDE}"),
+        (f"base_model.model.model.pretrained_model.{INSIDE}", f"model.pretrained_model.{INSIDE}"),
+    ],
+)
+def test_what_holds_the_model_is_taken_off(key, name):
+    """NeMo's biencoder, TRL's value head, PEFT around a part of the model."""
+    assert plain_name(key) == name

@@ -17,20 +17,24 @@ CODEC = '''
 
 import torch
 
-from lorafuse.codecs.sources import Scheme, Sources
+from lorafuse.codecs.sources import Claims, Scheme, Sources
 from lorafuse.files.stores import read_all
 from lorafuse.files.tensors import TensorSpec
 
 QUANT_METHODS = ("steps",)
 
 
-def claim(stored):
+def claim(stored, config):
     modules = [name.removesuffix(".codes") for name in stored if name.endswith(".codes")]
-    return {f"{module}.weight": (f"{module}.codes", f"{module}.step") for module in modules}
+    inputs = {f"{module}.input_step": "a step of activations" for module in modules}
+    return Claims(
+        {f"{module}.weight": (f"{module}.codes", f"{module}.step") for module in modules},
+        {name: reason for name, reason in inputs.items() if name in stored},
+    )
 
 
-def scheme(names):
-    return Scheme("steps")
+def scheme(names, stored, config):
+    return Scheme("steps", words="steps of " + config["quantization_config"]["unit"], bits=8)
 
 
 def open_sources(weight, names, ckpt):
@@ -39,7 +43,7 @@ def open_sources(weight, names, ckpt):
 
 class Steps(Sources):
     def __init__(self, names, ckpt):
-        self.names, self.store, self.scheme = names, ckpt, scheme(names)
+        self.names, self.store, self.scheme = names, ckpt, scheme(names, {}, ckpt.config)
         self.spec, self.out_dtype = TensorSpec("F32", ckpt.tensors[names[0]].spec.shape), "BF16"
         self.step = torch.frombuffer(read_all(ckpt, names[1]), dtype=torch.float32)
 
@@ -66,24 +70,28 @@ def steps(tmp_path, monkeypatch):
         "model.embed_tokens.weight": torch.randn(8, 32).bfloat16(),
         f"{MODULE}.codes": codes,
         f"{MODULE}.step": torch.tensor([0.01]),
+        f"{MODULE}.input_step": torch.tensor([0.2]),
     }
     path = write_checkpoint(
         tmp_path / "ckpt",
         stored,
-        config=CONFIG | {"vocab_size": 8, "quantization_config": {"quant_method": "steps"}},
+        config=CONFIG | {"vocab_size": 8, "quantization_config": {"quant_method": "steps", "unit": "metres"}},
     )
     yield path, codes * torch.tensor([0.01])
     del sys.modules["steps_codec"]
 
 
 def test_it_is_merged(steps, tmp_path):
-    """The update is added, the result is dense, and the config no longer says how it was quantized."""
+    """The update is added, the result is dense, and the config no longer says how it was quantized. The
+    receipt says how it was, and what was dropped."""
     path, values = steps
     key, A, B = f"base_model.model.{MODULE}", torch.randn(4, 32), torch.randn(48, 4)
     adapter = write_adapter(
         tmp_path / "adapter", {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}, r=4, lora_alpha=4
     )
-    lorafuse.convert(path, adapter, tmp_path / "out", dtype="float32")
+    receipt = lorafuse.convert(path, adapter, tmp_path / "out", dtype="float32")
+    assert receipt["base_semantics"] == "stored in steps of metres"
+    assert receipt["dropped"] == {f"{MODULE}.input_step": "a step of activations"}
     made = load_file(tmp_path / "out" / "model.safetensors")
     assert set(made) == {"model.embed_tokens.weight", f"{MODULE}.weight"}
     assert torch.allclose(made[f"{MODULE}.weight"], values + B @ A, atol=1e-5)
@@ -97,6 +105,7 @@ def test_it_is_inspected(steps):
     assert facts["problems"] == [] and facts["n_weights"] == 2
     (row,) = [row for row in facts["storage"] if row["quantized"] == "steps"]
     assert (row["n_parameters"], row["nbytes"], row["dtype"]) == (48 * 32, 48 * 32 + 4, "float32")
+    assert (row["scheme"], row["bits"]) == ("steps of metres", 8)
 
 
 def test_it_is_inspected_by_its_headers(steps, monkeypatch):
@@ -110,6 +119,7 @@ def test_it_is_inspected_by_its_headers(steps, monkeypatch):
     assert facts["problems"] == ["no good"] and facts["n_weights"] == 2
     (row,) = [row for row in facts["storage"] if row["quantized"] == "steps"]
     assert (row["n_parameters"], row["nbytes"], row["dtype"]) == (48 * 32, 48 * 32 + 4, None)
+    assert (row["scheme"], row["bits"]) == ("steps of metres", 8)
 
 
 def test_its_quantization_is_unknown_without_it(steps, monkeypatch):

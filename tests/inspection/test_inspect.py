@@ -136,14 +136,14 @@ def test_checkpoint_that_cannot_be_merged_into(base, tmp_path):
 
 def test_checkpoint_of_another_quantization(tmp_path):
     """What is not supported is said, with the words of convert."""
-    config = build.CONFIG | {"quantization_config": {"quant_method": "gptq"}, "architectures": 7}
-    path = build.write_checkpoint(tmp_path / "gptq", config=config)
+    config = build.CONFIG | {"quantization_config": {"quant_method": "eetq"}, "architectures": 7}
+    path = build.write_checkpoint(tmp_path / "eetq", config=config)
     out = text_of(path)
     assert out.splitlines()[1] == "  model         llama, vocabulary 32, embeddings not tied"
     assert f"  problem       {path}/config.json: architectures is 7; expected list.\n" in out
     edit_json(path / "config.json", architectures=None)
     assert (
-        f"  problem       {path}/config.json: the checkpoint is quantized with gptq; bitsandbytes 4-bit"
+        f"  problem       {path}/config.json: the checkpoint is quantized with eetq; this format"
         in text_of(path)
     )
 

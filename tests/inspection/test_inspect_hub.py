@@ -103,9 +103,9 @@ def test_checkpoint_that_was_fetched_before(hub, base):
 
 def test_checkpoint_of_another_quantization(hub):
     """It is said to be one, and shown."""
-    build.write_checkpoint(hub, config=build.CONFIG | {"quantization_config": {"quant_method": "awq"}})
+    build.write_checkpoint(hub, config=build.CONFIG | {"quantization_config": {"quant_method": "eetq"}})
     (problem,) = lorafuse.inspect("org/name")["problems"]
-    assert "the checkpoint is quantized with awq" in problem
+    assert "the checkpoint is quantized with eetq" in problem
 
 
 def test_adapter_and_receipt(hub):

@@ -228,7 +228,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n
 BROKEN = {
     "no config": {"ckpt/config.json": None},
     "config": {"ckpt/config.json": b"{"},
-    "config of another kind": {"ckpt/config.json": b'{"quantization_config": {"quant_method": "awq"}}'},
+    "config of another kind": {"ckpt/config.json": b'{"quantization_config": {"quant_method": "eetq"}}'},
     "no shard": {CKPT: None},
     "truncated": {CKPT: raw_file({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, b"short")},
     "too short": {CKPT: b"1234567"},

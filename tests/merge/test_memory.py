@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
-from processes import beyond_torch, peak_nbytes
+from processes import beyond_torch, of_torch
 
 
 def write(path, tensors):
@@ -93,10 +93,11 @@ def test_peak_memory_is_bounded(tmp_path):
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
 
 
-def test_peak_memory_of_a_transposed_matrix(tmp_path):
-    """So does an NF4 matrix of 872 M elements that is stored transposed, of which a tile is a band of
-    columns."""
-    rows, cols, w = 16384, 53248, "h.0.mlp.c_fc.weight"
+@pytest.mark.soak
+def test_peak_memory_of_a_transposed_matrix(tmp_path, share_s):
+    """So does an NF4 matrix that is stored transposed, of which a tile is a band of columns: of 218 M
+    elements, and in `make soak` of 872 M, as the largest models have them."""
+    rows, cols, w = 16384 if share_s else 4096, 53248, "h.0.mlp.c_fc.weight"
     ckpt, lora = write_pair(tmp_path, w, (cols, rows), 16, nf4(w, rows, cols), model_type="gpt2")
     beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out")
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
@@ -139,6 +140,58 @@ def test_peak_memory_of_a_matrix_that_is_quantized(options, tmp_path):
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
 
 
+def mxfp4(w, n_experts, rows, n_groups):
+    """The stored tensors of a stack of experts."""
+    piece = np.random.default_rng(0).integers(0, 256, rows * n_groups * 16, dtype=np.uint8).tobytes()
+    return {
+        f"{w}_blocks": ("U8", [n_experts, rows, n_groups, 16], piece, n_experts),
+        f"{w}_scales": ("U8", [n_experts, rows, n_groups], b"\x78" * (rows * n_groups), n_experts),
+    }
+
+
+def packed_integers(w, rows, n_groups):
+    """The stored tensors of compressed-tensors' 4-bit integers in groups of 32, asymmetric."""
+    module, cols = w.removesuffix(".weight"), 32 * n_groups
+    piece = np.random.default_rng(0).integers(0, 256, cols * 8, dtype=np.uint8).tobytes()
+    zeros = np.random.default_rng(1).integers(0, 256, rows * n_groups // 2, dtype=np.uint8).tobytes()
+    return {
+        f"{module}.weight_packed": ("I32", [rows, cols // 8], piece, rows // 16),
+        f"{module}.weight_scale": ("BF16", [rows, n_groups], b"\x00\x3c" * (n_groups * 16), rows // 16),
+        f"{module}.weight_zero_point": ("I32", [rows // 8, n_groups], zeros, 1),
+        f"{module}.weight_shape": ("I64", [2], np.array([rows, cols], np.int64).tobytes(), 1),
+    }
+
+
+def fp8_blocks(w, rows, cols):
+    """The stored tensors of an FP8 matrix with a scale for each 128 × 128."""
+    piece = np.random.default_rng(0).integers(0, 120, cols * 16, dtype=np.uint8).tobytes()
+    grid = [rows // 128, cols // 128]
+    return {
+        w: ("F8_E4M3", [rows, cols], piece, rows // 16),
+        f"{w}_scale_inv": ("F32", grid, np.full(grid[0] * grid[1], 0.01, np.float32).tobytes(), 1),
+    }
+
+
+QUANTIZED = {
+    "fp8": (fp8_blocks, (4096, 16384)),
+    "compressed-tensors": (packed_integers, (4096, 512)),
+    "mxfp4": (mxfp4, (3, 5760, 90)),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_peak_memory_of_other_quantizations(kind, tmp_path):
+    """Of matrices of 67 M elements, and of a stack of gpt-oss's size, whose experts are read whole."""
+    make, shape = QUANTIZED[kind]
+    w = "model.layers.0.mlp.up_proj.weight"
+    stack = make("model.layers.0.mlp.experts.gate_up_proj", *shape) if kind == "mxfp4" else make(w, *shape)
+    small = {w: ("BF16", [64, 64], bytes(8192), 1)} if kind == "mxfp4" else {}
+    out = (64, 64) if kind == "mxfp4" else (4096, 16384)
+    ckpt, lora = write_pair(tmp_path, w, out, 16, stack | small)
+    beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out")
+    assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
+
+
 @contextmanager
 def cgroup(nbytes):
     """The command line's first words, for a command that may use so many bytes, page cache included."""
@@ -156,11 +209,10 @@ def cgroup(nbytes):
 
 
 def test_in_a_container_with_little_memory(tmp_path):
-    """What `import torch` takes and 100 MB are enough, though much more is read and written. With less and
-    less the kernel kills the run at last, and nothing is under OUT_DIR's name; with more again the same
-    command does it all."""
-    inputs, out = nf4_matrix(tmp_path), tmp_path / "out"
-    floor = peak_nbytes(sys.executable, "-c", "import torch")
+    """What `import torch` takes and 100 MB are enough, though much more is read and written. With less the
+    kernel kills the run, and nothing is under OUT_DIR's name; with more again the same command does it
+    all."""
+    inputs, out, floor = nf4_matrix(tmp_path), tmp_path / "out", of_torch()
 
     def status(nbytes):
         command = [sys.executable, "-m", "lorafuse.cli", "convert", "-q", *map(str, inputs), str(out)]
@@ -169,12 +221,17 @@ def test_in_a_container_with_little_memory(tmp_path):
 
     assert status(floor + 100_000_000) == 0
     shutil.rmtree(out)
-    for nbytes in range(floor, floor // 2, -10_000_000):
-        if status(nbytes):
-            break
-        shutil.rmtree(out)
-    assert status(nbytes) == -signal.SIGKILL
-    assert not out.exists() and any(tmp_path.glob(".out.lorafuse-*/out/*.part"))
+    too_little, enough = floor // 2, floor
+    while not any(tmp_path.glob(".out.lorafuse-*/out/*.part")):  # killed while it writes
+        assert enough - too_little > 1_000_000
+        nbytes = (too_little + enough) // 2
+        ended = status(nbytes)
+        assert ended in (0, -signal.SIGKILL) and out.exists() == (ended == 0)
+        if ended == 0:
+            shutil.rmtree(out)
+            enough = nbytes
+        else:
+            too_little = nbytes
     assert status(floor) == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "lora", "out"]
 
 

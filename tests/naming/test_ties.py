@@ -1,5 +1,6 @@
 """The table of tied weights against transformers' own classes."""
 
+import json
 import random
 import sys
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 
 from lorafuse.files.tensors import TensorSpec
@@ -201,3 +203,32 @@ def test_the_entry_of_every_class_that_can_be_built(same_version, share_s):
         except AssertionError as e:
             wrong.append(f"{name}: {e}")
     assert not wrong
+
+
+def layers(n_layers, *hybrid):
+    kinds = ["hybrid" if number in hybrid else "mamba" for number in range(n_layers)]
+    return {"num_hidden_layers": n_layers, "layers_block_type": kinds}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("Zamba2ForCausalLM", layers(8, 1, 3, 4, 6, 7) | {"num_mem_blocks": 2}),
+        ("Zamba2ForCausalLM", layers(8, 2, 5)),
+        ("ZambaForCausalLM", layers(9, 2, 4, 7)),
+    ],
+)
+def test_shared_blocks_are_those_of_the_config(name, fields):
+    """The table has them for the numbers of the default config."""
+    cls = TRANSFORMERS[name]
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 32}
+    sizes |= {"mamba_d_state": 4, "mamba_expand": 1, "n_mamba_heads": 2, "num_key_value_heads": 4}
+    config = cls.config_class(**sizes | fields, tie_word_embeddings=True)
+    with torch.device("meta"):
+        model = cls(config)
+    pairs = {target: source for target, (source, _) in roots(expanded(model)).items() if ".shared" in target}
+    stored = {name for name, _ in model.named_parameters(remove_duplicate=False)} - pairs.keys()
+    written = json.loads(config.to_json_string()) | {"architectures": [name]}
+    ties = find_ties(stored, written).ties
+    found = {other: tie.holder for tie in ties for other in tie.others if ".shared" in other}
+    assert found == pairs and pairs

@@ -169,11 +169,11 @@ def test_tokens_are_replaced_in_a_stored_head_too(base, adapter, tmp_path):
     assert torch.equal(found[EMBED][[3, 90, 7]], rows) and torch.equal(found[HEAD], found[EMBED])
 
 
-def resized(adapter, base, kind, **settings):
+def resized(adapter, base, kind, n_tokens=100, **settings):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base(kind), dtype=torch.float32)
-    model.resize_token_embeddings(100, mean_resizing=False)
+    model.resize_token_embeddings(n_tokens, mean_resizing=False)
     return adapter(kind, model=model, save={"save_embedding_layers": True}, **settings)
 
 
@@ -200,6 +200,23 @@ def test_a_vocabulary_resized_on_one_side_is_refused(base, adapter, tmp_path):
     ):
         lorafuse.convert(base("fp32"), lora, tmp_path / "work" / "out")
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp32_tied"])
+@pytest.mark.parametrize("side", ["embed_tokens", "lm_head"])
+def test_the_other_side_of_a_smaller_vocabulary_is_cut(side, kind, base, adapter, tmp_path):
+    """PEFT saves the embedding below an update, here that of one side."""
+    lora = resized(adapter, base, kind, n_tokens=90, target_modules=["q_proj", side])
+    tensors = {key: t for key, t in read_adapter(lora).items() if "lora_" in key or f"{side}.base" in key}
+    save_file(tensors, lora / "adapter_model.safetensors", {"format": "pt"})
+    warned = []
+    lorafuse.convert(base(kind), lora, tmp_path / "out", on_event=warned.append)
+    assert config(tmp_path / "out")["vocab_size"] == 90
+    check(tmp_path / "out", adapter.model, tied=False)
+    said = [event["message"] for event in warned if event["event"] == "warning"]
+    other = HEAD if side == "embed_tokens" else EMBED
+    cut = f"the vocabulary has 90 tokens, not the checkpoint's 96; {other} is cut to the first 90 rows."
+    assert any(cut in message for message in said) is (kind == "fp32")  # what is tied is saved with it
 
 
 def test_an_embedding_update_without_its_rows_is_refused(base, adapter, tmp_path):

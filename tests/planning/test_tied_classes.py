@@ -190,3 +190,8 @@ def test_a_bias_of_logits_that_was_resized_too_is_missed(tmp_path):
         AdapterError, match=r"one side only: final_logits_bias has 64 rows and .* save the base"
     ):
         lorafuse.convert(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_bias_of_logits_loses_the_rows_that_the_vocabulary_loses(tmp_path):
+    check("BartForConditionalGeneration", {"target_modules": ["q_proj"]}, tmp_path, n_tokens=63)
+    assert config(tmp_path / "out")["vocab_size"] == 63

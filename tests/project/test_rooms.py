@@ -233,7 +233,7 @@ def test_values_are_what_is_fetched_and_decoded(path: Path) -> None:
     assert not [
         node.name
         for node in classes
-        if {"Sources", "ReadByColumns", "GridSources", "Grid", "Format"}
+        if {"Sources", "ReadByColumns", "RecodedByColumns", "GridSources"}
         & {ast.unparse(base) for base in node.bases}
         and any(isinstance(part, ast.FunctionDef) and part.name == "values" for part in node.body)
     ]
@@ -339,8 +339,10 @@ def test_plain_style(path: Path) -> None:
         "Sources",
         "Encoder",
         "ReadByColumns",
+        "RecodedByColumns",
         "GridSources",
         "Grid",
+        "TileDraws",
         "Format",
         "Exception",
         "BaseException",

@@ -157,3 +157,28 @@ def test_a_checkpoint_that_is_broken(merge, tmp_path):
     out.mkdir()
     result = CliRunner().invoke(cli.verify, [str(out), "--ckpt", str(ckpt), "--adapter", str(lora)])
     assert result.exit_code == 3 and "Traceback" not in result.output
+
+
+def without_head(out):
+    """As a program that ties embeddings saves it."""
+    kept = {name: t for name, t in load_file(out / "model.safetensors").items() if name != "lm_head.weight"}
+    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((out / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (out / "config.json").write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(("targets", "relation"), [(["q_proj"], "equal"), (["lm_head"], "untouched")])
+def test_a_tied_head_that_is_not_stored_is_the_embedding(targets, relation, base, adapter, tmp_path):
+    """The checkpoint stores both; the second update is the head's alone, and is lost with it."""
+    ckpt = tmp_path / "ckpt"
+    shutil.copytree(base("fp32_tied"), ckpt)
+    stored = load_file(ckpt / "model.safetensors")
+    head = {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}
+    save_file(stored | head, ckpt / "model.safetensors", metadata={"format": "pt"})
+    lora = adapter("fp32_tied", target_modules=targets)
+    lorafuse.convert(ckpt, lora, tmp_path / "out")
+    (tmp_path / "out/lorafuse_receipt.json").unlink()
+    without_head(tmp_path / "out")
+    found = relations(ckpt, lora, tmp_path / "out")["related"]
+    assert found["lm_head.weight"]["relation"] == relation
+    assert {facts["relation"] for name, facts in found.items() if name != "lm_head.weight"} == {"equal"}

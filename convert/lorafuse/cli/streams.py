@@ -39,6 +39,18 @@ def _write(text: str | bytes, stream: TextIO) -> None:
     try:
         click.echo(text, file=stream)
     except OSError:  # a pipe without a reader, a full disk
-        with suppress(OSError, ValueError):
-            # What is still in its buffer goes nowhere, too: else Python ends with an error of its own.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _give_up(stream)
+
+
+def finish() -> None:
+    """Called before a run ends with an error: what stdout cannot take goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _give_up(sys.stdout)
+
+
+def _give_up(stream: TextIO) -> None:
+    """What is still in its buffer goes nowhere, too: else Python ends with an error of its own."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

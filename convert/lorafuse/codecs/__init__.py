@@ -8,10 +8,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs import bnb4, bnb8, dense
-from lorafuse.codecs.other_formats import packed_format
+from lorafuse.codecs import (
+    bnb4,
+    bnb8,
+    compressed_tensors,
+    dense,
+    fbgemm_fp8,
+    fp8,
+    modelopt,
+    mxfp4,
+)
+from lorafuse.codecs.other_formats import is_part, packed_format, quantizations, unread_setting
 from lorafuse.codecs.per_expert import as_stacks
-from lorafuse.codecs.sources import Scheme, Sources
+from lorafuse.codecs.sources import Claims, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
@@ -26,12 +35,18 @@ class Codec(Protocol):
     @property
     def __name__(self) -> str: ...
 
-    def claim(self, stored: Mapping[str, TensorInfo]) -> Mapping[str, tuple[str, ...]]:
+    def claim(self, stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Claims:
         """Returns the weights that it makes, and from which stored tensors: first the one with the values or
-        codes. A weight's name need not be that of a stored tensor. Every stored tensor is claimed once."""
+        codes. A weight's name, which is that of the dense model, need not be that of a stored tensor. Every
+        stored tensor is claimed or dropped once.
 
-    def scheme(self, names: tuple[str, ...]) -> Scheme:
-        """Returns what the names of a weight's stored tensors tell of how it is stored."""
+        What is quantized is decided by the companions that are stored, never by lists of modules in
+        `config` (config.json, of which nothing is checked)."""
+
+    def scheme(
+        self, names: tuple[str, ...], stored: Mapping[str, TensorInfo], config: Mapping[str, Any]
+    ) -> Scheme:
+        """Returns how a weight with these stored tensors is stored, as far as headers and config tell."""
 
     def open_sources(self, weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sources:
         """Returns the sources of a weight, for which it may read small tensors. Raises CheckpointError where
@@ -39,33 +54,59 @@ class Codec(Protocol):
 
 
 # In order: a codec claims from what those before it left, dense takes the rest.
-CODECS: tuple[Codec, ...] = (bnb4, bnb8, dense)
+CODECS: tuple[Codec, ...] = (
+    bnb4,
+    bnb8,
+    fp8,
+    mxfp4,
+    fbgemm_fp8,
+    modelopt,
+    compressed_tensors,  # whose names ModelOpt and FBGEMM have too
+    dense,
+)
 
+_INCOMPLETE = "what else this weight needs is missing, or of another dtype or shape than this format has."
 _WAY_OUT = (
-    "bitsandbytes 4-bit and 8-bit and full precision are supported. Dequantize it first, or merge into the "
+    "this format is not read (docs/bases.md lists those that are). Dequantize it first, or merge into the "
     "full-precision checkpoint."
 )
 
 __all__ = [
     "CODECS",
     "Arena",
+    "Claims",
     "Codec",
     "Scheme",
     "Sources",
     "claims",
+    "dropped",
     "open_weights",
     "refuse_unknown_quantization",
 ]
 
 
-def claims(stored: Mapping[str, TensorInfo]) -> Iterator[tuple[Codec, str, tuple[str, ...]]]:
-    """(codec, weight, the stored tensors that it is made from), for all that is stored."""
+def _claims(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterator[tuple[Codec, Claims]]:
+    """What each codec takes, of what those before it left."""
     left = dict(stored)
     for codec in CODECS:
-        for weight, names in codec.claim(left).items():
+        claims = codec.claim(left, config)
+        yield codec, claims
+        for name in (*claims.dropped, *(name for names in claims.weights.values() for name in names)):
+            del left[name]
+
+
+def claims(
+    stored: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> Iterator[tuple[Codec, str, tuple[str, ...]]]:
+    """(codec, weight, the stored tensors that it is made from), for all weights that are stored."""
+    for codec, taken in _claims(stored, config):
+        for weight, names in taken.weights.items():
             yield codec, weight, names
-            for name in names:
-                del left[name]
+
+
+def dropped(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:
+    """The stored tensors that belong to no weight of the dense model, each with the reason."""
+    return {name: reason for _, taken in _claims(stored, config) for name, reason in taken.dropped.items()}
 
 
 def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
@@ -73,11 +114,13 @@ def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
     quantization, or a stored tensor is missing or left over."""
     refuse_unknown_quantization(ckpt.config, ckpt.folder, ckpt.tensors)
     weights: dict[str, Sources] = {}
-    for codec, weight, names in claims(ckpt.tensors):
+    quantized = bool(ckpt.config.get("quantization_config"))
+    for codec, weight, names in claims(ckpt.tensors, ckpt.config):
+        quantized = quantized or codec is not dense
         if weight in weights:
             raise CheckpointError(f"{shown(ckpt.folder)}: {shown(weight)} is stored in two ways.")
         weights[weight] = codec.open_sources(weight, names, ckpt)
-    _refuse_bare_codes(weights, ckpt)
+    _refuse_bare_codes(weights, ckpt, quantized)
     return as_stacks(weights, ckpt)
 
 
@@ -87,30 +130,38 @@ def refuse_unknown_quantization(
     """Raises CheckpointError for a checkpoint in a quantization that no codec knows: its config names it, or
     the tensors that no codec claims are those of one."""
     known = {method for codec in CODECS for method in codec.QUANT_METHODS}
-    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        quantization = part.get("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    for quantization in quantizations(config):
+        method = quantization.get("quant_method")
         # Very old bitsandbytes configs name no method. One that is no text is not hashable, perhaps.
         if method is not None and not (isinstance(method, str) and method in known):
             raise CheckpointError(
                 f"{folder / 'config.json'}: the checkpoint is quantized with {shown(method)}; {_WAY_OUT}"
             )
-    packed = packed_format({name: stored[name] for codec, name, _ in claims(stored) if codec is dense})
+    setting = unread_setting(config)
+    if setting is not None:
+        raise CheckpointError(f"{folder / 'config.json'}: the checkpoint has a {setting}; {_WAY_OUT}")
+    left = {name: stored[name] for codec, name, _ in claims(stored, config) if codec is dense}
+    packed = packed_format(left)
     if packed is not None:
-        name, title = packed
+        name, form = packed
         raise CheckpointError(
-            f"{shown(folder)}: {shown(name)} belongs to a weight that is quantized: {title}; {_WAY_OUT}"
+            f"{shown(folder)}: {shown(name)} belongs to a weight that is quantized: {form.title}; "
+            f"{_INCOMPLETE if form.read else _WAY_OUT}"
         )
 
 
-def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint) -> None:
-    """In a quantized checkpoint, or beside what bitsandbytes stores with codes, integers called `weight` that
-    no codec claimed are codes whose companions are missing."""
-    quantized = bool(ckpt.config.get("quantization_config"))
+def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint, quantized: bool) -> None:
+    """In a quantized checkpoint, or beside what bitsandbytes stores with codes, what looks like codes or
+    scales
+    and was claimed by no codec is a part of a weight whose other parts are missing."""
     for name, sources in weights.items():
+        if not sources.as_stored:
+            continue
         module = name.removesuffix(".weight")
-        codes = module != name and sources.spec.dtype in ("U8", "I8")
-        if (codes and (quantized or f"{module}.SCB" in weights)) or f"{name}.absmax" in weights:
+        if f"{name}.absmax" in weights or (
+            (quantized or f"{module}.SCB" in weights) and is_part(name, sources.spec)
+        ):
             raise CheckpointError(
-                f"{shown(ckpt.folder)}: {shown(name)} is quantized, but its quant_state or SCB is missing."
+                f"{shown(ckpt.folder)}: {shown(name)} is quantized, but other parts of it (codes, scales, "
+                "quant_state, SCB) are missing."
             )

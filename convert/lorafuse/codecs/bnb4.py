@@ -11,6 +11,7 @@ dequantize.py has the formula.
 import math
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from lorafuse.codecs.conv1d import RecodedByColumns, Transposed, is_conv1d
 from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import read_runs
 from lorafuse.codecs.own_grid import GridSources, Recoded
-from lorafuse.codecs.sources import Raw, Scheme, Sources
+from lorafuse.codecs.sources import Claims, Raw, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import read_all
@@ -32,23 +33,28 @@ from lorafuse.files.tensors import Box, TensorInfo, TensorSpec
 
 QUANT_METHODS: tuple[str, ...] = ("bitsandbytes",)
 COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+WORDS = {"nf4": "NF4", "fp4": "FP4"}
 
 
-def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
+def claim(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Claims:
     """Returns {X: (X, its quant_state, and those of its companions that are stored)}."""
     claims = {}
     for state in stored:
         weight, marker, _ = state.partition(MARKER)
         if marker and weight in stored:
             claims[weight] = (weight, state, *(weight + c for c in COMPANIONS if weight + c in stored))
-    return claims
+    return Claims(claims)
 
 
-def scheme(names: tuple[str, ...], blocksize: int = 0) -> Scheme:
+def scheme(names: tuple[str, ...], stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Scheme:
     """Returns what the names tell: the kind, and whether the scales are quantized too."""
+    return _scheme(names)
+
+
+def _scheme(names: tuple[str, ...], blocksize: int = 0) -> Scheme:
     _, _, kind = names[1].partition(MARKER)
     double_quant = any(name.endswith(COMPANIONS[2]) for name in names)
-    return Scheme(kind, double_quant, blocksize, codes_per_byte=2)
+    return Scheme(kind, double_quant, blocksize, words=WORDS.get(kind, kind), bits=4, codes_per_byte=2)
 
 
 def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sources:
@@ -83,7 +89,7 @@ class FourBitSources(RecodedByColumns, GridSources):
         self.store, self.names, self._weight, self._state = ckpt, names, weight, state
         self.spec = TensorSpec(state.dtype, state.shape)
         self.out_dtype = state.dtype
-        self.scheme = scheme(names, state.blocksize)
+        self.scheme = _scheme(names, state.blocksize)
         self.column_multiple = min(state.blocksize, 64)  # even: a window begins with a whole byte
         self.grid_rows = 1 + self.spec.n_cols % 2
         # An odd width has codes of one byte in two rows: its transpose cannot be written in parts.

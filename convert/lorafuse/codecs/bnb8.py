@@ -6,6 +6,7 @@ The weight is fp32, uncast: dequantize.py. Outlier columns are a matter of run t
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -17,17 +18,21 @@ from lorafuse.codecs.bnb8_grid import Int8Grid
 from lorafuse.codecs.conv1d import RecodedByColumns, Transposed, is_conv1d
 from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import read_runs
+from lorafuse.codecs.model_dtype import model_dtype
 from lorafuse.codecs.own_grid import GridSources, Recoded
-from lorafuse.codecs.sources import Raw, Scheme, Sources
+from lorafuse.codecs.sources import Claims, Raw, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import read_all
-from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES, Box, TensorInfo, TensorSpec
+from lorafuse.files.tensors import Box, TensorInfo, TensorSpec
 
 QUANT_METHODS: tuple[str, ...] = ("bitsandbytes",)
 
 
-def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
+INT8 = Scheme("int8", bits=8)
+
+
+def claim(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Claims:
     """Returns {X.weight: (X.weight, X.SCB, and X.weight_format where it is stored)}."""
     claims: dict[str, tuple[str, ...]] = {}
     for scb in stored:
@@ -36,12 +41,12 @@ def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
         if module != scb and weight in stored and stored[weight].spec.dtype == "I8":
             extra = f"{module}.weight_format"
             claims[weight] = (weight, scb, extra) if extra in stored else (weight, scb)
-    return claims
+    return Claims(claims)
 
 
-def scheme(names: tuple[str, ...]) -> Scheme:
+def scheme(names: tuple[str, ...], stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Scheme:
     """Returns the scheme of every int8 weight."""
-    return Scheme("int8")
+    return INT8
 
 
 def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sources:
@@ -62,15 +67,6 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
     return Transposed(sources) if is_conv1d(ckpt.config, weight) else sources
 
 
-def _config_dtype(ckpt: Checkpoint) -> str:
-    """The dtype the model had when it was quantized; transformers' default for int8 is float16."""
-    for part in (ckpt.config, ckpt.config.get("text_config") or {}):
-        name = SAFETENSORS_NAMES.get(str(part.get("dtype") or part.get("torch_dtype")))
-        if name in FLOATS:
-            return name
-    return "F16"
-
-
 class Int8Sources(RecodedByColumns, GridSources):
     """q and SCB of one weight, as they are stored: (out, in)."""
 
@@ -78,10 +74,10 @@ class Int8Sources(RecodedByColumns, GridSources):
     grid_rows = 1
 
     def __init__(self, weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> None:
-        self.store, self.names, self.scheme = ckpt, names, scheme(names)
+        self.store, self.names, self.scheme = ckpt, names, INT8
         self.spec = TensorSpec("F32", ckpt.tensors[weight].spec.shape)
-        self.out_dtype = _config_dtype(ckpt)
         self.column_run = math.gcd(self.spec.shape[1], 64)
+        self.out_dtype = model_dtype(ckpt.config) or "F16"  # transformers' default for int8
 
     def will_need(self, box: Box) -> None:
         start, stop = box.run

@@ -1,17 +1,18 @@
 """Weights stored as they are. Every dtype passes through; F32, F16 and BF16 can be merged into."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.codecs.sources import Raw, Scheme, Sources
+from lorafuse.codecs.sources import Claims, Raw, Scheme, Sources
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, Box, TensorInfo, TensorSpec
 
 QUANT_METHODS: tuple[str, ...] = ()
-DENSE = Scheme("dense")
+DENSE = Scheme("dense", words="full precision")
 
 
 class DenseSources(Sources):
@@ -45,12 +46,12 @@ class DenseSources(Sources):
         return arena.place(raw[0]).view(getattr(torch, self.spec.torch_name))
 
 
-def claim(stored: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
+def claim(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Claims:
     """Returns {weight: (stored tensor,)} for all that is stored."""
-    return {name: (name,) for name in stored}
+    return Claims({name: (name,) for name in stored})
 
 
-def scheme(names: tuple[str, ...]) -> Scheme:
+def scheme(names: tuple[str, ...], stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Scheme:
     """Returns the scheme of every dense weight."""
     return DENSE
 

@@ -2,15 +2,16 @@
 by, whatever its config says. A config may be silent: `quantize_config.json`, `hf_quant_config.json`,
 `compression_config` and MLX's `quantization` are read by nobody here.
 
-A codec that learns to read a format claims its tensors, and is thereby out of the reach of this table; then
-the format's row goes.
-"""
+A codec that reads a format claims its tensors before this table is looked at. The format's row stays, as
+`read`: what the codec leaves is a part of a weight whose other parts are missing or unlike what the format
+has."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from lorafuse.files.tensors import TensorInfo
+from lorafuse.files.tensors import TensorInfo, TensorSpec
 
 _INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 _FP8 = re.compile(r"F8_")
@@ -27,6 +28,7 @@ class Format:
     title: str
     names: tuple[str, ...]
     also: Condition = lambda stem, stored: True
+    read: bool = False
 
 
 def _has(*names: str) -> Condition:
@@ -57,7 +59,7 @@ def is_coded(info: TensorInfo | None) -> bool:
 
 
 _CT = "compressed-tensors"
-_ANY_FP8 = f"FP8 or integers with scales ({_CT}, ModelOpt, FBGEMM, BitNet and others)"
+_ANY_FP8 = f"FP8 or integers with scales ({_CT}, ModelOpt, FBGEMM)"
 
 # The first format whose names are all there counts.
 FORMATS: tuple[Format, ...] = (
@@ -67,17 +69,19 @@ FORMATS: tuple[Format, ...] = (
     Format("AWQ", (".qweight", ".scales")),
     Format("packed integers (GPTQ, AWQ or another of their kind)", (".qweight",)),
     Format("GPTQ or AWQ", (".qzeros",)),
-    Format(f"{_CT} (pack-quantized, NVFP4 or MXFP4)", (".weight_packed",)),
+    Format(f"{_CT} (pack-quantized, NVFP4 or MXFP4)", (".weight_packed",), read=True),
     Format(f"{_CT} (sparse)", (".compressed", ".bitmask")),
-    Format("ModelOpt (NVFP4)", (".weight_scale_2",)),
-    Format("FP8 with a scale for each block", (".weight_scale_inv",)),
-    Format("FP8 with a scale for each block", ("_scale_inv",), _codes("")),
-    Format("FP8 with scales, by Mistral's names", (".qscale_weight",)),
+    Format("ModelOpt after AWQ or SmoothQuant", (".pre_quant_scale",)),
+    Format("ModelOpt (NVFP4)", (".weight_scale_2",), read=True),
+    Format("FP8 with a scale for each block", (".weight_scale_inv",), read=True),
+    Format("FP8 with a scale for each block", ("_scale_inv",), _codes(""), read=True),
+    Format("FP8 with scales, by Mistral's names", (".qscale_weight",), read=True),
     Format("EETQ", (".weight_scales",), _codes(".weight")),
-    Format(_ANY_FP8, (".weight_scale",)),
-    Format("FP8 of FBGEMM", ("_scale",), _codes("")),
-    Format("FP8 or FP4 with scales, by DeepSeek's names", (".scale",), _codes(".weight")),
-    Format("MXFP4 of gpt-oss", ("_blocks", "_scales"), _dtype("_blocks", "U8")),
+    Format("bytes with scales (BitNet, Gemma and others)", (".weight_scale",), _dtype(".weight", "U8")),
+    Format(_ANY_FP8, (".weight_scale",), read=True),
+    Format("FP8 of FBGEMM", ("_scale",), _codes(""), read=True),
+    Format("FP8 or FP4 with scales, by DeepSeek's names", (".scale",), _codes(".weight"), read=True),
+    Format("MXFP4 of gpt-oss", ("_blocks", "_scales"), _dtype("_blocks", "U8"), read=True),
     Format("Metal (MLX's layout)", (".scales", ".qbiases")),
     Format("MLX", (".scales",), _dtype(".weight", "U32")),
     Format("HIGGS", (".scales", ".tables"), _codes(".weight")),
@@ -92,16 +96,54 @@ FORMATS: tuple[Format, ...] = (
     # What is not known by name is by its form: coded matrices with scales beside them.
     Format("integers or FP8 with scales", (".scales",), _codes(".weight")),
 )
+_WORDS = frozenset({"I16", "I32", "U32"})
+# Ends of names that only quantized weights have, and those that others may have too unless they are bytes.
+_PARTS = (
+    ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", "_qdata", "_scale_inv",
+    ".weight_packed", ".weight_scale", ".weight_scale_2", ".weight_zero_point", ".weight_shape",
+    ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale",
+)  # fmt: skip
+_BYTES = ("_blocks", "_scales", ".scales")
+_SECTIONS = ("quantization_config", "compression_config")  # where a config says how it is quantized
 _ENDS = tuple({form.names[0] for form in FORMATS})
 
 
-def packed_format(stored: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
-    """Returns (a stored tensor, the title of the format that it belongs to), by the first format in the table
-    that the tensors have; None where all tensors are what they seem."""
+def is_part(name: str, spec: TensorSpec) -> bool:
+    """Whether a stored tensor that no codec claimed looks like a part of a quantized weight, in a checkpoint
+    where others are quantized."""
+    is_bytes = spec.dtype in ("U8", "I8") or spec.dtype.startswith("F8_")
+    if name.endswith(_PARTS) or spec.dtype.startswith("F8_"):
+        return True
+    if name.endswith(".weight"):
+        return is_bytes or spec.dtype in _WORDS
+    return is_bytes and (len(spec.shape) > 1 or name.endswith(_BYTES))
+
+
+def packed_format(stored: Mapping[str, TensorInfo]) -> tuple[str, Format] | None:
+    """Returns (a stored tensor, the format that it belongs to), by the first format in the table that the
+    tensors have; None where all tensors are what they seem."""
     suspects = [name for name in stored if name.endswith(_ENDS)]
     for form in FORMATS if suspects else ():
         for name in suspects:
             stem = name.removesuffix(form.names[0])
             if stem != name and all(stem + n in stored for n in form.names) and form.also(stem, stored):
-                return name, form.title
+                return name, form
+    return None
+
+
+def quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What a config says of quantization, at its top and in its parts (text_config)."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        yield from (section for name in _SECTIONS if isinstance(section := part.get(name), dict))
+
+
+def unread_setting(config: Mapping[str, Any]) -> str | None:
+    """Returns what a config of compressed-tensors says that changes what the stored tensors mean; None where
+    it says nothing of the kind."""
+    for section in quantizations(config):
+        transform, sparsity = section.get("transform_config"), section.get("sparsity_config")
+        if transform and not (isinstance(transform, dict) and transform.get("config_groups") == {}):
+            return "transform_config (rotations that run with the model)"
+        if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
+            return "sparsity_config (weights without their zeros)"
     return None

@@ -1,7 +1,10 @@
 """Sources: how the values of one weight are read and decoded. What every codec produces."""
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from fractions import Fraction
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -15,25 +18,38 @@ Raw = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How a weight is stored: `kind` is nf4, fp4, int8, dense, or the word of another codec. `blocksize` is 0
-    where there are no blocks, and where only headers were read, which do not tell it."""
+    """How a weight is stored: `kind` is nf4, fp4, int8, dense, or the word of another codec. `blocksize`, the
+    elements that share a scale, is 0 where there are no blocks, and where only headers were read and do not
+    tell it. `words`: the kind as it is shown, where that is not `kind` itself."""
 
     kind: str
     double_quant: bool = False
     blocksize: int = 0
+    _: KW_ONLY
+    words: str = ""
+    bits: int = 0  # of a code; 0 where there are none
     # Of codes that are packed in bytes; 0 where an element of the stored tensor is an element of the weight.
-    codes_per_byte: int = field(default=0, kw_only=True)
+    codes_per_byte: Fraction | int = 0
 
     def __str__(self) -> str:
         """In words, as in "stored in …"."""
-        words = {"nf4": "NF4", "fp4": "FP4", "dense": "full precision"}.get(self.kind, self.kind)
+        words = self.words or self.kind
         words += ", double-quantized" if self.double_quant else ""
         return words + (f", block size {self.blocksize}" if self.blocksize else "")
 
     def numel_of(self, stored: TensorSpec) -> int:
-        """Elements of the weight whose values or codes are in `stored`; the pad of an odd number of 4-bit
-        codes counts too."""
-        return self.codes_per_byte * stored.nbytes or stored.numel
+        """Elements of the weight whose values or codes are in `stored`; codes that only fill up a byte, a
+        word or a row count too."""
+        return int(self.codes_per_byte * stored.nbytes) or stored.numel
+
+
+class Claims(NamedTuple):
+    """What a codec takes of what is stored. `weights`: each weight → the stored tensors that it is made from;
+    `dropped`: stored tensors that no weight of the dense model is made from (a scale of activations) → why.
+    """
+
+    weights: Mapping[str, tuple[str, ...]]
+    dropped: Mapping[str, str] = MappingProxyType({})
 
 
 class Sources(Protocol):

@@ -4,6 +4,8 @@ Only files that the index names are read: a stale `model.safetensors` beside an 
 are ignored.
 """
 
+from collections import Counter
+from functools import cached_property
 from typing import Any
 
 from lorafuse.errors import CheckpointError, StorageError, listed, shown
@@ -12,6 +14,7 @@ from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.names import INDEX, SINGLE
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.stores import ShardedStore
+from lorafuse.files.tensors import FLOATS
 
 # Of the fields that are read somewhere.
 CONFIG_TYPES = {"model_type": str, "architectures": list, "text_config": dict, "quantization_config": dict}
@@ -35,6 +38,16 @@ class Checkpoint(ShardedStore):
             raise CheckpointError(str(e)) from None
         except OSError as e:
             raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
+
+    @cached_property
+    def dtype_of_most(self) -> str | None:
+        """The dtype with the most elements among the matrices of floating-point numbers that are no scales,
+        by their names; None where there are none."""
+        totals: Counter[str] = Counter()
+        for name, info in self.tensors.items():
+            if info.spec.dtype in FLOATS and len(info.spec.shape) > 1 and "scale" not in name:
+                totals[info.spec.dtype] += info.spec.numel
+        return totals.most_common(1)[0][0] if totals else None
 
 
 def _check_types(config: dict[str, Any], folder: Folder) -> None:

@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from lorafuse.errors import CheckpointError, shown
@@ -72,7 +73,8 @@ class LocalFile:
     """A file in the file system, open for ranged reads."""
 
     def __init__(self, path: str) -> None:
-        self._fd = open_regular(path)
+        self._file = open_regular(path)
+        self._fd = self._file.fileno()
         self.facts = _facts(os.fstat(self._fd))
 
     def read_into(self, start: int, buffer: Buffer) -> int:
@@ -83,7 +85,7 @@ class LocalFile:
         os.posix_fadvise(self._fd, start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
 
 
 def _facts(status: os.stat_result) -> FileFacts:
@@ -92,19 +94,25 @@ def _facts(status: os.stat_result) -> FileFacts:
     return FileFacts(status.st_size, identity, (status.st_ctime_ns,))
 
 
-def open_regular(path: str) -> int:
-    """Open a file for reading. A FIFO, a socket or a directory is refused instead of waited for."""
+def open_regular(path: str) -> FileIO:
+    """Open a file for reading. A FIFO, a socket or a directory is refused instead of waited for. What is
+    interrupted is closed, since it is a file object and not a number."""
     try:
-        # O_NONBLOCK: opening a FIFO without a writer would hang.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = FileIO(path, opener=_open_at_once)
     except OSError as e:
-        if e.errno not in (errno.ENXIO, errno.ELOOP):  # a socket; a link that leads to itself
+        # A socket; a link that leads to itself; a directory.
+        if e.errno not in (errno.ENXIO, errno.ELOOP, errno.EISDIR):
             raise
     else:
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return fd
-        os.close(fd)
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
     raise FormatError(f"{shown(path)}: is not a regular file.")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opening a FIFO without a writer would hang."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _refuse_escape(source: Path, root: Path) -> None:

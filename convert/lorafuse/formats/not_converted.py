@@ -18,15 +18,20 @@ from lorafuse.files.names import natural_key
 from lorafuse.naming.names import Names
 from lorafuse.naming.table import Renames
 
-ANNOUNCING = ("quantization_config", "compression_config", "_load_in_4bit", "_load_in_8bit")
+_ANNOUNCING = ("quantization_config", "compression_config", "_load_in_4bit", "_load_in_8bit")
 # quant_method → the field of quantization_config that lists modules which are dense.
 LISTS = {"bitsandbytes": "llm_int8_skip_modules"}
 FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 
 
+def announces(name: str, value: object) -> bool:
+    """Whether a field of a config says how weights are quantized; `quantization` is MLX's."""
+    return name in _ANNOUNCING or (name == "quantization" and isinstance(value, dict))
+
+
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config that say how weights are quantized, also those in its sections."""
-    found = {name: config[name] for name in ANNOUNCING if name in config}
+    found = {name: value for name, value in config.items() if announces(name, value)}
     sections = {
         name: inner
         for name, value in config.items()
@@ -69,7 +74,7 @@ def _extend(fields: dict[str, Any], entries: list[str], names: "_Modules") -> No
     for name, value in fields.items():
         if name == "quantization_config" and isinstance(value, dict):
             fields[name] = _with_entries(value, entries, names)
-        elif name not in ANNOUNCING:
+        elif not announces(name, value):
             _extend(value, entries, names)
 
 

@@ -86,13 +86,13 @@ def _facts(
     opened: Mapping[str, Sources],
     problems: list[str],
 ) -> dict[str, Any]:
-    weights = list(_weights(stored, opened))
+    weights = list(_weights(stored, config, opened))
     # What is decoded has no shape here without its sources; embeddings, the only ones that are asked for, are
     # rarely quantized.
     dense = {
         weight: stored[names[0]]
-        for codec, weight, names in claims(stored)
-        if codec.scheme(names).kind == "dense"
+        for codec, weight, names in claims(stored, config)
+        if codec.scheme(names, stored, config).kind == "dense"
     }
     names = Names({**dense, **opened}, config)  # type: ignore[dict-item]  # of a weight, only its spec is looked at
     embed = opened.get(names.embed or "") or dense.get(names.embed or "")
@@ -120,13 +120,15 @@ def _facts(
     }
 
 
-def _weights(stored: Mapping[str, TensorInfo], opened: Mapping[str, Sources]) -> Iterator[Weight]:
+def _weights(
+    stored: Mapping[str, TensorInfo], config: dict[str, Any], opened: Mapping[str, Sources]
+) -> Iterator[Weight]:
     """Those that were opened, which are all, or else what the headers tell of each."""
     for sources in opened.values():
         nbytes = sum(stored[tensor].spec.nbytes for tensor in sources.names)
         yield Weight(sources.scheme, sources.spec.numel, nbytes, sources.spec.dtype, sources.out_dtype)
-    for codec, _, names in () if opened else claims(stored):
-        scheme, spec = codec.scheme(names), stored[names[0]].spec
+    for codec, _, names in () if opened else claims(stored, config):
+        scheme, spec = codec.scheme(names, stored, config), stored[names[0]].spec
         nbytes = sum(stored[tensor].spec.nbytes for tensor in names)
         dtype = spec.dtype if scheme.kind == "dense" else None
         yield Weight(scheme, scheme.numel_of(spec), nbytes, dtype, dtype)
@@ -142,6 +144,7 @@ def _storage(weights: list[Weight]) -> list[dict[str, Any]]:
             "scheme": str(scheme),
             "quantized": None if scheme.kind == "dense" else scheme.kind,
             "double_quant": scheme.double_quant,
+            "bits": scheme.bits or None,
             "blocksize": scheme.blocksize or None,
             "dtype": DTYPES[dtype][1] if dtype else None,
             "n_weights": len(group),

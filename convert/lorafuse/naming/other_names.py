@@ -31,7 +31,7 @@ _PART = {"gate_proj": (0, 2), "up_proj": (1, 2), "down_proj": (0, 1)}
 _WHOSE = (
     (re.compile(r"\bunembed_tokens\b|\.in_proj_[qkv]\.|\bexperts\.w[123]\b"), "Tinker"),
     (re.compile(r"\bexperts\.(gate_up|down)_projs\.\d+\.|\brouter\.linear\."), "Unsloth"),
-    (re.compile(r"\blm_[qp]\."), "NeMo (a biencoder; `lm_q` stands for the model)"),
+    (re.compile(r"\blm_p\."), "NeMo (a biencoder, of which only `lm_q` is merged)"),
 )
 
 

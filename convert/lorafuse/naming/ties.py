@@ -14,6 +14,9 @@ from typing import Any
 from lorafuse.naming.table import Renames
 
 FLAG = "tie_word_embeddings"
+_SHARED_BLOCK = re.compile(
+    r"(?P<before>(?:.*\.)?layers\.)(?P<layer>\d+)(?P<after>\.shared_transf(?:ormer)?\..*)"
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def find_ties(weights: Iterable[str], config: Mapping[str, Any]) -> Ties | None:
     finder = _Finder(weights, config)
     embed, head = entry.get("embed"), entry.get("head")
     groups: dict[str, list[str]] = {}
-    for target, source in entry.get("to", {}).items():
+    for target, source in _by_layout(entry.get("to", {}), weights, config).items():
         groups.setdefault(source, []).append(target)
     kin = [{source, *targets} for source, targets in groups.items()]
     known = {embed, head}.union(*(names for names in kin if names & {embed, head}))
@@ -107,6 +110,27 @@ def _of_decoder(inner: Mapping[str, Any] | None) -> dict[str, Any] | None:
     ends = {side: f"decoder.{inner[side]}" for side in ("embed", "head") if side in inner}
     vocab = [f"decoder.{path}" for path in inner.get("vocab", ["vocab_size"])]
     return {**inner, **ends, "to": to, "vocab": vocab, "sections": dict.fromkeys(to, "decoder")}
+
+
+def _by_layout(to: dict[str, str], weights: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The pairs of the table, with those of Zamba's shared blocks for the layers that the config has: the
+    hybrid layers take the first ones' blocks in turn (transformers 5.23, modeling_zamba2.py, get_layers)."""
+    if not any(_SHARED_BLOCK.fullmatch(target) for target in to):
+        return to
+    kinds, hybrid = config.get("layers_block_type"), config.get("hybrid_layer_ids")
+    if isinstance(kinds, list):
+        hybrid = [number for number, kind in enumerate(kinds) if kind == "hybrid"]
+    n_blocks = config.get("num_mem_blocks", 1)
+    if not isinstance(hybrid, list) or not hybrid or type(n_blocks) is not int or n_blocks < 1:
+        return to
+    pairs = {target: source for target, source in to.items() if not _SHARED_BLOCK.fullmatch(target)}
+    for weight in weights:
+        match = _SHARED_BLOCK.fullmatch(weight)
+        for first, layer in enumerate(hybrid[:n_blocks]) if match else ():
+            if match and match["layer"] == str(layer):
+                others = hybrid[first + n_blocks :: n_blocks]
+                pairs |= {f"{match['before']}{other}{match['after']}": weight for other in others}
+    return pairs
 
 
 def _tie(members: list[str], finder: "_Finder", entry: Mapping[str, Any]) -> Tie | None:

@@ -17,7 +17,9 @@ class LocalOutFile:
         self._part = path.with_name(path.name + ".part")
         # 0o666 less the umask, as every other program's files; save_file's 0600 surprises those who share a
         # directory.
-        self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        # A file object, which an interruption right here closes; a number would stay open.
+        self._file = open(self._part, "w+b", buffering=0)
+        self._fd = self._file.fileno()
         self._end = 0  # of what was written without a gap, where the next write is expected
         self._dirty: list[int] = [0, 0]  # what was written since the last writeback, as one run of bytes
 
@@ -57,6 +59,5 @@ class LocalOutFile:
         os.rename(self._part, self._path)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
+        self._fd = -1

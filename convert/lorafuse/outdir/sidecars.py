@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from lorafuse.files.folder import Folder, stream
 from lorafuse.files.names import INDEX
 from lorafuse.files.tensors import FLOATS
-from lorafuse.formats.not_converted import ANNOUNCING
+from lorafuse.formats.not_converted import announces
 from lorafuse.planning.plan import Plan
 from lorafuse.side_files.checked import refuse_large
 
@@ -59,7 +59,8 @@ def output_config(
                 part[name] = value
     for name, value in stored.items():
         inner = result.get(name)
-        result[name] = inner | value if name not in ANNOUNCING and isinstance(inner, dict) else value
+        inside = isinstance(inner, dict) and not announces(name, value)
+        result[name] = inner | value if inside else value
     return result
 
 
@@ -76,7 +77,7 @@ def _in_section(config: dict[str, Any], path: list[str]) -> dict[str, Any]:
 def _without_quantization(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
-    return {name: value for name, value in part.items() if name not in ANNOUNCING}
+    return {name: value for name, value in part.items() if not announces(name, value)}
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

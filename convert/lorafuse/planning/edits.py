@@ -166,6 +166,10 @@ def _check_replacement(
 ) -> None:
     assert update.replaced is not None
     new = update.replaced.spec
+    if (new.dtype in FLOATS) != (spec.dtype in FLOATS):
+        raise AdapterError(
+            f"{adapter.file}: {shown(update.keys[0])} is {new}, but {shown(weight)} is {spec}.", misfit=True
+        )
     rows_only = new.shape[1:] == spec.shape[1:] and len(new.shape) == len(spec.shape) > 0
     if new.shape != spec.shape and not (rows_only and names.may_resize(weight)):
         raise AdapterError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorafuse._version import __version__
 from lorafuse.adapters import AdapterDir, Edit, updates_of
-from lorafuse.codecs import Sources
+from lorafuse.codecs import Sources, dropped
 from lorafuse.errors import CheckpointError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import natural_key
@@ -37,7 +37,7 @@ from lorafuse.planning.plan import (
 from lorafuse.planning.shards import split_shards
 from lorafuse.planning.shared_weights import SharedWeights
 from lorafuse.planning.tied import settle_tied
-from lorafuse.planning.vocabulary import vocabulary_changes
+from lorafuse.planning.vocabulary import cut_vocabulary, vocabulary_changes
 from lorafuse.settings import Settings
 from lorafuse.side_files.choose import Embedding, SideFiles, choose_side_files
 from lorafuse.structure import Structure, structure_of
@@ -65,6 +65,8 @@ def make_plan(
         says.edits = own_edits(says, names, warnings.append)
     copies = [copy for says in said for copy in base_copies(says.adapter, says.edits, names)]
     edits, ignored = combine(said, model, names)
+    files = listed(weighted.adapter.file for weighted in summed)
+    cut_vocabulary(names, edits, files, warnings.append)
     untied = settle_tied(names, edits, ignored)
     how = (make_format or _format_of(settings))(ckpt, settings, weights)
     stored_so = partial(_steps, model, names, edits, untied)
@@ -78,16 +80,15 @@ def make_plan(
         for weighted in adapters
     )
     memory = fit_memory(SharedWeights([steps]), held_nbytes, settings, len(steps) * RECEIPT_ENTRY_NBYTES)
-    config_changes = model.changes | _config_changes(
-        names, steps, untied, listed(weighted.adapter.file for weighted in summed)
-    )
+    config_changes = model.changes | _config_changes(names, steps, untied, files)
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
     plan_id = _plan_id(ckpt, adapters[0].adapter, summed, settings, shards)
     side_files = _side_files(ckpt, adapters[0].adapter, names, steps, config_changes)
     warnings += [*how.warnings(), *side_files.warnings]
     return Plan(
-        shards, plan_id, memory, held_nbytes, config_changes, how.config(), used, ignored, warnings, copies,
-        side_files, partial(sizes_by_format, ckpt, settings, weights, stored_so),
+        shards, plan_id, memory, held_nbytes, config_changes, how.config(), used, ignored,
+        dropped(ckpt.tensors, ckpt.config), warnings, copies, side_files,
+        partial(sizes_by_format, ckpt, settings, weights, stored_so),
     )  # fmt: skip
 
 

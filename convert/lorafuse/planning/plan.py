@@ -162,6 +162,7 @@ class Plan:
     stored_config: Mapping[str, Any]  # the fields of config.json that readers of the stored tensors need
     used: list[str]
     ignored: dict[str, str]
+    dropped: dict[str, str]  # stored tensors of the checkpoint that are no weights → why
     warnings: list[str]
     copies: list[BaseCopy]  # compared with the checkpoint before the merge
     side_files: SideFiles

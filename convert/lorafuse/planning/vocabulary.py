@@ -1,9 +1,12 @@
-"""The size of the output's vocabulary, and whether its embeddings are tied: what config.json has to say."""
+"""The size of the output's vocabulary, which is that of all its embeddings, and whether these are tied."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorafuse.errors import AdapterError
+from lorafuse.adapters import Edit
+from lorafuse.adapters.reading.modules import Warn
+from lorafuse.codecs.first_rows import FirstRows
+from lorafuse.errors import AdapterError, listed
 from lorafuse.naming import Names
 from lorafuse.naming.ties import FLAG
 from lorafuse.naming.vocabulary import n_tokens
@@ -24,6 +27,32 @@ def vocabulary_changes(names: Names, steps: Sequence[Step], *, untied: bool, fil
     _refuse_other_sizes(names, n_rows, resized, files)
     size = next(iter(resized.values()))
     return changes | dict.fromkeys(_fields(names), size)
+
+
+def cut_vocabulary(names: Names, edits: dict[str, Edit], files: str, warn: Warn) -> None:
+    """Where adapters hold an embedding with fewer rows than the checkpoint, the others that they leave alone
+    lose the same rows: transformers' resize_token_embeddings keeps the first of each."""
+    rows = names.rows_of_vocabulary()
+    before = {name: names.base_of(name).spec.shape for name in rows}
+    sizes = {
+        (n_tokens(before[name]), n_tokens(edits[name].replaced.spec.shape))  # type: ignore[union-attr]
+        for name in rows
+        if name in edits and edits[name].replaced
+    }
+    if len(sizes) != 1:
+        return
+    ((n_before, n_after),) = sizes
+    alone = [name for name in rows if name not in edits and n_tokens(before[name]) == n_before]
+    if n_after >= n_before or not alone:
+        return
+    for name in alone:
+        shape = before[name]
+        cut = (1, n_after) if shape[0] == 1 else (n_after, *shape[1:])
+        edits[name] = Edit(FirstRows(names.base_of(name), cut))
+    warn(
+        f"{files}: the vocabulary has {n_after} tokens, not the checkpoint's {n_before}; "
+        f"{listed(alone)} {'is' if len(alone) == 1 else 'are'} cut to the first {n_after} rows."
+    )
 
 
 def _fields(names: Names) -> list[str]:

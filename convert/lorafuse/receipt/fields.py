@@ -78,7 +78,8 @@ class TimingEntry(TypedDict):
 
 
 class Receipt(TypedDict):
-    """The whole receipt. `settings`: `Settings.that_decide_bytes`; `peak_rss` in bytes."""
+    """The whole receipt. `settings`: `Settings.that_decide_bytes`; `dropped`: tensors of the checkpoint that
+    are no weights, name → reason; `peak_rss` in bytes."""
 
     schema: int
     tool: Tool
@@ -91,3 +92,4 @@ class Receipt(TypedDict):
     base_semantics: str
     timing: TimingEntry
     peak_rss: int
+    dropped: NotRequired[dict[str, str]]

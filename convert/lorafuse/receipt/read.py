@@ -75,6 +75,7 @@ def _broken(receipt: dict[str, Any]) -> Iterator[str]:
     """The fields that are not as they should be; a later one is looked at only when those before it are
     right."""
     yield from (name for name, kind in _FIELDS.items() if not isinstance(receipt.get(name), kind))
+    yield from ["dropped"] * (not isinstance(receipt.get("dropped", {}), dict))
     for name, fields in (("inputs", {"role": str, "path": str}), ("outputs", {"file": str, "size": int})):
         yield from (name for entry in receipt[name] if not _has(entry, fields))
     adapter_tensors = {"used": list, "ignored": dict}

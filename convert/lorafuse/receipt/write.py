@@ -41,7 +41,7 @@ def make_receipt(
     and hashed here."""
     import torch
 
-    return {
+    receipt: Receipt = {
         "schema": SCHEMA,
         "tool": {
             "name": "lorafuse",
@@ -62,6 +62,9 @@ def make_receipt(
         "timing": _timing(wall_s, outcome.timing),
         "peak_rss": peak_rss(),
     }
+    if plan.dropped:
+        receipt["dropped"] = plan.dropped
+    return receipt
 
 
 def _timing(wall_s: float, spent: "Timing") -> TimingEntry:

@@ -46,10 +46,9 @@ def structure_of(
         model.weights = {
             name: sources for name, sources in model.weights.items() if name not in head.dropped
         } | brought
+        taken = {update.parameter for update in head.updates.values()}
         model.said = [
-            one
-            for one in said
-            if not (isinstance(one, Update) and one.replaced and one.parameter in head.updates)
+            one for one in said if not (isinstance(one, Update) and one.replaced and one.parameter in taken)
         ]
         model.changes |= head.changes
         model.config = config | head.changes

@@ -95,6 +95,7 @@ def check_receipt(
     for name, told in receipt["adapter_tensors"].items():
         said, made = (_nameless(value) if several else value for value in (told, adapter_tensors.get(name)))
         _compare(folder, f"adapter_tensors.{name}", said, made)
+    _compare(folder, "dropped", receipt.get("dropped", {}), plan.dropped)
     _compare(folder, "base_semantics", receipt["base_semantics"], base_semantics(plan, settings))
     if receipt["tool"].get("version") == __version__:  # which is a part of plan_id
         _compare(folder, "plan_id", receipt.get("plan_id"), plan.plan_id)

@@ -17,6 +17,7 @@ from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.tensors import DTYPES, FLOATS, Box
 from lorafuse.merge.destination import Outcome
 from lorafuse.merge.loop import merge
+from lorafuse.naming import Names
 from lorafuse.planning.plan import Plan, Step
 from lorafuse.settings import BaseQuant
 from lorafuse.trained_base.simulated import simulated
@@ -125,9 +126,11 @@ def relate(
     "fits", the share of elements that are base + update rounded once, where that is not all, and of weights
     with an update kept, noise, delta_rel. Raises CheckpointError for `merged`, AdapterError."""
     stored = open_weights(merged)
+    # A tied weight that is not stored is there all the same, under the name of the one that it is tied to.
+    held = {**Names(stored, merged.config).unstored(), **stored}
     comparable, told = [], {}
     for step in plan.steps:
-        weight = stored.get(step.name)
+        weight = held.get(step.name)
         if weight is None or not _comparable(step, weight):
             told[step.name] = _facts(Verdict("missing"))
         else:

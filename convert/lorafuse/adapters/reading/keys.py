@@ -19,24 +19,31 @@ _SAVED_WHOLE = (
 # base_model.tinylora_v.0.
 _SHARED = re.compile(r"base_model(\.[^.]+){1,2}")
 
+COUNTER = "I64"  # BatchNorm counts the batches that it saw; no weight has this dtype
+
 Modules = dict[str, dict[str, str]]  # module → {leaf: key}
 
 
 # Modules that other libraries wrap around a model or its layers when it is trained, and a PEFT prefix too
 # many.
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# What keeps the model as a part of it: NeMo's biencoder, and TRL's models with a value head.
+_HOLDER = r"(?:(?:lm_q|pretrained_model)\.)?"
 # OpenRLHF's actor keeps the model as its own `model`.
-_OUTER = re.compile(rf"(?:(?:{'|'.join(map(re.escape, _WRAPPERS))})*(?:model\.)?{re.escape(PREFIX)})*")
+_BEFORE = rf"(?:{'|'.join(map(re.escape, _WRAPPERS))})*(?:model\.)?{_HOLDER}{re.escape(PREFIX)}"
+_OUTER = re.compile(rf"(?:{_BEFORE})*(?:base_model\.(?=lm_q\.))?{_HOLDER}")
 _INNER = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, _WRAPPERS[1:]))})")
 
 
 def plain_name(key: str) -> str:
-    """A key without PEFT's prefix, however often it has it, and without what wrappers put into it."""
+    """A key without PEFT's prefix, however often and wherever it has it, and without what wrappers put into
+    it."""
     match = _OUTER.match(key)
     name = key[match.end() :] if match else key
     if name == key:
         name = re.sub(rf"^(?:{re.escape(_WRAPPERS[0])})+", "", name)
-    return _INNER.sub("", name)
+    name = _INNER.sub("", name)
+    return name.replace(f".{PREFIX}", ".")  # PEFT around a part of the model
 
 
 def unwrapped(module: str) -> str:
@@ -126,7 +133,8 @@ def replacements(adapter: AdapterDir, module: str, leaves: dict[str, str]) -> li
             if key is not None:
                 whole[f"{module}.{parameter}"] = key
     for key in whole.values():
-        check_float(adapter, key)
+        if adapter.store.tensors[key].spec.dtype != COUNTER:
+            check_float(adapter, key)
     return [Update(name, (key,), replaced=DenseSources(adapter.store, key)) for name, key in whole.items()]
 
 

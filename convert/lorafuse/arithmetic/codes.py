@@ -1,0 +1,69 @@
+"""Codes of rows of a matrix, as numbers in fp32: what a row's bytes are, before scales."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from lorafuse.arithmetic.arena import DECODED_FP32, Arena
+from lorafuse.arithmetic.bit_stream import signed_pairs, unpack, unpack_words
+from lorafuse.arithmetic.dequantize import look_up
+from lorafuse.arithmetic.small_floats import decode_float8, e2m1_pairs
+
+# (bytes of whole rows: uint8, 1-D; rows; columns; arena) → fp32, 1-D, in the arena's DECODED_FP32.
+Decode = Callable[[torch.Tensor, int, int, Arena], torch.Tensor]
+
+
+class Codes(NamedTuple):
+    """How a row of codes is stored."""
+
+    row_nbytes: int
+    decode: Decode
+
+
+def float8_codes(n_cols: int, dtype: torch.dtype) -> Codes:
+    """Numbers of a float8 dtype."""
+
+    def decode(raw: torch.Tensor, n_rows: int, n_cols: int, arena: Arena) -> torch.Tensor:
+        values = arena.get(DECODED_FP32, raw.numel(), torch.float32)
+        decode_float8(raw, dtype, values, arena)
+        return values
+
+    return Codes(n_cols, decode)
+
+
+def int8_codes(n_cols: int) -> Codes:
+    """Signed bytes."""
+
+    def decode(raw: torch.Tensor, n_rows: int, n_cols: int, arena: Arena) -> torch.Tensor:
+        return arena.get(DECODED_FP32, raw.numel(), torch.float32).copy_(raw.view(torch.int8))
+
+    return Codes(n_cols, decode)
+
+
+def e2m1_codes(n_cols: int) -> Codes:
+    """Two numbers of 4 bits in a byte, the low half first; `n_cols` is even."""
+
+    def decode(raw: torch.Tensor, n_rows: int, n_cols: int, arena: Arena) -> torch.Tensor:
+        values = arena.get(DECODED_FP32, 2 * raw.numel(), torch.float32)
+        look_up(raw, e2m1_pairs(), values, arena)
+        return values
+
+    return Codes(n_cols // 2, decode)
+
+
+def packed_codes(n_cols: int, bits: int, *, padded: bool = False) -> Codes:
+    """Whole numbers of `bits` bits in words of 32, each stored as its sum with 2^(bits − 1). `padded`: no
+    code crosses two words."""
+    n_words = -(-n_cols // (32 // bits)) if padded else -(-n_cols * bits // 32)
+
+    def decode(raw: torch.Tensor, n_rows: int, n_cols: int, arena: Arena) -> torch.Tensor:
+        values = arena.get(DECODED_FP32, n_rows * n_cols, torch.float32)
+        if bits == 4 and 2 * raw.numel() == values.numel():
+            look_up(raw, signed_pairs(), values, arena)
+            return values
+        codes = (unpack_words if padded else unpack)(raw.view(n_rows, -1), bits, n_cols)
+        values.view(n_rows, n_cols).copy_(codes)
+        return values.sub_(1 << (bits - 1))
+
+    return Codes(4 * n_words, decode)

@@ -1,0 +1,140 @@
+"""MXFP4 of gpt-oss (quant_method "mxfp4"): experts in stacks, which are stored transposed.
+
+`P_blocks` U8 [E, out, G, 16] and `P_scales` U8 [E, out, G] make `P` [E, in, out], in = 32 · G. A byte holds
+two E2M1 codes, the low half first; a scale is E8M0, of 32 codes along `in`. P[e, i, o] = T(level · 2^(scale −
+127)), T the model's dtype. As transformers 5.23, integrations/mxfp4.py, convert_moe_packed_tensors.
+
+A row of P is half a byte of each stored row of an expert, so an expert is read whole, or in as few bands of
+its columns as fit."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.dequantize import look_up
+from lorafuse.arithmetic.scaling import scale_blocks
+from lorafuse.arithmetic.small_floats import e2m1_pairs, e8m0
+from lorafuse.codecs.conv1d import CHUNK_NBYTES_PER_ELEMENT, CHUNK_NUMEL
+from lorafuse.codecs.held import Windows, read_runs
+from lorafuse.codecs.model_dtype import out_dtype
+from lorafuse.codecs.sources import Claims, Raw, Scheme, Sources
+from lorafuse.errors import CheckpointError, shown
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.stores import Store
+from lorafuse.files.tensors import Box, TensorInfo, TensorSpec
+
+QUANT_METHODS: tuple[str, ...] = ("mxfp4",)
+GROUP, GROUP_NBYTES = 32, 16
+MXFP4 = Scheme("mxfp4", blocksize=GROUP, words="MXFP4", bits=4, codes_per_byte=2)
+WINDOW_NBYTES = 10_000_000  # of each of two: a whole expert of gpt-oss has 8.8 MB
+
+
+def claim(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Claims:
+    """Returns {P: (P_blocks, P_scales)} where both are as this format has them."""
+    weights = {}
+    for blocks, info in stored.items():
+        weight = blocks.removesuffix("_blocks")
+        scales = stored.get(f"{weight}_scales")
+        shape = info.spec.shape
+        if (
+            weight != blocks
+            and scales
+            and scales.spec == TensorSpec("U8", shape[:-1])
+            and info.spec.dtype == "U8"
+            and len(shape) == 4
+            and shape[-1] == GROUP_NBYTES
+        ):
+            weights[weight] = (blocks, f"{weight}_scales")
+    return Claims(weights)
+
+
+def scheme(names: tuple[str, ...], stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Scheme:
+    """Returns the scheme of every stack."""
+    return MXFP4
+
+
+def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sources:
+    """Returns the sources of a stack of experts. Raises CheckpointError for an empty one."""
+    n_experts, n_outputs, n_groups, _ = ckpt.tensors[names[0]].spec.shape
+    if not n_experts * n_outputs * n_groups:
+        raise CheckpointError(f"{shown(ckpt.folder)}: {shown(names[0])} is empty.")
+    spec = TensorSpec(out_dtype(ckpt), (n_experts, n_groups * GROUP, n_outputs))
+    return Experts(names, spec, ckpt)
+
+
+class Experts(Sources):
+    """A stack of experts; all rows are counted through it."""
+
+    def __init__(self, names: tuple[str, ...], spec: TensorSpec, store: Store) -> None:
+        self.names, self.spec, self.out_dtype, self.store, self.scheme = names, spec, spec.dtype, store, MXFP4
+        n_experts, self._height, self._width = spec.shape
+        self._n_groups = self._height // GROUP
+        self._groups_read = self._groups_of_windows()
+        self._windows = Windows(n_experts * self._height, self._groups_read * GROUP, self._read)
+        self.window_nbytes = self._windows.n_held * self._window_nbytes(self._groups_read)
+        self.nbytes = CHUNK_NUMEL * CHUNK_NBYTES_PER_ELEMENT
+
+    def _window_nbytes(self, n_groups: int) -> int:
+        return self._width * n_groups * (GROUP_NBYTES + 1)
+
+    def _groups_of_windows(self) -> int:
+        """So many groups of each stored row that windows are small enough, and that no window lies in two
+        experts."""
+        fitting = (n for n in range(self._n_groups, 0, -1) if self._n_groups % n == 0)
+        return next((n for n in fitting if self._window_nbytes(n) <= WINDOW_NBYTES), 1)
+
+    def _rows(self, box: Box) -> range:
+        start, stop = box.run
+        return range(start // self._width, -(-stop // self._width))
+
+    def _read(self, rows: range, arena: Arena) -> Raw:
+        """uint8 [out, bytes] of codes and [out, groups] of scales, of these rows of one expert."""
+        expert, first = divmod(rows.start // GROUP, self._n_groups)
+        starts = [(expert * self._width + row) * self._n_groups + first for row in range(self._width)]
+        n_groups = self._groups_read
+        codes = read_runs(
+            self.store, self.names[0], [start * GROUP_NBYTES for start in starts], n_groups * GROUP_NBYTES
+        )
+        return codes, read_runs(self.store, self.names[1], starts, n_groups)
+
+    def will_need(self, box: Box) -> None:
+        rows = self._rows(box)
+        expert, row = divmod(rows.start, self._height)
+        if row == 0:
+            nbytes = self._width * self._n_groups * GROUP_NBYTES
+            self.store.will_need(self.names[0], expert * nbytes, nbytes)
+
+    def release(self) -> None:
+        self._windows.drop()
+
+    def fetch(self, box: Box, arena: Arena) -> Raw:
+        return tuple(tensor for raw in self._windows.get(self._rows(box), arena) for tensor in raw)
+
+    def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
+        rows, width = self._rows(box), self._width
+        made = arena.get("mxfp4.made", box.numel, getattr(torch, self.spec.torch_name))
+        tile = made.view(len(rows), width)
+        for number, (window, part) in enumerate(self._windows.around(rows)):
+            codes, scales = raw[2 * number : 2 * number + 2]
+            at = slice(part.start - rows.start, part.stop - rows.start)
+            inside = range(part.start - window.start, part.stop - window.start)
+            step = max(CHUNK_NUMEL // (len(part) + 2 * GROUP), 1)
+            for first in range(0, width, step):
+                chunk = slice(first, min(first + step, width))
+                values = self._columns(codes[chunk], scales[chunk], inside, arena)
+                # Transposed in a buffer of its own: into part of a tile, torch copies element by element.
+                turned = arena.get("mxfp4.turned", values.numel(), torch.float32).view(values.shape[::-1])
+                tile[at, chunk].copy_(turned.copy_(values.T))
+        return made
+
+    def _columns(self, codes: torch.Tensor, scales: torch.Tensor, cols: range, arena: Arena) -> torch.Tensor:
+        """fp32 [stored rows, columns] of some columns of what was read."""
+        first, last = cols.start // GROUP, -(-cols.stop // GROUP)
+        packed = arena.place(codes[:, first * GROUP_NBYTES : last * GROUP_NBYTES].contiguous())
+        values = arena.get("mxfp4.values", 2 * packed.numel(), torch.float32)
+        look_up(packed.view(-1), e2m1_pairs(), values, arena)
+        matrix = values.view(len(codes), -1)
+        scale_blocks(matrix, e8m0(arena.place(scales[:, first:last])), GROUP)
+        return matrix[:, cols.start - first * GROUP : cols.stop - first * GROUP]
