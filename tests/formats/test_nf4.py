@@ -66,6 +66,15 @@ def test_as_bitsandbytes_makes_it_of_the_dense_result(
     assert_stored(stored(tmp_path / "out"), expected_of(stored(tmp_path / "dense"), kind, **settings))
 
 
+def test_layers_that_repeat_others(base, adapter, tmp_path):
+    lora = adapter("bf16", target_modules=TARGETS, layer_replication=[[0, 2], [1, 2]])
+    lorafuse.convert(base("bf16"), lora, tmp_path / "dense")
+    receipt = lorafuse.convert(base("bf16"), lora, tmp_path / "out", format="nf4")
+    assert_stored(stored(tmp_path / "out"), expected_of(stored(tmp_path / "dense"), "nf4"))
+    assert "model.layers.2.mlp.up_proj.weight" in receipt["tensors"]
+    assert config_of(tmp_path / "out")["quantization_config"]["llm_int8_skip_modules"] is None
+
+
 def by_transformers(folder, target, **settings):
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**settings))
     model.save_pretrained(target)

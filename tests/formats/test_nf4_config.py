@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 from build import CONFIG, adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
+from peft import LoraConfig, get_peft_model
 from quantized_anew import assert_stored
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 import lorafuse
 from lorafuse.errors import ResultError, UsageError
@@ -232,3 +233,22 @@ def test_several_adapters_and_scales_of_a_batch(tmp_path):
     two = {"adapters": [(lora, 0.5)], "adapter_scale": 0.5}
     lorafuse.convert(ckpt, lora, tmp_path / "two", format="nf4", **two)
     assert_stored(stored(tmp_path / "two"), stored(tmp_path / "nf4"))
+
+
+def test_a_head_that_the_adapter_brings(base, tmp_path):
+    """It is dense, and answers as transformers' quantization of the dense result does."""
+    make = AutoModelForSequenceClassification.from_pretrained
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(make(base("bf16"), num_labels=3), lora).save_pretrained(tmp_path / "lora")
+    lorafuse.convert(base("bf16"), tmp_path / "lora", tmp_path / "dense")
+    lorafuse.convert(base("bf16"), tmp_path / "lora", tmp_path / "out", format="nf4")
+    four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantization = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16, **four_bit)
+    models = [make(tmp_path / "out"), make(tmp_path / "dense", quantization_config=quantization)]
+    classes = [{name: type(module) for name, module in model.named_modules()} for model in models]
+    assert classes[0] == classes[1]
+    assert classes[0]["score"] is torch.nn.Linear
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(*(model(tokens).logits for model in models))

@@ -88,7 +88,8 @@ class Quantized(Format):
         self._outputs[weight.name] = weight.base or weight.sources
         if weight.spec.dtype in FLOATS:
             self._dtypes[weight.spec.torch_name] += weight.spec.nbytes
-        if id(weight.base) not in self._chosen or weight.sources is not weight.base:
+        whole = weight.sources is not weight.base  # what the adapter replaces or adds
+        if whole or id(weight.base) not in self._chosen or not weight.spec.numel:
             return dense_encoder(weight)
         if not weight.untouched and self._keep_dense.names(weight.name):
             return dense_encoder(weight)
