@@ -111,16 +111,40 @@ def test_peak_memory_of_a_transposed_matrix(tmp_path, share_s):
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
 
 
+def full_update(tmp_path, weight, rows, cols):
+    """An adapter that changes every element of a weight."""
+    factors = {"lora_A": np.full((16, cols), 0.1), "lora_B": np.full((rows, 16), 0.001)}
+    key = f"base_model.model.{weight.removesuffix('.weight')}"
+    tensors = {f"{key}.{n}.weight": torch.from_numpy(f).float() for n, f in factors.items()}
+    return write_adapter(tmp_path / "all", tensors)
+
+
 def test_peak_memory_of_a_weight_that_stays_on_its_grid(tmp_path):
     """So does a matrix of 34 M elements of which every code may move."""
     rows, cols, w = 2048, 16384, "model.layers.0.mlp.down_proj.weight"
     ckpt, _ = write_pair(tmp_path, w, (rows, cols), 16, nf4(w, rows, cols))
-    factors = {"lora_A": np.full((16, cols), 0.1), "lora_B": np.full((rows, 16), 0.001)}
-    key = f"base_model.model.{w.removesuffix('.weight')}"
-    lora = write_adapter(
-        tmp_path / "all", {f"{key}.{n}.weight": torch.from_numpy(f).float() for n, f in factors.items()}
-    )
+    lora = full_update(tmp_path, w, rows, cols)
     beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out", "--format", "base")
+    assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--format", "nf4", "--rounding", "unbiased", "--quant-blocksize", "4096"),
+        ("--format", "int8", "--rounding", "unbiased"),
+        ("--format", "base", "--base-quant", "nf4"),
+    ],
+    ids=" ".join,
+)
+def test_peak_memory_of_a_matrix_that_is_quantized(options, tmp_path):
+    """So does a bf16 matrix of 34 M elements that is quantized here, of which every code may move."""
+    rows, cols, w = 2048, 16384, "model.layers.0.mlp.down_proj.weight"
+    piece = torch.randn(1 << 19, dtype=torch.float32).mul_(0.02).bfloat16().view(torch.uint8)
+    tensors = {w: ("BF16", [rows, cols], piece.numpy().tobytes(), rows * cols >> 19)}
+    ckpt, _ = write_pair(tmp_path, w, (rows, cols), 16, tensors)
+    lora = full_update(tmp_path, w, rows, cols)
+    beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out", *options)
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
 
 

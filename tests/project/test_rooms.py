@@ -207,7 +207,7 @@ def test_adapters_are_files() -> None:
         ("data_offsets", "files/safetensors_file.py"),
         (r"\.offset$", "files/safetensors_file.py"),
         (r"\.set_num_threads$", "arithmetic/torch_state.py"),
-        ("quant_state.bitsandbytes__", "codecs/bnb4.py"),
+        ("quant_state.bitsandbytes__", "codecs/bnb4_state.py"),
         ("renameat2", "outdir/commit.py"),
     ],
 )

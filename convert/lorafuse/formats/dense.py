@@ -14,7 +14,7 @@ from lorafuse.settings import Settings
 
 
 def dense_encoder(weight: WeightToStore) -> Encoder:
-    """What stores a weight in full precision."""
+    """Of a weight in full precision. Bytes that would not change are copied."""
     sources = weight.sources
     if weight.untouched and sources.as_stored and sources.spec == weight.spec:
         return StoredEncoder(sources.store, {weight.name: sources.names[0]})
@@ -22,7 +22,7 @@ def dense_encoder(weight: WeightToStore) -> Encoder:
 
 
 class Dense(Format):
-    """Bytes that would not change are copied."""
+    """Every weight in full precision."""
 
     def __init__(self, ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> None:
         for option, given in (("--keep-dense", settings.keep_dense), ("--rounding", settings.rounding)):
