@@ -44,9 +44,7 @@ def unpack_words(packed: torch.Tensor, bits: int, n_codes: int) -> torch.Tensor:
     return codes.view(len(words), -1)[:, :n_codes]
 
 
-def unpack_floats(
-    packed: torch.Tensor, bits: int, n_codes: int, arena: Arena, less: int = 0
-) -> torch.Tensor:
+def unpack_floats(packed: torch.Tensor, bits: int, n_codes: int, arena: Arena, less: int = 0) -> torch.Tensor:
     """The codes that `unpack` has, each minus `less`: float32, 1-D, in the arena's DECODED_FP32. Several at
     once come out of a table, which takes a tenth of the time."""
     n_rows, n_bytes = packed.shape
