@@ -31,7 +31,8 @@ class PlannedSideFiles(TypedDict):
 
 
 class PlanEvent(TypedDict):
-    """What is going to happen. `weights`: the number of weights by action; `held_whole`: the weights that are
+    """What is going to happen. `weights`: the number of weights by action; `decoded`: the number of elements
+    by how they are stored, where they are quantized; `held_whole`: the weights that are
     held in memory whole. A verification says `nbytes` and no shards."""
 
     event: Literal["plan"]
@@ -40,6 +41,7 @@ class PlanEvent(TypedDict):
     plan_id: NotRequired[str]
     n_workers: NotRequired[int]
     weights: NotRequired[dict[str, int]]
+    decoded: NotRequired[dict[str, int]]
     adapter_tensors: NotRequired[dict[str, Any]]
     config_changes: NotRequired[dict[str, Any]]
     side_files: NotRequired[PlannedSideFiles]

@@ -249,3 +249,23 @@ def test_bitsandbytes_without_its_state_is_refused_without_a_config(dtype, tmp_p
     assert "m.weight is quantized, but other parts of it (codes, scales, quant_state, SCB)" in refusal(
         write(tmp_path / "ckpt", stored)
     )
+
+
+BARE = ("a table of integers", "bare FP8")
+
+
+@pytest.mark.parametrize("case", sorted(LOOK_ALIKES.keys() - BARE))
+def test_look_alikes_pass_beside_quantized_weights(case, tmp_path):
+    """Where others are quantized, less passes: tables of integers and bare FP8 do not."""
+    beside = {"x.weight": zeros(16, 32, dtype=F8), "x.weight_scale_inv": zeros(1, 1)}
+    path = write(tmp_path / "ckpt", LOOK_ALIKES[case] | beside)
+    with closing(Checkpoint(LocalFolder(path))) as ckpt:
+        assert set(open_weights(ckpt)) == {*LOOK_ALIKES[case], "x.weight"}
+
+
+@pytest.mark.parametrize("case", BARE)
+def test_what_does_not_pass_beside_quantized_weights(case, tmp_path):
+    beside = {"x.weight": zeros(16, 32, dtype=F8), "x.weight_scale_inv": zeros(1, 1)}
+    assert "m.weight is quantized, but other parts of it" in refusal(
+        write(tmp_path / "ckpt", LOOK_ALIKES[case] | beside)
+    )

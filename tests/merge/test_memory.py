@@ -101,6 +101,58 @@ def test_peak_memory_of_a_transposed_matrix(tmp_path):
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
 
 
+def mxfp4(w, n_experts, rows, n_groups):
+    """The stored tensors of a stack of experts."""
+    piece = np.random.default_rng(0).integers(0, 256, rows * n_groups * 16, dtype=np.uint8).tobytes()
+    return {
+        f"{w}_blocks": ("U8", [n_experts, rows, n_groups, 16], piece, n_experts),
+        f"{w}_scales": ("U8", [n_experts, rows, n_groups], b"\x78" * (rows * n_groups), n_experts),
+    }
+
+
+def packed_integers(w, rows, n_groups):
+    """The stored tensors of compressed-tensors' 4-bit integers in groups of 32, asymmetric."""
+    module, cols = w.removesuffix(".weight"), 32 * n_groups
+    piece = np.random.default_rng(0).integers(0, 256, cols * 8, dtype=np.uint8).tobytes()
+    zeros = np.random.default_rng(1).integers(0, 256, rows * n_groups // 2, dtype=np.uint8).tobytes()
+    return {
+        f"{module}.weight_packed": ("I32", [rows, cols // 8], piece, rows // 16),
+        f"{module}.weight_scale": ("BF16", [rows, n_groups], b"\x00\x3c" * (n_groups * 16), rows // 16),
+        f"{module}.weight_zero_point": ("I32", [rows // 8, n_groups], zeros, 1),
+        f"{module}.weight_shape": ("I64", [2], np.array([rows, cols], np.int64).tobytes(), 1),
+    }
+
+
+def fp8_blocks(w, rows, cols):
+    """The stored tensors of an FP8 matrix with a scale for each 128 × 128."""
+    piece = np.random.default_rng(0).integers(0, 120, cols * 16, dtype=np.uint8).tobytes()
+    grid = [rows // 128, cols // 128]
+    return {
+        w: ("F8_E4M3", [rows, cols], piece, rows // 16),
+        f"{w}_scale_inv": ("F32", grid, np.full(grid[0] * grid[1], 0.01, np.float32).tobytes(), 1),
+    }
+
+
+QUANTIZED = {
+    "fp8": (fp8_blocks, (4096, 16384)),
+    "compressed-tensors": (packed_integers, (4096, 512)),
+    "mxfp4": (mxfp4, (3, 5760, 90)),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_peak_memory_of_other_quantizations(kind, tmp_path):
+    """Of matrices of 67 M elements, and of a stack of gpt-oss's size, whose experts are read whole."""
+    make, shape = QUANTIZED[kind]
+    w = "model.layers.0.mlp.up_proj.weight"
+    stack = make("model.layers.0.mlp.experts.gate_up_proj", *shape) if kind == "mxfp4" else make(w, *shape)
+    small = {w: ("BF16", [64, 64], bytes(8192), 1)} if kind == "mxfp4" else {}
+    out = (64, 64) if kind == "mxfp4" else (4096, 16384)
+    ckpt, lora = write_pair(tmp_path, w, out, 16, stack | small)
+    beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out")
+    assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
+
+
 @contextmanager
 def cgroup(nbytes):
     """The command line's first words, for a command that may use so many bytes, page cache included."""

@@ -56,6 +56,7 @@ def plan_text(plan: dict[str, Any]) -> str:
     weights = ", ".join(f"{n} {action}" for action, n in sorted(plan["weights"].items()))
     lines = [f"{plan['nbytes'] / 1e6:,.1f} MB in {len(plan['shards'])} shards; weights: {weights}"]
     lines += [f"  {s['file']}  {s['nbytes'] / 1e6:,.1f} MB  {s['n_weights']} weights" for s in plan["shards"]]
+    lines += [f"decoded from {shown(scheme)}: {n:,} parameters" for scheme, n in plan["decoded"].items()]
     lines.append(
         f"adapter tensors: {plan['adapter_tensors']['used']} used, {len(plan['adapter_tensors']['ignored'])} "
         "ignored"

@@ -103,7 +103,7 @@ FORMATS: tuple[Format, ...] = (
 _WORDS = frozenset({"I16", "I32", "U32"})
 # Ends of names that only quantized weights have, and those that others may have too unless they are bytes.
 _PARTS = (
-    ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", ".codebooks", "_qdata", "._weight_scale", "_scale_inv",
+    ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", "_qdata", "._weight_scale", "_scale_inv",
     ".weight_packed", ".weight_scale", ".weight_scale_2", ".weight_zero_point", ".weight_shape",
     ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale", ".scales", ".biases",
 )  # fmt: skip

@@ -22,6 +22,7 @@ from lorafuse.files.tensors import DTYPES, FLOATS, Box, TensorSpec
 
 _EXPERT = re.compile(r"(?P<experts>.*experts)\.(?P<kind>gate_up|down)_projs\.(?P<n>\d{1,6})\.(?P<leaf>\w+)")
 _ROUTER = re.compile(r"(?P<router>.*router)\.linear\.(?P<leaf>weight|bias)")
+BY_COLUMNS = ("dense", "nf4", "fp4", "int8")  # kinds whose sources are ReadByColumns
 _SUFFIX = {"weight": "", "bias": "_bias"}
 
 
@@ -189,6 +190,12 @@ def _stacked(stack: str, names: list[str], weights: Mapping[str, Sources], ckpt:
             )
     if n_dims == 1:
         return Stacked(members)
+    if members[0].scheme.kind not in BY_COLUMNS:
+        raise CheckpointError(
+            f"{shown(ckpt.folder)}: {shown(stack)} cannot be made from {shown(names[0])} and others, "
+            f"which are stored in {members[0].scheme}: of experts one by one, only bitsandbytes and full "
+            "precision are read. Dequantize the checkpoint first."
+        )
     return Stacked([Transposed(_by_columns(member)) for member in members])
 
 

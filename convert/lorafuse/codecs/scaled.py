@@ -144,8 +144,8 @@ class ScaledRows(Sources):
         self._dtypes = [getattr(torch, DTYPES[dtype][1]) for dtype in (*via, spec.dtype) if dtype]
 
     def _rows(self, box: Box) -> range:
-        start, stop = box.run
-        return range(start // self.spec.shape[-1], stop // self.spec.shape[-1])
+        (start, stop), n_cols = box.run, max(self.spec.shape[-1], 1)
+        return range(start // n_cols, stop // n_cols)
 
     def release(self) -> None:
         if self._recipe.groups:
