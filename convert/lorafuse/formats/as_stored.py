@@ -14,6 +14,7 @@ from lorafuse.codecs.encoder import Encoder
 from lorafuse.codecs.own_grid import GridSources, OwnGridEncoder
 from lorafuse.codecs.per_expert import Stacked
 from lorafuse.codecs.plain import PlainEncoder
+from lorafuse.codecs.run_time import serves
 from lorafuse.codecs.sources import Sources
 from lorafuse.codecs.stored import StoredEncoder, stored_names
 from lorafuse.errors import UsageError, listed, shown
@@ -114,6 +115,13 @@ class AsStored(Format):
         if not self._quantized:
             return {}
         return with_dense_modules(self._config, self._dense, self._quantized, self._weights)
+
+    def left_out(self, dropped: Mapping[str, str]) -> Mapping[str, str]:
+        """A reader of weights that stay quantized takes their run-time tensors too; one of weights that are
+        dense now knows none."""
+        if not self._quantized:
+            return dropped
+        return {name: reason for name, reason in dropped.items() if serves(name, self._dense)}
 
     def warnings(self) -> list[str]:
         if not self._unmatched or self._word == "mixed":
