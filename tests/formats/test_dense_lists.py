@@ -1,4 +1,4 @@
-"""Formats that keep the base's quantization, of bases that bitsandbytes did not make: which modules config.json
+"""Formats that keep the quantization of a base, which bitsandbytes did not make: which modules config.json
 lists as dense, and which run-time tensors stay."""
 
 import json
