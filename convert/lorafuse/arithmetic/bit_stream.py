@@ -74,6 +74,34 @@ def _numbers(packed: torch.Tensor, bits: int, numbers: torch.Tensor) -> None:
     numbers.bitwise_and_((1 << bits) - 1)
 
 
+def pack(codes: torch.Tensor, bits: int, n_bytes: int) -> torch.Tensor:
+    """The reverse of `unpack`: uint8 [rows, n_bytes] of codes (uint8 [rows, n_codes]); other bits are 0."""
+    n_rows, n_codes = codes.shape
+    if bits == 8:
+        return torch.nn.functional.pad(codes, (0, n_bytes - n_codes))
+    n_groups = -(-n_codes // 8)
+    codes = torch.nn.functional.pad(codes, (0, 8 * n_groups - n_codes)).view(n_rows, n_groups, 8)
+    groups = torch.zeros(n_rows, n_groups, bits, dtype=torch.uint8, device=codes.device)
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        groups[:, :, byte] |= codes[:, :, place] << shift
+        if shift + bits > 8:
+            groups[:, :, byte + 1] |= codes[:, :, place] >> (8 - shift)
+    packed = groups.view(n_rows, -1)[:, :n_bytes]
+    return torch.nn.functional.pad(packed, (0, n_bytes - packed.shape[1]))
+
+
+def pack_words(codes: torch.Tensor, bits: int, n_bytes: int) -> torch.Tensor:
+    """The reverse of `unpack_words`."""
+    per_word, n_words = 32 // bits, n_bytes // 4
+    codes = torch.nn.functional.pad(codes, (0, per_word * n_words - codes.shape[1]))
+    codes = codes.view(len(codes), n_words, per_word)
+    words = torch.zeros(codes.shape[:2], dtype=torch.int32, device=codes.device)
+    for place in range(per_word):
+        words |= codes[:, :, place].int() << (place * bits)
+    return words.view(torch.uint8)
+
+
 @cache
 def _table(bits: int, less: int) -> torch.Tensor:
     """For every number of as many bits as are looked up, the codes in it, viewed as one element."""

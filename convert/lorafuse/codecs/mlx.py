@@ -130,11 +130,12 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
 
 
 class AffineRows(ScaledRows):
-    """Rows of which each value is rounded twice: after it is scaled, and after its bias is added."""
+    """Rows of which each value is rounded twice: after it is scaled, and after its bias is added. Their codes
+    are not written anew."""
 
-    def _scale(
-        self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, rows: range
-    ) -> None:
+    grid_rows = 0
+
+    def _scale(self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
         assert zeros is not None, "affine weights have biases"
         width, dtype = self._recipe.scales.block.width, getattr(torch, self.spec.torch_name)
         step = max(CHUNK_NUMEL // matrix.shape[1], 1)
