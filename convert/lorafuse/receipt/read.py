@@ -22,7 +22,7 @@ ENOUGH_KEPT = 0.97
 MUCH_NOISE = 1.0
 # How the weight was written → what keeps more.
 REMEDIES = {
-    "quantized": "--keep-dense PATTERN leaves some of them dense, --format mixed all that changes",
+    "quantized": "--keep-dense PATTERN leaves modules in full precision, --format dense all of them",
     "bfloat16": "--dtype float16 keeps 3 more bits (an overflow ends the run), --dtype float32 keeps "
     "everything",
     "float16": "--dtype float32 keeps everything",
