@@ -38,14 +38,15 @@ def u8(*shape):
 # How each library stores a weight of 16 × 32 under the module "m": case → (stored tensors, the title).
 CASES = {
     "gptq": (
-        {"m.qweight": i32(4, 16), "m.qzeros": i32(1, 2), "m.scales": zeros(1, 16), "m.g_idx": i32(32)},
+        {"m.qweight": i32(4, 16), "m.qzeros": i32(1, 2), "m.scales": zeros(2, 16), "m.g_idx": i32(32)},
         "GPTQ",
     ),
     "gptq without g_idx": (
-        {"m.qweight": i32(4, 16), "m.qzeros": i32(1, 2), "m.scales": zeros(1, 16)},
+        {"m.qweight": i32(4, 16), "m.qzeros": i32(1, 2), "m.scales": zeros(2, 16)},
         "GPTQ",
     ),
-    "awq": ({"m.qweight": i32(32, 2), "m.qzeros": i32(1, 2), "m.scales": zeros(1, 16)}, "AWQ"),
+    "g_idx alone": ({"m.g_idx": i32(32)}, "GPTQ"),
+    "awq": ({"m.qweight": i32(32, 2), "m.qzeros": i32(2, 2), "m.scales": zeros(1, 16)}, "AWQ"),
     "qweight alone": (
         {"m.qweight": i32(32, 2)},
         "packed integers (GPTQ, AWQ or another of their kind)",
@@ -120,10 +121,10 @@ CASES = {
         "MXFP4 of gpt-oss",
     ),
     "mlx": (
-        {"m.weight": i32(16, 4).view(torch.uint32), "m.scales": zeros(16, 1), "m.biases": zeros(16, 1)},
+        {"m.weight": i32(16, 4).view(torch.uint32), "m.scales": zeros(16, 1), "m.biases": zeros(16, 2)},
         "MLX",
     ),
-    "mlx mxfp4": ({"m.weight": i32(16, 4).view(torch.uint32), "m.scales": u8(16, 1)}, "MLX"),
+    "mlx mxfp4": ({"m.weight": i32(16, 4).view(torch.uint32), "m.scales": u8(15, 1)}, "MLX"),
     "metal": (
         {"m.weight": i32(16, 4).view(torch.uint32), "m.scales": zeros(16, 1), "m.qbiases": zeros(16, 1)},
         "Metal (MLX's layout)",
@@ -136,13 +137,14 @@ CASES = {
         {
             "m.codes": zeros(16, 4, 1, dtype=torch.int8),
             "m.codebooks": zeros(1, 256, 1, 8),
-            "m.scales": zeros(16, 1, 1, 1),
         },
         "AQLM",
     ),
+    "hqq without scales": ({"m.W_q": u8(8, 32), "m.packing": u8(7)}, "HQQ"),
+    "hqq without codes": ({"m.packing": u8(7), "m.compute_dtype": u8(13)}, "HQQ"),
     "hqq": ({"m.W_q": u8(8, 32), "m.scale": zeros(1, 32), "m.zero": zeros(1, 32)}, "HQQ or SINQ"),
     "torchao": (
-        {"m._weight_qdata": zeros(16, 32, dtype=torch.int8), "m._weight_scale": zeros(16, 1)},
+        {"m._weight_qdata": i32(16, 4), "m._weight_scale_and_zero": zeros(16, 1)},
         "torchao",
     ),
     "quanto": (

@@ -93,6 +93,14 @@ def test_peak_memory_is_bounded(tmp_path):
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
 
 
+def test_peak_memory_of_new_codes_and_scales(tmp_path):
+    """Nor does one of 67 M elements take more that gets codes and scales of its own."""
+    rows, cols, w = 2048, 32768, "model.layers.0.mlp.up_proj.weight"
+    ckpt, lora = write_pair(tmp_path, w, (rows, cols), 64, nf4(w, rows, cols))
+    beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out", "--format", "w4a16")
+    assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
+
+
 @pytest.mark.soak
 def test_peak_memory_of_a_transposed_matrix(tmp_path, share_s):
     """So does an NF4 matrix that is stored transposed, of which a tile is a band of columns: of 218 M

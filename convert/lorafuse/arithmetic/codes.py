@@ -1,24 +1,62 @@
 """Codes of rows of a matrix, as numbers in fp32: what a row's bytes are, before scales."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
-from lorafuse.arithmetic.bit_stream import signed_pairs, unpack, unpack_words
+from lorafuse.arithmetic.bit_stream import pack, pack_words, unpack, unpack_floats, unpack_words
 from lorafuse.arithmetic.dequantize import look_up
-from lorafuse.arithmetic.small_floats import decode_float8, e2m1_pairs
+from lorafuse.arithmetic.small_floats import decode_float8, e2m1_pairs, e2m1_values
 
 # (bytes of whole rows: uint8, 1-D; rows; columns; arena) → fp32, 1-D, in the arena's DECODED_FP32.
 Decode = Callable[[torch.Tensor, int, int, Arena], torch.Tensor]
 
 
 class Codes(NamedTuple):
-    """How a row of codes is stored."""
+    """How a row of codes is stored: its bytes, how they are decoded, bits of a code, and what each code
+    stands for before scales (fp32 [2^bits])."""
 
     row_nbytes: int
     decode: Decode
+    bits: int
+    levels: torch.Tensor
+    padded: bool = False  # no code crosses two words of 32 bits
+
+    def read(self, raw: torch.Tensor, n_rows: int, n_cols: int) -> torch.Tensor:
+        """uint8, 1-D, of its own: the codes of whole rows (bytes: uint8, 1-D)."""
+        take = unpack_words if self.padded else unpack
+        return take(raw.view(n_rows, -1), self.bits, n_cols).clone(memory_format=_PACKED).view(-1)
+
+    def changed(self, raw: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """uint8, 1-D: the bytes of rows whose codes were `before` and shall be `after`. Bits of no code
+        stay."""
+        put = pack_words if self.padded else pack
+        n_rows = raw.numel() // self.row_nbytes
+        change = put((before ^ after).view(n_rows, -1), self.bits, self.row_nbytes)
+        return raw ^ change.reshape(-1)
+
+
+_PACKED = torch.contiguous_format
+
+
+@cache
+def float8_levels(dtype: torch.dtype) -> torch.Tensor:
+    """float32 [256]: the numbers of a float8 dtype by their codes."""
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float()
+
+
+@cache
+def _signed_bytes() -> torch.Tensor:
+    return _whole_numbers(8, 128).roll(128)
+
+
+@cache
+def _whole_numbers(bits: int, less: int) -> torch.Tensor:
+    """Each code minus `less`."""
+    return torch.arange(-less, (1 << bits) - less, dtype=torch.float32, device="cpu")
 
 
 def float8_codes(n_cols: int, dtype: torch.dtype) -> Codes:
@@ -29,7 +67,7 @@ def float8_codes(n_cols: int, dtype: torch.dtype) -> Codes:
         decode_float8(raw, dtype, values, arena)
         return values
 
-    return Codes(n_cols, decode)
+    return Codes(n_cols, decode, 8, float8_levels(dtype))
 
 
 def int8_codes(n_cols: int) -> Codes:
@@ -38,7 +76,7 @@ def int8_codes(n_cols: int) -> Codes:
     def decode(raw: torch.Tensor, n_rows: int, n_cols: int, arena: Arena) -> torch.Tensor:
         return arena.get(DECODED_FP32, raw.numel(), torch.float32).copy_(raw.view(torch.int8))
 
-    return Codes(n_cols, decode)
+    return Codes(n_cols, decode, 8, _signed_bytes())
 
 
 def e2m1_codes(n_cols: int) -> Codes:
@@ -49,21 +87,20 @@ def e2m1_codes(n_cols: int) -> Codes:
         look_up(raw, e2m1_pairs(), values, arena)
         return values
 
-    return Codes(n_cols // 2, decode)
+    return Codes(n_cols // 2, decode, 4, e2m1_values())
 
 
-def packed_codes(n_cols: int, bits: int, *, padded: bool = False) -> Codes:
-    """Whole numbers of `bits` bits in words of 32, each stored as its sum with 2^(bits − 1). `padded`: no
-    code crosses two words."""
+def packed_codes(n_cols: int, bits: int, *, padded: bool = False, offset: int | None = None) -> Codes:
+    """Whole numbers of `bits` bits in words of 32, each stored as its sum with `offset`, by default
+    2^(bits − 1). `padded`: no code crosses two words."""
+    less = 1 << (bits - 1) if offset is None else offset
     n_words = -(-n_cols // (32 // bits)) if padded else -(-n_cols * bits // 32)
 
     def decode(raw: torch.Tensor, n_rows: int, n_cols: int, arena: Arena) -> torch.Tensor:
+        if not padded:
+            return unpack_floats(raw.view(n_rows, -1), bits, n_cols, arena, less)
         values = arena.get(DECODED_FP32, n_rows * n_cols, torch.float32)
-        if bits == 4 and 2 * raw.numel() == values.numel():
-            look_up(raw, signed_pairs(), values, arena)
-            return values
-        codes = (unpack_words if padded else unpack)(raw.view(n_rows, -1), bits, n_cols)
-        values.view(n_rows, n_cols).copy_(codes)
-        return values.sub_(1 << (bits - 1))
+        values.view(n_rows, n_cols).copy_(unpack_words(raw.view(n_rows, -1), bits, n_cols))
+        return values.sub_(less)
 
-    return Codes(4 * n_words, decode)
+    return Codes(4 * n_words, decode, bits, _whole_numbers(bits, less), padded)

@@ -56,6 +56,11 @@ class Groups:
                 part.sub_(_spread(zeros, first, step, groups))
             part.mul_(_spread(scales, first, step, groups))
 
+    def spread(self, by_group: torch.Tensor) -> torch.Tensor:
+        """[rows, columns] of what is [rows, groups]."""
+        groups = self._held.get(self._load)[0].to(by_group.device)
+        return _spread(by_group, 0, len(by_group), groups)
+
 
 def _spread(by_group: torch.Tensor, first: int, step: int, groups: torch.Tensor) -> torch.Tensor:
     """[rows, columns] of some rows of what is [rows or 1, groups]."""

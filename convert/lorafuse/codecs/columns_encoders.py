@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from lorafuse.arithmetic.arena import Arena, host_arena
-from lorafuse.arithmetic.draws import Half, TileDraws, Turned
+from lorafuse.arithmetic.draws import HalfDraws, TileDraws, TurnedDraws
 from lorafuse.arithmetic.four_bit import known_scales
 from lorafuse.arithmetic.quantize import TINY, magnitudes
 from lorafuse.codecs.bnb4_encoder import FourBitEncoder
@@ -41,9 +41,9 @@ class ByColumns(QuantizingEncoder):
 
     def _drawn(self, tile: FinishedTile, arena: Arena) -> TileDraws:
         if self._draws is None:
-            return Half()
+            return HalfDraws()
         n_out = self._spec.shape[0]
-        return Turned(self._draws, tile.start, (tile.stop - tile.start) // n_out, n_out, arena)
+        return TurnedDraws(self._draws, tile.start, (tile.stop - tile.start) // n_out, n_out, arena)
 
     def scratch_nbytes(self, n: int) -> int:
         return super().scratch_nbytes(n) + 24 * n  # what is turned, and what is quantized at once

@@ -1,6 +1,7 @@
 """Weights that are stored by rows, as codes with a scale for each block: what most quantized formats have in
 common."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -8,12 +9,17 @@ from typing import NamedTuple, Protocol
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.arithmetic.codes import Codes
+from lorafuse.arithmetic.codes import Codes, float8_levels
 from lorafuse.arithmetic.dequantize import NARROW
+from lorafuse.arithmetic.draws import Draws, of_run
+from lorafuse.arithmetic.on_grid import round_tile
 from lorafuse.arithmetic.scaling import round_through, scale_blocks, subtract_zeros
-from lorafuse.arithmetic.small_floats import decode_float8, e8m0
+from lorafuse.arithmetic.small_floats import e8m0
 from lorafuse.codecs.act_order import Groups
-from lorafuse.codecs.sources import Raw, Scheme, Sources
+from lorafuse.codecs.encoder import FinishedTile
+from lorafuse.codecs.own_grid import GridSources, Recoded
+from lorafuse.codecs.scaled_grid import ScaledGrid, levels_of
+from lorafuse.codecs.sources import Raw, Scheme
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, FLOATS, Box, TensorSpec
 
@@ -84,11 +90,12 @@ class Grid:
         """fp32 [rows of the grid, n_cols] of what was fetched."""
         if self.dtype in E8M0:
             return e8m0(raw).view(-1, self.n_cols)
+        dtype = getattr(torch, DTYPES[self.dtype][1])
         if self.dtype.startswith("F8_"):
-            values = torch.empty(raw.numel(), dtype=torch.float32, device=arena.device)
-            decode_float8(raw, getattr(torch, DTYPES[self.dtype][1]), values, arena)
+            # By no scratch of the arena's, in which the decoded weight may be.
+            values = arena.place(float8_levels(dtype)).index_select(0, raw.int())
         else:
-            values = raw.view(getattr(torch, DTYPES[self.dtype][1])).float()
+            values = raw.view(dtype).float()
         return values.view(-1, self.n_cols)
 
     def by_rows(self, values: torch.Tensor, rows: range) -> torch.Tensor:
@@ -130,8 +137,10 @@ class Recipe:
     groups: Groups | None = None
 
 
-class ScaledRows(Sources):
+class ScaledRows(GridSources):
     """A weight, or a stack of them, by rows. `names[0]` holds the codes."""
+
+    grid_rows = 1
 
     def __init__(
         self, store: Store, names: tuple[str, ...], spec: TensorSpec, scheme: Scheme, recipe: Recipe
@@ -142,6 +151,10 @@ class ScaledRows(Sources):
             self.held_nbytes, self.nbytes = recipe.groups.held_nbytes, recipe.groups.scratch_nbytes
         via = [recipe.via] if recipe.via not in (None, "F32", spec.dtype) else []
         self._dtypes = [getattr(torch, DTYPES[dtype][1]) for dtype in (*via, spec.dtype) if dtype]
+        width, n_cols = recipe.scales.block.width, spec.shape[-1]
+        self._run = 1 if recipe.groups else math.gcd(width, n_cols) if recipe.scales.n_cols > 1 else n_cols
+        # Codes before and after, and the index and the gap of each; scales and zero points of each run.
+        self.grid_nbytes_per_element = 12 + 16 // self._run
 
     def _rows(self, box: Box) -> range:
         (start, stop), n_cols = box.run, max(self.spec.shape[-1], 1)
@@ -178,24 +191,59 @@ class ScaledRows(Sources):
         codes, stored, *rest = (arena.place(tensor) for tensor in raw)
         values = recipe.codes.decode(codes, len(rows), n_cols, arena)
         matrix = values.view(len(rows), n_cols)
+        scales, zeros = self._numbers(stored, rest, rows, arena)
+        self._scale(matrix, scales, zeros)
+        return round_through(values, self._dtypes, arena.get(NARROW, values.numel(), torch.int16))
+
+    def _scale(self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
+        """Makes codes (fp32 [rows, columns]) the weight's values, in place."""
+        groups, width = self._recipe.groups, self._recipe.scales.block.width
+        if groups:
+            groups.scale(matrix, scales, zeros)
+            return
+        if zeros is not None:
+            subtract_zeros(matrix, zeros, width)
+        scale_blocks(matrix, scales, width)
+
+    def _numbers(
+        self, stored: torch.Tensor, rest: list[torch.Tensor], rows: range, arena: Arena
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """fp32 [rows or 1, blocks or groups]: scales, and zero points where there are any, from what was
+        fetched of them."""
+        recipe = self._recipe
         scales = recipe.scales.values(stored, arena)
         if recipe.global_scale:
             scales = recipe.combine(scales, rest[-1].view(torch.float32))
-        zeros = recipe.zeros.values(rest[0], arena) if recipe.zeros else None
-        self._scale(matrix, scales, zeros, rows)
-        return round_through(values, self._dtypes, arena.get(NARROW, values.numel(), torch.int16))
-
-    def _scale(
-        self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, rows: range
-    ) -> None:
-        """Makes codes the weight's values, in place."""
-        recipe = self._recipe
         scales = recipe.scales.by_rows(scales, rows)
-        if zeros is not None and recipe.zeros:
-            zeros = recipe.zeros.by_rows(zeros, rows)
+        if not recipe.zeros:
+            return scales, None
+        return scales, recipe.zeros.by_rows(recipe.zeros.values(rest[0], arena), rows)
+
+    def codes_nbytes(self, n: int) -> int:
+        return n // max(self.spec.shape[-1], 1) * self._recipe.codes.row_nbytes
+
+    def recode(self, tile: FinishedTile, draws: Draws | None, buffer: torch.Tensor, arena: Arena) -> Recoded:
+        rows, codes, n_cols = self._rows(tile.box), self._recipe.codes, self.spec.shape[-1]
+        raw, stored, *rest = (arena.place(tensor) for tensor in tile.raw)
+        before = codes.read(raw, len(rows), n_cols)
+        scales, zeros = (
+            None if numbers is None else self._by_runs(numbers, len(rows))
+            for numbers in self._numbers(stored, rest, rows, arena)
+        )
+        assert scales is not None
+        levels = levels_of(codes.levels, tuple(self._dtypes), zeros=zeros is not None).on(arena)
+        after = before.clone()
+        grid = ScaledGrid(after, scales, zeros, levels, self._run)
+        values, n_clipped = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
+        buffer[: raw.numel()].copy_(codes.changed(raw, before, after))
+        return Recoded(((rows.start * codes.row_nbytes, 0, raw.numel()),), values, n_clipped)
+
+    def _by_runs(self, numbers: torch.Tensor, n_rows: int) -> torch.Tensor:
+        """fp32, 1-D: what each run of these rows has, of numbers [rows or 1, blocks or groups]."""
+        recipe, n_runs = self._recipe, self.spec.shape[-1] // self._run
         if recipe.groups:
-            recipe.groups.scale(matrix, scales, zeros)
-            return
-        if zeros is not None:
-            subtract_zeros(matrix, zeros, recipe.scales.block.width)
-        scale_blocks(matrix, scales, recipe.scales.block.width)
+            numbers = recipe.groups.spread(numbers)
+        elif numbers.shape[1] != n_runs:
+            starts = torch.arange(0, self.spec.shape[-1], self._run, dtype=torch.int64, device=numbers.device)
+            numbers = numbers.index_select(1, starts.div_(recipe.scales.block.width, rounding_mode="floor"))
+        return numbers.expand(n_rows, n_runs).reshape(-1)

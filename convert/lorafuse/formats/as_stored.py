@@ -13,6 +13,7 @@ from lorafuse.codecs.encoder import Encoder
 from lorafuse.codecs.own_grid import GridSources, OwnGridEncoder
 from lorafuse.codecs.per_expert import Stacked
 from lorafuse.codecs.plain import PlainEncoder
+from lorafuse.codecs.run_time import serves
 from lorafuse.codecs.sources import Sources
 from lorafuse.codecs.stored import StoredEncoder, stored_names
 from lorafuse.errors import UsageError, shown
@@ -65,6 +66,12 @@ class AsStored(Format):
         word = settings.format
         if settings.dtype != "auto":
             raise UsageError(f"--format {word} keeps the base's own dtypes: leave --dtype out.")
+        torchao = next((name for name, sources in weights.items() if sources.scheme.kind == "torchao"), None)
+        if torchao is not None:
+            raise UsageError(
+                f"--format {settings.format}: {shown(torchao)} is stored by torchao, which reads it by "
+                "metadata in the headers that this version does not write: leave --format out."
+            )
         self._config, self._weights, self._keep_dense = ckpt.config, weights, KeepDense(dense)
         self._unbiased, self._word = settings.rounding != "nearest", word
         self._of_base: dict[int, str] = {}
@@ -113,6 +120,13 @@ class AsStored(Format):
         if not self._quantized:
             return {}
         return with_dense_modules(self._config, self._dense, self._quantized, self._weights)
+
+    def left_out(self, dropped: Mapping[str, str]) -> Mapping[str, str]:
+        """A reader of weights that stay quantized takes their run-time tensors too; one of weights that are
+        dense now knows none."""
+        if not self._quantized:
+            return dropped
+        return {name: reason for name, reason in dropped.items() if serves(name, self._dense)}
 
     def warnings(self) -> list[str]:
         return [] if self._word == "mixed" else self._keep_dense.warnings()

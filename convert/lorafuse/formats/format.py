@@ -36,6 +36,11 @@ class Format(Protocol):
         """Returns the fields of config.json that a reader of the weights needs, once all of them have had
         their encoders from here."""
 
+    def left_out(self, dropped: Mapping[str, str]) -> Mapping[str, str]:
+        """Returns those of the stored tensors that no weight is made from (→ why) which the output is not to
+        have, once all weights have had their encoders from here. The others are copied."""
+        return dropped
+
     def warnings(self) -> list[str]:
         """Returns what a user should know of the weights that had their encoders from here."""
 

@@ -5,12 +5,13 @@ transformers 5 reads an entry of such a list as a regular expression from the st
 memory, or as the end of the name; transformers 4 as the name, or a part of it that ends before a dot; vLLM as
 the name, or the start of it that ends before a dot. So whole names are right for all of them; a name that is
 the end of another one is written as an expression, which catches it alone in transformers 5. Where a name in
-memory differs from that on disk, both are listed.
+memory differs from that on disk, both are listed. compressed-tensors reads an entry as a whole name, or after
+`re:` as an expression from the start of a name; vLLM reads ModelOpt's with * for any letters.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorafuse.codecs.sources import Sources
 from lorafuse.errors import UsageError, shown
@@ -19,8 +20,35 @@ from lorafuse.naming.names import Names
 from lorafuse.naming.table import Renames
 
 _ANNOUNCING = ("quantization_config", "compression_config", "_load_in_4bit", "_load_in_8bit")
-# quant_method → the field of quantization_config that lists modules which are dense.
-LISTS = {"bitsandbytes": "llm_int8_skip_modules"}
+
+
+class DenseList(NamedTuple):
+    """Where a quantization's config lists modules that are dense, and what it means. `fields`: the first is
+    the usual one. `expressions`: entries are read as described above, else as whole names. `implied`: without
+    a list, a reader has one of its own. `one_by_one`: each linear layer of an expert is a module, else the
+    experts of a layer are dense or quantized together. `marked`: an expression begins with re:."""
+
+    fields: tuple[str, ...]
+    expressions: bool = False
+    implied: bool = False
+    one_by_one: bool = False
+    marked: bool = False
+
+
+_AS_TRANSFORMERS = DenseList(("modules_to_not_convert",), expressions=True, implied=True)
+_MODELOPT = DenseList(("ignore", "exclude_modules"))
+# quant_method → its list.
+LISTS = {
+    "bitsandbytes": _AS_TRANSFORMERS._replace(fields=("llm_int8_skip_modules",), one_by_one=True),
+    "fp8": _AS_TRANSFORMERS._replace(fields=("modules_to_not_convert", "ignored_layers")),
+    "fbgemm_fp8": _AS_TRANSFORMERS,
+    "mxfp4": _AS_TRANSFORMERS._replace(implied=False),
+    "compressed-tensors": DenseList(("ignore",), marked=True),
+    "modelopt": _MODELOPT,
+    "modelopt_fp4": _MODELOPT,
+}
+_SECTIONS = ("quantization_config", "compression_config")
+_EXPERTS = re.compile(r"(.*\.experts)\..+")
 FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 
 
@@ -31,7 +59,7 @@ def announces(name: str, value: object) -> bool:
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config that say how weights are quantized, also those in its sections."""
-    found = {name: value for name, value in config.items() if announces(name, value)}
+    found = {name: value for name, value in config.items() if value and announces(name, value)}
     sections = {
         name: inner
         for name, value in config.items()
@@ -47,12 +75,17 @@ def with_dense_modules(
     weights: Mapping[str, Sources],
 ) -> dict[str, Any]:
     """The same of an output whose weights `dense` are quantized no longer, and whose weights `quantized` are;
-    `weights`: all that the base has. Raises UsageError for a quantization whose configs have no such list."""
+    `weights`: all that the base has. Raises UsageError for a quantization whose configs have no such list, or
+    whose list has no words for it, and where the config says nothing of a quantization."""
     fields, no_longer = quantization_of(config), list(dense)
+    if not fields:
+        raise UsageError(
+            "config.json does not say how the checkpoint is quantized, so that no reader would know it of "
+            "the result: leave --format out."
+        )
     if no_longer:
         names = _Modules(config, weights)
-        entries = _catching_nothing_else(names.fused(names.of(no_longer)), names.of(quantized))
-        _extend(fields, entries, names)
+        _extend(fields, _Parts(names, names.of(no_longer), names.of(quantized)))
     return fields
 
 
@@ -69,25 +102,75 @@ def dense_modules(
     return _catching_nothing_else(names.fused(modules), names.of(quantized))
 
 
-def _extend(fields: dict[str, Any], entries: list[str], names: "_Modules") -> None:
-    """Replaces each quantization_config, wherever it stands, by a copy with the entries."""
+class _Parts(NamedTuple):
+    """Modules of an output: those that are quantized no longer, and those that are."""
+
+    names: "_Modules"
+    dense: list[str]
+    quantized: list[str]
+
+    def entries(self, kind: DenseList) -> list[str]:
+        """What the list of a quantization has to have for those that are not."""
+        dense = self.dense
+        if not kind.one_by_one:
+            self._refuse_parts_of_experts()
+            dense = list(dict.fromkeys(_with_experts(name, kind) for name in dense))
+        if not kind.expressions:
+            return dense
+        return _catching_nothing_else(self.names.fused(dense), self.quantized)
+
+    def _refuse_parts_of_experts(self) -> None:
+        dense, quantized = (
+            {match[1]: name for name in modules if (match := _EXPERTS.fullmatch(name))}
+            for modules in (self.dense, self.quantized)
+        )
+        for experts in sorted(dense.keys() & quantized.keys(), key=natural_key):
+            raise UsageError(
+                f"{shown(dense[experts])} becomes dense and {shown(quantized[experts])} does not: this "
+                f"quantization has all experts of {shown(experts)} in one form. --format base without "
+                "--keep-dense keeps all of them quantized."
+            )
+
+
+def _with_experts(module: str, kind: DenseList) -> str:
+    """The entry for a module: experts are listed together."""
+    experts = _EXPERTS.fullmatch(module)
+    if not experts:
+        return module
+    return f"re:{re.escape(experts[1])}(\\..*)?$" if kind.marked else experts[1]
+
+
+def _extend(fields: dict[str, Any], parts: _Parts) -> None:
+    """Replaces each part of a config that lists modules, wherever it stands, by a copy with more of them."""
     for name, value in fields.items():
-        if name == "quantization_config" and isinstance(value, dict):
-            fields[name] = _with_entries(value, entries, names)
+        if name in _SECTIONS and isinstance(value, dict):
+            usual = "bitsandbytes" if name == "quantization_config" else "compressed-tensors"
+            fields[name] = _of_section(value, value.get("quant_method", usual), parts)
         elif not announces(name, value):
-            _extend(value, entries, names)
+            _extend(value, parts)
 
 
-def _with_entries(quantization: dict[str, Any], entries: list[str], names: "_Modules") -> dict[str, Any]:
-    method = quantization.get("quant_method", "bitsandbytes")  # the oldest configs name none
+def _of_section(section: dict[str, Any], method: str, parts: _Parts) -> dict[str, Any]:
     if method not in LISTS:
         raise UsageError(
             f"A checkpoint in {shown(method)} that is dense in part cannot be described in config.json by "
             "this version: leave --format out, or --format base without --keep-dense."
         )
-    listed = quantization.get(LISTS[method])
-    before = names.of(names.dense_matrices()) if listed is None else listed
-    return quantization | {LISTS[method]: list(dict.fromkeys([*before, *entries]))}
+    kind, inner = LISTS[method], section.get("quantization")
+    if kind is _MODELOPT and isinstance(inner, dict):  # as hf_quant_config.json has it
+        as_there = kind._replace(fields=kind.fields[::-1])
+        return section | {"quantization": _with_entries(inner, as_there, parts)}
+    return _with_entries(section, kind, parts)
+
+
+def _with_entries(section: dict[str, Any], kind: DenseList, parts: _Parts) -> dict[str, Any]:
+    names, entries = parts.names, parts.entries(kind)
+    listing = [field for field in kind.fields if section.get(field) is not None]
+    before = [] if listing or not kind.implied else names.of(names.dense_matrices())
+    return section | {
+        field: list(dict.fromkeys([*(section.get(field) or before), *entries]))
+        for field in listing or kind.fields[:1]
+    }
 
 
 class _Modules:

@@ -32,7 +32,9 @@ def sizes_by_format(
             rounding=None,
         )
         try:
-            planned = steps(chosen.dtype, make(ckpt, chosen, weights))
+            how = make(ckpt, chosen, weights)
+            planned = steps(chosen.dtype, how)
+            how.config()  # which may not have words for it
         except UsageError:
             continue
         nbytes = sum(step.nbytes for step in planned)

@@ -14,6 +14,8 @@ from typing import Any
 from lorafuse._version import __version__
 from lorafuse.adapters import AdapterDir, Edit, updates_of
 from lorafuse.codecs import Sources, dropped
+from lorafuse.codecs.dense import DenseSources
+from lorafuse.codecs.stored import StoredEncoder
 from lorafuse.errors import CheckpointError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import natural_key
@@ -69,7 +71,8 @@ def make_plan(
     cut_vocabulary(names, edits, files, warnings.append)
     untied = settle_tied(names, edits, ignored)
     how = (make_format or _format_of(settings))(ckpt, settings, weights)
-    stored_so = partial(_steps, model, names, edits, untied)
+    run_time = dropped(ckpt.tensors, ckpt.config)
+    stored_so = partial(_steps, model, names, edits, untied, ckpt, run_time)
     steps = stored_so(settings.dtype, how)
     if not steps:
         raise CheckpointError(f"{shown(ckpt.folder)}: holds no weight.")
@@ -87,7 +90,7 @@ def make_plan(
     warnings += [*how.warnings(), *side_files.warnings]
     return Plan(
         shards, plan_id, memory, held_nbytes, config_changes, how.config(), used, ignored,
-        dropped(ckpt.tensors, ckpt.config), warnings, copies, side_files,
+        dict(how.left_out(run_time)), warnings, copies, side_files,
         partial(sizes_by_format, ckpt, settings, weights, stored_so),
     )  # fmt: skip
 
@@ -123,7 +126,14 @@ def _read(
 
 
 def _steps(
-    model: Structure, names: Names, edits: dict[str, Edit], untied: bool, dtype: str, how: Format
+    model: Structure,
+    names: Names,
+    edits: dict[str, Edit],
+    untied: bool,
+    ckpt: Checkpoint,
+    run_time: Mapping[str, str],
+    dtype: str,
+    how: Format,
 ) -> list[Step]:
     bases, untouched = model.weights, Edit()
     if untied:
@@ -138,7 +148,14 @@ def _steps(
         encoder = how.encoder_of(WeightToStore(name, spec, sources, action is None, model.weights.get(name)))
         action = action or ("decoded" if encoder.needs_values else "copied")
         steps.append(Step(name, spec, sources, encoder, edit.patches, action))
-    return steps
+    kept = sorted(run_time.keys() - how.left_out(run_time).keys(), key=natural_key)
+    return steps + [_copied(name, ckpt) for name in kept]
+
+
+def _copied(name: str, ckpt: Checkpoint) -> Step:
+    """A stored tensor that no weight is made from, as it is."""
+    sources = DenseSources(ckpt, name)
+    return Step(name, sources.spec, sources, StoredEncoder(ckpt, {name: name}))
 
 
 def _format_of(settings: Settings) -> MakeFormat:

@@ -14,6 +14,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.hashing import FileHash, hash_file
 from lorafuse.files.names import RECEIPT, stays_inside
 from lorafuse.files.safetensors_file import FormatError
+from lorafuse.formats.not_converted import quantization_of
 from lorafuse.naming.vocabulary import conflict_in
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import stored_tensors
@@ -48,7 +49,7 @@ def verify_directory(folder: Folder, receipt: Receipt, on_nbytes: Callable[[int]
             if conflict := conflict_in(ckpt.tensors, ckpt.config):
                 raise ResultError(f"{shown(folder)}: {conflict}.")
             quantized = any("stored" in entry for entry in receipt["tensors"].values())
-            if ("quantization_config" in ckpt.config) != quantized or not ckpt.config.get("model_type"):
+            if bool(quantization_of(ckpt.config)) != quantized or not ckpt.config.get("model_type"):
                 raise ResultError(f"{shown(folder / 'config.json')}: is no config of a merged model.")
     except (CheckpointError, StorageError) as e:
         raise ResultError(str(e)) from None
