@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lorafuse
+from lorafuse.arithmetic import quantize
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 CONV1D = ["c_attn", "c_proj", "c_fc"]
@@ -259,3 +260,26 @@ def test_transposed_weights_in_any_tiles(kind, options, shape, tmp_path, monkeyp
         found, _ = own_grid.grid_of(stored(out), name)
         assert torch.equal(values.gather(1, found[:, None]), values.gather(1, unbiased[:, None]))
         lorafuse.verify(out, ckpt=ckpt, adapters=[lora])
+
+
+def test_a_short_last_block_of_a_transposed_weight(tmp_path):
+    """It divides where whole blocks multiply by a reciprocal, which sets values next to a midpoint on another
+    side."""
+    name, generator = "transformer.h.0.mlp.c_fc.weight", torch.Generator().manual_seed(0)
+    ties = torch.from_numpy(quantize.midpoints("nf4"))
+    n_differing, weight = 0, torch.randn(50, 70, generator=generator)
+    while not n_differing:
+        absmax = torch.rand((), generator=generator)
+        last = (ties * absmax).repeat(3)[:44]
+        last[-1] = absmax
+        between = ties.repeat(3)[:44]
+        n_differing = int((last / absmax > between).ne(last * (1 / absmax) > between).sum())
+    stored_order = weight.T.contiguous()
+    stored_order.view(-1)[-44:] = last
+    tensors = {name: stored_order.T.contiguous(), "lm_head.weight": torch.randn(32, 50)}
+    ckpt = write_checkpoint(tmp_path / "ckpt", tensors, config=CONFIG | {"model_type": "gpt2"})
+    key = f"base_model.model.{name.removesuffix('.weight')}"
+    factors = {"lora_A": torch.zeros(4, 50), "lora_B": torch.zeros(70, 4)}
+    lora = write_adapter(tmp_path / "lora", {f"{key}.{n}.weight": t for n, t in factors.items()})
+    lorafuse.convert(ckpt, lora, tmp_path / "out", format="nf4")
+    assert_stored(stored(tmp_path / "out"), expected_of(tensors, "nf4"))

@@ -252,3 +252,22 @@ def test_a_head_that_the_adapter_brings(base, tmp_path):
     tokens = torch.arange(3, 15)[None]
     with torch.no_grad():
         assert torch.equal(*(model(tokens).logits for model in models))
+
+
+@pytest.mark.parametrize("options", [{"format": "nf4"}, {"format": "base", "base_quant": "nf4"}])
+def test_a_run_that_was_interrupted_goes_on(options, tmp_path):
+    ckpt, lora = write_checkpoint(tmp_path / "ckpt"), write_adapter(tmp_path / "lora")
+    options = options | {"max_shard_size": "2KB"}
+    lorafuse.convert(ckpt, lora, tmp_path / "whole", **options)
+
+    def interrupt(event):
+        if event["event"] == "shard":
+            raise KeyboardInterrupt
+
+    events = []
+    with pytest.raises(KeyboardInterrupt):
+        lorafuse.convert(ckpt, lora, tmp_path / "out", on_event=interrupt, **options)
+    lorafuse.convert(ckpt, lora, tmp_path / "out", on_event=events.append, **options)
+    assert "resumed" in {event["event"] for event in events}
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()

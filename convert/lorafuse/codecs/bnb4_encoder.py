@@ -102,10 +102,8 @@ class FourBitEncoder(QuantizingEncoder):
     def _quantized(
         self, values: torch.Tensor, start: int, state: Raw, buffer: torch.Tensor, arena: Arena
     ) -> OnGrid:
-        first, absmax = (
-            start // self._quant.blocksize,
-            scales_of(values, self._quant.blocksize, self._dtype, arena),
-        )
+        first = start // self._quant.blocksize
+        absmax = scales_of(values, self._quant.blocksize, self._dtype, arena)
         stored_scales, scales = double_quantized(absmax, first, *state) if state else (absmax, absmax)
         packed = buffer[: -(-values.numel() // 2)]
         decoded = self._codes(values, absmax, scales, packed, arena)
