@@ -26,7 +26,7 @@ from lorafuse.codecs import (
     torchao,
 )
 from lorafuse.codecs.encoder import EncoderOf
-from lorafuse.codecs.other_formats import is_part, packed_format, quantizations, unread_setting
+from lorafuse.codecs.other_formats import is_orphan, is_part, packed_format, quantizations, unread_setting
 from lorafuse.codecs.per_expert import as_stacks
 from lorafuse.codecs.sources import Claims, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
@@ -176,9 +176,8 @@ def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint, quantiz
         if not sources.as_stored:
             continue
         module = name.removesuffix(".weight")
-        if f"{name}.absmax" in weights or (
-            (quantized or f"{module}.SCB" in weights) and is_part(name, sources.spec)
-        ):
+        is_one = is_part(name, sources.spec) or is_orphan(name, weights)
+        if f"{name}.absmax" in weights or ((quantized or f"{module}.SCB" in weights) and is_one):
             raise CheckpointError(
                 f"{shown(ckpt.folder)}: {shown(name)} is quantized, but other parts of it (codes, scales, "
                 "quant_state, SCB) are missing."

@@ -7,7 +7,7 @@ A codec that reads a format claims its tensors before this table is looked at. T
 has."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,9 +105,10 @@ _WORDS = frozenset({"I16", "I32", "U32"})
 _PARTS = (
     ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", "_qdata", "._weight_scale", "_scale_inv",
     ".weight_packed", ".weight_scale", ".weight_scale_2", ".weight_zero_point", ".weight_shape",
-    ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale", ".scales", ".biases",
+    ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale",
 )  # fmt: skip
-_BYTES = ("_blocks", "_scales")
+_COMPANIONS = (".scales", ".biases")  # of codes; others may have them too, beside M.weight
+_BYTES = ("_blocks", "_scales", ".scales")
 _SECTIONS = ("quantization_config", "compression_config")  # where a config says how it is quantized
 _ENDS = tuple({form.names[0] for form in FORMATS})
 
@@ -121,6 +122,12 @@ def is_part(name: str, spec: TensorSpec) -> bool:
     if name.endswith(".weight"):
         return is_bytes or spec.dtype in _WORDS
     return is_bytes and (len(spec.shape) > 1 or name.endswith(_BYTES))
+
+
+def is_orphan(name: str, weights: Container[str]) -> bool:
+    """The same by a name beside which `weights` lack the weight that it would be a companion of."""
+    end = next((end for end in _COMPANIONS if name.endswith(end)), None)
+    return end is not None and f"{name.removesuffix(end)}.weight" not in weights
 
 
 def packed_format(stored: Mapping[str, TensorInfo]) -> tuple[str, Format] | None:

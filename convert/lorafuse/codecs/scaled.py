@@ -10,10 +10,11 @@ import torch
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.codes import Codes
 from lorafuse.arithmetic.dequantize import NARROW
-from lorafuse.arithmetic.scaling import round_through, scale_blocks, subtract_zeros
+from lorafuse.arithmetic.scaling import round_through, scale_and_add, scale_blocks, subtract_zeros
 from lorafuse.arithmetic.small_floats import decode_float8, e8m0
 from lorafuse.codecs.act_order import Groups
 from lorafuse.codecs.sources import Raw, Scheme, Sources
+from lorafuse.codecs.swizzled import SwizzledScales
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, FLOATS, Box, TensorSpec
 
@@ -69,6 +70,11 @@ class Grid:
         n_rows = TensorSpec("U8", shape[:-1]).numel
         return cls(name, dtype, n_rows, 1, 1, Block(n_rows, shape[-1]))
 
+    @property
+    def width(self) -> int:
+        """Columns of the weight that share a scale."""
+        return self.block.width
+
     def _row_of(self, row: int) -> int:
         """The row of the grid that has the scales of a row of the weight, all matrices counted."""
         return row // self.height * self.n_rows + row % self.height // self.block.height
@@ -119,15 +125,17 @@ WithGlobal = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Recipe:
     """How codes become values: (code − zero) · scale in fp32, then rounded to `via`, if any, before the
     dtype of the weight. `global_scale`: a stored fp32 number that all scales of the weight are to be combined
-    with. `groups`: of the columns, where they do not lie in order."""
+    with. `groups`: of the columns, where they do not lie in order. `zeros_are_biases`: code · scale + bias,
+    each rounded to the dtype of the weight."""
 
     codes: Codes
-    scales: Grid
+    scales: Grid | SwizzledScales
     zeros: Blocks | None = None
     via: str | None = None
     global_scale: str | None = None
     combine: WithGlobal = torch.Tensor.mul
     groups: Groups | None = None
+    zeros_are_biases: bool = False
 
 
 class ScaledRows(Sources):
@@ -196,6 +204,10 @@ class ScaledRows(Sources):
         if recipe.groups:
             recipe.groups.scale(matrix, scales, zeros)
             return
+        width = recipe.scales.width
+        if zeros is not None and recipe.zeros_are_biases:
+            scale_and_add(matrix, scales, zeros, width, self._dtypes[-1])
+            return
         if zeros is not None:
-            subtract_zeros(matrix, zeros, recipe.scales.block.width)
-        scale_blocks(matrix, scales, recipe.scales.block.width)
+            subtract_zeros(matrix, zeros, width)
+        scale_blocks(matrix, scales, width)
