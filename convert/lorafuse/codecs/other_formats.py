@@ -100,6 +100,15 @@ FORMATS: tuple[Format, ...] = (
     # What is not known by name is by its form: coded matrices with scales beside them.
     Format("integers or FP8 with scales", (".scales",), _codes(".weight")),
 )
+_WAY_OUT = "Dequantize it first, or merge into the full-precision checkpoint."
+# What to do instead, where that is something else, by a format's title or quant_method in small letters.
+_WAYS_OUT = {
+    "bitnet": "Merge into the checkpoint in bfloat16 that it was packed from.",
+    "eetq": "The order of its codes is that of one kind of GPU: merge into the full-precision checkpoint.",
+    "gguf": "transformers loads it with `gguf_file=`: save that, and merge into it.",
+    "higgs": "Dequantize it with transformers (`model.dequantize()`), or merge into the full-precision "
+    "checkpoint.",
+}
 _WORDS = frozenset({"I16", "I32", "U32"})
 # Ends of names that only quantized weights have, and those that others may have too unless they are bytes.
 _PARTS = (
@@ -146,6 +155,12 @@ def quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """What a config says of quantization, at its top and in its parts (text_config)."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         yield from (section for name in _SECTIONS if isinstance(section := part.get(name), dict))
+
+
+def way_out(form: object = None) -> str:
+    """Returns what a refusal of a format, by its title or quant_method, ends with."""
+    hint = _WAYS_OUT.get(str(form).lower(), _WAY_OUT)
+    return f"this format is not read (docs/bases.md lists those that are). {hint}"
 
 
 def unread_setting(config: Mapping[str, Any]) -> str | None:
