@@ -74,7 +74,7 @@ def half(*shape):
 
 
 DAMAGED = {
-    "no codes": ({"codes": None}, f"{MODULE}.codebooks"),
+    "no codes": ({"codes": None}, f"{MODULE}.scales"),
     "no codebooks": ({"codebooks": None}, f"{MODULE}.scales"),
     "no scales": ({"scales": None}, f"{MODULE}.codes"),
     "codes of another dtype": ({"codes": half(4, 4, 1)}, f"{MODULE}.codes"),

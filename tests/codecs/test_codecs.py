@@ -232,7 +232,7 @@ def test_codes_without_companions_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("method", ["eetq", "quanto", "\x1b[31m", 5, ["bitsandbytes"]])
+@pytest.mark.parametrize("method", ["spqr", "quanto", "\x1b[31m", 5, ["bitsandbytes"]])
 def test_unsupported_quantization(method, nested, tmp_path):
     """A checkpoint of another quantization is refused before its integers are taken for weights."""
     quantized = {"quantization_config": {"quant_method": method}}
@@ -247,6 +247,38 @@ def test_unsupported_quantization(method, nested, tmp_path):
         "(docs/bases.md lists those that are). Dequantize it first, or merge into the full-precision "
         "checkpoint."
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "hint"),
+    [
+        ("bitnet", "Merge into the checkpoint in bfloat16 that it was packed from."),
+        (
+            "eetq",
+            "The order of its codes is that of one kind of GPU: merge into the full-precision checkpoint.",
+        ),
+        ("gguf", "transformers loads it with `gguf_file=`: save that, and merge into it."),
+        ("higgs", "Dequantize it with transformers (`model.dequantize()`), or merge"),
+    ],
+)
+def test_what_to_do_instead(method, hint, tmp_path):
+    """Of formats that cannot be dequantized by their own means, or have a way of their own."""
+    config = {"quantization_config": {"quant_method": method}}
+    path = write(tmp_path / "ckpt", {"w": torch.zeros(2)}, **config)
+    with closing(Checkpoint(LocalFolder(path))) as ckpt, pytest.raises(CheckpointError) as caught:
+        open_weights(ckpt)
+    assert (
+        f"quantized with {method}; this format is not read (docs/bases.md lists those that are). {hint}"
+        in (str(caught.value))
+    )
+
+
+def test_gguf(tmp_path):
+    """A folder with nothing but a GGUF file."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"It has model-Q4_K_M\.gguf: load that with `gguf_file=`"):
+        Checkpoint(LocalFolder(tmp_path))
 
 
 @pytest.mark.parametrize("quantization", [{"quant_method": "bitsandbytes"}, {"load_in_4bit": True}, {}])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lorafuse
 from lorafuse.codecs import open_weights
-from lorafuse.codecs.other_formats import FORMATS
+from lorafuse.codecs.other_formats import FORMATS, way_out
 from lorafuse.errors import CheckpointError
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
@@ -183,8 +183,7 @@ def test_refused_by_what_is_stored(case, tmp_path):
     assert text == f"{path}: {named[0]} belongs to a weight that is quantized: {title}; " + (
         "what else this weight needs is missing, or of another dtype or shape than this format has."
         if read
-        else "this format is not read (docs/bases.md lists those that are). Dequantize it first, or merge "
-        "into the full-precision checkpoint."
+        else way_out(title)
     )
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+CHUNK_NUMEL = 1 << 17  # what stays in cache
+
 
 def scale_blocks(values: torch.Tensor, scales: torch.Tensor, width: int) -> None:
     """Multiplies values (fp32 [rows, columns]) in place by scales (fp32 [rows or 1, blocks]), each of which
@@ -17,9 +19,18 @@ def subtract_zeros(values: torch.Tensor, zeros: torch.Tensor, width: int) -> Non
     _by_blocks(torch.Tensor.sub_, values, zeros, width)
 
 
-def add_biases(values: torch.Tensor, biases: torch.Tensor, width: int) -> None:
-    """Adds biases in place, which are laid out as scales are."""
-    _by_blocks(torch.Tensor.add_, values, biases, width)
+def scale_and_add(
+    values: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, width: int, dtype: torch.dtype
+) -> None:
+    """Multiplies by scales in place, rounds to a dtype, and adds biases, which are laid out as scales are."""
+    step = max(CHUNK_NUMEL // values.shape[1], 1)
+    for first in range(0, len(values), step):
+        part = slice(first, first + step)
+        chunk = values[part]
+        scale_blocks(chunk, scales[part], width)
+        if dtype != torch.float32:
+            chunk.copy_(chunk.to(dtype))
+        _by_blocks(torch.Tensor.add_, chunk, biases[part], width)
 
 
 def _by_blocks(

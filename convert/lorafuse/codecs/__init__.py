@@ -24,7 +24,14 @@ from lorafuse.codecs import (
     mxfp4,
     torchao,
 )
-from lorafuse.codecs.other_formats import is_part, packed_format, quantizations, unread_setting
+from lorafuse.codecs.other_formats import (
+    is_orphan,
+    is_part,
+    packed_format,
+    quantizations,
+    unread_setting,
+    way_out,
+)
 from lorafuse.codecs.per_expert import as_stacks
 from lorafuse.codecs.sources import Claims, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
@@ -78,10 +85,6 @@ CODECS: tuple[Codec, ...] = (
 )
 
 _INCOMPLETE = "what else this weight needs is missing, or of another dtype or shape than this format has."
-_WAY_OUT = (
-    "this format is not read (docs/bases.md lists those that are). Dequantize it first, or merge into the "
-    "full-precision checkpoint."
-)
 
 __all__ = [
     "CODECS",
@@ -146,19 +149,20 @@ def refuse_unknown_quantization(
         method = quantization.get("quant_method")
         # Very old bitsandbytes configs name no method. One that is no text is not hashable, perhaps.
         if method is not None and not (isinstance(method, str) and method in known):
+            where = folder / "config.json"
             raise CheckpointError(
-                f"{folder / 'config.json'}: the checkpoint is quantized with {shown(method)}; {_WAY_OUT}"
+                f"{where}: the checkpoint is quantized with {shown(method)}; {way_out(method)}"
             )
     setting = unread_setting(config)
     if setting is not None:
-        raise CheckpointError(f"{folder / 'config.json'}: the checkpoint has a {setting}; {_WAY_OUT}")
+        raise CheckpointError(f"{folder / 'config.json'}: the checkpoint has a {setting}; {way_out()}")
     left = {name: stored[name] for codec, name, _ in claims(stored, config) if codec is dense}
     packed = packed_format(left)
     if packed is not None:
         name, form = packed
         raise CheckpointError(
             f"{shown(folder)}: {shown(name)} belongs to a weight that is quantized: {form.title}; "
-            f"{_INCOMPLETE if form.read else _WAY_OUT}"
+            f"{_INCOMPLETE if form.read else way_out(form.title)}"
         )
 
 
@@ -170,9 +174,8 @@ def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint, quantiz
         if not sources.as_stored:
             continue
         module = name.removesuffix(".weight")
-        if f"{name}.absmax" in weights or (
-            (quantized or f"{module}.SCB" in weights) and is_part(name, sources.spec)
-        ):
+        is_one = is_part(name, sources.spec) or is_orphan(name, weights)
+        if f"{name}.absmax" in weights or ((quantized or f"{module}.SCB" in weights) and is_one):
             raise CheckpointError(
                 f"{shown(ckpt.folder)}: {shown(name)} is quantized, but other parts of it (codes, scales, "
                 "quant_state, SCB) are missing."

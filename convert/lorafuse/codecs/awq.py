@@ -8,13 +8,13 @@ AutoAWQ 0.2.9 (awq/utils/packing_utils.py) and gptqmodel 7.7, whose modules cast
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
 from lorafuse.arithmetic.word_columns import awq_codes
-from lorafuse.codecs.bands import Bands, Turned, scale
+from lorafuse.codecs.bands import Bands, scale
 from lorafuse.codecs.held import read_runs
 from lorafuse.codecs.model_dtype import out_dtype
 from lorafuse.codecs.other_formats import quantizations
@@ -95,7 +95,7 @@ def _check(module: str, ckpt: Checkpoint) -> None:
 
 
 @dataclass
-class AwqMatrix(Turned):
+class AwqMatrix:
     """The matrix of an AWQ weight, read by outputs."""
 
     store: Store
@@ -103,8 +103,9 @@ class AwqMatrix(Turned):
     spec: TensorSpec
     scheme: Scheme
 
-    multiple = unit = OF_A_WORD
-    via = ()
+    multiple: ClassVar[int] = OF_A_WORD
+    unit: ClassVar[int] = OF_A_WORD
+    via: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         scales = self.store.tensors[self.names[1]].spec

@@ -1,7 +1,6 @@
 """Weights whose codes are stored transposed, (in, out) where the weight is (out, in): GPTQ, AWQ. A tile's own
 bytes are a few of every stored row, so a band of outputs is read at once."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -26,9 +25,18 @@ class Turned(Protocol):
     store: Store
     scheme: Scheme
     spec: TensorSpec  # of the weight: [out, in]
-    via: Sequence[str]  # dtypes that values are rounded to before that of the weight
-    multiple: int  # bands begin at multiples of so many outputs; chunks, at multiples of `unit` in a band
-    unit: int
+
+    @property
+    def via(self) -> tuple[str, ...]:
+        """The dtypes that values are rounded to before that of the weight."""
+
+    @property
+    def multiple(self) -> int:
+        """Bands begin at multiples of so many outputs."""
+
+    @property
+    def unit(self) -> int:
+        """Chunks begin at multiples of so many outputs in a band, where they may."""
 
     def nbytes(self, n_outputs: int) -> int:
         """Host bytes of what `read` returns for so many outputs."""

@@ -134,12 +134,13 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
             )
     else:
         shape, scales = stored.shape, ckpt.tensors[names[1]].spec
-        recipe = Recipe(_codes(stored), _grid(names, shape, ckpt), via=scales.dtype)
+        grid = _grid(names, shape, ckpt)
+        recipe = Recipe(_codes(stored), grid, via=scales.dtype)
         if scales.dtype in E8M0:
             recipe = replace(recipe, via="BF16")
         if any(name.endswith(_ZERO) for name in names):
             zeros = _of(names, _ZERO, ckpt, ("I8",), scales.numel)
-            recipe = replace(recipe, zeros=replace(recipe.scales, name=zeros, dtype="I8"))
+            recipe = replace(recipe, zeros=replace(grid, name=zeros, dtype="I8"))
     return ScaledRows(ckpt, names, TensorSpec(out_dtype(ckpt), shape), told, recipe)
 
 

@@ -1,13 +1,14 @@
 """The matrix of a GPTQ weight: read by outputs, and for HF Conv1D by inputs (gptq.py has the format)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.bit_stream import unpack_floats
 from lorafuse.arithmetic.word_columns import columns_as_rows, gptq_zeros
-from lorafuse.codecs.bands import CHUNK_NBYTES_PER_ELEMENT, Turned, scale
+from lorafuse.codecs.bands import CHUNK_NBYTES_PER_ELEMENT, scale
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
 from lorafuse.codecs.held import read_runs
 from lorafuse.codecs.sources import Raw, Scheme, Sources
@@ -18,7 +19,7 @@ WORDS = 32  # codes of so many inputs, or zero points of so many outputs, fill w
 
 
 @dataclass
-class GptqMatrix(Turned):
+class GptqMatrix:
     """`group_of`: the group of each input (int32 [K]), or how many inputs in a row share one."""
 
     store: Store
@@ -29,8 +30,8 @@ class GptqMatrix(Turned):
     less_one: bool
     group_of: torch.Tensor | int
 
-    multiple = WORDS
-    unit = 1
+    multiple: ClassVar[int] = WORDS
+    unit: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         self.n_word_rows = self.store.tensors[self.names[0]].spec.shape[0]

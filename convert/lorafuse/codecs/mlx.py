@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 import torch
 
 from lorafuse.arithmetic.codes import e2m1_codes, float8_codes, packed_codes
-from lorafuse.arithmetic.scaling import add_biases, scale_blocks
-from lorafuse.codecs.conv1d import CHUNK_NUMEL
 from lorafuse.codecs.model_dtype import out_dtype
 from lorafuse.codecs.scaled import Block, Grid, Recipe, ScaledRows
 from lorafuse.codecs.sources import Claims, Scheme, Sources
@@ -122,27 +120,10 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
     block = Block(1, mode.group_size)
     if mode.mode == AFFINE:
         grids = [Grid.of(name, scales.dtype, shape, block) for name in names[1:]]
-        recipe = Recipe(packed_codes(shape[-1], mode.bits, offset=0), grids[0], zeros=grids[1])
-        return AffineRows(ckpt, names, TensorSpec(scales.dtype, shape), _scheme(mode), recipe)
+        recipe = Recipe(
+            packed_codes(shape[-1], mode.bits, offset=0), grids[0], zeros=grids[1], zeros_are_biases=True
+        )
+        return ScaledRows(ckpt, names, TensorSpec(scales.dtype, shape), _scheme(mode), recipe)
     grid = Grid.of(names[1], "F8_E4M3" if mode.mode == "nvfp4" else "U8", shape, block)
     codes = float8_codes(shape[-1], E4M3) if mode.bits == 8 else e2m1_codes(shape[-1])
     return ScaledRows(ckpt, names, TensorSpec(out_dtype(ckpt), shape), _scheme(mode), Recipe(codes, grid))
-
-
-class AffineRows(ScaledRows):
-    """Rows of which each value is rounded twice: after it is scaled, and after its bias is added. Their codes
-    are not written anew."""
-
-    grid_rows = 0
-
-    def _scale(self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
-        assert zeros is not None, "affine weights have biases"
-        width, dtype = self._recipe.scales.block.width, getattr(torch, self.spec.torch_name)
-        step = max(CHUNK_NUMEL // matrix.shape[1], 1)
-        for first in range(0, len(matrix), step):
-            part = slice(first, first + step)
-            chunk = matrix[part]
-            scale_blocks(chunk, scales[part], width)
-            if dtype != torch.float32:
-                chunk.copy_(chunk.to(dtype))
-            add_biases(chunk, zeros[part], width)

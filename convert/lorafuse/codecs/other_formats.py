@@ -7,7 +7,7 @@ A codec that reads a format claims its tensors before this table is looked at. T
 has."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,14 +100,24 @@ FORMATS: tuple[Format, ...] = (
     # What is not known by name is by its form: coded matrices with scales beside them.
     Format("integers or FP8 with scales", (".scales",), _codes(".weight")),
 )
+_WAY_OUT = "Dequantize it first, or merge into the full-precision checkpoint."
+# What to do instead, where that is something else, by a format's title or quant_method in small letters.
+_WAYS_OUT = {
+    "bitnet": "Merge into the checkpoint in bfloat16 that it was packed from.",
+    "eetq": "The order of its codes is that of one kind of GPU: merge into the full-precision checkpoint.",
+    "gguf": "transformers loads it with `gguf_file=`: save that, and merge into it.",
+    "higgs": "Dequantize it with transformers (`model.dequantize()`), or merge into the full-precision "
+    "checkpoint.",
+}
 _WORDS = frozenset({"I16", "I32", "U32"})
 # Ends of names that only quantized weights have, and those that others may have too unless they are bytes.
 _PARTS = (
     ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", "_qdata", "._weight_scale", "_scale_inv",
     ".weight_packed", ".weight_scale", ".weight_scale_2", ".weight_zero_point", ".weight_shape",
-    ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale", ".scales", ".biases",
+    ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale",
 )  # fmt: skip
-_BYTES = ("_blocks", "_scales")
+_COMPANIONS = (".scales", ".biases")  # of codes; others may have them too, beside M.weight
+_BYTES = ("_blocks", "_scales", ".scales")
 _SECTIONS = ("quantization_config", "compression_config")  # where a config says how it is quantized
 _ENDS = tuple({form.names[0] for form in FORMATS})
 
@@ -121,6 +131,12 @@ def is_part(name: str, spec: TensorSpec) -> bool:
     if name.endswith(".weight"):
         return is_bytes or spec.dtype in _WORDS
     return is_bytes and (len(spec.shape) > 1 or name.endswith(_BYTES))
+
+
+def is_orphan(name: str, weights: Container[str]) -> bool:
+    """The same by a name beside which `weights` lack the weight that it would be a companion of."""
+    end = next((end for end in _COMPANIONS if name.endswith(end)), None)
+    return end is not None and f"{name.removesuffix(end)}.weight" not in weights
 
 
 def packed_format(stored: Mapping[str, TensorInfo]) -> tuple[str, Format] | None:
@@ -139,6 +155,12 @@ def quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """What a config says of quantization, at its top and in its parts (text_config)."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         yield from (section for name in _SECTIONS if isinstance(section := part.get(name), dict))
+
+
+def way_out(form: object = None) -> str:
+    """Returns what a refusal of a format, by its title or quant_method, ends with."""
+    hint = _WAYS_OUT.get(str(form).lower(), _WAY_OUT)
+    return f"this format is not read (docs/bases.md lists those that are). {hint}"
 
 
 def unread_setting(config: Mapping[str, Any]) -> str | None:

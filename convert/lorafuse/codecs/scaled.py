@@ -13,13 +13,14 @@ from lorafuse.arithmetic.codes import Codes, float8_levels
 from lorafuse.arithmetic.dequantize import NARROW
 from lorafuse.arithmetic.draws import Draws, of_run
 from lorafuse.arithmetic.on_grid import round_tile
-from lorafuse.arithmetic.scaling import round_through, scale_blocks, subtract_zeros
+from lorafuse.arithmetic.scaling import round_through, scale_and_add, scale_blocks, subtract_zeros
 from lorafuse.arithmetic.small_floats import e8m0
 from lorafuse.codecs.act_order import Groups
 from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.own_grid import GridSources, Recoded
 from lorafuse.codecs.scaled_grid import ScaledGrid, levels_of
 from lorafuse.codecs.sources import Raw, Scheme
+from lorafuse.codecs.swizzled import SwizzledScales
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, FLOATS, Box, TensorSpec
 
@@ -75,6 +76,11 @@ class Grid:
         n_rows = TensorSpec("U8", shape[:-1]).numel
         return cls(name, dtype, n_rows, 1, 1, Block(n_rows, shape[-1]))
 
+    @property
+    def width(self) -> int:
+        """Columns of the weight that share a scale."""
+        return self.block.width
+
     def _row_of(self, row: int) -> int:
         """The row of the grid that has the scales of a row of the weight, all matrices counted."""
         return row // self.height * self.n_rows + row % self.height // self.block.height
@@ -126,21 +132,21 @@ WithGlobal = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Recipe:
     """How codes become values: (code − zero) · scale in fp32, then rounded to `via`, if any, before the
     dtype of the weight. `global_scale`: a stored fp32 number that all scales of the weight are to be combined
-    with. `groups`: of the columns, where they do not lie in order."""
+    with. `groups`: of the columns, where they do not lie in order. `zeros_are_biases`: code · scale + bias,
+    each rounded to the dtype of the weight."""
 
     codes: Codes
-    scales: Grid
+    scales: Grid | SwizzledScales
     zeros: Blocks | None = None
     via: str | None = None
     global_scale: str | None = None
     combine: WithGlobal = torch.Tensor.mul
     groups: Groups | None = None
+    zeros_are_biases: bool = False
 
 
 class ScaledRows(GridSources):
     """A weight, or a stack of them, by rows. `names[0]` holds the codes."""
-
-    grid_rows = 1
 
     def __init__(
         self, store: Store, names: tuple[str, ...], spec: TensorSpec, scheme: Scheme, recipe: Recipe
@@ -151,8 +157,9 @@ class ScaledRows(GridSources):
             self.held_nbytes, self.nbytes = recipe.groups.held_nbytes, recipe.groups.scratch_nbytes
         via = [recipe.via] if recipe.via not in (None, "F32", spec.dtype) else []
         self._dtypes = [getattr(torch, DTYPES[dtype][1]) for dtype in (*via, spec.dtype) if dtype]
-        width, n_cols = recipe.scales.block.width, spec.shape[-1]
+        width, n_cols = recipe.scales.width, spec.shape[-1]
         self._run = 1 if recipe.groups else math.gcd(width, n_cols) if recipe.scales.n_cols > 1 else n_cols
+        self.grid_rows = 0 if recipe.zeros_are_biases else 1  # biases are rounded to another grid
         # Codes before and after, and the index and the gap of each; scales and zero points of each run.
         self.grid_nbytes_per_element = 12 + 16 // self._run
 
@@ -197,9 +204,12 @@ class ScaledRows(GridSources):
 
     def _scale(self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
         """Makes codes (fp32 [rows, columns]) the weight's values, in place."""
-        groups, width = self._recipe.groups, self._recipe.scales.block.width
+        groups, width = self._recipe.groups, self._recipe.scales.width
         if groups:
             groups.scale(matrix, scales, zeros)
+            return
+        if zeros is not None and self._recipe.zeros_are_biases:
+            scale_and_add(matrix, scales, zeros, width, self._dtypes[-1])
             return
         if zeros is not None:
             subtract_zeros(matrix, zeros, width)
@@ -245,5 +255,5 @@ class ScaledRows(GridSources):
             numbers = recipe.groups.spread(numbers)
         elif numbers.shape[1] != n_runs:
             starts = torch.arange(0, self.spec.shape[-1], self._run, dtype=torch.int64, device=numbers.device)
-            numbers = numbers.index_select(1, starts.div_(recipe.scales.block.width, rounding_mode="floor"))
+            numbers = numbers.index_select(1, starts.div_(recipe.scales.width, rounding_mode="floor"))
         return numbers.expand(n_rows, n_runs).reshape(-1)

@@ -14,19 +14,17 @@ All is computed in fp32. As torchao 0.18 has it (quantization/quantize_/workflow
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.codes import Codes, e2m1_codes, float8_codes, int8_codes
 from lorafuse.codecs.run_time import OF_ACTIVATIONS
 from lorafuse.codecs.scaled import Block, Grid, Recipe, ScaledRows, block_of
 from lorafuse.codecs.sources import Claims, Scheme, Sources
+from lorafuse.codecs.swizzled import SwizzledScales
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, TensorInfo, TensorSpec
 
 QUANT_METHODS: tuple[str, ...] = ("torchao",)
@@ -128,7 +126,7 @@ def _recipe(
     ):
         raise ValueError(_misfit(kind, parts, specs))
     grid = Grid.of(parts["scale"], scale.dtype, stored.shape, block)
-    zero = Int8Grid.of(parts["zero_point"], "I8", stored.shape, block) if zeros else None
+    zero = Grid.of(parts["zero_point"], "I8", stored.shape, block) if zeros else None
     return stored.shape, Recipe(_codes(stored), grid, zeros=zero)
 
 
@@ -153,41 +151,12 @@ def _nvfp4(parts: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> tuple[t
         or "zero_point" in specs
     ):
         raise ValueError(_misfit("NVFP4Tensor", parts, specs))
-    kind = Grid if scale.shape == plain else SwizzledGrid
-    grid = kind.of(parts["scale"], scale.dtype, (n_rows, n_cols), Block(1, NVFP4_GROUP))
-    return (n_rows, n_cols), Recipe(e2m1_codes(n_cols), grid, global_scale=parts.get("per_tensor_scale"))
+    scales: Grid | SwizzledScales = SwizzledScales(parts["scale"], n_groups, NVFP4_GROUP)
+    if scale.shape == plain:
+        scales = Grid.of(parts["scale"], scale.dtype, (n_rows, n_cols), Block(1, NVFP4_GROUP))
+    return (n_rows, n_cols), Recipe(e2m1_codes(n_cols), scales, global_scale=parts.get("per_tensor_scale"))
 
 
 def _misfit(kind: str, parts: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> str:
     stored = ", ".join(f"{shown(parts[part])} {spec}" for part, spec in specs.items())
     return f"{stored} are not the parts of torchao's {kind}."
-
-
-class Int8Grid(Grid):
-    """Zero points of blocks."""
-
-    __slots__ = ()
-
-    def values(self, raw: torch.Tensor, arena: Arena) -> torch.Tensor:
-        return raw.view(torch.int8).float().view(-1, self.n_cols)
-
-
-@dataclass(frozen=True, slots=True)
-class SwizzledGrid(Grid):
-    """Scales in tiles of 128 rows and 4 columns, of which all are stored: in a tile, the scale of row r and
-    column c is at r mod 32 · 16 + r div 32 · 4 + c (cuBLAS, "1D block scaling factors layout")."""
-
-    def fetch(self, rows: range, store: Store, arena: Arena, role: str) -> torch.Tensor:
-        nbytes = -(-self.n_cols // 4) * 512  # of a row of tiles
-        first, last = rows.start // 128, rows[-1] // 128
-        return arena.fetch(role, store, self.name, first * nbytes, (last + 1 - first) * nbytes)
-
-    def values(self, raw: torch.Tensor, arena: Arena) -> torch.Tensor:
-        n_across = -(-self.n_cols // 4)
-        tiles = raw.view(-1, n_across, 32, 4, 4).permute(0, 3, 2, 1, 4)
-        rows = tiles.reshape(-1, 4 * n_across)[:, : self.n_cols].contiguous()
-        return Grid.values(self, rows.view(-1), arena)
-
-    def by_rows(self, values: torch.Tensor, rows: range) -> torch.Tensor:
-        first = rows.start % 128
-        return values[first : first + len(rows)]

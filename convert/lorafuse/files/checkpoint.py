@@ -73,6 +73,12 @@ def _check_types(config: dict[str, Any], folder: Folder) -> None:
 
 def _refuse_other_formats(folder: Folder) -> None:
     if not folder.exists(SINGLE) and not folder.exists(INDEX):
-        others = folder.names("*.bin")
-        hint = f" It has {listed(others)}: convert these to safetensors first." if others else ""
+        others, hint = folder.names("*.bin"), ""
+        if others:
+            hint = f" It has {listed(others)}: convert these to safetensors first."
+        elif ggufs := folder.names("*.gguf"):
+            hint = (
+                f" It has {listed(ggufs)}: load that with `gguf_file=` in transformers and save it, which "
+                "makes safetensors."
+            )
         raise CheckpointError(f"{shown(folder)}: holds neither {SINGLE} nor {INDEX}.{hint}")

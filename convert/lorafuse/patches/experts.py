@@ -20,7 +20,7 @@ from lorafuse.patches.target import Target
 
 class Stack:
     """The factors of all experts: `matrix` gives those of one. `keys` are the tensors of lora_A and lora_B in
-    `store`, which messages call `file`."""
+    `store`, which messages call `file`. `stacked`: lora_B is a stack [E, out, r] itself, as in MLX."""
 
     def __init__(
         self,
@@ -31,9 +31,11 @@ class Stack:
         rank: int,
         n_experts: int,
         scale: float,
-        transposed: bool,
+        transposed: bool = False,
+        stacked: bool = False,
     ) -> None:
         self.store, self.file, self.keys, self.transposed = store, file, keys, transposed
+        self._stacked = stacked
         self.rank, self.n_experts, self.scale = rank, n_experts, scale
         self._needs: dict[int, PatchNeeds] = {}
 
@@ -42,7 +44,9 @@ class Stack:
         own_rows = range(expert * self.rank, (expert + 1) * self.rank)
         own_cols = range(expert, self.rank * self.n_experts, self.n_experts)
         store, (key_a, key_b) = self.store, self.keys
-        if self.transposed:
+        if self._stacked:
+            left, right = Factor(store, key_b, matrix=expert, rows=rows), Factor(store, key_a, rows=own_rows)
+        elif self.transposed:
             left = Factor(store, key_a, transposed=True, rows=own_rows, cols=rows)  # [rows, r]
             right = Factor(store, key_b, transposed=True, cols=own_cols)  # [r, n_cols]
         else:
@@ -74,22 +78,12 @@ class Stack:
     def same_as(self, other: "Stack") -> bool:
         """Whether all experts have the same factors and scale."""
         return (
-            (type(self), self.rank, self.n_experts, self.scale, self.transposed)
-            == (type(other), other.rank, other.n_experts, other.scale, other.transposed)
+            (self.rank, self.n_experts, self.scale, self.transposed, self._stacked)
+            == (other.rank, other.n_experts, other.scale, other.transposed, other._stacked)
         ) and all(
             same_tensor(self.store, mine, other.store, its)
             for mine, its in zip(self.keys, other.keys, strict=True)
         )
-
-
-class SwitchStack(Stack):
-    """The factors of MLX's stacks: lora_A [E · r, in], and lora_B [E, out, r], a stack itself."""
-
-    def matrix(self, expert: int, rows: range) -> LowRank:
-        key_a, key_b = self.keys
-        left = Factor(self.store, key_b, matrix=expert, rows=rows)
-        right = Factor(self.store, key_a, rows=range(expert * self.rank, (expert + 1) * self.rank))
-        return LowRank(left, right, self.scale)
 
 
 class Expert(Patch):

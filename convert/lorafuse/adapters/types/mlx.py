@@ -23,7 +23,7 @@ from lorafuse.codecs.sources import Sources
 from lorafuse.errors import AdapterError, shown
 from lorafuse.files.tensors import Box
 from lorafuse.patches.dora import Dora
-from lorafuse.patches.experts import SwitchStack
+from lorafuse.patches.experts import Stack
 from lorafuse.patches.factor import Factor, load
 from lorafuse.patches.lowrank import LowRank
 from lorafuse.patches.patch import Patch
@@ -124,9 +124,9 @@ def _of_experts(adapter: AdapterDir, module: str, key_a: str, key_b: str, scale:
         )
     for key in (key_a, key_b):
         check_float(adapter, key)
-    stack = SwitchStack(
+    stack = Stack(
         adapter.store, str(adapter.file), (key_a, key_b),
-        rank=rank, n_experts=n_experts, scale=scale * _scale(adapter), transposed=False,
+        rank=rank, n_experts=n_experts, scale=scale * _scale(adapter), stacked=True,
     )  # fmt: skip
 
     def make(target: Target) -> Patch:
