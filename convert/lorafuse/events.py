@@ -31,9 +31,10 @@ class PlannedSideFiles(TypedDict):
 
 
 class PlanEvent(TypedDict):
-    """What is going to happen. `weights`: the number of weights by action; `held_whole`: the weights that are
-    held in memory whole; `formats`: of a dry run, the bytes of all weights in each format that the base
-    allows. A verification says `nbytes` and no shards."""
+    """What is going to happen. `weights`: the number of weights by action; `decoded`: the number of elements
+    by how they are stored, where they are quantized; `held_whole`: the weights that are held in memory whole;
+    `formats`: of a dry run, the bytes of all weights in each format that the base allows. A verification says
+    `nbytes` and no shards."""
 
     event: Literal["plan"]
     nbytes: int
@@ -41,6 +42,7 @@ class PlanEvent(TypedDict):
     plan_id: NotRequired[str]
     n_workers: NotRequired[int]
     weights: NotRequired[dict[str, int]]
+    decoded: NotRequired[dict[str, int]]
     adapter_tensors: NotRequired[dict[str, Any]]
     config_changes: NotRequired[dict[str, Any]]
     side_files: NotRequired[PlannedSideFiles]

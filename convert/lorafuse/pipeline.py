@@ -20,7 +20,7 @@ from lorafuse.planning.make_plan import make_plan
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import kept_in_sum
 from lorafuse.settings import Settings, parse_nbytes
-from lorafuse.trained_base.options import chosen_base_quant
+from lorafuse.trained_base.options import chosen_quants
 
 
 @own_torch_state()
@@ -66,7 +66,7 @@ def convert(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
         adapter_scale=adapter_scale, adapter_name=adapter_name,
         max_shard_nbytes=parse_nbytes(max_shard_size), memory_nbytes=parse_nbytes(memory_limit),
-        base_quant=chosen_base_quant(base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
+        **chosen_quants(format, base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip

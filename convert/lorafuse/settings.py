@@ -4,13 +4,14 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorafuse.errors import UsageError, shown
 
 DTYPE_CHOICES = ("auto", "float32", "float16", "bfloat16")
-FORMAT_CHOICES = ("dense", "base", "mixed")
+FORMAT_CHOICES = ("dense", "base", "mixed", "nf4", "fp4", "int8", "fp8", "w8a16", "w4a16")
+QUANTIZING_FORMATS = ("nf4", "fp4", "int8")
 ROUNDING_CHOICES = ("unbiased", "nearest")
 BASE_QUANT_CHOICES = ("none", "nf4", "fp4", "int8")
 QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 functional.py, quantize_4bit
@@ -109,6 +110,7 @@ class Settings:
     format: str = "dense"  # a word of formats.FORMATS
     keep_dense: tuple[str, ...] = ()
     rounding: str | None = None
+    quant_anew: BaseQuant | None = None  # of QUANTIZING_FORMATS, unless `base_quant` says it
     n_threads: int = 0  # 0: as many as this process may use
 
     def __post_init__(self) -> None:
@@ -131,6 +133,12 @@ class Settings:
         return self.n_threads or len(os.sched_getaffinity(0))
 
     @property
+    def quantization(self) -> BaseQuant:
+        """How one of QUANTIZING_FORMATS quantizes: as training quantized the base, but for the kind."""
+        known = self.base_quant or self.quant_anew or BaseQuant(kind=self.format)
+        return known if known.kind == self.format else replace(known, kind=self.format)
+
+    @property
     def that_decide_bytes(self) -> dict[str, Any]:
         """The settings that the output depends on."""
         found = {
@@ -141,6 +149,8 @@ class Settings:
         light: dict[str, Any] = {"format": self.format} if self.format != "dense" else {}
         light |= {"keep_dense": list(self.keep_dense)} if self.keep_dense else {}
         light |= {"rounding": self.rounding} if self.rounding else {}
+        if self.format in QUANTIZING_FORMATS and not self.base_quant:
+            light["quantization"] = self.quantization.that_decide_bytes
         return found | light | ({"base_quant": self.base_quant.that_decide_bytes} if self.base_quant else {})
 
     @classmethod
@@ -150,7 +160,7 @@ class Settings:
         """The settings that a receipt's `settings` came from, as far as the output depends on them. Raises
         UsageError."""
         try:
-            quant = that_decide_bytes.get("base_quant")
+            quant, anew = (that_decide_bytes.get(name) for name in ("base_quant", "quantization"))
             return cls(
                 dtype=that_decide_bytes["dtype"],
                 max_shard_nbytes=that_decide_bytes["max_shard_size"],
@@ -159,6 +169,7 @@ class Settings:
                 keep_dense=tuple(that_decide_bytes.get("keep_dense", ())),
                 rounding=that_decide_bytes.get("rounding"),
                 base_quant=BaseQuant.of_receipt(quant) if quant else None,
+                quant_anew=BaseQuant.of_receipt(anew) if anew else None,
                 device=device,
                 memory_nbytes=memory_nbytes,
             )

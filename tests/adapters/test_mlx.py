@@ -259,7 +259,8 @@ SHIFTED = (
         (
             {f"{Q}.lora_a": torch.ones(2, 4, 16), f"{Q}.lora_b": torch.ones(2, 16, 4)},
             {},
-            f"FILE: {Q}.lora_a is F32 [2, 4, 16]: LoRA on MLX's stacked experts is not supported.",
+            f"FILE: {Q}.lora_a is F32 [2, 4, 16] and {Q}.lora_b is F32 [2, 16, 4]; they are not the two "
+            "factors of one update of stacked experts.",
         ),
         (
             {f"{Q}.lora_a": torch.ones(4, 16)},

@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from oracle import decode, read_adapter
+from oracle import read_adapter
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft_cases import CASES, TRIED
 from safetensors.torch import save_file
-from trained import answers, assert_same_answers, assert_weights, load, weights_in_float64
+from trained import answers, assert_same_answers, assert_weights, decoded, load, weights_in_float64
 
 import lorafuse
 from lorafuse.adapters import ADAPTERS
@@ -53,7 +53,7 @@ def test_weights_are_those_of_the_formula(name, base_kind, scale, trained, tmp_p
         made.ckpt, made.adapter, tmp_path / "out", dtype="float32", adapter_scale=scale
     )
     wanted = weights_in_float64(made.ckpt, made.adapter, made.case.formula, scale)
-    before = {n: value for n, (value, _) in decode(made.ckpt).items()}
+    before = {n: value for n, (value, _) in decoded(made.ckpt).items()}
     assert {n for n, entry in receipt["tensors"].items() if entry["action"] in ("merged", "replaced")} == {
         n for n, (_, changed) in wanted.items() if changed
     }

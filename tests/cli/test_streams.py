@@ -12,9 +12,18 @@ from build import write_adapter, write_checkpoint
 CONVERT = [sys.executable, "-m", "lorafuse", "convert"]
 
 
-@pytest.fixture
-def inputs(tmp_path):
-    return write_checkpoint(tmp_path / "ckpt"), write_adapter(tmp_path / "adapter")
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inputs")
+    return write_checkpoint(path / "ckpt"), write_adapter(path / "adapter")
+
+
+@pytest.fixture(scope="module")
+def reference(inputs, tmp_path_factory):
+    """The weights of a result, {file: bytes}, that has nothing to print."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    subprocess.run([*CONVERT, "-q", *inputs, out], check=True, capture_output=True)
+    return {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
 
 
 def shell(script, *arguments, **environment):
@@ -30,16 +39,13 @@ def shell(script, *arguments, **environment):
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", ">/dev/full", ">&-", ">&- 2>&- <&-"])
 @pytest.mark.parametrize("options", ["", "-v", "--json"])
-def test_a_result_is_complete_whoever_listens(redirection, options, inputs, tmp_path):
+def test_a_result_is_complete_whoever_listens(redirection, options, inputs, reference, tmp_path):
     out = tmp_path / "out"
     script = f'"$1" -m lorafuse convert {options} "$2" "$3" "$4" {redirection}'
     done = shell(script, sys.executable, *inputs, out)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr + done.stdout
-    reference = tmp_path / "reference"
-    subprocess.run([*CONVERT, "-q", *inputs, reference], check=True, capture_output=True)
-    for path in reference.glob("*.safetensors"):
-        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == reference
 
 
 def test_a_pipe_without_a_reader(inputs, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from build import write_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized_base import (
@@ -15,6 +16,8 @@ from quantized_base import (
     write,
 )
 from small_floats import E2M1, E4M3, E8M0, of_codes, same_bits
+
+import lorafuse
 
 F8 = torch.float8_e4m3fn
 WEIGHT = f"{MODULE}.weight"
@@ -205,3 +208,22 @@ def test_gpt_oss_with_a_layer_for_each_expert_is_refused():
         stored |= {name: random_bytes(4, 4).view(F8), f"{name}_scale_inv": torch.ones(1, 1)}
     text = refusal(stored, quantization(), model_type="gpt_oss")
     assert "down_projs.0.weight and others, which are stored in FP8, a scale for each tensor" in text
+
+
+@pytest.mark.parametrize("trained", [{"target_parameters": ["mlp.experts.down_proj"]}, {}])
+def test_an_update_before_the_scale(trained, tmp_path):
+    """What PEFT trains on experts that stay FP8 is no sum: a warning says that the files do not tell. A dry
+    run says how much is decoded."""
+    stack = "model.layers.0.mlp.experts.down_proj"
+    stored = {stack: random_bytes(2, 8, 4).view(F8), f"{stack}_scale_inv": torch.ones(2, 1, 1)}
+    stored["model.layers.0.self_attn.q_proj.weight"] = torch.ones(4, 4).bfloat16()
+    path = write(tmp_path / "ckpt", stored, quantization())
+    module, rank, n_outputs = ("mlp.experts", 4, 8) if trained else ("self_attn.q_proj", 2, 4)
+    key = f"base_model.model.model.layers.0.{module}.lora"
+    lora = {f"{key}_A.weight": torch.ones(rank, 4), f"{key}_B.weight": torch.ones(n_outputs, rank)}
+    adapter = write_adapter(tmp_path / "adapter", lora, r=2, lora_alpha=2, target_modules=[], **trained)
+    events = []
+    plan = lorafuse.convert(path, adapter, tmp_path / "out", dry_run=True, on_event=events.append)
+    warnings = [event["message"] for event in events if event["event"] == "warning"]
+    assert any("is stored in FP8. If experts stayed FP8" in text for text in warnings) == bool(trained)
+    assert plan["decoded"] == {"FP8, a scale for each 128 × 128": 64}

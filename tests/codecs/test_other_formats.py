@@ -38,14 +38,15 @@ def u8(*shape):
 # How each library stores a weight of 16 × 32 under the module "m": case → (stored tensors, the title).
 CASES = {
     "gptq": (
-        {"m.qweight": i32(4, 16), "m.qzeros": i32(1, 2), "m.scales": zeros(1, 16), "m.g_idx": i32(32)},
+        {"m.qweight": i32(4, 16), "m.qzeros": i32(1, 2), "m.scales": zeros(2, 16), "m.g_idx": i32(32)},
         "GPTQ",
     ),
     "gptq without g_idx": (
-        {"m.qweight": i32(4, 16), "m.qzeros": i32(1, 2), "m.scales": zeros(1, 16)},
+        {"m.qweight": i32(4, 16), "m.qzeros": i32(1, 2), "m.scales": zeros(2, 16)},
         "GPTQ",
     ),
-    "awq": ({"m.qweight": i32(32, 2), "m.qzeros": i32(1, 2), "m.scales": zeros(1, 16)}, "AWQ"),
+    "g_idx alone": ({"m.g_idx": i32(32)}, "GPTQ"),
+    "awq": ({"m.qweight": i32(32, 2), "m.qzeros": i32(2, 2), "m.scales": zeros(1, 16)}, "AWQ"),
     "qweight alone": (
         {"m.qweight": i32(32, 2)},
         "packed integers (GPTQ, AWQ or another of their kind)",
@@ -120,10 +121,10 @@ CASES = {
         "MXFP4 of gpt-oss",
     ),
     "mlx": (
-        {"m.weight": i32(16, 4).view(torch.uint32), "m.scales": zeros(16, 1), "m.biases": zeros(16, 1)},
+        {"m.weight": i32(16, 4).view(torch.uint32), "m.scales": zeros(16, 1), "m.biases": zeros(16, 2)},
         "MLX",
     ),
-    "mlx mxfp4": ({"m.weight": i32(16, 4).view(torch.uint32), "m.scales": u8(16, 1)}, "MLX"),
+    "mlx mxfp4": ({"m.weight": i32(16, 4).view(torch.uint32), "m.scales": u8(15, 1)}, "MLX"),
     "metal": (
         {"m.weight": i32(16, 4).view(torch.uint32), "m.scales": zeros(16, 1), "m.qbiases": zeros(16, 1)},
         "Metal (MLX's layout)",
@@ -136,13 +137,14 @@ CASES = {
         {
             "m.codes": zeros(16, 4, 1, dtype=torch.int8),
             "m.codebooks": zeros(1, 256, 1, 8),
-            "m.scales": zeros(16, 1, 1, 1),
         },
         "AQLM",
     ),
+    "hqq without scales": ({"m.W_q": u8(8, 32), "m.packing": u8(7)}, "HQQ"),
+    "hqq without codes": ({"m.packing": u8(7), "m.compute_dtype": u8(13)}, "HQQ"),
     "hqq": ({"m.W_q": u8(8, 32), "m.scale": zeros(1, 32), "m.zero": zeros(1, 32)}, "HQQ or SINQ"),
     "torchao": (
-        {"m._weight_qdata": zeros(16, 32, dtype=torch.int8), "m._weight_scale": zeros(16, 1)},
+        {"m._weight_qdata": i32(16, 4), "m._weight_scale_and_zero": zeros(16, 1)},
         "torchao",
     ),
     "quanto": (
@@ -246,4 +248,24 @@ def test_bitsandbytes_without_its_state_is_refused_without_a_config(dtype, tmp_p
     stored = {"m.weight": zeros(4, 1, dtype=dtype), "m.weight.absmax": zeros(1, dtype=torch.float32)}
     assert "m.weight is quantized, but other parts of it (codes, scales, quant_state, SCB)" in refusal(
         write(tmp_path / "ckpt", stored)
+    )
+
+
+BARE = ("a table of integers", "bare FP8")
+
+
+@pytest.mark.parametrize("case", sorted(LOOK_ALIKES.keys() - BARE))
+def test_look_alikes_pass_beside_quantized_weights(case, tmp_path):
+    """Where others are quantized, less passes: tables of integers and bare FP8 do not."""
+    beside = {"x.weight": zeros(16, 32, dtype=F8), "x.weight_scale_inv": zeros(1, 1)}
+    path = write(tmp_path / "ckpt", LOOK_ALIKES[case] | beside)
+    with closing(Checkpoint(LocalFolder(path))) as ckpt:
+        assert set(open_weights(ckpt)) == {*LOOK_ALIKES[case], "x.weight"}
+
+
+@pytest.mark.parametrize("case", BARE)
+def test_what_does_not_pass_beside_quantized_weights(case, tmp_path):
+    beside = {"x.weight": zeros(16, 32, dtype=F8), "x.weight_scale_inv": zeros(1, 1)}
+    assert "m.weight is quantized, but other parts of it" in refusal(
+        write(tmp_path / "ckpt", LOOK_ALIKES[case] | beside)
     )

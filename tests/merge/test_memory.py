@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
-from processes import beyond_torch, peak_nbytes
+from processes import beyond_torch, of_torch
 
 
 def write(path, tensors):
@@ -93,25 +93,58 @@ def test_peak_memory_is_bounded(tmp_path):
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
 
 
-def test_peak_memory_of_a_transposed_matrix(tmp_path):
-    """So does an NF4 matrix of 872 M elements that is stored transposed, of which a tile is a band of
-    columns."""
-    rows, cols, w = 16384, 53248, "h.0.mlp.c_fc.weight"
+def test_peak_memory_of_new_codes_and_scales(tmp_path):
+    """Nor does one of 67 M elements take more that gets codes and scales of its own."""
+    rows, cols, w = 2048, 32768, "model.layers.0.mlp.up_proj.weight"
+    ckpt, lora = write_pair(tmp_path, w, (rows, cols), 64, nf4(w, rows, cols))
+    beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out", "--format", "w4a16")
+    assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
+
+
+@pytest.mark.soak
+def test_peak_memory_of_a_transposed_matrix(tmp_path, share_s):
+    """So does an NF4 matrix that is stored transposed, of which a tile is a band of columns: of 218 M
+    elements, and in `make soak` of 872 M, as the largest models have them."""
+    rows, cols, w = 16384 if share_s else 4096, 53248, "h.0.mlp.c_fc.weight"
     ckpt, lora = write_pair(tmp_path, w, (cols, rows), 16, nf4(w, rows, cols), model_type="gpt2")
     beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out")
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
+
+
+def full_update(tmp_path, weight, rows, cols):
+    """An adapter that changes every element of a weight."""
+    factors = {"lora_A": np.full((16, cols), 0.1), "lora_B": np.full((rows, 16), 0.001)}
+    key = f"base_model.model.{weight.removesuffix('.weight')}"
+    tensors = {f"{key}.{n}.weight": torch.from_numpy(f).float() for n, f in factors.items()}
+    return write_adapter(tmp_path / "all", tensors)
 
 
 def test_peak_memory_of_a_weight_that_stays_on_its_grid(tmp_path):
     """So does a matrix of 34 M elements of which every code may move."""
     rows, cols, w = 2048, 16384, "model.layers.0.mlp.down_proj.weight"
     ckpt, _ = write_pair(tmp_path, w, (rows, cols), 16, nf4(w, rows, cols))
-    factors = {"lora_A": np.full((16, cols), 0.1), "lora_B": np.full((rows, 16), 0.001)}
-    key = f"base_model.model.{w.removesuffix('.weight')}"
-    lora = write_adapter(
-        tmp_path / "all", {f"{key}.{n}.weight": torch.from_numpy(f).float() for n, f in factors.items()}
-    )
+    lora = full_update(tmp_path, w, rows, cols)
     beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out", "--format", "base")
+    assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--format", "nf4", "--rounding", "unbiased", "--quant-blocksize", "4096"),
+        ("--format", "int8", "--rounding", "unbiased"),
+        ("--format", "base", "--base-quant", "nf4"),
+    ],
+    ids=" ".join,
+)
+def test_peak_memory_of_a_matrix_that_is_quantized(options, tmp_path):
+    """So does a bf16 matrix of 34 M elements that is quantized here, of which every code may move."""
+    rows, cols, w = 2048, 16384, "model.layers.0.mlp.down_proj.weight"
+    piece = torch.randn(1 << 19, dtype=torch.float32).mul_(0.02).bfloat16().view(torch.uint8)
+    tensors = {w: ("BF16", [rows, cols], piece.numpy().tobytes(), rows * cols >> 19)}
+    ckpt, _ = write_pair(tmp_path, w, (rows, cols), 16, tensors)
+    lora = full_update(tmp_path, w, rows, cols)
+    beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out", *options)
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
 
 
@@ -184,11 +217,10 @@ def cgroup(nbytes):
 
 
 def test_in_a_container_with_little_memory(tmp_path):
-    """What `import torch` takes and 100 MB are enough, though much more is read and written. With less and
-    less the kernel kills the run at last, and nothing is under OUT_DIR's name; with more again the same
-    command does it all."""
-    inputs, out = nf4_matrix(tmp_path), tmp_path / "out"
-    floor = peak_nbytes(sys.executable, "-c", "import torch")
+    """What `import torch` takes and 100 MB are enough, though much more is read and written. With less the
+    kernel kills the run, and nothing is under OUT_DIR's name; with more again the same command does it
+    all."""
+    inputs, out, floor = nf4_matrix(tmp_path), tmp_path / "out", of_torch()
 
     def status(nbytes):
         command = [sys.executable, "-m", "lorafuse.cli", "convert", "-q", *map(str, inputs), str(out)]
@@ -197,12 +229,17 @@ def test_in_a_container_with_little_memory(tmp_path):
 
     assert status(floor + 100_000_000) == 0
     shutil.rmtree(out)
-    for nbytes in range(floor, floor // 2, -10_000_000):
-        if status(nbytes):
-            break
-        shutil.rmtree(out)
-    assert status(nbytes) == -signal.SIGKILL
-    assert not out.exists() and any(tmp_path.glob(".out.lorafuse-*/out/*.part"))
+    too_little, enough = floor // 2, floor
+    while not any(tmp_path.glob(".out.lorafuse-*/out/*.part")):  # killed while it writes
+        assert enough - too_little > 1_000_000
+        nbytes = (too_little + enough) // 2
+        ended = status(nbytes)
+        assert ended in (0, -signal.SIGKILL) and out.exists() == (ended == 0)
+        if ended == 0:
+            shutil.rmtree(out)
+            enough = nbytes
+        else:
+            too_little = nbytes
     assert status(floor) == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "lora", "out"]
 
 

@@ -74,7 +74,7 @@ def write_lora(folder, modules, pattern, rank=2):
 @pytest.mark.parametrize("pattern", ["self_attn", "experts"])
 def test_what_the_refusal_says_is_enough(pattern, tmp_path):
     """The limit that a refusal names is kept by the run that gets it."""
-    modules = shapes_of(n_layers=10, n_experts=256, shrink=512)
+    modules = shapes_of(n_layers=5, n_experts=256, shrink=512)
     ckpt = write_mixture(tmp_path / "ckpt", modules, n_shards=5)
     lora = write_lora(tmp_path / "lora", modules, pattern)
     command = ["convert", "-q", ckpt, lora, tmp_path / "out", "--max-shard-size", "100KB"]

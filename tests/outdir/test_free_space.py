@@ -197,7 +197,7 @@ os.system(f"cp -r {work}/out {sys.argv[4]}")
     ids=["tmpfs", "ext4"],
 )
 def test_a_disk_that_fills_up_at_any_moment(mount, namespace, tmp_path, share_s, request, capsys):
-    """fill.py."""
+    """fill_disk.py."""
     inputs, work, clean = five_shards(tmp_path), tmp_path / "work", tmp_path / "clean"
     work.mkdir()
     uninterrupted(inputs, clean)

@@ -14,42 +14,17 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import warm as warm_process
 from scenario import SHARD, Work, content, five_shards, uninterrupted
 
 import lorafuse
 from lorafuse.files.names import RECEIPT
 
-N_KILLS = 150
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(Path(lorafuse.__file__).parents[1]),
-    "PYTHONDONTWRITEBYTECODE": "1",
-}
-# One process imports torch, and forks for each command line it is given: {"argv", "kill_after"} to {"status",
-# "wall_s"}.
-WARM = """
-import json, os, signal, sys, time
-import lorafuse.batching.batch
-from lorafuse.cli import main
-for line in sys.stdin:
-    order = json.loads(line)
-    began = time.monotonic()
-    child = os.fork()
-    if not child:
-        sys.stdin = sys.stdout = sys.stderr = open(os.devnull, "r+")
-        sys.argv = ["lorafuse", *order["argv"]]
-        try:
-            main()
-        except SystemExit as e:
-            os._exit(e.code or 0)
-    if order["kill_after"] is not None:
-        time.sleep(order["kill_after"])
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    wall_s = time.monotonic() - began
-    print(json.dumps({"status": os.waitstatus_to_exitcode(status), "wall_s": wall_s}), flush=True)
-"""
+N_KILLS, N_KILLS_SOAKED = 50, 150
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(lorafuse.__file__).parents[1])}
 
 
 @pytest.fixture
@@ -62,22 +37,25 @@ def clean(inputs, tmp_path):
     return uninterrupted(inputs, tmp_path / "clean")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def warm():
-    """warm(argv, kill_after) is the exit status of the command and how long it took."""
+    """warm(argv, …) has the exit status of the command, how long it took, and what it wrote to stderr."""
     with subprocess.Popen(
-        [sys.executable, "-c", WARM],
+        [sys.executable, warm_process.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
     ) as process:
 
-        def run(argv, kill_after=None):
-            process.stdin.write(json.dumps({"argv": argv, "kill_after": kill_after}) + "\n")
+        def run(argv, *, kill_after=None, strace=None):
+            order = {"argv": argv, "kill_after": kill_after, "strace": strace}
+            process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
             answer = json.loads(process.stdout.readline())
-            return answer["status"], answer["wall_s"]
+            if "refused" in answer:
+                pytest.skip(f"may not trace here: {answer['refused']}")
+            return SimpleNamespace(**answer)
 
         yield run
         process.stdin.close()
@@ -108,18 +86,18 @@ def test_killed_at_any_time(way, inputs, clean, warm, tmp_path, monkeypatch, sha
     rng = random.Random(None if share_s else 0)
     work, ends = Work(way, inputs, tmp_path / "work", monkeypatch), Counter()
     argv = command(inputs, work)
-    wall_s = min(warm(argv if n == 0 else [*argv, "--overwrite"])[1] for n in range(3))
+    wall_s = min(warm(argv if n == 0 else [*argv, "--overwrite"]).wall_s for n in range(3))
     work.reset()
-    until = time.monotonic() + share_s
-    while ends.total() < N_KILLS or time.monotonic() < until:
-        status, _ = warm(argv, rng.uniform(0, wall_s))
+    least, until = N_KILLS_SOAKED if share_s else N_KILLS, time.monotonic() + share_s
+    while ends.total() < least or time.monotonic() < until:
+        status = warm(argv, kill_after=rng.uniform(0, wall_s)).status
         complete = work.check_untouched(clean)
         if status == -signal.SIGKILL:
             ends["complete" if complete else f"{n_finished(work.path)} shards"] += 1
         else:
             assert (status, complete) in ((0, True), (7, True))
         if complete or rng.random() < 0.3:
-            assert warm(argv)[0] in ((0, 7) if complete and not work.old else (0,))
+            assert warm(argv).status in ((0, 7) if complete and not work.old else (0,))
             work.check_finished(clean)
             work.reset()
     assert len(ends) > 3, ends
@@ -141,18 +119,18 @@ def test_a_batch_killed_at_any_time(inputs, clean, warm, tmp_path, share_s, requ
     for name in names:
         shutil.copytree(inputs[1], tmp_path / "jobs" / name)
     argv = ["batch", "-q", str(inputs[0]), str(tmp_path / "jobs"), str(out), "--max-shard-size", SHARD]
-    _, wall_s = warm(argv)
+    wall_s = warm(argv).wall_s
     shutil.rmtree(out)
-    until = time.monotonic() + share_s
-    while ends.total() < N_KILLS or time.monotonic() < until:
-        status, _ = warm(argv, rng.uniform(0, wall_s))
+    least, until = N_KILLS_SOAKED if share_s else N_KILLS, time.monotonic() + share_s
+    while ends.total() < least or time.monotonic() < until:
+        status = warm(argv, kill_after=rng.uniform(0, wall_s)).status
         assert status in (0, -signal.SIGKILL)
         there = [name for name in names if (out / name).exists()]
         assert all(same_weights(out / name, clean) for name in there)
         if status:
             ends[f"{len(there)} results, {n_finished(out) if out.exists() else 0} shards"] += 1
         if len(there) == len(names) or rng.random() < 0.3:
-            assert warm(argv)[0] == 0
+            assert warm(argv).status == 0
             assert sorted(path.name for path in out.iterdir()) == names
             assert all(same_weights(out / name, clean) for name in names)
             shutil.rmtree(out)
@@ -172,39 +150,25 @@ def same_weights(out, clean):
 # ---- system calls, by strace
 
 
-def traced(inject, numbers, argv, *options):
+def traced(warm, inject, numbers, argv, *options):
     """The command with a fault in the Nth of certain system calls of a thread, for each N until there is no
     Nth: how it ended."""
     if not shutil.which("strace"):
         pytest.skip("needs strace")
     for n in numbers:
-        strace = [
-            "strace",
-            "-f",
-            "-qqq",
-            "-o",
-            "/dev/null",
-            *options,
-            "-e",
-            f"trace={inject.partition(':')[0]}",
-        ]
-        strace += ["-e", f"inject={inject}:when={n}", sys.executable, "-m", "lorafuse.cli"]
-        done = subprocess.run(
-            [*strace, *argv], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
-        )
-        if "ptrace" in done.stderr.lower():
-            pytest.skip(f"may not trace here: {done.stderr.strip()}")
+        trace = f"trace={inject.partition(':')[0]}"
+        done = warm(argv, strace=[*options, "-e", trace, "-e", f"inject={inject}:when={n}"])
         yield done
-        if done.returncode == 0:
+        if done.status == 0:
             return
 
 
 @pytest.mark.parametrize("calls", ["write", "fsync", "rename,renameat2", "mkdir", "unlink,unlinkat,rmdir"])
-def test_killed_in_a_system_call(calls, inputs, clean, tmp_path, monkeypatch):
+def test_killed_in_a_system_call(calls, inputs, clean, warm, tmp_path, monkeypatch):
     work = Work("exchange", inputs, tmp_path / "work", monkeypatch)
     statuses = []
-    for done in traced(f"{calls}:signal=KILL", [2, 6, 18, 54], command(inputs, work)):
-        statuses.append(done.returncode)
+    for done in traced(warm, f"{calls}:signal=KILL", [2, 6, 18, 54], command(inputs, work)):
+        statuses.append(done.status)
         work.check_untouched(clean)
         work.again()
         work.check_finished(clean)
@@ -222,16 +186,16 @@ def test_killed_in_a_system_call(calls, inputs, clean, tmp_path, monkeypatch):
         ("read,preadv,preadv2,pread64:error=EIO", "adapter/adapter_model.safetensors"),
     ],
 )
-def test_a_system_call_that_fails(inject, of, inputs, clean, tmp_path, monkeypatch):
+def test_a_system_call_that_fails(inject, of, inputs, clean, warm, tmp_path, monkeypatch):
     """Exit 5 and one line; then the same command finishes."""
     work = Work("exchange", inputs, tmp_path / "work", monkeypatch)
-    options = ["--seccomp-bpf", *(["-P", str(tmp_path / of)] if of else [])]
+    options = ["-P", str(tmp_path / of)] if of else []
     statuses = []
-    for done in traced(inject, [1, 2, 3, 5, 9, 17, 33, 65, 129], command(inputs, work), *options):
-        statuses.append(done.returncode)
+    for done in traced(warm, inject, [1, 2, 3, 5, 9, 17, 33, 65, 129], command(inputs, work), *options):
+        statuses.append(done.status)
         complete = work.check_untouched(clean)
         # The last write says where the result is, which then is there.
-        assert done.returncode == 5 or (complete and done.returncode == 0), done.stderr
+        assert done.status == 5 or (complete and done.status == 0), done.stderr
         assert not done.stderr or (done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1), (
             done.stderr
         )

@@ -364,3 +364,32 @@ def test_a_receipt_that_cannot_be_read_is_none(tmp_path, text):
     assert warnings(ckpt, lora, tmp_path / "out") == []
     weights = "model.safetensors"
     assert files_of(tmp_path / "out")[weights] == files_of(tmp_path / "without")[weights]
+
+
+@pytest.mark.parametrize(
+    ("base", "warned"),
+    [
+        ("Qwen/Qwen3-8B-FP8", False),
+        ("somebody/model-8bit", False),
+        ("somebody/model-W8A8", False),
+        ("Qwen/Qwen3-8B-GPTQ", True),
+        ("unsloth/llama-3-8b-bnb-4bit", True),
+        ("nvidia/model-NVFP4", True),
+        ("Qwen/Qwen3-8B", False),
+    ],
+)
+def test_a_base_of_another_quantization(base, warned, tmp_path):
+    """The checkpoint is quantized, and the name of the adapter's base says otherwise."""
+    stored = {
+        "model.layers.0.mlp.up_proj.weight": torch.ones(8, 4).to(torch.float8_e4m3fn),
+        "model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1, 1),
+    }
+    config = CONFIG | {"quantization_config": {"quant_method": "fp8"}}
+    path = write_checkpoint(tmp_path / "ckpt", stored, config=config)
+    key = "base_model.model.model.layers.0.mlp.up_proj.lora"
+    lora = {f"{key}_A.weight": torch.ones(2, 4), f"{key}_B.weight": torch.ones(8, 2)}
+    adapter = write_adapter(tmp_path / "adapter", lora, r=2, base_model_name_or_path=base)
+    events = []
+    lorafuse.convert(path, adapter, tmp_path / "out", dry_run=True, on_event=events.append)
+    said = [e["message"] for e in events if "is stored in FP8, a scale for each" in e.get("message", "")]
+    assert bool(said) == warned, said

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutate import file_of, mutated_bytes, mutated_header, mutated_json, mutated_tensors, tensors_of
 from safetensors import safe_open
-from valid_inputs import Files, valid_inputs, valid_types, write_files
+from valid_inputs import Files, valid_bases, valid_inputs, valid_types, write_files
 
 import lorafuse
 from lorafuse.adapters import ADAPTERS
@@ -40,6 +40,12 @@ CKPT_WORDS = (
     "absmax", "nested_absmax", "quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4",
     "SCB",
     "lm_head", "embed_tokens", "norm", "weight_format",
+)  # fmt: skip
+BASE_WORDS = (
+    "model.layers.0", "model.layers.1", "q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "gate_proj",
+    "weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale",
+    "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale", "k_scale", "_blocks", "_scales",
+    "experts.", "self_attn.",
 )  # fmt: skip
 ADAPTER_WORDS = (
     "base_model.model.", "model.layers.0", "layers.1", "layers.9", "q_proj", "k_proj", "down_proj", "mlp",
@@ -72,6 +78,11 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
 @pytest.fixture(scope="module")
 def types(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
     return valid_types(tmp_path_factory.mktemp("types"))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return valid_bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture
@@ -263,6 +274,27 @@ def test_tensors_of_checkpoints(good, fuzz):
     weights."""
     kinds = ("whole", "shards", "nf4", "int8")
     fuzz(damaged(good, kinds, is_shard, lambda data: mutated_tensors(data, CKPT_WORDS)), judged)
+
+
+def test_other_quantizations(bases, fuzz):
+    """Names, types, shapes and values of the tensors of other quantized formats, and their config."""
+    good = {"bases": bases}
+    assert judged(bases) == "merged"
+    fuzz(damaged(good, ("bases",), is_shard, lambda data: mutated_tensors(data, BASE_WORDS)), checked, 60)
+    fuzz(
+        damaged(
+            good, ("bases",), lambda p: p == "ckpt/config.json", lambda d: mutated_json(d, CONFIG_FIELDS)
+        ),
+        checked,
+        30,
+    )
+
+
+def checked(files: Files) -> str:
+    """Merge these files: how it ended, which is one of the ends of a bad checkpoint; 8: not finite."""
+    end = judged(files)
+    assert end in ("merged", "exit 3", "exit 4", "exit 8"), end
+    return end
 
 
 def test_quant_states(good, fuzz):

@@ -73,14 +73,20 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_checkpoint(
-    path: Path, tensors: dict[str, torch.Tensor] | None = None, *, n_shards: int = 1, config: object = CONFIG
+    path: Path,
+    tensors: dict[str, torch.Tensor] | None = None,
+    *,
+    n_shards: int = 1,
+    config: object = CONFIG,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
-    """A checkpoint directory: one file, or `n_shards` files and their index."""
+    """A checkpoint directory: one file, with `metadata` in its header, or `n_shards` files and their
+    index."""
     tensors = checkpoint_tensors() if tensors is None else tensors
     path.mkdir(parents=True)
     write_json(path / "config.json", config)
     if n_shards == 1:
-        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        save_file(tensors, path / "model.safetensors", metadata or {"format": "pt"})
         return path
     weight_map = {name: shard_name(i % n_shards + 1, n_shards) for i, name in enumerate(tensors)}
     for file in sorted(set(weight_map.values())):

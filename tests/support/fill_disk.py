@@ -1,7 +1,7 @@
-"""Run by test_space.py on a small file system, in a process of its own: fill it at a random moment of a run,
-to a random degree.
+"""Run by test_free_space.py on a small file system, in a process of its own: fill it at a random moment of
+a run, to a random degree.
 
-    python fill.py CKPT ADAPTER WORK CLEAN N SECONDS
+    python fill_disk.py CKPT ADAPTER WORK CLEAN N SECONDS
 
 Each round, the run ends well, or with exit 5 and no OUT_DIR; with space again, the same command makes what is
 in CLEAN. Goes on for N rounds and so many seconds, and prints how they ended.

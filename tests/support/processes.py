@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import cache
 
 # ru_maxrss of a child starts at its parent's, so a small process does the starting.
 LAUNCH = (
@@ -19,7 +20,12 @@ def peak_nbytes(*command):
     return int(kilobytes) * 1024
 
 
+@cache
+def of_torch():
+    """Peak memory of `import torch`."""
+    return min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
+
+
 def beyond_torch(*arguments):
     """Peak memory of the command line beyond that of `import torch`."""
-    floor = min(peak_nbytes(sys.executable, "-c", "import torch") for _ in range(2))
-    return peak_nbytes(sys.executable, "-m", "lorafuse.cli", *map(str, arguments)) - floor
+    return peak_nbytes(sys.executable, "-m", "lorafuse.cli", *map(str, arguments)) - of_torch()

@@ -23,10 +23,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 dtypes = st.sampled_from(sorted(DTYPES))
 
 
-def write(path, stored, quantization, dtype="bfloat16", **config):
-    """Returns a folder with these tensors."""
+def write(path, stored, quantization, /, dtype="bfloat16", metadata=None, **config):
+    """Returns a folder with these tensors, and `metadata` in the header of their file."""
     config = {"model_type": "llama", "dtype": dtype, "quantization_config": quantization, **config}
-    return write_checkpoint(path, stored, config=config)
+    return write_checkpoint(path, stored, config=config, metadata=metadata)
 
 
 def decoded(path, name, *, rows=None):
@@ -45,7 +45,7 @@ def decoded(path, name, *, rows=None):
         return torch.cat(parts).view(spec.shape)
 
 
-def check_decoding(stored, quantization, expected, name=f"{MODULE}.weight", **config):
+def check_decoding(stored, quantization, expected, name=f"{MODULE}.weight", /, **config):
     """`expected` is what the weight decodes to, whole and in tiles."""
     with tempfile.TemporaryDirectory() as d:
         path = write(Path(d) / "ckpt", stored, quantization, **config)
@@ -54,7 +54,7 @@ def check_decoding(stored, quantization, expected, name=f"{MODULE}.weight", **co
             assert same_bits(made, expected), (rows, made, expected)
 
 
-def check_merging(tmp_path, stored, quantization, expected, **config):
+def check_merging(tmp_path, stored, quantization, expected, /, **config):
     """An adapter on one weight: every other one is what it decodes to, all is dense, and the config says
     nothing of quantization. `expected`: weight → values; two matrices at least. Returns the receipt."""
     dense = {"model.embed_tokens.weight": torch.randn(8, 4).to(next(iter(expected.values())).dtype)}
@@ -83,7 +83,7 @@ def check_merging(tmp_path, stored, quantization, expected, **config):
     return receipt
 
 
-def refusal(stored, quantization, **config):
+def refusal(stored, quantization, /, **config):
     """What the command line says of a checkpoint that is damaged; nothing is written."""
     with tempfile.TemporaryDirectory() as d:
         path = write(Path(d) / "ckpt", stored, quantization, **config)

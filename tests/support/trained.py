@@ -1,6 +1,7 @@
 """Adapters as PEFT trains and saves them, the answers of models, and merged weights against float64."""
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +64,14 @@ def train(case: Case, ckpt: Path, path: Path) -> Trained:
     return Trained(case, ckpt, path, answers(model), answers_of_base)
 
 
+decoded_once = cache(decode)
+
+
+def decoded(ckpt):
+    """decode(ckpt) of a checkpoint that is not changed meanwhile, made once; the values are the caller's."""
+    return {name: (value.clone(), dtype) for name, (value, dtype) in decoded_once(ckpt).items()}
+
+
 def decoded_model(ckpt):
     """The model that transformers makes of a checkpoint's config, in fp32, with the decoded weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,7 +79,7 @@ def decoded_model(ckpt):
     conf = AutoConfig.from_pretrained(ckpt)
     conf.__dict__.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(conf, dtype=torch.float32)
-    values = {name: value.float() for name, (value, _) in decode(ckpt).items()}
+    values = {name: value.float() for name, (value, _) in decoded(ckpt).items()}
     assert not model.load_state_dict(values, strict=False).unexpected_keys
     model.tie_weights()
     return model
@@ -98,7 +107,7 @@ def assert_same_answers(out_dir, expected, tolerance=1e-4):
 
 def weights_in_float64(ckpt, adapter, formula, scale=1.0):
     """{weight: [W + scale · (W' − W) in float64, whether the adapter changes it]} of a whole checkpoint."""
-    wanted = {name: [value, False] for name, (value, _) in decode(ckpt).items()}
+    wanted = {name: [value, False] for name, (value, _) in decoded(ckpt).items()}
     conf, turned = config(adapter, "adapter_config.json"), config(ckpt)["model_type"] == "gpt2"
     modules, shared = {}, {}
     for key, stored in read_adapter(adapter).items():

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from build import adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint
+from build import CONFIG, adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint
 from models import by_hand
 from one_linear import ON_ONE_LINEAR, save_one_linear
 from safetensors.torch import load_file, save_file
@@ -26,6 +26,50 @@ def valid_inputs(root: Path) -> dict[str, Files]:
     (root / "bin/adapter/adapter_model.safetensors").unlink()
     torch.save(adapter_tensors(checkpoint_tensors()), root / "bin/adapter/adapter_model.bin")
     return {path.name: files_of(path) for path in sorted(root.iterdir())}
+
+
+def valid_bases(root: Path) -> Files:
+    """A checkpoint whose first layer has a weight of each quantized format, and an adapter for some."""
+    tensors = checkpoint_tensors()
+    layer = "model.layers.0"
+    for part in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.down", "mlp.gate"):
+        del tensors[f"{layer}.{part}_proj.weight"]
+    generator = torch.Generator().manual_seed(3)
+
+    def codes(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 120, shape, dtype=torch.uint8, generator=generator)
+
+    f8 = torch.float8_e4m3fn
+    tensors |= {
+        f"{layer}.self_attn.q_proj.weight": codes(16, 16).view(f8),
+        f"{layer}.self_attn.q_proj.weight_scale_inv": torch.rand(2, 2),
+        f"{layer}.self_attn.k_proj.weight_packed": codes(16, 8).view(torch.int32),
+        f"{layer}.self_attn.k_proj.weight_scale": torch.rand(16, 2).bfloat16(),
+        f"{layer}.self_attn.k_proj.weight_shape": torch.tensor([16, 16]),
+        f"{layer}.self_attn.k_proj.weight_zero_point": codes(2, 8).view(torch.int32),
+        f"{layer}.self_attn.k_proj.weight_g_idx": (torch.arange(16) % 2).int(),
+        f"{layer}.self_attn.v_proj.weight_packed": codes(16, 8),
+        f"{layer}.self_attn.v_proj.weight_scale": codes(16, 1).view(f8),
+        f"{layer}.self_attn.v_proj.weight_global_scale": torch.ones(1),
+        f"{layer}.self_attn.o_proj.weight": codes(16, 8),
+        f"{layer}.self_attn.o_proj.weight_scale": codes(16, 1).view(f8),
+        f"{layer}.self_attn.o_proj.weight_scale_2": torch.ones(()),
+        f"{layer}.mlp.down_proj.weight": codes(16, 24).view(torch.int8),
+        f"{layer}.mlp.down_proj.weight_scale": torch.rand(16, 1),
+        f"{layer}.mlp.down_proj.weight_zero_point": codes(16, 1).view(torch.int8),
+        f"{layer}.mlp.down_proj.input_scale": torch.ones(1),
+        f"{layer}.mlp.gate_proj.weight": codes(24, 16).view(f8),
+        f"{layer}.mlp.gate_proj.weight_scale": torch.rand(24, 1),
+        f"{layer}.mlp.experts.gate_proj_blocks": codes(2, 4, 1, 16),
+        f"{layer}.mlp.experts.gate_proj_scales": codes(2, 4, 1),
+        f"{layer}.mlp.experts.up_proj": codes(2, 4, 6).view(f8),
+        f"{layer}.mlp.experts.up_proj_scale": torch.rand(2, 1, 6),
+    }
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 8}}}
+    said = {"quant_method": "compressed-tensors", "weight_block_size": [8, 8], "config_groups": groups}
+    write_checkpoint(root / "ckpt", tensors, config=CONFIG | {"quantization_config": said})
+    write_adapter(root / "adapter")
+    return files_of(root)
 
 
 def _int8(source: Path, target: Path) -> None:

@@ -17,9 +17,9 @@ from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.tensors import Box
 from lorafuse.settings import BaseQuant
 from lorafuse.trained_base.base_weights import as_trained, load_dtype
+from lorafuse.trained_base.linear_layers import load_table
 from lorafuse.trained_base.skip_lists import is_skipped
 from lorafuse.trained_base.trainer_configs import read_base_quant
-from lorafuse.trained_base.which_weights import load_table
 
 SIZES = {
     "vocab_size": 96,

@@ -23,6 +23,7 @@ class Arena:
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_host = device, device.type == "cpu"
         self._pool: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._on_host: Arena | None = None
 
     def get(self, name: str, numel: int, dtype: torch.dtype, *, host: bool = False) -> torch.Tensor:
         """An uninitialised 1-D tensor [numel]; the one of the last call with that name is no longer valid."""
@@ -31,6 +32,20 @@ class Arena:
             tensor = torch.empty(numel, dtype=dtype, device="cpu" if host else self.device)
             self._pool[name, dtype] = tensor
         return tensor[:numel]
+
+    @property
+    def host(self) -> "Arena":
+        """The scratch on the host of the same worker: the arena itself where that is its device."""
+        if self.on_host:
+            return self
+        self._on_host = self._on_host or host_arena()
+        return self._on_host
+
+    def here(self, values: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The values (1-D) in `dtype` on the arena's device: themselves, or a copy in scratch."""
+        if values.dtype == dtype and values.device == self.device:
+            return values
+        return self.get(name, values.numel(), dtype).copy_(values)
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """A host tensor on the arena's device."""
@@ -53,6 +68,11 @@ class Arena:
         if nbytes:
             store.read_into(key, start, host_view(buffer))
         return buffer
+
+
+def host_arena() -> Arena:
+    """Scratch on the host."""
+    return Arena(torch.device("cpu"))
 
 
 def device_kind(name: str) -> str:

@@ -4,6 +4,12 @@ from functools import cache
 
 import torch
 
+from lorafuse.arithmetic.arena import DECODED_FP32, Arena
+from lorafuse.arithmetic.dequantize import NARROW
+
+# Bits of a code → bits of a row that are looked up at once: two or four codes.
+_LOOKED_UP = {2: 8, 3: 12, 4: 8, 5: 10, 6: 12}
+
 
 def unpack(packed: torch.Tensor, bits: int, n_codes: int) -> torch.Tensor:
     """uint8 [rows, n_codes], of `packed` (uint8 [rows, bytes]): code i of a row is its bits
@@ -38,6 +44,36 @@ def unpack_words(packed: torch.Tensor, bits: int, n_codes: int) -> torch.Tensor:
     return codes.view(len(words), -1)[:, :n_codes]
 
 
+def unpack_floats(packed: torch.Tensor, bits: int, n_codes: int, arena: Arena, less: int = 0) -> torch.Tensor:
+    """The codes that `unpack` has, each minus `less`: float32, 1-D, in the arena's DECODED_FP32. Several at
+    once come out of a table, which takes a tenth of the time."""
+    n_rows, n_bytes = packed.shape
+    values = arena.get(DECODED_FP32, n_rows * n_codes, torch.float32)
+    if bits not in _LOOKED_UP or n_codes * bits != n_bytes * 8 or n_codes % 8:
+        values.copy_(unpack(packed, bits, n_codes).reshape(-1))
+        return values.sub_(less) if less else values
+    n_numbers = values.numel() * bits // _LOOKED_UP[bits]
+    numbers = arena.get(NARROW, 2 * n_numbers, torch.int16).view(torch.int32)
+    _numbers(packed.reshape(-1), _LOOKED_UP[bits], numbers)
+    table = arena.place(_table(bits, less))
+    torch.index_select(table, 0, numbers, out=values.view(table.dtype))
+    return values
+
+
+def _numbers(packed: torch.Tensor, bits: int, numbers: torch.Tensor) -> None:
+    """numbers (int32) = those of 8, 10 or 12 bits that bytes (uint8, 1-D) are one after another."""
+    if bits == 8:
+        numbers.copy_(packed)
+        return
+    n_numbers = 24 // bits if bits == 12 else 4  # in so many whole bytes
+    groups, made = packed.view(-1, n_numbers * bits // 8), numbers.view(-1, n_numbers)
+    for place in range(n_numbers):
+        byte, shift = divmod(place * bits, 8)
+        high = groups[:, byte + 1].int().bitwise_left_shift_(8)
+        made[:, place] = high.bitwise_or_(groups[:, byte]).bitwise_right_shift_(shift)
+    numbers.bitwise_and_((1 << bits) - 1)
+
+
 def pack(codes: torch.Tensor, bits: int, n_bytes: int) -> torch.Tensor:
     """The reverse of `unpack`: uint8 [rows, n_bytes] of codes (uint8 [rows, n_codes]); other bits are 0."""
     n_rows, n_codes = codes.shape
@@ -67,7 +103,10 @@ def pack_words(codes: torch.Tensor, bits: int, n_bytes: int) -> torch.Tensor:
 
 
 @cache
-def signed_pairs() -> torch.Tensor:
-    """float64 [256], for `look_up`: the two codes of 4 bits in each byte, low half first, minus 8."""
-    byte = torch.arange(256, dtype=torch.int64, device="cpu")
-    return torch.stack([byte & 15, byte >> 4], dim=1).float().sub_(8).view(torch.float64).view(-1)
+def _table(bits: int, less: int) -> torch.Tensor:
+    """For every number of as many bits as are looked up, the codes in it, viewed as one element."""
+    n_codes = _LOOKED_UP[bits] // bits
+    numbers = torch.arange(1 << _LOOKED_UP[bits], dtype=torch.int64, device="cpu")
+    codes = torch.stack([numbers >> (place * bits) for place in range(n_codes)], dim=1)
+    values = codes.bitwise_and_((1 << bits) - 1).float().sub_(less)
+    return values.view(torch.float64 if n_codes == 2 else torch.complex128).view(-1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
-from lorafuse.arithmetic.bit_stream import pack, pack_words, signed_pairs, unpack, unpack_words
+from lorafuse.arithmetic.bit_stream import pack, pack_words, unpack, unpack_floats, unpack_words
 from lorafuse.arithmetic.dequantize import look_up
 from lorafuse.arithmetic.small_floats import decode_float8, e2m1_pairs, e2m1_values
 
@@ -50,13 +50,13 @@ def float8_levels(dtype: torch.dtype) -> torch.Tensor:
 
 @cache
 def _signed_bytes() -> torch.Tensor:
-    return _whole_numbers(8).roll(128)
+    return _whole_numbers(8, 128).roll(128)
 
 
 @cache
-def _whole_numbers(bits: int) -> torch.Tensor:
-    """Each code as its sum with 2^(bits − 1)."""
-    return torch.arange(-(1 << bits >> 1), 1 << bits >> 1, dtype=torch.float32, device="cpu")
+def _whole_numbers(bits: int, less: int) -> torch.Tensor:
+    """Each code minus `less`."""
+    return torch.arange(-less, (1 << bits) - less, dtype=torch.float32, device="cpu")
 
 
 def float8_codes(n_cols: int, dtype: torch.dtype) -> Codes:
@@ -90,18 +90,17 @@ def e2m1_codes(n_cols: int) -> Codes:
     return Codes(n_cols // 2, decode, 4, e2m1_values())
 
 
-def packed_codes(n_cols: int, bits: int, *, padded: bool = False) -> Codes:
-    """Whole numbers of `bits` bits in words of 32, each stored as its sum with 2^(bits − 1). `padded`: no
-    code crosses two words."""
+def packed_codes(n_cols: int, bits: int, *, padded: bool = False, offset: int | None = None) -> Codes:
+    """Whole numbers of `bits` bits in words of 32, each stored as its sum with `offset`, by default
+    2^(bits − 1). `padded`: no code crosses two words."""
+    less = 1 << (bits - 1) if offset is None else offset
     n_words = -(-n_cols // (32 // bits)) if padded else -(-n_cols * bits // 32)
 
     def decode(raw: torch.Tensor, n_rows: int, n_cols: int, arena: Arena) -> torch.Tensor:
+        if not padded:
+            return unpack_floats(raw.view(n_rows, -1), bits, n_cols, arena, less)
         values = arena.get(DECODED_FP32, n_rows * n_cols, torch.float32)
-        if bits == 4 and 2 * raw.numel() == values.numel():
-            look_up(raw, signed_pairs(), values, arena)
-            return values
-        codes = (unpack_words if padded else unpack)(raw.view(n_rows, -1), bits, n_cols)
-        values.view(n_rows, n_cols).copy_(codes)
-        return values.sub_(1 << (bits - 1))
+        values.view(n_rows, n_cols).copy_(unpack_words(raw.view(n_rows, -1), bits, n_cols))
+        return values.sub_(less)
 
-    return Codes(4 * n_words, decode, bits, _whole_numbers(bits), padded)
+    return Codes(4 * n_words, decode, bits, _whole_numbers(bits, less), padded)

@@ -59,7 +59,7 @@ class Draws:
         return z.bitwise_right_shift_(11).bitwise_and_((1 << 53) - 1).to(torch.float64).mul_(2.0**-53)
 
 
-class Run(TileDraws):
+class RunDraws(TileDraws):
     """Of a tile whose elements are those of a weight from `first` on."""
 
     def __init__(self, of_weight: Draws, first: int) -> None:
@@ -72,7 +72,7 @@ class Run(TileDraws):
         return self._of_weight.fractions(elements + self._first)
 
 
-class Turned(TileDraws):
+class TurnedDraws(TileDraws):
     """Of a tile that is the transpose of the rows [n_rows, n_cols] of a weight from element `first` on."""
 
     def __init__(self, of_weight: Draws, first: int, n_rows: int, n_cols: int, arena: Arena) -> None:
@@ -89,7 +89,7 @@ class Turned(TileDraws):
         return self._of_weight.fractions(row.mul_(self._n_cols).add_(col).add_(self._first))
 
 
-class Half(TileDraws):
+class HalfDraws(TileDraws):
     """u = 1/2 for all: to the nearest."""
 
     def bytes(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
@@ -101,7 +101,7 @@ class Half(TileDraws):
 
 def of_run(of_weight: Draws | None, first: int) -> TileDraws:
     """Of a tile whose elements are those of the weight from `first` on; without draws to the nearest."""
-    return Run(of_weight, first) if of_weight else Half()
+    return RunDraws(of_weight, first) if of_weight else HalfDraws()
 
 
 def _mixed(z: torch.Tensor, seed: int, scratch: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ them: `bound` is cheap, and only what it does not settle is looked at exactly, i
 differences of stored values are exact.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -60,9 +60,7 @@ def round_tile(
     beyond the grid. The value of a sum that is not finite is the sum, so that whoever measures sees it."""
     stored = arena.get("grid.stored", base.numel(), base.dtype).copy_(base)
     n_clipped, exactly = 0, _Exactly(grid, base, sums, stored, draws)
-    step = max(CHUNK_NUMEL // grid.run, 1) * grid.run
-    for at in range(0, grid.skip + base.numel(), step):
-        start, stop = max(at - grid.skip, 0), min(at + step - grid.skip, base.numel())
+    for start, stop in _parts(grid, base.numel()):
         chunk = _Chunk(grid, base[start:stop], sums[start:stop], start, arena)
         n_clipped += chunk.n_clipped()
         drawn = draws.bytes(start, stop, arena)
@@ -71,6 +69,22 @@ def round_tile(
         exactly.look_at(elements.add_(start), byte)
     exactly.finish()
     return stored, n_clipped
+
+
+def count_beyond(grid: Grid, values: torch.Tensor, arena: Arena) -> int:
+    """How many values (1-D) of a tile are beyond the grid."""
+    chunks = (
+        _Chunk(grid, values[start:stop], values[start:stop], start, arena)
+        for start, stop in _parts(grid, values.numel())
+    )
+    return sum(chunk.n_clipped() for chunk in chunks)
+
+
+def _parts(grid: Grid, numel: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of chunks of a tile, each of whole runs but for the tile's ends."""
+    step = max(CHUNK_NUMEL // grid.run, 1) * grid.run
+    for at in range(0, grid.skip + numel, step):
+        yield max(at - grid.skip, 0), min(at + step - grid.skip, numel)
 
 
 class _Waiting:

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from lorafuse.arithmetic.arena import Arena
 
+CHUNK_NUMEL = 1 << 17  # quantized at a time: what a chunk touches stays in cache
+CHUNK_NBYTES_PER_ELEMENT = 20
 NESTED_BLOCKSIZE = 256
 TINY = 1e-38  # what bitsandbytes divides by at least
 # By bitsandbytes' codes (functional.py, get_4bit_type). FP4 is sign, two bits of exponent, one of mantissa,
@@ -38,26 +40,47 @@ Floats = NDArray[np.float32]
 
 
 @cache
+def quant_map(kind: str) -> torch.Tensor:
+    """float32 [16]: what each code of a 4-bit type stands for."""
+    return torch.from_numpy(_by_code(kind))
+
+
+@cache
 def levels(kind: str) -> torch.Tensor:
-    """float32 [16]: the values of a 4-bit type, ascending; FP4, which has two zeros, has its lowest value
-    twice here."""
-    return torch.from_numpy(
-        _distinct(kind)[[0] * (16 - _distinct(kind).size) + list(range(_distinct(kind).size))]
-    )
+    """float32 [16]: the values of a 4-bit type, ascending; FP4 has two zeros."""
+    return torch.from_numpy(np.sort(_by_code(kind)))
+
+
+@cache
+def codes_of_pairs(kind: str) -> NDArray[np.uint8]:
+    """uint8 [256]: for two places in `levels`, packed in a byte, their codes, packed in the same way."""
+    codes, pairs = np.argsort(_by_code(kind), kind="stable"), np.arange(256)
+    packed: NDArray[np.uint8] = (codes[pairs >> 4] << 4 | codes[pairs & 15]).astype(np.uint8)
+    return packed
 
 
 @cache
 def midpoints(kind: str) -> Floats:
-    """float32 [15], or 14 for FP4."""
-    values = _distinct(kind)
+    """float32 [15], or 14 for FP4: between values that differ."""
+    return _between(np.unique(_by_code(kind)))
+
+
+@cache
+def _bounds(kind: str) -> Floats:
+    """float32 [15]: between neighbouring levels, also between FP4's two zeros."""
+    return _between(np.sort(_by_code(kind)))
+
+
+def _between(values: Floats) -> Floats:
     return (values[:-1] + values[1:]) / np.float32(2)
 
 
-def _distinct(kind: str) -> Floats:
+def _by_code(kind: str) -> Floats:
     if kind == "nf4":
         return np.array(NF4, np.float32)
     values = np.array([*FP4, *(-value for value in FP4)], np.float32)
-    return np.unique(values / values.max())
+    normed: Floats = values / values.max()
+    return normed
 
 
 @cache
@@ -130,8 +153,8 @@ def four_bit_codes(
     first. `mask` and `codes` are scratch of as many elements as `scaled`."""
     codes.fill(0)
     # Counted from above, so that NaN, which is below nothing, is the highest, as in bitsandbytes.
-    for midpoint in midpoints(kind):
-        np.less_equal(scaled, midpoint, out=mask)
+    for bound in _bounds(kind):
+        np.less_equal(scaled, bound, out=mask)
         np.add(codes, mask.view(np.uint8), out=codes)
     # A pair as one number, the first in its low byte: 15 - first in the high nibble, 15 - second in the low
     # one.
@@ -199,3 +222,9 @@ class CascadeSum:
 
     def mean(self) -> np.float32:
         return np.float32(self.total() / np.float32(self._n))
+
+
+def int8_rows(half: torch.Tensor, scb: torch.Tensor, q: torch.Tensor) -> None:
+    """Makes of `half` (fp16, 2-D) the codes `q` (fp32, of its shape), given the largest magnitudes `scb`
+    (fp32) of its rows or columns, broadcast against it."""
+    q.copy_(half).mul_((127.0 / scb).masked_fill_(scb == 0, 0)).round_().add_(0)  # integers have no -0

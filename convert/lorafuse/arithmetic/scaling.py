@@ -17,6 +17,11 @@ def subtract_zeros(values: torch.Tensor, zeros: torch.Tensor, width: int) -> Non
     _by_blocks(torch.Tensor.sub_, values, zeros, width)
 
 
+def add_biases(values: torch.Tensor, biases: torch.Tensor, width: int) -> None:
+    """Adds biases in place, which are laid out as scales are."""
+    _by_blocks(torch.Tensor.add_, values, biases, width)
+
+
 def _by_blocks(
     apply: Callable[[torch.Tensor, torch.Tensor], object],
     values: torch.Tensor,

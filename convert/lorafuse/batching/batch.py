@@ -25,7 +25,7 @@ from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, checkpoint_folder
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.settings import Settings, parse_nbytes
-from lorafuse.trained_base.options import chosen_base_quant
+from lorafuse.trained_base.options import chosen_quants
 
 
 @own_torch_state()
@@ -73,7 +73,7 @@ def batch(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
         allow_nonfinite=allow_nonfinite, adapter_scale=adapter_scale,
         max_shard_nbytes=parse_nbytes(max_shard_size), memory_nbytes=parse_nbytes(memory_limit),
-        base_quant=chosen_base_quant(base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
+        **chosen_quants(format, base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
     )  # fmt: skip
     chosen = Chosen(share, index, of, overwrite, restart, dry_run)

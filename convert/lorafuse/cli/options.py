@@ -15,7 +15,7 @@ from lorafuse.settings import (
     parse_nbytes,
     parse_weighted,
 )
-from lorafuse.trained_base.options import BASE_OPTIONS, chosen_base_quant, refuse_beside_file
+from lorafuse.trained_base.options import BASE_OPTIONS, chosen_quants, refuse_beside_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -66,11 +66,15 @@ output_options = _all(
                       "decodes to."),
     click.option("--format", type=click.Choice(FORMAT_CHOICES), default="dense", show_default=True,
                  help="How weights are stored: in full precision; all as the base stores them, what changes "
-                      "rounded without bias onto the base's own grid; or what changes in full precision and "
-                      "the rest as the base stores it."),
+                      "rounded without bias onto the base's own grid; what changes in full precision and "
+                      "the rest as the base stores it; a base in full precision quantized as bitsandbytes "
+                      "does on loading (nf4, fp4, int8); or all linear layers anew as compressed-tensors "
+                      "does, for vLLM: FP8 with a scale for each row, 8-bit integers in groups of 32, 4-bit "
+                      "in groups of 128 or 32."),
     click.option("--keep-dense", multiple=True, metavar="PATTERN",
                  help="With a light --format, changed weights of modules of this name become dense, "
-                      "'*.v_proj' for example; repeatable."),
+                      "'*.v_proj' for example; with fp8, w8a16 and w4a16 also unchanged ones, and what vLLM "
+                      "joins with them; repeatable."),
     click.option("--rounding", type=click.Choice(ROUNDING_CHOICES), default=None,
                  help="How a quantized format rounds what changes; if not given, unbiased where the weight "
                       "sat on the grid."),
@@ -93,12 +97,12 @@ base_options = _all(
                  help="Treat a full-precision CKPT as training saw it: quantized, and dequantized, as "
                       "bitsandbytes does."),
     click.option("--double-quant/--no-double-quant", default=True, show_default=True,
-                 help="Whether training quantized the scales of nf4 and fp4 as well."),
+                 help="Whether the scales of nf4 and fp4 are quantized as well, by training or by --format."),
     click.option("--quant-blocksize", type=int, default=64, show_default=True,
                  help="Elements to a scale of nf4 and fp4."),
     click.option("--quant-skip", multiple=True, metavar="NAME",
-                 help="Modules that training did not quantize, instead of those that transformers skips; "
-                      "repeatable."),
+                 help="Modules that are not quantized, by training or by --format, instead of those that "
+                      "transformers skips; repeatable."),
     click.option("--quant-experts", is_flag=True,
                  help="Training quantized the experts of a mixture too: transformers 4 did, 5 does not."),
     click.option("--base-quant-from", metavar="FILE",
@@ -112,4 +116,4 @@ def check_base_options(options: dict[str, Any]) -> None:
     UsageError."""
     if options["base_quant_from"] is not None:
         refuse_beside_file(given("base_quant", "double_quant", "quant_skip"))
-    chosen_base_quant(**{name: options[name] for name in BASE_OPTIONS})
+    chosen_quants(options["format"], **{name: options[name] for name in BASE_OPTIONS})

@@ -59,6 +59,7 @@ def plan_text(plan: dict[str, Any]) -> str:
         sizes = (f"{word} {nbytes / 1e6:,.1f} MB" for word, nbytes in plan["formats"].items())
         lines.append(f"--format: {', '.join(sizes)}")
     lines += [f"  {s['file']}  {s['nbytes'] / 1e6:,.1f} MB  {s['n_weights']} weights" for s in plan["shards"]]
+    lines += [f"decoded from {shown(scheme)}: {n:,} parameters" for scheme, n in plan["decoded"].items()]
     lines.append(
         f"adapter tensors: {plan['adapter_tensors']['used']} used, {len(plan['adapter_tensors']['ignored'])} "
         "ignored"

@@ -9,14 +9,20 @@ from typing import Any, Protocol
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs import (
+    aqlm,
+    awq,
     bnb4,
     bnb8,
     compressed_tensors,
     dense,
     fbgemm_fp8,
     fp8,
+    gptq,
+    hqq,
+    mlx,
     modelopt,
     mxfp4,
+    torchao,
 )
 from lorafuse.codecs.other_formats import is_part, packed_format, quantizations, unread_setting
 from lorafuse.codecs.per_expert import as_stacks
@@ -57,10 +63,16 @@ class Codec(Protocol):
 CODECS: tuple[Codec, ...] = (
     bnb4,
     bnb8,
+    gptq,
+    awq,
+    mlx,
     fp8,
     mxfp4,
     fbgemm_fp8,
     modelopt,
+    torchao,
+    hqq,
+    aqlm,
     compressed_tensors,  # whose names ModelOpt and FBGEMM have too
     dense,
 )
@@ -114,7 +126,7 @@ def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
     quantization, or a stored tensor is missing or left over."""
     refuse_unknown_quantization(ckpt.config, ckpt.folder, ckpt.tensors)
     weights: dict[str, Sources] = {}
-    quantized = bool(ckpt.config.get("quantization_config"))
+    quantized = any(quantizations(ckpt.config)) or bool(ckpt.quantize_config)
     for codec, weight, names in claims(ckpt.tensors, ckpt.config):
         quantized = quantized or codec is not dense
         if weight in weights:

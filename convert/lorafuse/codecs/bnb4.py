@@ -20,7 +20,7 @@ from lorafuse.arithmetic.dequantize import NARROW, byte_pairs, look_up, nested_a
 from lorafuse.arithmetic.draws import Draws, of_run
 from lorafuse.arithmetic.on_grid import round_tile
 from lorafuse.codecs.bnb4_grid import FourBitGrid, levels_of
-from lorafuse.codecs.bnb4_state import QuantState, check_companions, read_state
+from lorafuse.codecs.bnb4_state import MARKER, QuantState, check_companions, read_state
 from lorafuse.codecs.conv1d import RecodedByColumns, Transposed, is_conv1d
 from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import read_runs
@@ -32,7 +32,6 @@ from lorafuse.files.stores import read_all
 from lorafuse.files.tensors import Box, TensorInfo, TensorSpec
 
 QUANT_METHODS: tuple[str, ...] = ("bitsandbytes",)
-MARKER = ".quant_state.bitsandbytes__"
 COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 WORDS = {"nf4": "NF4", "fp4": "FP4"}
 

@@ -8,6 +8,7 @@ from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import read_all
 from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES, TensorSpec
 
+MARKER = ".quant_state.bitsandbytes__"  # before the kind, in the name of a stored quant_state
 MAX_STATE_NBYTES = 10_000
 MAX_BLOCKSIZE = 1 << 16  # bitsandbytes has blocks of up to 4096; they are decoded whole
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.arithmetic.draws import Draws, Half, Turned
+from lorafuse.arithmetic.draws import Draws, HalfDraws, TurnedDraws
 from lorafuse.arithmetic.on_grid import Grid, round_tile
 from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import N_WINDOWS_HELD, WINDOWS_NBYTES, Windows
@@ -131,7 +131,7 @@ class Transposed(GridSources):
             )
             for name, values in (("base", tile.base), ("sums", tile.values))
         )
-        drawn = Turned(draws, tile.start, len(rows), n_cols, arena) if draws else Half()
+        drawn = TurnedDraws(draws, tile.start, len(rows), n_cols, arena) if draws else HalfDraws()
         values, n_clipped = round_tile(grid, base, sums, drawn, arena)
         base.view(len(rows), n_cols).copy_(values.view(n_cols, len(rows)).T)
         buffer[: codes.numel()].copy_(codes.view(-1))

@@ -58,7 +58,7 @@ class Encoder(Protocol):
     where stored bytes are copied; then a tile is a run of bytes of all tensors, one behind the other, and no
     value of the weight is computed. `needs_pass`: `prepare` looks at the whole finished weight.
     `row_multiple`: a tile covers whole multiples of so many rows. `held_nbytes`: held from the weight's first
-    tile to its last.
+    tile to its last. `clips`: codes cannot stand for any value; `rounding`: a word of `--rounding`, then.
     """
 
     __slots__ = ()
@@ -69,6 +69,7 @@ class Encoder(Protocol):
     row_multiple: int = 1
     held_nbytes: int = 0
     clips: bool = False
+    rounding: str | None = None
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -64,11 +64,12 @@ _ANY_FP8 = f"FP8 or integers with scales ({_CT}, ModelOpt, FBGEMM)"
 # The first format whose names are all there counts.
 FORMATS: tuple[Format, ...] = (
     Format("FP-Quant", (".qweight", ".forward_hadamard_matrix")),
-    Format("GPTQ", (".qweight", ".g_idx")),
-    Format("GPTQ", (".qweight", ".scales"), _is_gptq),
-    Format("AWQ", (".qweight", ".scales")),
+    Format("GPTQ", (".qweight", ".g_idx"), read=True),
+    Format("GPTQ", (".qweight", ".scales"), _is_gptq, read=True),
+    Format("GPTQ", (".g_idx",), _dtype(".g_idx", "I32"), read=True),
+    Format("AWQ", (".qweight", ".scales"), read=True),
     Format("packed integers (GPTQ, AWQ or another of their kind)", (".qweight",)),
-    Format("GPTQ or AWQ", (".qzeros",)),
+    Format("GPTQ or AWQ", (".qzeros",), read=True),
     Format(f"{_CT} (pack-quantized, NVFP4 or MXFP4)", (".weight_packed",), read=True),
     Format(f"{_CT} (sparse)", (".compressed", ".bitmask")),
     Format("ModelOpt after AWQ or SmoothQuant", (".pre_quant_scale",)),
@@ -83,11 +84,14 @@ FORMATS: tuple[Format, ...] = (
     Format("FP8 or FP4 with scales, by DeepSeek's names", (".scale",), _codes(".weight"), read=True),
     Format("MXFP4 of gpt-oss", ("_blocks", "_scales"), _dtype("_blocks", "U8"), read=True),
     Format("Metal (MLX's layout)", (".scales", ".qbiases")),
-    Format("MLX", (".scales",), _dtype(".weight", "U32")),
+    Format("MLX", (".scales",), _dtype(".weight", "U32"), read=True),
     Format("HIGGS", (".scales", ".tables"), _codes(".weight")),
-    Format("AQLM", (".codes", ".codebooks")),
+    Format("AQLM", (".codes", ".codebooks"), read=True),
+    Format("HQQ", (".W_q", ".packing"), read=True),
+    Format("HQQ", (".packing", ".compute_dtype"), read=True),
     Format("HQQ or SINQ", (".W_q",)),
-    Format("torchao", ("_qdata",), _has("_scale", "_scale_and_zero", "_per_tensor_scale")),
+    Format("torchao", ("_qdata",), _has("_scale", "_scale_and_zero", "_per_tensor_scale"), read=True),
+    Format("torchao", ("_qdata",), _codes("_qdata"), read=True),
     Format("quanto", (".weight._data",), _has(".weight._scale")),
     Format("VPTQ", (".indices", ".centroids.weight")),
     Format("SpQR", (".dense_weights", ".row_offsets")),
@@ -99,11 +103,11 @@ FORMATS: tuple[Format, ...] = (
 _WORDS = frozenset({"I16", "I32", "U32"})
 # Ends of names that only quantized weights have, and those that others may have too unless they are bytes.
 _PARTS = (
-    ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", ".codebooks", "_qdata", "_scale_inv",
+    ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", "_qdata", "._weight_scale", "_scale_inv",
     ".weight_packed", ".weight_scale", ".weight_scale_2", ".weight_zero_point", ".weight_shape",
-    ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale",
+    ".weight_g_idx", ".weight_global_scale", ".pre_quant_scale", ".scales", ".biases",
 )  # fmt: skip
-_BYTES = ("_blocks", "_scales", ".scales")
+_BYTES = ("_blocks", "_scales")
 _SECTIONS = ("quantization_config", "compression_config")  # where a config says how it is quantized
 _ENDS = tuple({form.names[0] for form in FORMATS})
 

@@ -44,7 +44,16 @@ class OwnGridEncoder(Encoder):
     """A changed weight on the grid of the base. Companions are copied in slices, beside the tiles."""
 
     clips = True
-    __slots__ = ("_codes", "_companions", "_draws", "_numel", "_sources", "row_multiple", "tensors")
+    __slots__ = (
+        "_codes",
+        "_companions",
+        "_draws",
+        "_numel",
+        "_sources",
+        "rounding",
+        "row_multiple",
+        "tensors",
+    )
 
     def __init__(
         self, weight: str, names: Mapping[str, str], sources: GridSources, *, unbiased: bool
@@ -56,6 +65,7 @@ class OwnGridEncoder(Encoder):
         self._codes, self._sources, self._numel = codes, sources, max(sources.spec.numel, 1)
         self._companions = StoredEncoder(sources.store, {out: names[out] for out in names if out != codes})
         self._draws = Draws(weight) if unbiased else None
+        self.rounding = "unbiased" if unbiased else "nearest"
         self.row_multiple = sources.grid_rows
 
     @property

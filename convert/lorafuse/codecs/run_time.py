@@ -11,7 +11,7 @@ _ACTIVATIONS = (
     "input_scale", "input_global_scale", "input_zero_point", "input_scale_ub", "activation_scale",
     "output_scale", "qscale_act",
 )  # fmt: skip
-_CACHE = re.compile(r".*\.(kv_cache\..+|([kvq]|[kvq]_proj)(_scale|_zero_point|\.[kvq]_scale|\.output_scale))")
+_CACHE = re.compile(r".*\.(kv_cache\..+|[kvq]_(scale|zero_point)|[kvq]_proj\.([kvq]_scale|output_scale))")
 OF_ACTIVATIONS = "a scale of activations, which the dense model does not quantize"
 OF_CACHE = "a scale of attention's cache, which the dense model does not quantize"
 

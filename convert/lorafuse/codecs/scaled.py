@@ -157,8 +157,8 @@ class ScaledRows(GridSources):
         self.grid_nbytes_per_element = 12 + 16 // self._run
 
     def _rows(self, box: Box) -> range:
-        start, stop = box.run
-        return range(start // self.spec.shape[-1], stop // self.spec.shape[-1])
+        (start, stop), n_cols = box.run, max(self.spec.shape[-1], 1)
+        return range(start // n_cols, stop // n_cols)
 
     def release(self) -> None:
         if self._recipe.groups:
@@ -192,13 +192,18 @@ class ScaledRows(GridSources):
         values = recipe.codes.decode(codes, len(rows), n_cols, arena)
         matrix = values.view(len(rows), n_cols)
         scales, zeros = self._numbers(stored, rest, rows, arena)
-        if recipe.groups:
-            recipe.groups.scale(matrix, scales, zeros)
-        else:
-            if zeros is not None:
-                subtract_zeros(matrix, zeros, recipe.scales.block.width)
-            scale_blocks(matrix, scales, recipe.scales.block.width)
+        self._scale(matrix, scales, zeros)
         return round_through(values, self._dtypes, arena.get(NARROW, values.numel(), torch.int16))
+
+    def _scale(self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
+        """Makes codes (fp32 [rows, columns]) the weight's values, in place."""
+        groups, width = self._recipe.groups, self._recipe.scales.block.width
+        if groups:
+            groups.scale(matrix, scales, zeros)
+            return
+        if zeros is not None:
+            subtract_zeros(matrix, zeros, width)
+        scale_blocks(matrix, scales, width)
 
     def _numbers(
         self, stored: torch.Tensor, rest: list[torch.Tensor], rows: range, arena: Arena

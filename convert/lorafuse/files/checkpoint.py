@@ -16,6 +16,7 @@ from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.stores import ShardedStore
 from lorafuse.files.tensors import FLOATS
 
+QUANTIZE_CONFIG = "quantize_config.json"
 # Of the fields that are read somewhere.
 CONFIG_TYPES = {"model_type": str, "architectures": list, "text_config": dict, "quantization_config": dict}
 
@@ -34,6 +35,19 @@ class Checkpoint(ShardedStore):
             raise CheckpointError(
                 f"{e.filename}: not found; {shown(folder)} is no complete checkpoint."
             ) from None
+        except (FormatError, ValueError) as e:
+            raise CheckpointError(str(e)) from None
+        except OSError as e:
+            raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
+
+    @cached_property
+    def quantize_config(self) -> dict[str, Any]:
+        """What quantize_config.json says, which old GPTQ checkpoints have in place of a section in
+        config.json; empty where there is none. Raises CheckpointError for a broken file."""
+        try:
+            return read_json_dict(self.folder, QUANTIZE_CONFIG)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
         except (FormatError, ValueError) as e:
             raise CheckpointError(str(e)) from None
         except OSError as e:

@@ -31,18 +31,27 @@ class FewOpen:
     def opened(self, name: str) -> Iterator[OpenFile]:
         """The file, for as long as it is read. Raises what `Folder.open` raises, and CheckpointError when it
         is not the file that it was when it was opened first."""
-        with self._lock:
-            file, n_users = self._used.get(name) or (self._reopened(name), 0)
-            self._used[name] = file, n_users + 1
+        file = self.take(name)
         try:
             yield file
         finally:
-            with self._lock:
-                file, n_users = self._used.pop(name)
-                if n_users > 1:
-                    self._used[name] = file, n_users - 1
-                else:
-                    self._idle[name] = file
+            self.give_back(name)
+
+    def take(self, name: str) -> OpenFile:
+        """The same, until it is given back, for many short reads: a context costs more than such a read."""
+        with self._lock:
+            file, n_users = self._used.get(name) or (self._reopened(name), 0)
+            self._used[name] = file, n_users + 1
+            return file
+
+    def give_back(self, name: str) -> None:
+        """After `take`, always."""
+        with self._lock:
+            file, n_users = self._used.pop(name)
+            if n_users > 1:
+                self._used[name] = file, n_users - 1
+            else:
+                self._idle[name] = file
 
     def _reopened(self, name: str) -> OpenFile:
         return self._idle.pop(name) if name in self._idle else self._open(name)

@@ -57,7 +57,8 @@ class Shard:
         view = memoryview(buffer)
         offset = info.offset + start
         try:
-            with self._files.opened(self.name) as file:
+            file = self._files.take(self.name)
+            try:
                 while view:
                     n = file.read_into(offset, view)
                     if n == 0:
@@ -67,6 +68,8 @@ class Shard:
                         )
                     view = view[n:]
                     offset += n
+            finally:
+                self._files.give_back(self.name)
         except OSError as e:
             raise StorageError(f"{self.label}: reading at byte {offset} failed: {e.strerror}.") from e
 

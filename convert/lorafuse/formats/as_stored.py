@@ -7,7 +7,6 @@ With both, an adapter's replacement of a weight is dense.
 """
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from lorafuse.codecs.encoder import Encoder
@@ -17,15 +16,20 @@ from lorafuse.codecs.plain import PlainEncoder
 from lorafuse.codecs.run_time import serves
 from lorafuse.codecs.sources import Sources
 from lorafuse.codecs.stored import StoredEncoder, stored_names
-from lorafuse.errors import UsageError, listed, shown
+from lorafuse.errors import UsageError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.formats.format import Format, WeightToStore
+from lorafuse.formats.keep_dense import KeepDense
 from lorafuse.formats.not_converted import with_dense_modules
+from lorafuse.formats.quantized import on_simulated_base
 from lorafuse.settings import Settings
 
 
 def base(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> Format:
-    """Of a base in full precision that is full precision. `--keep-dense` names modules that become dense."""
+    """Of a base in full precision that is full precision, or with `--base-quant` what training saw.
+    `--keep-dense` names modules that become dense."""
+    if settings.base_quant:
+        return on_simulated_base(ckpt, settings, weights)
     return AsStored(ckpt, settings, weights, settings.keep_dense)
 
 
@@ -34,6 +38,11 @@ def mixed(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) 
     if settings.keep_dense or settings.rounding:
         raise UsageError(
             "--format mixed leaves all that changes dense: leave --keep-dense and --rounding out."
+        )
+    if settings.base_quant:
+        raise UsageError(
+            "--format mixed keeps what the base stores, which is full precision where --base-quant is given: "
+            "leave --format out, or choose --format base."
         )
     if all(sources.as_stored for sources in weights.values()):
         raise UsageError(
@@ -57,13 +66,14 @@ class AsStored(Format):
         word = settings.format
         if settings.dtype != "auto":
             raise UsageError(f"--format {word} keeps the base's own dtypes: leave --dtype out.")
-        if settings.base_quant:
+        torchao = next((name for name, sources in weights.items() if sources.scheme.kind == "torchao"), None)
+        if torchao is not None:
             raise UsageError(
-                f"--format {word} keeps what the base stores, full precision where --base-quant is given."
+                f"--format {settings.format}: {shown(torchao)} is stored by torchao, which reads it by "
+                "metadata in the headers that this version does not write: leave --format out."
             )
-        self._config, self._weights, self._patterns = ckpt.config, weights, dense
+        self._config, self._weights, self._keep_dense = ckpt.config, weights, KeepDense(dense)
         self._unbiased, self._word = settings.rounding != "nearest", word
-        self._unmatched = set(dense)
         self._of_base: dict[int, str] = {}
         self._quantized: set[str] = set()  # weights of the output
         self._dense: set[str] = set()  # weights that the base has quantized and the output has not
@@ -84,16 +94,11 @@ class AsStored(Format):
                 f"--format {self._word}: {shown(weight.name)} is made from several weights of the base, "
                 "which keeps them apart: leave --format out."
             )
-        if weight.sources is not base or self._stays_dense(weight.name.removesuffix(".weight")):
+        if weight.sources is not base or self._keep_dense.names(weight.name):
             self._dense.add(weight.name)
             return PlainEncoder(weight.name, weight.spec)
         self._quantized.add(weight.name)
         return self._on_grid(weight.name, base)
-
-    def _stays_dense(self, module: str) -> bool:
-        matching = {pattern for pattern in self._patterns if fnmatchcase(module, pattern)}
-        self._unmatched -= matching
-        return bool(matching)
 
     def _on_grid(self, name: str, base: Sources) -> Encoder:
         if not isinstance(base, GridSources) or not base.grid_rows:
@@ -124,6 +129,4 @@ class AsStored(Format):
         return {name: reason for name, reason in dropped.items() if serves(name, self._dense)}
 
     def warnings(self) -> list[str]:
-        if not self._unmatched or self._word == "mixed":
-            return []
-        return [f"--keep-dense {listed(sorted(self._unmatched))}: matches no quantized module that changes."]
+        return [] if self._word == "mixed" else self._keep_dense.warnings()

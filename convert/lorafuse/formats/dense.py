@@ -13,8 +13,16 @@ from lorafuse.formats.format import Format, WeightToStore
 from lorafuse.settings import Settings
 
 
+def dense_encoder(weight: WeightToStore) -> Encoder:
+    """Of a weight in full precision. Bytes that would not change are copied."""
+    sources = weight.sources
+    if weight.untouched and sources.as_stored and sources.spec == weight.spec:
+        return StoredEncoder(sources.store, {weight.name: sources.names[0]})
+    return PlainEncoder(weight.name, weight.spec)
+
+
 class Dense(Format):
-    """Bytes that would not change are copied."""
+    """Every weight in full precision."""
 
     def __init__(self, ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> None:
         for option, given in (("--keep-dense", settings.keep_dense), ("--rounding", settings.rounding)):
@@ -22,10 +30,7 @@ class Dense(Format):
                 raise UsageError(f"{option} is for a light --format; dense has no quantized weight.")
 
     def encoder_of(self, weight: WeightToStore) -> Encoder:
-        sources = weight.sources
-        if weight.untouched and sources.as_stored and sources.spec == weight.spec:
-            return StoredEncoder(sources.store, {weight.name: sources.names[0]})
-        return PlainEncoder(weight.name, weight.spec)
+        return dense_encoder(weight)
 
     def config(self) -> Mapping[str, Any]:
         return {}

@@ -89,6 +89,19 @@ def with_dense_modules(
     return fields
 
 
+def dense_modules(
+    config: Mapping[str, Any],
+    dense: Iterable[str],
+    quantized: Iterable[str],
+    weights: Mapping[str, Sources],
+) -> list[str]:
+    """The list of an output whose weights are all quantized here or dense: the modules of the weights
+    `dense`, and the output embedding, which readers leave dense only where there is no list."""
+    names = _Modules(config, weights)
+    modules = names.of([*dense, names.head])
+    return _catching_nothing_else(names.fused(modules), names.of(quantized))
+
+
 class _Parts(NamedTuple):
     """Modules of an output: those that are quantized no longer, and those that are."""
 
@@ -165,7 +178,7 @@ class _Modules:
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Sources]) -> None:
         self._weights, self._renames = weights, Renames(dict(config))
-        self._head = Names(weights, dict(config)).head or "lm_head.weight"
+        self.head = Names(weights, dict(config)).head or "lm_head.weight"
 
     def of(self, weights: Iterable[str]) -> list[str]:
         """Their modules, by their names on disk and in memory, sorted."""
@@ -183,7 +196,7 @@ class _Modules:
             for name, sources in self._weights.items()
             if sources.as_stored and len(sources.spec.shape) == 2 and name.endswith(".weight")
         ]
-        return [*dense, self._head]
+        return [*dense, self.head]
 
     def fused(self, modules: list[str]) -> list[str]:
         """The same, with the name of each module that vLLM makes of several, where all of them are there."""

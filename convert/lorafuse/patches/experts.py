@@ -74,12 +74,22 @@ class Stack:
     def same_as(self, other: "Stack") -> bool:
         """Whether all experts have the same factors and scale."""
         return (
-            (self.rank, self.n_experts, self.scale, self.transposed)
-            == (other.rank, other.n_experts, other.scale, other.transposed)
+            (type(self), self.rank, self.n_experts, self.scale, self.transposed)
+            == (type(other), other.rank, other.n_experts, other.scale, other.transposed)
         ) and all(
             same_tensor(self.store, mine, other.store, its)
             for mine, its in zip(self.keys, other.keys, strict=True)
         )
+
+
+class SwitchStack(Stack):
+    """The factors of MLX's stacks: lora_A [E · r, in], and lora_B [E, out, r], a stack itself."""
+
+    def matrix(self, expert: int, rows: range) -> LowRank:
+        key_a, key_b = self.keys
+        left = Factor(self.store, key_b, matrix=expert, rows=rows)
+        right = Factor(self.store, key_a, rows=range(expert * self.rank, (expert + 1) * self.rank))
+        return LowRank(left, right, self.scale)
 
 
 class Expert(Patch):

@@ -15,7 +15,7 @@ READ_NUMEL = 1 << 18
 class Factor:
     """A 2-D adapter tensor as fp32, or some of its rows and evenly spaced columns, whole or in parts, perhaps
     transposed, perhaps each row times an element of another tensor, `row_scale`. Of a 3-D tensor, a stack of
-    matrices, `matrix` is the one that is taken.
+    matrices, `matrix` is the one that is taken, or from which rows are.
 
     `rows` and `cols` choose from the stored matrix; `shape` is the logical one, after choosing and
     transposing, and it is the rows of that shape which are scaled.
@@ -35,7 +35,8 @@ class Factor:
         spec = store.tensors[key].spec
         if matrix is not None:
             n_rows, n_cols = spec.shape[1:]
-            rows = range(matrix * n_rows, (matrix + 1) * n_rows)
+            chosen = rows or range(n_rows)
+            rows = range(matrix * n_rows + chosen.start, matrix * n_rows + chosen.stop)
             spec = TensorSpec(spec.dtype, (spec.shape[0] * n_rows, n_cols))
         self.store, self.key, self.transposed, self._row_scale = store, key, transposed, row_scale
         self._width = spec.n_cols

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from lorafuse.events import PlanEvent, WarningEvent
-from lorafuse.planning.plan import Plan
+from lorafuse.planning.plan import Plan, Step
 
 
 def announced(plan: Plan, *, dry_run: bool = False) -> tuple[list[WarningEvent], PlanEvent]:
@@ -29,6 +29,7 @@ def plan_event(plan: Plan) -> PlanEvent:
             {"file": shard.file, "nbytes": shard.nbytes, "n_weights": len(shard.steps)}
             for shard in plan.shards
         ],
+        "decoded": dict(_decoded(steps)),
         "adapter_tensors": {"used": len(plan.used), "ignored": plan.ignored},
         "config_changes": plan.config_changes,
         "side_files": {
@@ -41,3 +42,12 @@ def plan_event(plan: Plan) -> PlanEvent:
             step.name for step in steps if any(patch.needs.holds_weight for patch in step.patches)
         ],
     }
+
+
+def _decoded(steps: list[Step]) -> Counter[str]:
+    """Scheme → elements that are decoded from it."""
+    totals: Counter[str] = Counter()
+    for step in steps:
+        if step.encoder.needs_values and not step.sources.as_stored:
+            totals[str(step.sources.scheme)] += step.spec.numel
+    return totals

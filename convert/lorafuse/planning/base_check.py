@@ -27,7 +27,7 @@ from lorafuse.files.names import RECEIPT
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.naming import Names
 from lorafuse.patches.patch import Base
-from lorafuse.trained_base.model_names import quantized_by_name
+from lorafuse.trained_base.model_names import is_named, quantized_by_name
 
 # At most as many as torch's ops take in one thread: more threads would bring stacks and arenas of their own.
 _CHUNK_NUMEL = 1 << 15
@@ -57,6 +57,7 @@ def base_warnings(
     on what it was before they were merged into it."""
     yield from _adapters_in_base(ckpt, weights)
     yield from _other_precision(ckpt, weights, adapters)
+    yield from _before_the_scale(ckpt, weights, adapters)
     yield from _merged_before(ckpt, adapters)
 
 
@@ -68,6 +69,24 @@ def _adapters_in_base(ckpt: Folder, weights: Mapping[str, Sources]) -> Iterator[
             f"{shown(ckpt)}: holds tensors of an adapter, {listed(inside, most=2)}. They are copied and not "
             "merged; programs that do not know them ignore them."
         )
+
+
+def _before_the_scale(
+    ckpt: Folder, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
+) -> Iterator[str]:
+    """Adapters of parameters, on experts in FP8. PEFT adds their update to the codes: a model whose experts
+    stayed FP8 multiplied it with the scale, and rounded it."""
+    in_fp8 = (name for name, sources in weights.items() if sources.scheme.kind == "fp8" and "expert" in name)
+    expert = next(in_fp8, None)
+    for adapter in adapters if expert is not None else ():
+        if adapter.config.get("target_parameters"):
+            yield (
+                f"{adapter.file}: was trained with target_parameters, and {shown(expert)} of {shown(ckpt)} "
+                "is stored in FP8. If experts stayed FP8 in training, what they computed is no sum of "
+                "weights and update, and the result is another model; the files do not tell. If training "
+                "dequantized the base (FineGrainedFP8Config(dequantize=True)), the result is the model that "
+                "was trained."
+            )
 
 
 def _merged_before(ckpt: Folder, adapters: Sequence[AdapterDir]) -> Iterator[str]:
@@ -104,12 +123,31 @@ def _is_file(entry: dict[str, Any], folder: Folder, name: str) -> bool:
     )
 
 
+def _other_quantization(
+    ckpt: Folder, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
+) -> Iterator[str]:
+    """Adapters whose base was quantized otherwise than the checkpoint is, going by its name."""
+    schemes = {sources.scheme for sources in weights.values() if sources.scheme.kind != "dense"}
+    for adapter in adapters if schemes else ():  # none where --base-quant says how training quantized it
+        kind = quantized_by_name(adapter.base_name)
+        if kind is None or any(is_named(kind, scheme.bits, f"{scheme.kind} {scheme}") for scheme in schemes):
+            continue
+        stored = listed(sorted(map(str, schemes)), most=2)
+        yield (
+            f"{adapter.file}: was trained on {shown(adapter.base_name)}, whose weights are quantized "
+            f"({kind}), but {shown(ckpt)} is stored in {stored}: the update was trained on weights that were "
+            "rounded otherwise, so the result is not the model that was "
+            "trained."
+        )
+
+
 def _other_precision(
     ckpt: Folder, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
 ) -> Iterator[str]:
     """Adapters whose base was quantized, going by its name, when the checkpoint's weights are not, nor taken
     as if they were."""
     if any(not sources.as_stored for sources in weights.values()):
+        yield from _other_quantization(ckpt, weights, adapters)
         return
     for adapter in adapters:
         kind = quantized_by_name(adapter.base_name)

@@ -52,6 +52,7 @@ class TensorEntry(TypedDict):
     noise: NotRequired[float | None]
     clipped: NotRequired[float]
     changed: NotRequired[float | None]
+    rounding: NotRequired[str]
     rank: NotRequired[int]
     scale: NotRequired[float]
     updates: NotRequired[list[dict[str, Any]]]

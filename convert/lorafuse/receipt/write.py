@@ -107,6 +107,8 @@ def tensor_entry(step: "Step", outcome: "Outcome") -> TensorEntry:
         entry |= measures.summary()
         if step.encoder.clips:
             entry["clipped"] = measures.n_clipped / measures.numel
+    if step.patches and step.encoder.clips:
+        entry["rounding"] = step.encoder.rounding
     if step.encoder.tensors != ((step.name, step.spec),):
         entry["stored"] = {tensor.name: _spec(tensor.spec) for tensor in step.encoder.tensors}
     if not step.changes and step.sources.names[0] != step.name:

@@ -8,60 +8,25 @@ run across the tiles.
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from lorafuse.arithmetic import quantize
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.arithmetic.dequantize import byte_pairs, look_up, nested_absmax
-from lorafuse.arithmetic.quantize import NESTED_BLOCKSIZE, Floats, block_absmax
+from lorafuse.arithmetic.dequantize import byte_pairs, look_up
+from lorafuse.arithmetic.four_bit import (
+    ScalesOfScales,
+    double_quantized,
+    known_scales,
+    multiply_blocks,
+    nearest_levels,
+    scales_of,
+)
+from lorafuse.arithmetic.quantize import CHUNK_NBYTES_PER_ELEMENT, CHUNK_NUMEL, NESTED_BLOCKSIZE
 from lorafuse.codecs.held import ComputedOnce
 from lorafuse.codecs.sources import Raw, Sources
 from lorafuse.files.tensors import SAFETENSORS_NAMES, Box, TensorSpec
 from lorafuse.settings import BaseQuant
-from lorafuse.trained_base.passes import (
-    CHUNK_NBYTES_PER_ELEMENT,
-    CHUNK_NUMEL,
-    PASS_NUMEL,
-    as_loaded,
-    pieces,
-)
-
-
-class ScalesOfScales:
-    """Double quantization: the mean of all scales and the scale of each nested block, from scales fed in
-    order."""
-
-    def __init__(self, n_blocks: int) -> None:
-        self._sum, self._n_done = quantize.CascadeSum(n_blocks), 0
-        n_groups = -(-n_blocks // NESTED_BLOCKSIZE)
-        self._low, self._high = np.full(n_groups, np.inf, np.float32), np.full(n_groups, -np.inf, np.float32)
-
-    def add(self, absmax: Floats) -> None:
-        self._sum.add(absmax)
-        group = (self._n_done + np.arange(absmax.size)) // NESTED_BLOCKSIZE
-        starts = np.flatnonzero(np.diff(group, prepend=-1))
-        for extremes, largest in ((self._low, np.minimum), (self._high, np.maximum)):
-            of_groups = largest.reduceat(absmax, starts)
-            extremes[group[starts]] = largest(extremes[group[starts]], of_groups)
-        self._n_done += absmax.size
-
-    def result(self) -> Raw:
-        """(float32 [nested blocks], float32 []): their scales, and the mean. The largest distance from the
-        mean is that of the lowest or highest, since rounding keeps the order."""
-        mean = self._sum.mean()
-        return torch.from_numpy(np.maximum(self._high - mean, mean - self._low)), torch.tensor(
-            mean, dtype=torch.float32
-        )
-
-
-def double_quantized(
-    absmax: torch.Tensor, first: int, nested: torch.Tensor, mean: torch.Tensor
-) -> torch.Tensor:
-    """What is left of scales (fp32, of the blocks from `first` on) after their own quantization."""
-    outer = nested[(first + torch.arange(absmax.numel())) // NESTED_BLOCKSIZE]
-    codes = quantize.nested_codes(absmax.numpy(), np.float32(mean.item()), outer.numpy())
-    return nested_absmax(torch.from_numpy(codes), quantize.dynamic_map(), outer, mean.item())
+from lorafuse.trained_base.passes import PASS_NUMEL, as_loaded, pieces
 
 
 class FourBit(Sources):
@@ -105,6 +70,12 @@ class FourBit(Sources):
             out[at : at + chunk.numel()].copy_(chunk)
         return out[start - first : stop - first]
 
+    def loaded(self, raw: Raw, box: Box, arena: Arena) -> Raw:
+        """The elements of a box of whole blocks before they are quantized, and what the pass over the weight
+        found."""
+        values = arena.here(self._dense.decode(raw[:1], box, arena), "simulated.loaded", self._dtype)
+        return values, *raw[1:]
+
     def _blocks_around(self, box: Box) -> Box:
         """Whole blocks around the box; a transposed weight's scales are known."""
         if self._transposed:
@@ -116,11 +87,7 @@ class FourBit(Sources):
     def _pass_over(self, arena: Arena) -> Raw:
         if self._transposed:
             absmax = self._transposed_absmax(arena)
-            if not self._quant.double_quant:
-                return absmax, absmax
-            scales = ScalesOfScales(self._n_blocks)
-            scales.add(absmax.numpy())
-            return absmax, double_quantized(absmax, 0, *scales.result())
+            return known_scales(absmax, double_quant=self._quant.double_quant)
         if not self._quant.double_quant:
             return ()
         scales = ScalesOfScales(self._n_blocks)
@@ -130,12 +97,7 @@ class FourBit(Sources):
 
     def _absmax(self, values: torch.Tensor, arena: Arena) -> torch.Tensor:
         """float32, the scale of each block of `values`."""
-        blocksize = self._quant.blocksize
-        absmax = arena.get("simulated.absmax", -(-values.numel() // blocksize), torch.float32)
-        for at in range(0, values.numel(), CHUNK_NUMEL):
-            chunk = as_loaded(values[at : at + CHUNK_NUMEL], self._dtype)
-            block_absmax(chunk, blocksize, absmax[at // blocksize : (at + CHUNK_NUMEL) // blocksize], arena)
-        return absmax
+        return scales_of(values, self._quant.blocksize, self._dtype, arena)
 
     def _chunks(
         self, values: torch.Tensor, first: int, state: Raw, arena: Arena
@@ -144,31 +106,20 @@ class FourBit(Sources):
         dequantized."""
         blocksize = self._quant.blocksize
         absmax = self._absmax(values, arena)
-        scales = double_quantized(absmax, first // blocksize, *state) if state else absmax
+        scales = double_quantized(absmax, first // blocksize, *state)[1] if state else absmax
         for at in range(0, values.numel(), CHUNK_NUMEL):
             chunk = as_loaded(values[at : at + CHUNK_NUMEL], self._dtype)
             scaled = arena.get("simulated.scaled", chunk.numel() + 1, torch.float32)
             block = at // blocksize
             quantize.scale_by_blocks(scaled[: chunk.numel()].copy_(chunk), absmax[block:], blocksize)
             nearest = self._nearest(scaled, chunk.numel(), arena)
-            n_full = chunk.numel() // blocksize
-            nearest[: n_full * blocksize].view(-1, blocksize).mul_(scales[block : block + n_full, None])
-            if n_full * blocksize < chunk.numel():
-                nearest[n_full * blocksize :].mul_(scales[-1])
+            multiply_blocks(nearest, scales[block:], blocksize)
             yield at, nearest
 
     def _nearest(self, scaled: torch.Tensor, numel: int, arena: Arena) -> torch.Tensor:
         """float32 [numel]: the level of each element; `scaled` has room for one more."""
-        even = numel + numel % 2
-        scaled[numel:even] = 0
-        packed = arena.get("simulated.packed", even // 2, torch.uint8)
-        mask, codes = (
-            arena.get(f"simulated.{name}", even, torch.uint8).numpy() for name in ("mask", "codes")
-        )
-        quantize.four_bit_codes(
-            scaled[:even].numpy(), self._quant.kind, packed.numpy(), mask.view(np.bool_), codes
-        )
-        values = arena.get("simulated.values", even, torch.float32)
+        packed = nearest_levels(scaled, numel, self._quant.kind, arena)
+        values = arena.get("simulated.values", 2 * packed.numel(), torch.float32)
         look_up(packed, self._levels, values, arena)
         return values[:numel]
 
@@ -195,7 +146,7 @@ class FourBit(Sources):
     def _transposed_chunks(
         self, values: torch.Tensor, first: int, state: Raw, arena: Arena
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        absmax, scales = state
+        absmax, scales, *_ = state
         reciprocals = absmax.clamp(min=quantize.TINY).reciprocal_()
         for at in range(0, values.numel(), CHUNK_NUMEL):
             chunk = as_loaded(values[at : at + CHUNK_NUMEL], self._dtype)

@@ -10,18 +10,12 @@ import torch
 from lorafuse.arithmetic import quantize
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.dequantize import decode_int8
+from lorafuse.arithmetic.quantize import CHUNK_NBYTES_PER_ELEMENT, CHUNK_NUMEL
 from lorafuse.codecs.held import ComputedOnce
 from lorafuse.codecs.sources import Raw, Sources
 from lorafuse.files.tensors import SAFETENSORS_NAMES, Box, TensorSpec
 from lorafuse.settings import BaseQuant
-from lorafuse.trained_base.passes import (
-    CHUNK_NBYTES_PER_ELEMENT,
-    CHUNK_NUMEL,
-    PASS_NUMEL,
-    as_loaded,
-    pieces,
-    whole_rows,
-)
+from lorafuse.trained_base.passes import PASS_NUMEL, as_loaded, pieces, whole_rows
 
 
 class Int8(Sources):
@@ -58,10 +52,16 @@ class Int8(Sources):
         for at in range(0, box.numel, self._chunk_numel):
             half = self._half(values[at : at + self._chunk_numel])
             scb = raw[1][None] if self._transposed else self._largest(half, 1, arena)[:, None]
-            tile = out[at : at + half.numel()].view(half.shape).copy_(half)
-            tile.mul_((127.0 / scb).masked_fill_(scb == 0, 0)).round_().add_(0)  # integers have no -0
+            tile = out[at : at + half.numel()].view(half.shape)
+            quantize.int8_rows(half, scb, tile)
             decode_int8(tile, scb)
         return out
+
+    def loaded(self, raw: Raw, box: Box, arena: Arena) -> Raw:
+        """The elements of the box before they are quantized, and the largest of each column of a transposed
+        weight."""
+        values = arena.here(self._dense.decode(raw[:1], box, arena), "simulated.loaded", self._dtype)
+        return values, *raw[1:]
 
     def _half(self, values: torch.Tensor) -> torch.Tensor:
         """float16 [rows, n_cols]."""

@@ -22,3 +22,21 @@ def quantized_by_name(name: object) -> str | None:
     if other or owner.endswith("mlx-community"):
         return other[1].upper() if other else "MLX"
     return next((kind for kind, pattern in _BY_NAME.items() if pattern.search(last)), None)
+
+
+# What the words of a scheme have where a name has these.
+_WORDS = {
+    "W4A16": ("4-bit integers",),
+    "W8A16": ("8-bit integers",),
+    "W8A8": ("int8", "fp8"),
+    "AUTOROUND": ("auto-round", "gptq", "awq", "integers"),
+    "FP8": ("fp8", "mxfp8"),
+}
+
+
+def is_named(kind: str, bits: int, words: str) -> bool:
+    """Whether `kind`, of `quantized_by_name`, may be that of weights whose codes have so many bits and whose
+    scheme is `words`."""
+    if kind in _BY_NAME:  # a name that says only how many bits there are may be that of any method
+        return bits == (8 if kind == "int8" else 4)
+    return any(word in words.lower() for word in _WORDS.get(kind, (kind.lower(),)))

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import Any, TypedDict
 
 from lorafuse.errors import UsageError
-from lorafuse.settings import BaseQuant
+from lorafuse.settings import QUANTIZING_FORMATS, BaseQuant
 from lorafuse.trained_base.trainer_configs import read_base_quant
 
 # As every command and function has them.
@@ -50,6 +50,28 @@ def chosen_base_quant(
         blocksize=quant_blocksize,
         experts=quant_experts,
     )
+
+
+class ChosenQuants(TypedDict):
+    """How training quantized the base, and, where it did not and the format does, how this run quantizes: the
+    same options say it."""
+
+    base_quant: BaseQuant | None
+    quant_anew: BaseQuant | None
+
+
+def chosen_quants(
+    format: str,
+    *,
+    base_quant: str = "none",
+    base_quant_from: str | PathLike[str] | None = None,
+    **details: Any,
+) -> ChosenQuants:
+    """What the options of a conversion say. Raises UsageError."""
+    if format in QUANTIZING_FORMATS and base_quant == "none" and base_quant_from is None:
+        return {"base_quant": None, "quant_anew": chosen_base_quant(base_quant=format, **details)}
+    of_base = chosen_base_quant(base_quant=base_quant, base_quant_from=base_quant_from, **details)
+    return {"base_quant": of_base, "quant_anew": None}
 
 
 def refuse_beside_file(options: Iterable[str]) -> None:

@@ -8,8 +8,6 @@ from lorafuse.arithmetic.arena import Arena
 from lorafuse.codecs.sources import Sources
 from lorafuse.files.tensors import Box
 
-CHUNK_NUMEL = 1 << 17  # quantized at a time: what a chunk touches stays in cache
-CHUNK_NBYTES_PER_ELEMENT = 20
 PASS_NUMEL = 1 << 19  # read at a time in the pass over the whole weight
 
 

@@ -13,6 +13,8 @@ the blocks of a tile are read whole. On a GPU bitsandbytes' own kernels make the
 import torch
 
 from lorafuse.arithmetic.arena import Arena
+from lorafuse.codecs.encoder import FinishedTile
+from lorafuse.codecs.quantizing import QuantizedOnLoad
 from lorafuse.codecs.sources import Raw, Sources
 from lorafuse.files.tensors import Box
 from lorafuse.settings import BaseQuant
@@ -26,17 +28,20 @@ def simulated(dense: Sources, quant: BaseQuant, dtype: str, *, transposed: bool)
     for HF Conv1D."""
     loaded = getattr(torch, dtype)
     on_host = (Int8 if quant.kind == "int8" else FourBit)(dense, quant, loaded, transposed=transposed)
-    return Simulated(on_host, ByKernels(dense, quant, loaded, transposed=transposed))
+    return Simulated(quant, on_host, ByKernels(dense, quant, loaded, transposed=transposed))
 
 
-class Simulated(Sources):
+class Simulated(QuantizedOnLoad):
     """A weight that is made a tile at a time on the host, and whole on a GPU."""
 
-    def __init__(self, on_host: Sources, on_gpu: Sources) -> None:
-        self._on_host, self._on_gpu = on_host, on_gpu
+    def __init__(self, quant: BaseQuant, on_host: FourBit | Int8, on_gpu: Sources) -> None:
+        self.quant, self._on_host, self._on_gpu = quant, on_host, on_gpu
         self.spec, self.out_dtype = on_host.spec, on_host.out_dtype
         self.names, self.store, self.scheme = on_host.names, on_host.store, on_host.scheme
         self.nbytes, self.held_nbytes = on_host.nbytes, on_host.held_nbytes
+
+    def loaded(self, tile: FinishedTile, arena: Arena) -> Raw:
+        return self._on_host.loaded(tile.raw, tile.box, arena)
 
     def _where(self, arena: Arena) -> Sources:
         return self._on_host if arena.on_host else self._on_gpu

@@ -2,47 +2,20 @@
 
 Those of nn.Linear (of no class made from it) and Conv1D, unless the module is skipped: by default the output
 embedding, tied ones and the last one of the model (transformers 5.23 quantizers/base.py,
-get_keys_to_not_convert), or what llm_int8_skip_modules lists instead. Names are those in memory. What is a
-linear layer follows from the name, with the exceptions of `linears.json`, which fixtures/make_linears.py
-makes from transformers.
+get_keys_to_not_convert), or what llm_int8_skip_modules lists instead. Names are those in memory.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 from lorafuse.codecs import Sources
 from lorafuse.errors import CheckpointError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.tensors import FLOATS
-from lorafuse.naming.names import Names
-from lorafuse.naming.table import Component, Renames, v4_name
+from lorafuse.naming.table import Component, v4_name
 from lorafuse.settings import BaseQuant
-from lorafuse.trained_base.skip_lists import SkipList, is_skipped
-
-# Names of modules with a matrix that are no linear layers, as a rule: embeddings, routers of mixtures.
-_OTHER = re.compile(r".*emb.*|wte|wpe|w|.*norm.*|.*router|gate|.*bias|objective")
-
-
-@cache
-def load_table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(Path(__file__).with_name("linears.json").read_text(encoding="utf-8"))
-    return table
-
-
-def is_other(module: str, exceptions: Mapping[str, Iterable[str]]) -> bool:
-    """Whether a module with a matrix is no linear layer."""
-    for kind, ends in exceptions.items():
-        if any(f".{_starred(module)}".endswith(f".{end}") for end in ends):
-            return kind == "other"
-    return bool(_OTHER.fullmatch(module.rpartition(".")[2]))
-
-
-def _starred(name: str) -> str:
-    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
+from lorafuse.trained_base.linear_layers import LinearLayers, load_table
+from lorafuse.trained_base.skip_lists import SkipList
 
 
 def quantized_on_load(
@@ -68,7 +41,7 @@ def quantized_on_load(
             f"{shown(ckpt.folder)}: {listed(unmatched)}: of the names of modules that training did not "
             f"quantize, these match no module, by the rule of transformers {shown(version)}."
         )
-    unknown = sorted(chooser.model_types.difference(load_table()["types"]))
+    unknown = chooser.unknown_types
     if unknown:
         warn(
             f"{shown(ckpt.folder)}: of {listed(unknown)} it is not known which layers are quantized on "
@@ -82,22 +55,12 @@ class _Chooser:
 
     def __init__(self, weights: Mapping[str, Sources], ckpt: Checkpoint, quant: BaseQuant) -> None:
         self._weights, self._ckpt, self._quant = weights, ckpt, quant
-        self._names, self._renames = Names(weights, ckpt.config), Renames(ckpt.config)
-        self.model_types = set(_model_types(ckpt.config))
+        self._layers = LinearLayers(weights, ckpt.config)
+        self._names, self._renames = self._layers.names, self._layers.renames
+        self.unknown_types = self._layers.unknown_types
         self.n_experts = 0
-        table = load_table()
-        self._exceptions: dict[str, list[str]] = {"linear": [], "other": []}
-        for model_type in sorted(self.model_types):
-            for kind, ends in table["exceptions"].get(model_type, {}).items():
-                self._exceptions[kind] += ends
-        self._keeps = [
-            keep for model_type in sorted(self.model_types) for keep in table["keeps"].get(model_type, ())
-        ]
         entries = quant.skip if quant.skip is not None else self._default_skips()
         self._list = SkipList(entries, quant.skip_version, self._renames.model_class)
-        self._base = f"{self._renames.base_prefix}."
-        prefixed = self._names.has_head and self._renames.model_class not in table["bare"]
-        self._adds_prefix = prefixed and not any(name.startswith(self._base) for name in weights)
 
     def _default_skips(self) -> list[str]:
         starred = load_table()["skips"].get(self._renames.model_class, ())
@@ -131,17 +94,14 @@ class _Chooser:
         return quantized[0]
 
     def _quantizes_module(self, weight: str, parameter: str) -> bool:
-        if not parameter.endswith(".weight"):
-            return False  # a bare parameter, such as a stack of experts
-        module = self._in_memory(parameter.removesuffix(".weight"))
-        tied = self._names.tied and parameter == self._names.head
-        if tied or is_other(module, self._exceptions) or is_skipped(module, self._keeps):
+        if not self._layers.is_linear(parameter):
             return False
+        module = self._layers.in_memory(parameter.removesuffix(".weight"))
         return not self._list.skips(self._listed_name(weight.removesuffix(".weight"), module))
 
     def _listed_name(self, stored: str, module: str) -> str:
         """The name of a module on the list: `stored` is its name on disk, `module` that in memory."""
-        return self._list.name_of(self._in_memory(self._v4(stored)), module)
+        return self._list.name_of(self._layers.in_memory(self._v4(stored)), module)
 
     def entries_without_match(self) -> list[str]:
         """The entries of a list that was given which match no module. An output embedding that is not stored,
@@ -154,7 +114,7 @@ class _Chooser:
         for weight in (*self._weights, self._names.head or "lm_head.weight", "lm_head.weight"):
             stored = weight.rpartition(".")[0]
             for parameter, _ in self._renames.memory_names(weight):
-                yield self._listed_name(stored, self._in_memory(parameter.rpartition(".")[0]))
+                yield self._listed_name(stored, self._layers.in_memory(parameter.rpartition(".")[0]))
             yield self._v4(stored)  # of an expert, which 5 has no module for
 
     def _quantizes_expert(self, weight: str) -> bool:
@@ -162,16 +122,10 @@ class _Chooser:
         self.n_experts += 1
         name = self._v4(weight.removesuffix(".weight"))
         on_list = self._list.skips(self._listed_name(weight.removesuffix(".weight"), name))
-        return self._quant.experts and not is_skipped(name, self._keeps) and not on_list
+        return self._quant.experts and not self._layers.keeps(name) and not on_list
 
     def _v4(self, module: str) -> str:
         return v4_name(self._renames.model_class, module)
-
-    def _in_memory(self, module: str) -> str:
-        """A checkpoint of a base model lacks the prefix that its modules have below a head."""
-        outside = self._names.head and module == self._names.head.removesuffix(".weight")
-        inside = module.startswith(self._base)
-        return module if not self._adds_prefix or outside or inside else f"{self._base}{module}"
 
     def _refuse_stacked(self, weight: str) -> None:
         """Of what transformers 5 holds as one parameter with a dimension of experts."""
@@ -195,12 +149,3 @@ class _Chooser:
             f"{listed(targets)} is quantized ({' and '.join(component.ops)}); --base-quant does not support "
             "that. Save the model with transformers, quantized, and merge into that."
         )
-
-
-def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
-    """Those of the model and of its parts."""
-    if isinstance(config.get("model_type"), str):
-        yield config["model_type"]
-    for part in config.values():
-        if isinstance(part, dict):
-            yield from _model_types(part)

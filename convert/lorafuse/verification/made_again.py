@@ -18,7 +18,7 @@ from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.write import base_semantics, tensor_entry
 from lorafuse.settings import Settings
 
-MEASURED = ("delta_norm", "delta_rel", "kept", "noise", "changed")
+MEASURED = ("delta_norm", "delta_rel", "kept", "noise", "changed", "clipped")
 # What another machine's sums of fp32 may differ in.
 REL_TOL, ABS_TOL = 1e-4, 1e-6
 

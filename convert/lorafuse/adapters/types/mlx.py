@@ -2,9 +2,10 @@
 whole.
 
 Linear (out, in): W += scale · (lora_a @ lora_b)ᵀ, embedding (vocab, dim): W += scale · lora_a @ lora_b, with
-lora_a [in or vocab, r], lora_b [r, out or dim]; the scale is the config's, without the rank (mlx-lm,
-tuner/lora.py, LoRALinear.fuse and LoRAEmbedding.fuse). MLX-LM itself holds an HF Conv1D as a linear, (out,
-in).
+lora_a [in or vocab, r], lora_b [r, out or dim]. A stack of E experts' linears (E, out, in), `switch_mlp`:
+lora_a [E · r, in], the rows of each expert together, and lora_b [E, out, r]. The scale is the config's,
+without the rank (mlx-lm, tuner/lora.py: fuse of LoRALinear, LoRAEmbedding and LoRASwitchLinear). MLX-LM
+itself holds an HF Conv1D as a linear, (out, in).
 """
 
 from functools import partial
@@ -22,13 +23,17 @@ from lorafuse.codecs.sources import Sources
 from lorafuse.errors import AdapterError, shown
 from lorafuse.files.tensors import Box
 from lorafuse.patches.dora import Dora
+from lorafuse.patches.experts import SwitchStack
 from lorafuse.patches.factor import Factor, load
 from lorafuse.patches.lowrank import LowRank
 from lorafuse.patches.patch import Patch
 from lorafuse.patches.replace_rows import ReplaceRows
 from lorafuse.patches.target import Target
 
-SUPPORTED = "MLX-LM's LoRA and DoRA on Linear and Embedding; layers trained whole (`fine_tune_type` full)"
+SUPPORTED = (
+    "MLX-LM's LoRA and DoRA on Linear and Embedding, LoRA on stacked experts (`switch_mlp`); layers trained "
+    "whole (`fine_tune_type` full)"
+)
 MEMORY = "tiles"
 
 _TYPES = ("lora", "dora", "full")
@@ -87,10 +92,8 @@ def _scale(adapter: AdapterDir) -> float:
 def _low_rank(adapter: AdapterDir, module: str, keys: tuple[str, ...], scale: float) -> Update:
     key_a, key_b, *magnitude = keys
     a, b = (adapter.store.tensors[key].spec for key in (key_a, key_b))
-    if len(a.shape) == len(b.shape) == 3:
-        raise AdapterError(
-            f"{adapter.file}: {shown(key_a)} is {a}: LoRA on MLX's stacked experts is not supported."
-        )
+    if len(b.shape) == 3 and not magnitude:
+        return _of_experts(adapter, module, key_a, key_b, scale)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or not a.numel or not b.numel:
         raise AdapterError(
             f"{adapter.file}: {shown(key_a)} is {a} and {shown(key_b)} is {b}; they are not the two factors "
@@ -109,6 +112,30 @@ def _low_rank(adapter: AdapterDir, module: str, keys: tuple[str, ...], scale: fl
         )
     make = partial(_product, adapter, module, key_a, key_b, scale * factor)
     return Update(f"{module}.weight", keys, make=make, facts=facts)
+
+
+def _of_experts(adapter: AdapterDir, module: str, key_a: str, key_b: str, scale: float) -> Update:
+    a, b = (adapter.store.tensors[key].spec for key in (key_a, key_b))
+    n_experts, n_out, rank = b.shape
+    if len(a.shape) != 2 or a.shape[0] != n_experts * rank or not a.numel or not b.numel:
+        raise AdapterError(
+            f"{adapter.file}: {shown(key_a)} is {a} and {shown(key_b)} is {b}; they are not the two factors "
+            "of one update of stacked experts."
+        )
+    for key in (key_a, key_b):
+        check_float(adapter, key)
+    stack = SwitchStack(
+        adapter.store, str(adapter.file), (key_a, key_b),
+        rank=rank, n_experts=n_experts, scale=scale * _scale(adapter), transposed=False,
+    )  # fmt: skip
+
+    def make(target: Target) -> Patch:
+        _refuse_rescaled(adapter, target)
+        if target.spec.shape != (n_experts, n_out, a.shape[1]):
+            raise misfit(adapter, target, key_b)
+        return stack.patch(target)
+
+    return Update(f"{module}.weight", (key_a, key_b), make=make, facts=stack.facts)
 
 
 def _product(

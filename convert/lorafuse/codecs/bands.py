@@ -1,0 +1,126 @@
+"""Weights whose codes are stored transposed, (in, out) where the weight is (out, in): GPTQ, AWQ. A tile's own
+bytes are a few of every stored row, so a band of outputs is read at once."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.dequantize import NARROW
+from lorafuse.arithmetic.scaling import round_through, scale_blocks, subtract_zeros
+from lorafuse.codecs.conv1d import CHUNK_NUMEL
+from lorafuse.codecs.held import N_WINDOWS_HELD, WINDOWS_NBYTES, Windows
+from lorafuse.codecs.sources import Raw, Scheme, Sources
+from lorafuse.files.stores import Store
+from lorafuse.files.tensors import DTYPES, Box, TensorSpec
+
+# Of a chunk: codes, numbers in fp32, their rounding, and with act-order a scale and a zero point for each.
+CHUNK_NBYTES_PER_ELEMENT = 24
+
+
+class Turned(Protocol):
+    """A matrix [out, in] that is stored transposed."""
+
+    names: tuple[str, ...]  # the first holds the codes
+    store: Store
+    scheme: Scheme
+    spec: TensorSpec  # of the weight: [out, in]
+    via: Sequence[str]  # dtypes that values are rounded to before that of the weight
+    multiple: int  # bands begin at multiples of so many outputs; chunks, at multiples of `unit` in a band
+    unit: int
+
+    def nbytes(self, n_outputs: int) -> int:
+        """Host bytes of what `read` returns for so many outputs."""
+
+    def read(self, outputs: range) -> Raw:
+        """Returns codes, and what else they need, in tensors of their own. Raises CheckpointError,
+        StorageError."""
+
+    def decode(self, raw: Raw, at: range, arena: Arena) -> torch.Tensor:
+        """Returns float32 [outputs, in] of those `at` these places in the band that `raw` is of, on the
+        arena's device."""
+
+
+class Bands(Sources):
+    """A weight by rows, of what is stored by columns."""
+
+    def __init__(self, matrix: Turned) -> None:
+        self._matrix = matrix
+        self.names, self.store, self.scheme = matrix.names, matrix.store, matrix.scheme
+        self.spec, self.out_dtype = matrix.spec, matrix.spec.dtype
+        n_outputs, n_inputs = self.spec.shape
+        width = self._outputs_of_a_band()
+        self._windows = Windows(n_outputs, width, lambda rows, arena: matrix.read(rows))
+        self.window_nbytes = self._windows.n_held * matrix.nbytes(width)
+        # A row is decoded whole, and so is a unit of rows.
+        self.nbytes = max(CHUNK_NUMEL, 2 * matrix.unit * n_inputs) * CHUNK_NBYTES_PER_ELEMENT
+
+    def _outputs_of_a_band(self) -> int:
+        """All where they may be held, else as many as two bands may have."""
+        n_outputs, multiple = self.spec.shape[0], self._matrix.multiple
+        if self._matrix.nbytes(n_outputs) <= WINDOWS_NBYTES:
+            return n_outputs
+        n_multiples = WINDOWS_NBYTES // N_WINDOWS_HELD // self._matrix.nbytes(multiple)
+        return max(n_multiples, 1) * multiple
+
+    def _rows(self, box: Box) -> range:
+        start, stop = box.run
+        return range(start // self.spec.n_cols, stop // self.spec.n_cols)
+
+    def will_need(self, box: Box) -> None:
+        if self._windows.n_held == 1 and self._rows(box).start == 0:
+            nbytes = self.store.tensors[self.names[0]].spec.nbytes
+            self.store.will_need(self.names[0], 0, nbytes)
+
+    def release(self) -> None:
+        self._windows.drop()
+
+    def fetch(self, box: Box, arena: Arena) -> Raw:
+        return tuple(tensor for raw in self._windows.get(self._rows(box), arena) for tensor in raw)
+
+    def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
+        rows, (_, n_inputs) = self._rows(box), self.spec.shape
+        made = arena.get("bands.made", box.numel, getattr(torch, self.spec.torch_name))
+        tile = made.view(len(rows), n_inputs)
+        windows, unit = list(self._windows.around(rows)), self._matrix.unit
+        n_tensors = len(raw) // max(len(windows), 1)
+        step = max(CHUNK_NUMEL // n_inputs // unit, 1) * unit
+        for number, (window, part) in enumerate(windows):
+            fetched = raw[number * n_tensors : (number + 1) * n_tensors]
+            first = part.start
+            while first < part.stop:
+                place = first - window.start
+                last = min(window.start + place // unit * unit + step, part.stop)
+                values = self._matrix.decode(fetched, range(place, last - window.start), arena)
+                tile[first - rows.start : last - rows.start].copy_(self._rounded(values, arena))
+                first = last
+        return made
+
+    def _rounded(self, values: torch.Tensor, arena: Arena) -> torch.Tensor:
+        """The values, in place, rounded to what comes before the dtype of the weight."""
+        dtypes = [getattr(torch, DTYPES[dtype][1]) for dtype in self._matrix.via if dtype != self.spec.dtype]
+        if dtypes:
+            # Back in fp32: between two dtypes of 16 bits, torch copies element by element.
+            narrow = arena.get(NARROW, values.numel(), torch.int16)
+            round_through(values.view(-1), [*dtypes, torch.float32], narrow)
+        return values
+
+
+def scale(
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_of: torch.Tensor | int,
+) -> torch.Tensor:
+    """Makes codes (fp32 [outputs, in]) the weight's values, in place: (code − zero) · scale. Scales and zeros
+    are fp32 [outputs, groups]; `group_of` is the group of each input, or how many inputs in a row share
+    one."""
+    if isinstance(group_of, int):
+        if zeros is not None:
+            subtract_zeros(values, zeros, group_of)
+        scale_blocks(values, scales, group_of)
+        return values
+    if zeros is not None:
+        values.sub_(zeros.index_select(1, group_of))
+    return values.mul_(scales.index_select(1, group_of))

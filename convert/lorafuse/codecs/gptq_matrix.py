@@ -1,0 +1,145 @@
+"""The matrix of a GPTQ weight: read by outputs, and for HF Conv1D by inputs (gptq.py has the format)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.bit_stream import unpack_floats
+from lorafuse.arithmetic.word_columns import columns_as_rows, gptq_zeros
+from lorafuse.codecs.bands import CHUNK_NBYTES_PER_ELEMENT, Turned, scale
+from lorafuse.codecs.conv1d import CHUNK_NUMEL
+from lorafuse.codecs.held import read_runs
+from lorafuse.codecs.sources import Raw, Scheme, Sources
+from lorafuse.files.stores import Store
+from lorafuse.files.tensors import DTYPES, Box, TensorSpec
+
+WORDS = 32  # codes of so many inputs, or zero points of so many outputs, fill whole words
+
+
+@dataclass
+class GptqMatrix(Turned):
+    """`group_of`: the group of each input (int32 [K]), or how many inputs in a row share one."""
+
+    store: Store
+    names: tuple[str, ...]
+    spec: TensorSpec
+    scheme: Scheme
+    bits: int
+    less_one: bool
+    group_of: torch.Tensor | int
+
+    multiple = WORDS
+    unit = 1
+
+    def __post_init__(self) -> None:
+        self.n_word_rows = self.store.tensors[self.names[0]].spec.shape[0]
+        scales = self.store.tensors[self.names[2]].spec
+        self.n_groups, self.scales_dtype = scales.shape[0], scales.dtype
+        self.via = (scales.dtype,)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a scale."""
+        return DTYPES[self.scales_dtype][0]
+
+    def nbytes(self, n_outputs: int) -> int:
+        of_zeros = -(-n_outputs * self.bits // 32) * 4 + n_outputs
+        return 4 * self.n_word_rows * n_outputs + self.n_groups * (n_outputs * self.itemsize + of_zeros)
+
+    def read(self, outputs: range) -> Raw:
+        """Words int32 [word rows, outputs], scales [groups, outputs], zeros uint8 [groups, outputs]."""
+        n_outputs, width = self.spec.shape[0], len(outputs)
+        starts = [(row * n_outputs + outputs.start) * 4 for row in range(self.n_word_rows)]
+        words = read_runs(self.store, self.names[0], starts, 4 * width).view(torch.int32)
+        return (words, *self.read_groups(range(self.n_groups), outputs))
+
+    def read_groups(self, groups: range, outputs: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zero points of some groups and outputs, which begin at a multiple of WORDS."""
+        n_outputs, width, size = self.spec.shape[0], len(outputs), self.itemsize
+        starts = [(group * n_outputs + outputs.start) * size for group in groups]
+        scales = read_runs(self.store, self.names[2], starts, width * size)
+        row_nbytes, first = n_outputs * self.bits // 8, outputs.start * self.bits // 8
+        n_words = -(-width * self.bits // 32)
+        starts = [group * row_nbytes + first for group in groups]
+        stored = read_runs(self.store, self.names[1], starts, 4 * n_words).view(torch.int32)
+        zeros = gptq_zeros(stored, self.bits, less_one=self.less_one)
+        return scales.view(getattr(torch, DTYPES[self.scales_dtype][1])), zeros[:, :width]
+
+    def decode(self, raw: Raw, at: range, arena: Arena) -> torch.Tensor:
+        words, scales, zeros = (arena.place(tensor[:, at.start : at.stop]) for tensor in raw)
+        group_of = self.group_of if isinstance(self.group_of, int) else arena.place(self.group_of)
+        return self.values(words, scales, zeros, self.spec.shape[1], group_of, arena)
+
+    def values(
+        self,
+        words: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        n_inputs: int,
+        group_of: torch.Tensor | int,
+        arena: Arena,
+    ) -> torch.Tensor:
+        """float32 [outputs, n_inputs], of words [word rows, outputs] and what `read_groups` returned."""
+        values = unpack_floats(columns_as_rows(words), self.bits, n_inputs, arena).view(-1, n_inputs)
+        return scale(values, scales.T.float(), zeros.T.float(), group_of)
+
+
+class GptqRows(Sources):
+    """The weight of an HF Conv1D, (in, out): its rows are rows of what is stored."""
+
+    def __init__(self, matrix: GptqMatrix) -> None:
+        self._matrix = matrix
+        self.names, self.store, self.scheme = matrix.names, matrix.store, matrix.scheme
+        self.spec = TensorSpec(matrix.spec.dtype, matrix.spec.shape[::-1])
+        self.out_dtype = self.spec.dtype
+        n_outputs = self.spec.shape[1]
+        self._step = max(CHUNK_NUMEL // n_outputs // WORDS, 1) * WORDS
+        of_groups = matrix.n_groups * n_outputs * (matrix.itemsize + 8)
+        self.nbytes = self._step * n_outputs * CHUNK_NBYTES_PER_ELEMENT + of_groups
+
+    def _rows(self, box: Box) -> range:
+        start, stop = box.run
+        return range(start // self.spec.n_cols, stop // self.spec.n_cols)
+
+    def _chunks(self, rows: range) -> list[tuple[range, range]]:
+        """(chunk, rows of it that are asked for): chunks begin with whole words."""
+        first = rows.start // WORDS * WORDS
+        starts = range(first, rows.stop, self._step)
+        chunks = [range(start, min(start + self._step, rows.stop)) for start in starts]
+        return [(chunk, range(max(chunk.start, rows.start), chunk.stop)) for chunk in chunks]
+
+    def will_need(self, box: Box) -> None:
+        rows, row_nbytes = self._rows(box), self.spec.shape[1] * self._matrix.bits // 8
+        first = rows.start // WORDS * WORDS
+        self.store.will_need(self.names[0], first * row_nbytes, (rows.stop - first) * row_nbytes)
+
+    def fetch(self, box: Box, arena: Arena) -> Raw:
+        rows, (_, n_outputs) = self._rows(box), self.spec.shape
+        first = rows.start // WORDS * self._matrix.bits
+        last = -(-rows.stop * self._matrix.bits // 32)
+        words = arena.fetch(
+            "gptq.words", self.store, self.names[0], first * n_outputs * 4, (last - first) * n_outputs * 4
+        )
+        groups = self._matrix.read_groups(range(self._matrix.n_groups), range(n_outputs))
+        return (words.view(torch.int32).view(-1, n_outputs), *groups)
+
+    def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
+        rows, (n_inputs, n_outputs) = self._rows(box), self.spec.shape
+        made = arena.get("gptq.made", box.numel, getattr(torch, self.spec.torch_name))
+        words, scales, zeros = (arena.place(tensor) for tensor in raw)
+        size = self._matrix.group_of
+        group_of = arena.place(
+            torch.arange(n_inputs, dtype=torch.int32, device="cpu").div_(size, rounding_mode="floor")
+            if isinstance(size, int)
+            else size
+        )
+        via = getattr(torch, DTYPES[self._matrix.scales_dtype][1])
+        for chunk, part in self._chunks(rows):
+            first = (chunk.start - rows.start // WORDS * WORDS) // WORDS * self._matrix.bits
+            last = first + -(-len(chunk) * self._matrix.bits // 32)
+            groups = group_of[chunk.start : chunk.stop]
+            values = self._matrix.values(words[first:last], scales, zeros, len(chunk), groups, arena)
+            wanted = values[:, part.start - chunk.start :].T.to(via)
+            made.view(-1, n_outputs)[part.start - rows.start : part.stop - rows.start].copy_(wanted)
+        return made

@@ -1,0 +1,134 @@
+"""Codes in units, a run of codes at the same place of as many units: what HQQ stores (hqq.py has the
+format)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from lorafuse.arithmetic.arena import DECODED_FP32, Arena
+from lorafuse.codecs.conv1d import CHUNK_NBYTES_PER_ELEMENT, CHUNK_NUMEL
+from lorafuse.codecs.sources import Raw, Scheme, Sources
+from lorafuse.files.stores import Store
+from lorafuse.files.tensors import DTYPES, Box, TensorSpec
+
+
+class Packing(NamedTuple):
+    """Codes of so many bits, so many in a unit of so many bytes, the first in the highest bits."""
+
+    bits: int
+    n_codes: int
+    unit_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a flattened weight is stored. Groups are runs of `group_size` elements, or with `by_columns` what
+    lies `n_groups` elements apart."""
+
+    packing: Packing
+    dtype: str
+    n_units: int
+    n_groups: int
+    group_size: int
+    by_columns: bool
+
+    def places(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(place in a unit, first unit, last unit + 1) of each run of elements [start, stop)."""
+        for place in range(start // self.n_units, -(-stop // self.n_units)):
+            first = place * self.n_units
+            yield place, max(start - first, 0), min(stop - first, self.n_units)
+
+    def groups(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Runs of groups [first, last) that elements [start, stop) are of; by columns, one element after
+        another, unless these are all."""
+        if not self.by_columns:
+            return [(start // self.group_size, -(-stop // self.group_size))]
+        if stop - start >= self.n_groups:
+            return [(0, self.n_groups)]
+        first, n = start % self.n_groups, stop - start
+        wrapped = first + n - self.n_groups
+        return [(first, first + n)] if wrapped <= 0 else [(first, self.n_groups), (0, wrapped)]
+
+    def of_elements(self, numbers: torch.Tensor, run: range, part: range) -> torch.Tensor:
+        """Of each element of `part`, the number of its group; `numbers` are those that `groups` gives for
+        `run`."""
+        if not self.by_columns:
+            first, skipped = part.start // self.group_size, part.start % self.group_size
+            last = -(-part.stop // self.group_size)
+            before = run.start // self.group_size
+            spread = numbers[first - before : last - before].repeat_interleave(self.group_size)
+            return spread[skipped : skipped + len(part)]
+        if len(run) < self.n_groups:
+            return numbers[part.start - run.start : part.stop - run.start]
+        places = torch.arange(part.start, part.stop, dtype=torch.int64, device=numbers.device)
+        return numbers[places.remainder_(self.n_groups)]
+
+
+class PackedUnits(Sources):
+    """A weight of HQQ. `names`: codes, scales, zero points, and what says how."""
+
+    def __init__(
+        self, store: Store, names: tuple[str, ...], spec: TensorSpec, scheme: Scheme, layout: Layout
+    ) -> None:
+        self.store, self.names, self.scheme = store, names, scheme
+        self.spec, self.out_dtype, self._layout = spec, spec.dtype, layout
+        self.nbytes = CHUNK_NUMEL * CHUNK_NBYTES_PER_ELEMENT
+        self._dtype = getattr(torch, DTYPES[layout.dtype][1])
+
+    def will_need(self, box: Box) -> None:
+        size = self._layout.packing.unit_nbytes
+        for _, first, last in self._layout.places(*box.run):
+            self.store.will_need(self.names[0], first * size, (last - first) * size)
+
+    def fetch(self, box: Box, arena: Arena) -> Raw:
+        """Units of each run of codes, then scales and zero points."""
+        (start, stop), layout = box.run, self._layout
+        size = layout.packing.unit_nbytes
+        if start == stop:
+            return ()
+        raw = [
+            arena.fetch(f"hqq.units{place}", self.store, self.names[0], first * size, (last - first) * size)
+            for place, first, last in layout.places(start, stop)
+        ]
+        return (*raw, *(self._of_groups(name, start, stop, arena) for name in self.names[1:3]))
+
+    def _of_groups(self, name: str, start: int, stop: int, arena: Arena) -> torch.Tensor:
+        itemsize = DTYPES[self._layout.dtype][0]
+        parts = [
+            arena.fetch(f"{role}{number}", self.store, name, first * itemsize, (last - first) * itemsize)
+            for role in [f"hqq.{name.rpartition('.')[2]}"]
+            for number, (first, last) in enumerate(self._layout.groups(start, stop))
+        ]
+        return torch.cat(parts).view(self._dtype) if len(parts) > 1 else parts[0].view(self._dtype)
+
+    def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
+        run, layout = range(*box.run), self._layout
+        made = arena.get("hqq.made", len(run), getattr(torch, self.spec.torch_name))
+        if not run:
+            return made
+        *units, scales, zeros = (arena.place(tensor) for tensor in raw)
+        for tensor, (place, first, last) in zip(units, layout.places(run.start, run.stop), strict=True):
+            begin = place * layout.n_units
+            for start in range(begin + first, begin + last, CHUNK_NUMEL):
+                part = range(start, min(start + CHUNK_NUMEL, begin + last))
+                at = slice(part.start - begin - first, part.stop - begin - first)
+                codes = self._codes(tensor, place, at)
+                values = arena.get(DECODED_FP32, len(part), torch.float32).copy_(codes)
+                self._round(values.sub_(layout.of_elements(zeros, run, part).float()))
+                self._round(values.mul_(layout.of_elements(scales, run, part).float()))
+                made[part.start - run.start : part.stop - run.start].copy_(values)
+        return made
+
+    def _codes(self, units: torch.Tensor, place: int, at: slice) -> torch.Tensor:
+        bits, n_codes, nbytes = self._layout.packing
+        chosen = (units.view(torch.int32) if nbytes == 4 else units)[at]
+        if n_codes == 1:
+            return chosen
+        shift = bits * (n_codes - 1 - place)
+        return (chosen >> shift).bitwise_and_((1 << bits) - 1)
+
+    def _round(self, values: torch.Tensor) -> None:
+        if self._dtype != torch.float32:
+            values.copy_(values.to(self._dtype))
