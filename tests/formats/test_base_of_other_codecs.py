@@ -173,7 +173,15 @@ def fp4_experts():
     return Case(stored, section, E2M1, all_scales, (BF16,), 4)
 
 
+def mlx():
+    case = four_bit_floats("mx")
+    scales = case.stored[f"{MODULE}.weight_scale"]
+    stored = {WEIGHT: case.stored[WEIGHT].view(torch.uint32), f"{MODULE}.scales": scales}
+    return case._replace(stored=stored, section={"group_size": 32, "bits": 4, "mode": "mxfp4"})
+
+
 CASES = {
+    "mlx mxfp4": mlx,
     "fp8 blocks": fp8,
     "fp8 float32": lambda: fp8(F32),
     "fp8 float16 small": lambda: fp8(F16, factor=1e-5),

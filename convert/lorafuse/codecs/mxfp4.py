@@ -15,7 +15,7 @@ import torch
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.codes import e2m1_codes
 from lorafuse.arithmetic.dequantize import look_up
-from lorafuse.arithmetic.draws import Draws, Half, TileDraws, Turned
+from lorafuse.arithmetic.draws import Draws, HalfDraws, TileDraws, TurnedDraws
 from lorafuse.arithmetic.on_grid import round_tile
 from lorafuse.arithmetic.scaling import scale_blocks
 from lorafuse.arithmetic.small_floats import e2m1_pairs, e8m0
@@ -155,7 +155,7 @@ class Experts(GridSources):
             )
             base, sums = (of.view(len(rows), width)[at].T.reshape(-1) for of in (tile.base, tile.values))
             first = tile.start + at.start * width
-            drawn = Turned(draws, first, len(part), width, arena) if draws else Half()
+            drawn = TurnedDraws(draws, first, len(part), width, arena) if draws else HalfDraws()
             rounded, stored, beyond = _recoded(codes, scales, base, sums, drawn, arena)
             values[at].copy_(rounded.view(width, -1).T)
             start, nbytes, n_clipped = at.start * width // 2, len(part) // 2, n_clipped + beyond
