@@ -87,7 +87,7 @@ def with_dense_modules(
         )
     if any(section.get("quant_method") in _IN_HEADERS for section in quantizations(config)):
         raise UsageError(
-            "torchao's checkpoints say in the headers of their files how each weight is stored; these are not "
+            "torchao's checkpoints say in their files' headers how each weight is stored; these are not "
             "copied: leave --format out."
         )
     if no_longer:
