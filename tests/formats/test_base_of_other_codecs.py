@@ -173,7 +173,15 @@ def fp4_experts():
     return Case(stored, section, E2M1, all_scales, (BF16,), 4)
 
 
+def mlx():
+    case = four_bit_floats("mx")
+    scales = case.stored[f"{MODULE}.weight_scale"]
+    stored = {WEIGHT: case.stored[WEIGHT].view(torch.uint32), f"{MODULE}.scales": scales}
+    return case._replace(stored=stored, section={"group_size": 32, "bits": 4, "mode": "mxfp4"})
+
+
 CASES = {
+    "mlx mxfp4": mlx,
     "fp8 blocks": fp8,
     "fp8 float32": lambda: fp8(F32),
     "fp8 float16 small": lambda: fp8(F16, factor=1e-5),
@@ -262,3 +270,74 @@ def test_bytes_depend_on_no_tile(case, tmp_path, monkeypatch):
     lorafuse.convert(ckpt, adapter, tmp_path / "again", format="base")
     found = load_file(tmp_path / "again/model.safetensors")
     assert found.keys() == expected.keys() and all(same(found[name], expected[name]) for name in found)
+
+
+E = "model.layers.0.mlp.experts"
+
+
+def experts(root, n_rows, n_cols, kinds):
+    """An adapter of experts, (2, n_rows, n_cols) in the dense model, by target_parameters."""
+    tensors, key = {}, f"base_model.model.{E}"
+    for _ in kinds:
+        tensors[f"{key}.lora_A.weight"] = torch.randn(4, n_rows) * torch.logspace(-3, 0, n_rows)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(n_cols, 4) * 0.2
+        key += ".base_layer"
+    parameters = [f"experts.{kind}_proj" for kind in kinds]
+    return write_adapter(
+        root / "adapter", tensors, r=2, lora_alpha=2, target_modules=[], target_parameters=parameters
+    )
+
+
+def of_stack(ckpt, adapter, root, weight):
+    lorafuse.convert(ckpt, adapter, root / "sums", dtype="float32")
+    receipt = lorafuse.convert(ckpt, adapter, root / "out", format="base")
+    sums, found = (load_file(root / name / "model.safetensors") for name in ("sums", "out"))
+    lorafuse.verify(root / "out", ckpt=ckpt, adapters=[adapter])
+    return sums[weight].double().view(-1), found, receipt["tensors"][weight]
+
+
+@pytest.mark.parametrize("tile_numel", [1 << 18, 64])
+def test_stacks_of_gpt_oss(tile_numel, tmp_path, monkeypatch):
+    """Stored (experts, out, in), the weight is (experts, in, out): indexes are those of the weight."""
+    torch.manual_seed(5)
+    monkeypatch.setattr("lorafuse.planning.plan.TILE_NUMEL", tile_numel)
+    monkeypatch.setattr("lorafuse.codecs.mxfp4.WINDOW_NBYTES", 2 * 6 * 17 if tile_numel == 64 else 10**7)
+    weight = f"{E}.down_proj"
+    packed, scales = random_bytes(2, 6, 4, 16), random_bytes(2, 6, 4, high=6) + 120
+    stored = {f"{weight}_blocks": packed, f"{weight}_scales": scales}
+    stored |= {f"{weight}_bias": torch.zeros(2, 6, dtype=BF16)}
+    section = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    dense = {"model.embed_tokens.weight": torch.randn(8, 4).bfloat16()}
+    ckpt = write(tmp_path / "ckpt", stored | dense, section, model_type="gpt_oss", num_local_experts=2)
+    adapter = experts(tmp_path, 128, 6, ["down"])
+    sums, found, entry = of_stack(ckpt, adapter, tmp_path, weight)
+
+    def codes(tensors):  # int64 [elements], in the order of the weight
+        bytes_ = tensors[f"{weight}_blocks"].long()
+        return torch.stack([bytes_ & 15, bytes_ >> 4], -1).view(2, 6, 128).transpose(1, 2).reshape(-1)
+
+    of_each = E8M0[scales.long()].repeat_interleave(32, 2).transpose(1, 2).reshape(-1, 1)
+    values = (E2M1 * of_each).bfloat16().double()
+    was, made = codes(stored), codes(found)
+    expected, n_clipped = own_grid.rounded(was, values, sums, own_grid.uniform(weight, len(sums)))
+    assert torch.equal(values.gather(1, made[:, None]), values.gather(1, expected[:, None]))
+    assert 0 < int((made != was).sum()) < len(was)
+    assert entry["clipped"] == pytest.approx(n_clipped / len(was)) and n_clipped
+    assert all(same(found[name], stored[name]) for name in stored if not name.endswith("_blocks"))
+
+
+def test_stacks_of_fbgemm(tmp_path):
+    """A scale for each column of an expert."""
+    torch.manual_seed(6)
+    weight = f"{E}.gate_up_proj"
+    raw, scales = no_nan(random_bytes(2, 16, 10)), numbers(2, 1, 10)
+    stored = {weight: raw.view(F8), f"{weight}_scale": scales}
+    dense = {"model.embed_tokens.weight": torch.randn(8, 4).bfloat16()}
+    ckpt = write(tmp_path / "ckpt", stored | dense, {"quant_method": "fbgemm_fp8"})
+    adapter = experts(tmp_path, 16, 10, ["gate_up"])
+    sums, found, _ = of_stack(ckpt, adapter, tmp_path, weight)
+    was, made = (tensors[weight].view(torch.uint8).long().view(-1) for tensors in (stored, found))
+    values = (E4M3 * scales.double().expand(2, 16, 10).reshape(-1, 1)).float().bfloat16().double()
+    expected, _ = own_grid.rounded(was, values, sums, own_grid.uniform(weight, len(sums)))
+    assert torch.equal(values.gather(1, made[:, None]), values.gather(1, expected[:, None]))
+    assert int((made != was).sum()) and same(found[f"{weight}_scale"], scales)

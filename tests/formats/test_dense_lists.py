@@ -190,3 +190,28 @@ def test_experts_one_by_one(tmp_path):
     section = {"quant_method": "compressed-tensors"}
     config, _, _ = light(tmp_path, stored, section, tensors)
     assert config["quantization_config"]["ignore"] == [r"re:model\.layers\.0\.mlp\.experts(\..*)?$"]
+
+
+def mlx(module):
+    return {
+        f"{module}.weight": codes(8, 16).view(torch.uint32),
+        f"{module}.scales": torch.full((8, 1), 120, dtype=torch.uint8),
+    }
+
+
+def test_mlx_has_no_list(tmp_path):
+    """Its quantization_config has no quant_method, as very old ones of bitsandbytes."""
+    section = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    lora = {name: torch.randn(2, 32) if "lora_A" in name else t for name, t in on_module(DOWN).items()}
+    both = {"config": {"quantization": section}}
+    with pytest.raises(UsageError, match=r"A checkpoint in MLX that is dense in part cannot be described"):
+        light(tmp_path, mlx(UP) | mlx(DOWN), section, lora, **both)
+
+
+@pytest.mark.parametrize("form", ["base", "mixed"])
+def test_torchao_says_in_headers_how_weights_are_stored(form, tmp_path):
+    stored = channel(UP) | {f"{DOWN}.weight": torch.zeros(8, 8).bfloat16()}
+    section = {"quant_method": "compressed-tensors"}
+    inner = {"text_config": {"quantization_config": {"quant_method": "torchao"}}}
+    with pytest.raises(UsageError, match="say in their files' headers"):
+        light(tmp_path, stored, section, on_module(DOWN), form, config=inner)

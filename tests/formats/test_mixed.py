@@ -1,9 +1,11 @@
 """`--format mixed`, and weights that stay dense beside quantized ones: the results are loaded as users load
 them."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorafuse
@@ -58,3 +60,38 @@ def test_transformers_loads_what_was_written(kind, form, options, base, adapter,
     assert len(merged) == 6 and len(merged & {f"{name}.weight" for name in dense}) == kept_dense
     assert n_changed == 6 - kept_dense
     assert model.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
+
+
+@pytest.mark.parametrize("form", ["mixed", "base"])
+def test_transformers_loads_fp8(form, base, adapter, tmp_path):
+    """Layer by layer what was written: q_proj in bfloat16 with `mixed`, all else FP8."""
+    ckpt, f8 = tmp_path / "ckpt", torch.float8_e4m3fn
+
+    def spread(scales):
+        return scales.repeat_interleave(16, 0).repeat_interleave(16, 1)
+
+    ckpt.mkdir()
+    stored = {}
+    for name, weight in weights_of(base("bf16")).items():
+        stored[name] = weight
+        if name.endswith("_proj.weight"):
+            rows, cols = (size // 16 for size in weight.shape)
+            stored[f"{name}_scale_inv"] = scales = torch.rand(rows, cols) * 1e-3 + 1e-3
+            stored[name] = (weight.float() / spread(scales)).to(f8)
+    save_file(stored, ckpt / "model.safetensors")
+    config = json.loads((base("bf16") / "config.json").read_text())
+    section = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    (ckpt / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    lora = adapter("bf16", target_modules=["q_proj"])
+    lorafuse.convert(ckpt, lora, tmp_path / "out", format=form)
+    found = weights_of(tmp_path / "out")
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values()), loading
+    modules = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
+    for name, module in modules.items():
+        expected = found[f"{name}.weight"]
+        assert (expected.dtype == torch.bfloat16) == (form == "mixed" and name.endswith("q_proj"))
+        if expected.dtype == f8:
+            expected = (expected.float() * spread(found[f"{name}.weight_scale_inv"])).bfloat16()
+        assert torch.equal(module.weight, expected), name  # on a CPU, transformers dequantizes
+    assert modules

@@ -344,6 +344,8 @@ def test_plain_style(path: Path) -> None:
         "GridSources",
         "Grid",
         "TileDraws",
+        "Turned",
+        "Stack",
         "Format",
         "Exception",
         "BaseException",

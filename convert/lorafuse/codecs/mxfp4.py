@@ -13,12 +13,18 @@ from typing import Any
 import torch
 
 from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.codes import e2m1_codes
 from lorafuse.arithmetic.dequantize import look_up
+from lorafuse.arithmetic.draws import Draws, HalfDraws, TileDraws, TurnedDraws
+from lorafuse.arithmetic.on_grid import round_tile
 from lorafuse.arithmetic.scaling import scale_blocks
 from lorafuse.arithmetic.small_floats import e2m1_pairs, e8m0
 from lorafuse.codecs.conv1d import CHUNK_NBYTES_PER_ELEMENT, CHUNK_NUMEL
+from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import Windows, read_runs
 from lorafuse.codecs.model_dtype import out_dtype
+from lorafuse.codecs.own_grid import GridSources, Recoded
+from lorafuse.codecs.scaled_grid import ScaledGrid, levels_of
 from lorafuse.codecs.sources import Claims, Raw, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -64,8 +70,11 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
     return Experts(names, spec, ckpt)
 
 
-class Experts(Sources):
+class Experts(GridSources):
     """A stack of experts; all rows are counted through it."""
+
+    grid_rows = GROUP
+    grid_nbytes_per_element = 28  # of recode: transposed base and sums, draws, codes before and after, gaps
 
     def __init__(self, names: tuple[str, ...], spec: TensorSpec, store: Store) -> None:
         self.names, self.spec, self.out_dtype, self.store, self.scheme = names, spec, spec.dtype, store, MXFP4
@@ -129,6 +138,34 @@ class Experts(Sources):
                 tile[at, chunk].copy_(turned.copy_(values.T))
         return made
 
+    def codes_nbytes(self, n: int) -> int:
+        return n // 2
+
+    def recode(self, tile: FinishedTile, draws: Draws | None, buffer: torch.Tensor, arena: Arena) -> Recoded:
+        """In the order in which codes are stored, in which those of a tile are some of each stored row's."""
+        rows, width, n_clipped = self._rows(tile.box), self._width, 0
+        values = arena.get("mxfp4.recoded", tile.base.numel(), tile.base.dtype).view(len(rows), width)
+        runs: list[tuple[int, int, int]] = []
+        for number, (window, part) in enumerate(self._windows.around(rows)):
+            at = slice(part.start - rows.start, part.stop - rows.start)
+            groups = slice(*((row - window.start) // GROUP for row in (part.start, part.stop)))
+            codes, scales = (
+                arena.place(raw.view(width, -1, size)[:, groups].reshape(-1))
+                for raw, size in zip(tile.raw[2 * number :][:2], (GROUP_NBYTES, 1), strict=True)
+            )
+            base, sums = (of.view(len(rows), width)[at].T.reshape(-1) for of in (tile.base, tile.values))
+            first = tile.start + at.start * width
+            drawn = TurnedDraws(draws, first, len(part), width, arena) if draws else HalfDraws()
+            rounded, stored, beyond = _recoded(codes, scales, base, sums, drawn, arena)
+            values[at].copy_(rounded.view(width, -1).T)
+            start, nbytes, n_clipped = at.start * width // 2, len(part) // 2, n_clipped + beyond
+            buffer[start : start + len(stored)].copy_(stored)
+            expert, row = divmod(part.start, self._height)
+            for col in range(width):
+                place = ((expert * width + col) * self._height + row) // 2
+                runs.append((place, start + col * nbytes, nbytes))
+        return Recoded(tuple(runs), values.view(-1), n_clipped)
+
     def _columns(self, codes: torch.Tensor, scales: torch.Tensor, cols: range, arena: Arena) -> torch.Tensor:
         """fp32 [stored rows, columns] of some columns of what was read."""
         first, last = cols.start // GROUP, -(-cols.stop // GROUP)
@@ -138,3 +175,23 @@ class Experts(Sources):
         matrix = values.view(len(codes), -1)
         scale_blocks(matrix, e8m0(arena.place(scales[:, first:last])), GROUP)
         return matrix[:, cols.start - first * GROUP : cols.stop - first * GROUP]
+
+
+def _recoded(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    base: torch.Tensor,
+    sums: torch.Tensor,
+    draws: TileDraws,
+    arena: Arena,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(values, bytes of their codes, how many were clipped) of sums, with the bytes of codes and scales of
+    the base, all 1-D and in the order in which codes are stored."""
+    rows = e2m1_codes(base.numel())
+    before = rows.read(codes, 1, base.numel())
+    after = before.clone()
+    levels = levels_of(rows.levels, (base.dtype,), zeros=False).on(arena)
+    values, n_clipped = round_tile(
+        ScaledGrid(after, e8m0(scales), None, levels, GROUP), base, sums, draws, arena
+    )
+    return values, rows.changed(codes, before, after), n_clipped

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from lorafuse.codecs.other_formats import quantizations
 from lorafuse.codecs.sources import Sources
 from lorafuse.errors import UsageError, shown
 from lorafuse.files.names import natural_key
@@ -47,7 +48,8 @@ LISTS = {
     "modelopt": _MODELOPT,
     "modelopt_fp4": _MODELOPT,
 }
-_SECTIONS = ("quantization_config", "compression_config")
+_IN_HEADERS = ("torchao",)
+_SECTIONS = ("quantization_config", "compression_config", "quantization")
 _EXPERTS = re.compile(r"(.*\.experts)\..+")
 FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 
@@ -82,6 +84,11 @@ def with_dense_modules(
         raise UsageError(
             "config.json does not say how the checkpoint is quantized, so that no reader would know it of "
             "the result: leave --format out."
+        )
+    if any(section.get("quant_method") in _IN_HEADERS for section in quantizations(config)):
+        raise UsageError(
+            "torchao's checkpoints say in their files' headers how each weight is stored; these are not "
+            "copied: leave --format out."
         )
     if no_longer:
         names = _Modules(config, weights)
@@ -144,7 +151,9 @@ def _extend(fields: dict[str, Any], parts: _Parts) -> None:
     """Replaces each part of a config that lists modules, wherever it stands, by a copy with more of them."""
     for name, value in fields.items():
         if name in _SECTIONS and isinstance(value, dict):
-            usual = "bitsandbytes" if name == "quantization_config" else "compressed-tensors"
+            usual = "compressed-tensors" if name == "compression_config" else "bitsandbytes"
+            if isinstance(fields.get("quantization"), dict):
+                usual = "MLX"
             fields[name] = _of_section(value, value.get("quant_method", usual), parts)
         elif not announces(name, value):
             _extend(value, parts)
