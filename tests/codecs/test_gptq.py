@@ -156,8 +156,10 @@ def test_announced_by_quantize_config(layout, tmp_path):
     key = f"base_model.model.{MODULE}"
     lora = {f"{key}.lora_A.weight": torch.ones(1, 64), f"{key}.lora_B.weight": torch.full((16, 1), 2.0**-24)}
     adapter = write_adapter(tmp_path / "adapter", lora, r=1, lora_alpha=1, target_modules=["up_proj"])
-    lorafuse.convert(path, adapter, tmp_path / "out")
+    receipt = lorafuse.convert(path, adapter, tmp_path / "out")
     made = load_file(tmp_path / "out" / "model.safetensors")[WEIGHT]
+    assert f"{path}/quantize_config.json" in [entry["path"] for entry in receipt["inputs"]]
+    lorafuse.verify(tmp_path / "out", ckpt=path, adapters=[adapter])
     assert torch.equal(made, (numbers.float() + 2.0**-24).half())
     assert not (tmp_path / "out" / "quantize_config.json").exists()
 

@@ -273,7 +273,7 @@ def test_one_rounding() -> None:
         if any(re.fullmatch(r"(.*\.)?round_?", name) for name in used_names(path))
     }
     of_scalars = {"verification/verdict.py", "receipt/write.py"}
-    of_codes = {"arithmetic/symmetric.py", "trained_base/int8.py"}
+    of_codes = {"arithmetic/symmetric.py", "arithmetic/quantize.py"}
     assert rounds <= of_scalars | of_codes | {"adapters/types/tinylora.py"}
 
 
@@ -342,6 +342,8 @@ def test_plain_style(path: Path) -> None:
         "ReadByColumns",
         "RecodedByColumns",
         "GridSources",
+        "QuantizedOnLoad",
+        "Quantizer",
         "Grid",
         "TileDraws",
         "Turned",

@@ -70,6 +70,20 @@ class Arena:
         return buffer
 
 
+def transposed(values: torch.Tensor, n_rows: int, n_cols: int, name: str, arena: Arena) -> torch.Tensor:
+    """The transpose of [n_rows, n_cols], 1-D."""
+    turned = arena.get(name, values.numel(), values.dtype)
+    turned.view(n_cols, n_rows).copy_(values.view(n_rows, n_cols).T)
+    return turned
+
+
+def put(buffer: torch.Tensor, at: int, tensor: torch.Tensor) -> int:
+    """Copies the bytes of `tensor` (1-D) to byte `at` of the buffer. Returns where they end."""
+    raw = tensor.contiguous().view(torch.uint8)
+    buffer[at : at + raw.numel()].copy_(raw)
+    return at + raw.numel()
+
+
 def host_arena() -> Arena:
     """Scratch on the host."""
     return Arena(torch.device("cpu"))

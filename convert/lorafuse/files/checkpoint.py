@@ -41,13 +41,20 @@ class Checkpoint(ShardedStore):
             raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
 
     @cached_property
+    def config_files(self) -> tuple[str, ...]:
+        """The files that say how weights are stored: config.json, and quantize_config.json where that stands
+        for a section in config.json."""
+        alone = "quantization_config" not in self.config and self.folder.exists(QUANTIZE_CONFIG)
+        return ("config.json", QUANTIZE_CONFIG) if alone else ("config.json",)
+
+    @cached_property
     def quantize_config(self) -> dict[str, Any]:
         """What quantize_config.json says, which old GPTQ checkpoints have in place of a section in
         config.json; empty where there is none. Raises CheckpointError for a broken file."""
+        if QUANTIZE_CONFIG not in self.config_files:
+            return {}
         try:
             return read_json_dict(self.folder, QUANTIZE_CONFIG)
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
         except (FormatError, ValueError) as e:
             raise CheckpointError(str(e)) from None
         except OSError as e:

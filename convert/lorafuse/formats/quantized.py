@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafuse.arithmetic.arena import device_kind
-from lorafuse.codecs.bnb4_encoder import FourBitEncoder
-from lorafuse.codecs.bnb8_encoder import Int8Encoder
-from lorafuse.codecs.columns_encoders import FourBitColumnsEncoder, Int8ColumnsEncoder
+from lorafuse.codecs.bnb4_quantizer import FourBitRows
+from lorafuse.codecs.bnb8_quantizer import Int8Rows
+from lorafuse.codecs.columns_quantizers import FourBitColumns, Int8Columns
 from lorafuse.codecs.conv1d import is_conv1d
 from lorafuse.codecs.encoder import Encoder
-from lorafuse.codecs.quantizing import QuantizedOnLoad
+from lorafuse.codecs.quantizing import QuantizedOnLoad, QuantizingEncoder
 from lorafuse.codecs.sources import Sources
 from lorafuse.errors import UsageError, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -97,26 +97,28 @@ class Quantized(Format):
         return self._encoder(weight)
 
     def _encoder(self, weight: WeightToStore) -> Encoder:
-        make = self._kind_of(weight)
+        quantizer = self._quantizer_of(weight)(weight.name, weight.spec, self._quant)
         rounding = None if weight.untouched else self._settings.rounding
         if not self._own_grid:
-            return make(weight.name, weight.spec, self._quant, "unbiased" if rounding == "unbiased" else None)
+            return QuantizingEncoder(weight.name, quantizer, rounding if rounding == "unbiased" else None)
         assert isinstance(weight.base, QuantizedOnLoad)
         rounding = None if weight.untouched else rounding or "unbiased"
-        return make(weight.name, weight.spec, self._quant, rounding, weight.base)
+        return QuantizingEncoder(weight.name, quantizer, rounding, weight.base)
 
-    def _kind_of(self, weight: WeightToStore) -> type[FourBitEncoder] | type[Int8Encoder]:
-        """Which encoder it takes: bitsandbytes stores the weights of Conv1D transposed."""
+    def _quantizer_of(
+        self, weight: WeightToStore
+    ) -> type[FourBitRows] | type[FourBitColumns] | type[Int8Rows] | type[Int8Columns]:
+        """Which quantizer it takes: bitsandbytes stores the weights of Conv1D transposed."""
         by_columns = is_conv1d(self._ckpt.config, weight.name)
         if self._quant.kind == "int8":
-            return Int8ColumnsEncoder if by_columns else Int8Encoder
+            return Int8Columns if by_columns else Int8Rows
         if by_columns and weight.spec.shape[0] % 2:
             raise UsageError(
                 f"--format {self._settings.format}: {shown(weight.name)} is the weight of a Conv1D with an "
                 "odd number of rows, whose 4-bit codes this version does not write: choose --format int8, or "
                 "leave --format out."
             )
-        return FourBitColumnsEncoder if by_columns else FourBitEncoder
+        return FourBitColumns if by_columns else FourBitRows
 
     def config(self) -> Mapping[str, Any]:
         """The fields that transformers 5 writes for a model that it has quantized so."""

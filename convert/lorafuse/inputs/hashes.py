@@ -42,7 +42,7 @@ class InputHashes:
     """sha256 of every input file, taken in a thread beside the merge; leaving the context early stops it."""
 
     def __init__(self, ckpt: Checkpoint, ckpt_name: str, adapters: Sequence["WeightedAdapter"]) -> None:
-        names = ["config.json", *(shard.name for shard in ckpt.shards)]
+        names = [*ckpt.config_files, *(shard.name for shard in ckpt.shards)]
         self._files = [
             InputFile(ckpt.folder, name, "checkpoint", path_of(ckpt_name, None, name)) for name in names
         ]

@@ -33,7 +33,7 @@ class UnchangedInputs:
             self._command[f"weight {number}"] = weighted.weight
         self._ckpt, self._weighted = ckpt, adapters
         self._adapters = [weighted.adapter for weighted in adapters]
-        self._whole = [(ckpt.folder, "config.json")]
+        self._whole = [(ckpt.folder, name) for name in ckpt.config_files]
         self._whole += [(adapter.folder, name) for adapter in self._adapters for name in adapter.files]
         self._hashes: dict[str, FileHash] = {}
         self._facts = {folder / name: (folder, name, folder.facts(name)) for folder, name in self._whole}
