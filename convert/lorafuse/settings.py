@@ -81,7 +81,9 @@ class BaseQuant:
             double_quant=bool(that_decide_bytes.get("double_quant", True)),
             blocksize=that_decide_bytes.get("blocksize", QUANT_BLOCKSIZES[1]),
             skip=None if skip is None else tuple(skip),
+            skip_version=that_decide_bytes.get("skip_version"),
             experts=bool(that_decide_bytes["experts"]),
+            stacked_experts=bool(that_decide_bytes.get("stacked_experts", False)),
         )
 
     def __str__(self) -> str:

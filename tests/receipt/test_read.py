@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import lorafuse
 from lorafuse.cli.show import percent, summary_text
 from lorafuse.receipt.read import ENOUGH_KEPT, kept_in_sum, worst_first
+from lorafuse.settings import BaseQuant, Settings
 
 FLOAT16 = "--dtype float16 keeps 3 more bits (an overflow ends the run), --dtype float32 keeps everything"
 FLOAT32 = "--dtype float32 keeps everything"
@@ -172,3 +173,26 @@ def test_base_semantics(base, adapter, tmp_path, kind, targets, words):
     """The receipt says how the weights that are updated are stored, most of them first."""
     receipt = lorafuse.convert(base(kind), adapter(kind, target_modules=targets), tmp_path / "out")
     assert receipt["base_semantics"] == words
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        BaseQuant(kind="nf4", double_quant=False, blocksize=128, skip=("a", "b"), skip_version="4.30.0"),
+        BaseQuant(kind="fp4", experts=True, skip=()),
+        BaseQuant(kind="int8", stacked_experts=True),
+    ],
+)
+def test_settings_come_back_from_a_receipt(quant):
+    """What decides the bytes, so that `verify` makes the same."""
+    settings = Settings(
+        dtype="float16",
+        adapter_scale=0.5,
+        base_quant=quant,
+        format="nf4",
+        keep_dense=("x",),
+        rounding="nearest",
+    )
+    said = json.loads(json.dumps(settings.that_decide_bytes))
+    again = Settings.of_receipt(said, device="cpu", memory_nbytes=1)
+    assert again.base_quant == quant and again.that_decide_bytes == settings.that_decide_bytes
