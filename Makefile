@@ -40,6 +40,7 @@ real: $(VENV)/.real
 
 faithfulness: $(VENV)/.real
 	$(BIN)/python -m bench.faithfulness.accuracy --work $(BUILD)/real --docs docs/accuracy.md
+	$(BIN)/python -m bench.faithfulness.light --work $(BUILD)/real --docs docs/accuracy.md
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.run --work $(BUILD)/bench

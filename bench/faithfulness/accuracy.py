@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from bench.faithfulness.bars import Bar, Point, scatter, svg
+from bench.faithfulness.bars import Bar, svg
 from bench.faithfulness.distance import HEADER, Row, around_block, figures, measure, relative_sizes, versions
-from bench.faithfulness.smollm2 import ADAPTERS, Adapter, Work, directory, merges, stored, titles
+from bench.faithfulness.smollm2 import ADAPTERS, LIGHT, Adapter, Work, directory, merges, stored, titles
 from bench.support.measure import table
 
 
@@ -39,6 +39,11 @@ def same_weights(a: Path, b: Path) -> bool:
             )
             for name in ours
         )
+
+
+def rows_of(adapter: Adapter) -> list[str]:
+    """Of this page's first tables; light.py has the others."""
+    return [row for row in titles(adapter.base) if row not in LIGHT]
 
 
 def measured(work: Work, adapter: Adapter, rows: list[str]) -> tuple[dict[str, Row], str]:
@@ -93,32 +98,17 @@ RIGHT = (
     "float16",
     "bfloat16",
     "base-quant",
-    "mixed",
 )  # the rows that merge into the base that training saw, and keep it
 
 
 def plot(results: dict[Adapter, dict[str, Row]]) -> str:
-    colours = dict.fromkeys(RIGHT, "right") | dict.fromkeys(("base", "base-v"), "light") | {"none": "none"}
+    colours = dict.fromkeys(RIGHT, "right") | {"none": "none"}
     return svg(
         "KL divergence from the unmerged model, on held-out text",
         {
             adapter.what: [
                 Bar(titles(adapter.base)[row].replace("`", ""), figure.kl, colours.get(row, "wrong"))
                 for row, figure in found.items()
-            ]
-            for adapter, found in results.items()
-        },
-    )
-
-
-def curve(results: dict[Adapter, dict[str, Row]]) -> str:
-    """KL against size, of the rows that a user would choose from."""
-    return scatter(
-        "KL divergence from the unmerged model against the size of the result",
-        {
-            adapter.what: [
-                Point(row, found[row].nbytes / 1e6, found[row].kl)
-                for row in ("none", "base-nearest", "base", "base-v", "mixed", "bfloat16")
             ]
             for adapter, found in results.items()
         },
@@ -135,7 +125,7 @@ def main() -> None:
     parser.add_argument(
         "--docs",
         type=Path,
-        help="page whose block between the faithfulness: markers is rewritten, FILE.svg and FILE-size.svg",
+        help="page whose block between the faithfulness: markers is rewritten, and FILE.svg",
     )
     parser.add_argument("--adapter", choices=[adapter.name for adapter in ADAPTERS], help="only this one")
     parser.add_argument("--row", choices=list(titles("nf4")), help="only this one")
@@ -147,7 +137,7 @@ def main() -> None:
     work, results, sections = Work(args.work), {}, []
     for adapter in ADAPTERS:
         if args.adapter in (None, adapter.name):
-            found, sentence = measured(work, adapter, [args.row] if args.row else list(titles(adapter.base)))
+            found, sentence = measured(work, adapter, [args.row] if args.row else rows_of(adapter))
             results[adapter] = found
             sections.append(section(adapter, found, sentence, relative_sizes(adapter, work)))
     block = "\n\n".join([*sections, f"SmolLM2-135M-Instruct; 40 × 128 held-out tokens; {versions()}."])
@@ -155,7 +145,6 @@ def main() -> None:
     if args.docs:
         args.docs.write_text(f"{before}{block}{after}")
         args.docs.with_suffix(".svg").write_text(plot(results))
-        args.docs.with_name(f"{args.docs.stem}-size.svg").write_text(curve(results))
 
 
 if __name__ == "__main__":

@@ -144,18 +144,15 @@ def measure(path: Path, stored: Path, work: Work, adapter: Adapter) -> Row:
 
 
 def figures(row: Row) -> list[str]:
-    size = [f"{8 * row.nbytes / N_PARAMETERS:.1f}", f"{row.nbytes / 1e6:.0f}"]
-    return [
-        f"{row.kl:.1e}",
-        f"{row.loss:.4f}",
-        f"{row.top1:.2%}",
-        f"{row.kept:.3f}",
-        f"{row.noise:.3g}",
-        *size,
-    ]
+    return [f"{row.kl:.1e}", f"{row.loss:.4f}", f"{row.top1:.2%}", f"{row.kept:.3f}", f"{row.noise:.3g}"]
 
 
-HEADER = ["KL to unmerged", "loss", "top-1", "kept", "noise", "bits a weight", "MB"]
+def size(row: Row) -> list[str]:
+    return [f"{8 * row.nbytes / N_PARAMETERS:.1f}", f"{row.nbytes / 1e6:.0f}"]
+
+
+HEADER = ["KL to unmerged", "loss", "top-1", "kept", "noise"]
+SIZE_HEADER = ["bits a weight", "MB"]
 
 
 def versions() -> str:
