@@ -1,6 +1,5 @@
-"""Quantized formats that no codec here reads, by the tensors that they store: what a checkpoint is refused
-by, whatever its config says. A config may be silent: `quantize_config.json`, `hf_quant_config.json`,
-`compression_config` and MLX's `quantization` are read by nobody here.
+"""Quantized formats by the tensors that they store: what a checkpoint is refused by, whatever its config
+says. A config may be silent: `hf_quant_config.json` and `quant_config.json` are read by nobody here.
 
 A codec that reads a format claims its tensors before this table is looked at. The format's row stays, as
 `read`: what the codec leaves is a part of a weight whose other parts are missing or unlike what the format
