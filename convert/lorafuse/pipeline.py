@@ -102,7 +102,7 @@ def _convert(
     inputs = [ckpt_folder, *(adapter.root for adapter in located)]
     kind_of(out_dir).check_out_dir(out_dir, inputs, overwrite=overwrite)
     with closing(Checkpoint(ckpt_folder)) as base, opened(located) as adapters:
-        plan = make_plan(base, adapters, settings)
+        plan = make_plan(base, adapters, settings, each_format=dry_run)
         warnings, planned = announced(plan, dry_run=dry_run)
         for warning in warnings:
             on_event(warning)

@@ -143,7 +143,7 @@ class Batch:
                 if not self.dry_run:
                     self.kind.clean_up(out_dir)
                 return None
-            plan = make_plan(self.base, adapters, settings, weights=self.weights)
+            plan = make_plan(self.base, adapters, settings, weights=self.weights, each_format=self.dry_run)
             files.refuse_nonfinite()
             planned = PlannedJob(
                 job.name, out_dir, settings, plan, files, files.attempt(plan, settings),

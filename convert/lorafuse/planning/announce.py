@@ -12,7 +12,7 @@ def announced(plan: Plan, *, dry_run: bool = False) -> tuple[list[WarningEvent],
     messages = plan.warnings if dry_run else plan.all_warnings()
     planned = plan_event(plan)
     if dry_run:
-        planned["formats"] = plan.sizes_by_format()
+        planned["formats"] = plan.sizes
     return [{"event": "warning", "message": message} for message in messages], planned
 
 

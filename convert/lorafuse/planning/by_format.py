@@ -1,6 +1,6 @@
 """How large a result is in each format, so that a user can choose."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from lorafuse.codecs import Sources
@@ -16,7 +16,7 @@ def sizes_by_format(
     ckpt: Checkpoint,
     settings: Settings,
     weights: Mapping[str, Sources],
-    steps: Callable[[str, Format], list[Step]],
+    steps: Callable[[str, Format], Iterable[Step]],
 ) -> dict[str, int]:
     """{word of a format: bytes of all weights} of `dense`, and of the formats that are lighter, as far as
     these weights allow them, with everything else as it was chosen. `steps(dtype, format)` plans the
@@ -33,11 +33,10 @@ def sizes_by_format(
         )
         try:
             how = make(ckpt, chosen, weights)
-            planned = steps(chosen.dtype, how)
+            nbytes = sum(step.nbytes for step in steps(chosen.dtype, how))
             how.config()  # which may not have words for it
         except UsageError:
             continue
-        nbytes = sum(step.nbytes for step in planned)
         if plain or nbytes < sizes["dense"]:
             sizes[word] = nbytes
     return sizes

@@ -52,10 +52,12 @@ def make_plan(
     settings: Settings,
     weights: Mapping[str, Sources] | None = None,
     make_format: MakeFormat | None = None,
+    *,
+    each_format: bool = False,
 ) -> Plan:
     """Decide everything. The updates of all adapters are added. Plans that get the same `weights`, those of
-    `ckpt`, can be carried out together. Raises CheckpointError, AdapterError, or UsageError when the memory
-    limit is too small."""
+    `ckpt`, can be carried out together. `each_format`: say the size in each format, too. Raises
+    CheckpointError, AdapterError, or UsageError when the memory limit is too small."""
     warnings = [*ckpt.warnings]
     weights = weights or base_weights(ckpt, settings.base_quant, warnings.append)
     summed = in_order(adapters)
@@ -73,7 +75,7 @@ def make_plan(
     how = (make_format or _format_of(settings))(ckpt, settings, weights)
     run_time = dropped(ckpt.tensors, ckpt.config)
     stored_so = partial(_steps, model, names, edits, untied, ckpt, run_time)
-    steps = stored_so(settings.dtype, how)
+    steps = list(stored_so(settings.dtype, how))
     if not steps:
         raise CheckpointError(f"{shown(ckpt.folder)}: holds no weight.")
     shards = split_shards(steps, settings.max_shard_nbytes)
@@ -91,7 +93,7 @@ def make_plan(
     return Plan(
         shards, plan_id, memory, held_nbytes, config_changes, how.config(), used, ignored,
         dict(how.left_out(run_time)), warnings, copies, side_files,
-        partial(sizes_by_format, ckpt, settings, weights, stored_so),
+        sizes_by_format(ckpt, settings, weights, stored_so) if each_format else {},
     )  # fmt: skip
 
 
@@ -134,11 +136,10 @@ def _steps(
     run_time: Mapping[str, str],
     dtype: str,
     how: Format,
-) -> list[Step]:
+) -> Iterator[Step]:
     bases, untouched = model.weights, Edit()
     if untied:
         bases = {**bases, **names.unstored()}
-    steps = []
     for name in sorted(bases, key=natural_key):
         base, edit = bases[name], edits.get(name, untouched)
         sources = edit.replaced or base
@@ -147,9 +148,9 @@ def _steps(
         spec = sources.spec if out == sources.spec.dtype else TensorSpec(out, sources.spec.shape)
         encoder = how.encoder_of(WeightToStore(name, spec, sources, action is None, model.weights.get(name)))
         action = action or ("decoded" if encoder.needs_values else "copied")
-        steps.append(Step(name, spec, sources, encoder, edit.patches, action))
+        yield Step(name, spec, sources, encoder, edit.patches, action)
     kept = sorted(run_time.keys() - how.left_out(run_time).keys(), key=natural_key)
-    return steps + [_copied(name, ckpt) for name in kept]
+    yield from (_copied(name, ckpt) for name in kept)
 
 
 def _copied(name: str, ckpt: Checkpoint) -> Step:

@@ -1,7 +1,7 @@
 """What a plan consists of: steps in shards, cut into tiles, within a memory limit."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,7 +166,7 @@ class Plan:
     warnings: list[str]
     copies: list[BaseCopy]  # compared with the checkpoint before the merge
     side_files: SideFiles
-    sizes_by_format: Callable[[], dict[str, int]]  # of all weights, in each format that the base allows
+    sizes: dict[str, int]  # bytes of all weights in each format that the base allows, where that was asked
 
     def all_warnings(self) -> list[str]:
         """The warnings, and what a comparison of the adapters' copies of base weights says, which reads
