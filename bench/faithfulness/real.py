@@ -21,7 +21,7 @@ from bench.faithfulness.smollm2 import QLORA, Work, directory, load, stored, tit
 from bench.support.measure import table
 
 PROMPT = "def read_lines(path):\n"
-ROWS = ("float32", "float16", "bfloat16", "base-v", "base", "16bit", "peft", "none")
+ROWS = ("float32", "float16", "bfloat16", "16bit", "peft", "none")
 
 
 def continuation(model: PreTrainedModel | PeftModel, tokenizer_dir: Path) -> str:

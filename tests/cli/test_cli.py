@@ -226,7 +226,7 @@ def test_dry_run(run: Cli, ckpt: Path, adapter: Path, out: Path, untouched: None
     assert run(ckpt, adapter, out, "--dry-run", "--dtype", "float32") == 0
     assert run.out == (
         "0.0 MB in 1 shards; weights: 17 decoded, 4 merged\n"
-        "--format: dense 0.0 MB, base 0.0 MB, int8 0.0 MB\n"
+        "--format: dense 0.0 MB, base 0.0 MB, int8 0.0 MB, fp8 0.0 MB\n"
         "  model.safetensors  0.0 MB  21 weights\n"
         "adapter tensors: 8 used, 0 ignored\n"
         'config.json: dtype = "float32"\n'
@@ -244,10 +244,11 @@ def test_dry_run_json(run: Cli, ckpt: Path, adapter: Path, out: Path, untouched:
 
 
 def test_dry_run_predicts(run: Cli, ckpt: Path, adapter: Path, out: Path) -> None:
-    """The plan of a dry run is the plan of the run."""
+    """The plan of a dry run is the plan of the run, with the size in each format."""
     run(ckpt, adapter, out, "--dry-run", "--json", "--max-shard-size", "3KB")
     (planned,) = run.events
     run(ckpt, adapter, out, "--json", "--max-shard-size", "3KB")
+    assert planned.pop("formats")["dense"] == planned["nbytes"]
     assert run.events[0] == planned
     assert planned["plan_id"] == json.loads((out / "lorafuse_receipt.json").read_text())["plan_id"]
 

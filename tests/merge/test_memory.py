@@ -123,6 +123,9 @@ def test_peak_memory_of_a_weight_that_stays_on_its_grid(tmp_path):
     """So does a matrix of 34 M elements of which every code may move."""
     rows, cols, w = 2048, 16384, "model.layers.0.mlp.down_proj.weight"
     ckpt, _ = write_pair(tmp_path, w, (rows, cols), 16, nf4(w, rows, cols))
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config = json.loads((ckpt / "config.json").read_text()) | quantized
+    (ckpt / "config.json").write_text(json.dumps(config))
     lora = full_update(tmp_path, w, rows, cols)
     beyond = beyond_torch("convert", "-q", ckpt, lora, tmp_path / "out", "--format", "base")
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
