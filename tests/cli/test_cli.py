@@ -226,7 +226,7 @@ def test_dry_run(run: Cli, ckpt: Path, adapter: Path, out: Path, untouched: None
     assert run(ckpt, adapter, out, "--dry-run", "--dtype", "float32") == 0
     assert run.out == (
         "0.0 MB in 1 shards; weights: 17 decoded, 4 merged\n"
-        "--format: dense 0.0 MB, base 0.0 MB, int8 0.0 MB, fp8 0.0 MB\n"
+        "--format: dense 0.0 MB, base 0.0 MB, fp8 0.0 MB, int8 0.0 MB\n"
         "  model.safetensors  0.0 MB  21 weights\n"
         "adapter tensors: 8 used, 0 ignored\n"
         'config.json: dtype = "float32"\n'
