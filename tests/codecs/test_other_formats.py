@@ -1,6 +1,7 @@
 """Checkpoints in formats that no codec reads are refused by what they store, whatever their config says; what
 only looks like them is not."""
 
+import json
 import shutil
 from contextlib import closing
 
@@ -267,4 +268,19 @@ def test_what_does_not_pass_beside_quantized_weights(case, tmp_path):
     beside = {"x.weight": zeros(16, 32, dtype=F8), "x.weight_scale_inv": zeros(1, 1)}
     assert "m.weight is quantized, but other parts of it" in refusal(
         write(tmp_path / "ckpt", LOOK_ALIKES[case] | beside)
+    )
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "hqq", "compressed-tensors", "mxfp4", "modelopt"])
+def test_a_config_that_promises_what_is_not_stored_is_refused(method, tmp_path):
+    """Its readers look for codes that are not there."""
+    ckpt = build.write_checkpoint(tmp_path / "ckpt", build.checkpoint_tensors())
+    config = json.loads((ckpt / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (ckpt / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as e:
+        open_weights(Checkpoint(LocalFolder(ckpt)))
+    assert str(e.value) == (
+        f"{ckpt}/config.json: says that the checkpoint is quantized with {method}, but no weight is stored "
+        "so. Is this the config of another checkpoint? Of one in full precision, remove the section."
     )

@@ -156,7 +156,8 @@ def refuse_unknown_quantization(
     setting = unread_setting(config)
     if setting is not None:
         raise CheckpointError(f"{folder / 'config.json'}: the checkpoint has a {setting}; {way_out()}")
-    left = {name: stored[name] for codec, name, _ in claims(stored, config) if codec is dense}
+    claimed = list(claims(stored, config))
+    left = {name: stored[name] for codec, name, _ in claimed if codec is dense}
     packed = packed_format(left)
     if packed is not None:
         name, form = packed
@@ -164,6 +165,20 @@ def refuse_unknown_quantization(
             f"{shown(folder)}: {shown(name)} belongs to a weight that is quantized: {form.title}; "
             f"{_INCOMPLETE if form.read else way_out(form.title)}"
         )
+    if len(left) == len(claimed):
+        _refuse_empty_promise(config, folder)
+
+
+def _refuse_empty_promise(config: Mapping[str, Any], folder: Folder) -> None:
+    """No weight is quantized: what config.json says is not so. bitsandbytes quantizes on loading, too."""
+    for quantization in quantizations(config):
+        method = quantization.get("quant_method")
+        if method not in (None, *bnb4.QUANT_METHODS):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: says that the checkpoint is quantized with {shown(method)}, "
+                "but no weight is stored so. Is this the config of another checkpoint? Of one in full precision, "
+                "remove the section."
+            )
 
 
 def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint, quantized: bool) -> None:
