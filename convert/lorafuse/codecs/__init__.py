@@ -176,8 +176,8 @@ def _refuse_empty_promise(config: Mapping[str, Any], folder: Folder) -> None:
         if method not in (None, *bnb4.QUANT_METHODS):
             raise CheckpointError(
                 f"{folder / 'config.json'}: says that the checkpoint is quantized with {shown(method)}, "
-                "but no weight is stored so. Is this the config of another checkpoint? Of one in full precision, "
-                "remove the section."
+                "but no weight is stored so. Is this the config of another checkpoint? Of one in full "
+                "precision, remove the section."
             )
 
 
