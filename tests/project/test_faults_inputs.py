@@ -446,8 +446,8 @@ def test_an_input_that_vanishes(good, tmp_path, monkeypatch):
     write_files(tmp_path, good["whole"])
     real = lorafuse.pipeline.make_plan
 
-    def remove_first(*args: object) -> object:
-        plan = real(*args)
+    def remove_first(*args: object, **options: object) -> object:
+        plan = real(*args, **options)
         (tmp_path / CONFIG).unlink()
         (tmp_path / LORA).unlink()
         return plan
