@@ -9,6 +9,7 @@ quantized are loaded by transformers with bitsandbytes, which decodes them.
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 

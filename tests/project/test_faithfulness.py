@@ -12,6 +12,7 @@ from models import by_transformers, tiny_llama
 from safetensors.torch import load_file, save_file
 from unmerged import train
 
+from bench.faithfulness import light
 from bench.faithfulness.accuracy import rows_of, same_weights
 from bench.faithfulness.bars import Bar, decades, svg
 from bench.faithfulness.distance import around_block, kept_and_noise, merged_in_float64
@@ -144,13 +145,10 @@ def rows(text):
     return {match[1]: match[2] for match in re.finditer(r"^\| `([\w-]+)` \| (.*) \|$", text, re.M)}
 
 
-def sections():
-    """What the script wrote, adapter by adapter."""
-    block = (
-        PAGE.read_text(encoding="utf-8")
-        .split("<!-- faithfulness:begin -->")[1]
-        .split("<!-- faithfulness:end -->")[0]
-    )
+def sections(word="faithfulness"):
+    """What a script wrote between its markers, adapter by adapter."""
+    page = PAGE.read_text(encoding="utf-8")
+    block = page.split(f"<!-- {word}:begin -->")[1].split(f"<!-- {word}:end -->")[0]
     return re.split(r"^### ", block, flags=re.M)[1:]
 
 
@@ -160,6 +158,16 @@ def test_the_page_has_every_row_of_every_adapter():
     for adapter in ADAPTERS:
         have = {row: cells.split(" | ")[0] for row, cells in found[f"fixtures/{adapter.name}/"].items()}
         assert have == {row: titles(adapter.base)[row] for row in rows_of(adapter)}, adapter.name
+
+
+def test_the_page_has_the_light_rows_of_every_adapter():
+    found = {section.split("`")[1]: rows(section) for section in sections("light")}
+    assert found.keys() == {f"fixtures/{adapter.name}/" for adapter in ADAPTERS}
+    for adapter in ADAPTERS:
+        have = {row: cells.split(" | ")[0] for row, cells in found[f"fixtures/{adapter.name}/"].items()}
+        assert have == {row: titles(adapter.base)[row] for row in light.ROWS}, adapter.name
+    plot = ElementTree.fromstring(PAGE.with_name("accuracy-size.svg").read_text(encoding="utf-8"))
+    assert len(plot.findall("{http://www.w3.org/2000/svg}circle")) == len(ADAPTERS) * len(light.ROWS)
 
 
 def test_the_readme_shows_rows_of_the_page():

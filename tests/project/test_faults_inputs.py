@@ -33,6 +33,7 @@ from safetensors.torch import load, load_file, save
 from valid_inputs import Files, valid_inputs, write_files
 
 import lorafuse
+import lorafuse.pipeline
 from lorafuse.errors import LorafuseError
 from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import FormatError, Shard
