@@ -9,7 +9,6 @@ quantized are loaded by transformers with bitsandbytes, which decodes them.
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def section(adapter: Adapter, found: dict[str, Row]) -> str:
                 f"DIR/{runs[row].ckpt}",
                 f"fixtures/{adapter.name}",
                 "OUT",
-                *runs[row].options,
+                *(f"{option!r}" if "*" in option else option for option in runs[row].options),
             ]
         )
         for row in found
