@@ -1,7 +1,7 @@
 """Three adapters trained on a quantized base, merged in every common way: how far each result is from what
 was trained.
 
-Every row of docs/accuracy.md, and its plot:
+The first tables of docs/accuracy.md, and its first plot:
     python -m bench.faithfulness.accuracy --work DIR [--docs docs/accuracy.md]
 One row:
     python -m bench.faithfulness.accuracy --work DIR --adapter smollm2-dora --row float16
@@ -12,7 +12,9 @@ logits are kept in DIR.
 """
 
 import argparse
+import shlex
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -63,11 +65,11 @@ def measured(work: Work, adapter: Adapter, rows: list[str]) -> tuple[dict[str, R
     return found, sentence
 
 
-def section(adapter: Adapter, found: dict[str, Row], sentence: str, sizes: tuple[float, float]) -> str:
-    names, runs = titles(adapter.base), merges(adapter.base)
-    lines = [[f"`{row}`", names[row], *figures(figure)] for row, figure in found.items()]
-    commands = [
-        " ".join(
+def commands(adapter: Adapter, rows: Iterable[str]) -> str:
+    """The command lines of those rows that are merges by lorafuse, as a block; nothing without any."""
+    runs = merges(adapter.base)
+    lines = [
+        shlex.join(
             [
                 "lorafuse-convert",
                 f"DIR/{runs[row].ckpt}",
@@ -76,9 +78,15 @@ def section(adapter: Adapter, found: dict[str, Row], sentence: str, sizes: tuple
                 *runs[row].options,
             ]
         )
-        for row in found
+        for row in rows
         if row in runs
     ]
+    return "```\n" + "\n".join(lines) + "\n```" if lines else ""
+
+
+def section(adapter: Adapter, found: dict[str, Row], sentence: str, sizes: tuple[float, float]) -> str:
+    names = titles(adapter.base)
+    lines = [[f"`{row}`", names[row], *figures(figure)] for row, figure in found.items()]
     parts = [
         f"### {adapter.what} (`fixtures/{adapter.name}/`)",
         table(["row", "what is loaded", *HEADER], lines, n_words=2),
@@ -88,9 +96,8 @@ def section(adapter: Adapter, found: dict[str, Row], sentence: str, sizes: tuple
         f"The update is {update:.2%} of the norm of the weights that it is added to; quantizing them moved "
         f"them by {error:.2%}."
     )
-    parts += [f"{size} {sentence}".rstrip()]
-    parts += ["```\n" + "\n".join(commands) + "\n```"] if commands else []
-    return "\n\n".join(parts)
+    parts += [f"{size} {sentence}".rstrip(), commands(adapter, found)]
+    return "\n\n".join(filter(None, parts))
 
 
 RIGHT = (

@@ -14,36 +14,23 @@ from pathlib import Path
 
 import torch
 
-from bench.faithfulness.accuracy import measured
+from bench.faithfulness.accuracy import commands, measured
 from bench.faithfulness.bars import Point, scatter
 from bench.faithfulness.distance import HEADER, SIZE_HEADER, Row, around_block, figures, size, versions
-from bench.faithfulness.smollm2 import ADAPTERS, Adapter, Work, merges, titles
+from bench.faithfulness.smollm2 import ADAPTERS, Adapter, Work, titles
 from bench.support.measure import table
 
 ROWS = ["none", "base-nearest", "base", "base-v", "mixed", "bfloat16"]
 
 
 def section(adapter: Adapter, found: dict[str, Row]) -> str:
-    names, runs = titles(adapter.base), merges(adapter.base)
+    names = titles(adapter.base)
     lines = [[f"`{row}`", names[row], *figures(figure), *size(figure)] for row, figure in found.items()]
-    commands = [
-        " ".join(
-            [
-                "lorafuse-convert",
-                f"DIR/{runs[row].ckpt}",
-                f"fixtures/{adapter.name}",
-                "OUT",
-                *(f"{option!r}" if "*" in option else option for option in runs[row].options),
-            ]
-        )
-        for row in found
-        if row in runs
-    ]
     return "\n\n".join(
         [
             f"### Light results: {adapter.what} (`fixtures/{adapter.name}/`)",
             table(["row", "what is loaded", *HEADER, *SIZE_HEADER], lines, n_words=2),
-            "```\n" + "\n".join(commands) + "\n```",
+            commands(adapter, found),
         ]
     )
 

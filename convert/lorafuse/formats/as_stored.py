@@ -66,12 +66,6 @@ class AsStored(Format):
         word = settings.format
         if settings.dtype != "auto":
             raise UsageError(f"--format {word} keeps the base's own dtypes: leave --dtype out.")
-        torchao = next((name for name, sources in weights.items() if sources.scheme.kind == "torchao"), None)
-        if torchao is not None:
-            raise UsageError(
-                f"--format {settings.format}: {shown(torchao)} is stored by torchao, which reads it by "
-                "metadata in the headers that this version does not write: leave --format out."
-            )
         self._config, self._weights, self._keep_dense = ckpt.config, weights, KeepDense(dense)
         self._unbiased, self._word = settings.rounding != "nearest", word
         self._of_base: dict[int, str] = {}
