@@ -9,8 +9,7 @@ CHUNK_NUMEL = 1 << 17  # what stays in cache
 
 def scale_blocks(values: torch.Tensor, scales: torch.Tensor, width: int) -> None:
     """Multiplies values (fp32 [rows, columns]) in place by scales (fp32 [rows or 1, blocks]), each of which
-    is
-    that of `width` columns of a row; the last block may be narrower."""
+    is that of `width` columns of a row; the last block may be narrower."""
     _by_blocks(torch.Tensor.mul_, values, scales, width)
 
 

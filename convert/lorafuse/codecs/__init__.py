@@ -183,8 +183,7 @@ def _refuse_empty_promise(config: Mapping[str, Any], folder: Folder) -> None:
 
 def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint, quantized: bool) -> None:
     """In a quantized checkpoint, or beside what bitsandbytes stores with codes, what looks like codes or
-    scales
-    and was claimed by no codec is a part of a weight whose other parts are missing."""
+    scales and was claimed by no codec is a part of a weight whose other parts are missing."""
     for name, sources in weights.items():
         if not sources.as_stored:
             continue

@@ -1,6 +1,5 @@
 """FP8 with a scale for each block or tensor (quant_method "fp8": DeepSeek-V3, Kimi-K2, Qwen3-FP8, MiniMax),
-one
-matrix at a time or experts in stacks.
+for a matrix or for experts in stacks.
 
 `X` F8 [..., N, K]; `X_scale_inv` [..., ⌈N/bm⌉, ⌈K/bk⌉], or one number, F32, F16, BF16 or E8M0 (F8_E8M0, or
 its bytes as U8): what codes are multiplied with, in spite of its name. Other names of it, beside `M.weight`:
