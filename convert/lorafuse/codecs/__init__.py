@@ -136,6 +136,8 @@ def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
             raise CheckpointError(f"{shown(ckpt.folder)}: {shown(weight)} is stored in two ways.")
         weights[weight] = codec.open_sources(weight, names, ckpt)
     _refuse_bare_codes(weights, ckpt, quantized)
+    if all(sources.as_stored for sources in weights.values()):
+        _refuse_empty_promise(ckpt.config, ckpt.folder)
     return as_stacks(weights, ckpt)
 
 
@@ -156,8 +158,7 @@ def refuse_unknown_quantization(
     setting = unread_setting(config)
     if setting is not None:
         raise CheckpointError(f"{folder / 'config.json'}: the checkpoint has a {setting}; {way_out()}")
-    claimed = list(claims(stored, config))
-    left = {name: stored[name] for codec, name, _ in claimed if codec is dense}
+    left = {name: stored[name] for codec, name, _ in claims(stored, config) if codec is dense}
     packed = packed_format(left)
     if packed is not None:
         name, form = packed
@@ -165,8 +166,6 @@ def refuse_unknown_quantization(
             f"{shown(folder)}: {shown(name)} belongs to a weight that is quantized: {form.title}; "
             f"{_INCOMPLETE if form.read else way_out(form.title)}"
         )
-    if len(left) == len(claimed):
-        _refuse_empty_promise(config, folder)
 
 
 def _refuse_empty_promise(config: Mapping[str, Any], folder: Folder) -> None:
