@@ -12,6 +12,14 @@ class WarningEvent(TypedDict):
     job: NotRequired[str]  # of a batch, here and below
 
 
+class NoteEvent(TypedDict):
+    """Something to ask oneself about a merge in which nothing is wrong."""
+
+    event: Literal["note"]
+    message: str
+    job: NotRequired[str]
+
+
 class PlannedFile(TypedDict):
     """An output file that is going to be made."""
 
@@ -115,7 +123,15 @@ class JobEvent(TypedDict):
 
 
 Event = (
-    WarningEvent | PlanEvent | ResumedEvent | ProgressEvent | ShardEvent | DoneEvent | PassEvent | JobEvent
+    WarningEvent
+    | NoteEvent
+    | PlanEvent
+    | ResumedEvent
+    | ProgressEvent
+    | ShardEvent
+    | DoneEvent
+    | PassEvent
+    | JobEvent
 )
 OnEvent = Callable[[Event], None]
 

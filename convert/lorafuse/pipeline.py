@@ -20,6 +20,7 @@ from lorafuse.planning.make_plan import make_plan
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import kept_in_sum
 from lorafuse.settings import Settings, parse_nbytes
+from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
 
@@ -102,6 +103,7 @@ def _convert(
     inputs = [ckpt_folder, *(adapter.root for adapter in located)]
     kind_of(out_dir).check_out_dir(out_dir, inputs, overwrite=overwrite)
     with closing(Checkpoint(ckpt_folder)) as base, opened(located) as adapters:
+        settings = settled(settings, base, [folder for each in located for folder in each.folders])
         plan = make_plan(base, adapters, settings, each_format=dry_run)
         warnings, planned = announced(plan, dry_run=dry_run)
         for warning in warnings:

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from os import fspath
@@ -12,19 +12,20 @@ from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.common_files import CommonFiles
 from lorafuse.batching.existing_results import ExistingResults
-from lorafuse.batching.jobs import JobState, checked_share, read_jobs, refuse_overlap, share_of
+from lorafuse.batching.jobs import Job, JobState, checked_share, read_jobs, refuse_overlap, share_of
 from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
-from lorafuse.errors import UsageError, shown
+from lorafuse.errors import LorafuseError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
-from lorafuse.inputs.located import Name, checkpoint_folder
+from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.settings import Settings, parse_nbytes
+from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
 
@@ -106,6 +107,7 @@ def _batch(
     ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)
     with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, ckpt, []) as hashes:
+        settings = settled(settings, base, _folders(everything))
         finished = ExistingResults(root, settings, hashes.result)
         common_files = CommonFiles(finished, chosen.share)
         under_way = Batch(
@@ -118,3 +120,12 @@ def _batch(
         )  # fmt: skip
         under_way.run(None if chosen.dry_run else one_pass)
     return [under_way.states[job.name] for job in todo]
+
+
+def _folders(jobs: Sequence[Job]) -> Iterator[Folder]:
+    """The folders of all adapters. What is wrong with an adapter is its own job's error."""
+    for job in jobs:
+        try:
+            yield from located_adapter(job.adapter, 1.0, None, ignore).folders
+        except (LorafuseError, OSError):
+            continue

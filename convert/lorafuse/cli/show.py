@@ -26,6 +26,8 @@ class Show:
             return
         if event["event"] == "warning":
             say(f"Warning: {event['message']}")
+        elif event["event"] == "note":
+            say(f"Note: {event['message']}")
         elif event["event"] == "plan":
             self._n_shards = len(event["shards"])
             self._open_bar(event["nbytes"])

@@ -27,11 +27,15 @@ from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.settings import checked_weight
 from lorafuse.side_files.further import further_files
 from lorafuse.side_files.sets import FOLDERS, SETS
+from lorafuse.trained_base.beside_adapter import SAYING
 
 Name = str | PathLike[str]
 # Everything that a result may be made from, but what is UNWANTED.
 CHECKPOINT_FILES = ("*",)
-ADAPTER_FILES = (CONFIG, SAFETENSORS, "adapter_model-*.safetensors", INDEX, BIN, MLX, *TRAINED_BESIDE)
+ADAPTER_FILES = (
+    *(CONFIG, SAFETENSORS, "adapter_model-*.safetensors", INDEX, BIN, MLX, *TRAINED_BESIDE),
+    *SAYING,
+)
 KIND_FILES = ("config.json", CONFIG, f"*/{CONFIG}", RECEIPT)  # which tell what a repository holds
 # Weights of other formats; some repositories hold the same weights a second time under `consolidated`. The
 # index of safetensors files is read, though it is not copied.
@@ -68,6 +72,11 @@ class LocatedAdapter(NamedTuple):
     def folder(self) -> Folder:
         """Where its tensors are."""
         return self.root if self.sub_folder is None else self.root.sub_folder(self.sub_folder)
+
+    @property
+    def folders(self) -> list[Folder]:
+        """Where files about it may lie."""
+        return [self.root] if self.sub_folder is None else [self.folder, self.root]
 
 
 def located_adapter(name: str, weight: float, folder_name: str | None, on_event: OnEvent) -> LocatedAdapter:
