@@ -206,8 +206,8 @@ def test_a_merge_into_the_quantized_base_against_the_one_before(cases):
     shown = CliRunner().invoke(cli.verify, [merged, "--ckpt", ckpt, "--adapter", adapter])
     assert shown.exit_code == 8
     assert shown.stderr.splitlines()[-1] == (
-        f"Error: {merged}: 3 of 4 weights are not base + update: this was merged into another base (16-bit?). "
-        "An update fits the weights that it was trained on: see `--base-quant`."
+        f"Error: {merged}: 3 of 4 weights are not base + update: this was merged into another base "
+        "(16-bit?). An update fits the weights that it was trained on: see `--base-quant`."
     )
 
 

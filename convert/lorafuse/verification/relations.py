@@ -32,6 +32,6 @@ def what_is_wrong(relations: dict[str, int]) -> str | None:
     if 2 * n_other <= n_lost:
         return f"{text}."
     return (
-        f"{text}: this was merged into another base (16-bit?). An update fits the weights that it was trained "
-        "on: see `--base-quant`."
+        f"{text}: this was merged into another base (16-bit?). An update fits the weights that it was "
+        "trained on: see `--base-quant`."
     )
