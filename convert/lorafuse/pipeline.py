@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from os import fspath
 from typing import Any, NamedTuple, NoReturn, cast
 
 from lorafuse.arithmetic.arena import pick_device
@@ -11,6 +10,7 @@ from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.one_pass import Pass, PlannedJob
 from lorafuse.events import DoneEvent, OnEvent, PlanEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.inputs.as_typed import as_typed, directory_as_typed
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, named_weight, opened
 from lorafuse.inputs.unchanged import UnchangedInputs
@@ -71,9 +71,9 @@ def convert(
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
-    named = [(fspath(adapter), settings.adapter_scale), *map(named_weight, adapters)]
-    writing = Writing(fspath(out_dir), overwrite, restart, dry_run)
-    return cast(dict[str, Any], _convert(fspath(ckpt), named, writing, settings, on_event))
+    named = [named_weight((adapter, settings.adapter_scale)), *map(named_weight, adapters)]
+    writing = Writing(as_typed(out_dir), overwrite, restart, dry_run)
+    return cast(dict[str, Any], _convert(directory_as_typed(ckpt), named, writing, settings, on_event))
 
 
 class Writing(NamedTuple):

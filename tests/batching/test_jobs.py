@@ -65,8 +65,9 @@ NAME = "expected the name of a directory in OUT_ROOT, not hidden and no path"
     [
         ("not json", "is not valid JSON: Expecting value"),
         ("[" * 10**5, "RecursionError|recursion"),
-        ("[]", 'is not an object with "adapter" and "name"'),
-        ({"adapter": "x"}, 'is not an object with "adapter" and "name"'),
+        ("[]", 'is not an object with "adapter"'),
+        ({"name": "x"}, 'is not an object with "adapter"'),
+        ({"adapter": ".."}, "expected the name of a directory"),
         (
             GOOD | {"rank": 4, "alpha": 1},
             "has the unknown key alpha, rank; known are adapter, name, scale, dtype",

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorafuse.errors import CheckpointError, StorageError, listed, shown
 from lorafuse.files.folder import Folder
+from lorafuse.files.instead import instead_of_checkpoint, instead_of_safetensors
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.names import INDEX, SINGLE
 from lorafuse.files.safetensors_file import FormatError
@@ -34,6 +35,7 @@ class Checkpoint(ShardedStore):
         except (FileNotFoundError, NotADirectoryError) as e:
             raise CheckpointError(
                 f"{e.filename}: not found; {shown(folder)} is no complete checkpoint."
+                f"{instead_of_checkpoint(folder)}"
             ) from None
         except (FormatError, ValueError) as e:
             raise CheckpointError(str(e)) from None
@@ -83,9 +85,6 @@ def _refuse_other_formats(folder: Folder) -> None:
         others, hint = folder.names("*.bin"), ""
         if others:
             hint = f" It has {listed(others)}: convert these to safetensors first."
-        elif ggufs := folder.names("*.gguf"):
-            hint = (
-                f" It has {listed(ggufs)}: load that with `gguf_file=` in transformers and save it, which "
-                "makes safetensors."
-            )
+        else:
+            hint = instead_of_safetensors(folder)
         raise CheckpointError(f"{shown(folder)}: holds neither {SINGLE} nor {INDEX}.{hint}")

@@ -3,7 +3,7 @@
 import glob
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from os import PathLike, fspath
+from os import PathLike
 from typing import NamedTuple
 
 from lorafuse.adapters import adapter_folder, open_adapter
@@ -23,6 +23,7 @@ from lorafuse.files.kinds import (
     in_other_folders,
 )
 from lorafuse.files.names import RECEIPT
+from lorafuse.inputs.as_typed import directory_as_typed
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.settings import checked_weight
 from lorafuse.side_files.further import further_files
@@ -51,7 +52,7 @@ def named_weight(adapter: Name | tuple[Name, float]) -> tuple[str, float]:
     """(name, weight) of an adapter that may come without a weight. Raises UsageError for a weight that is no
     finite number."""
     name, weight = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-    return fspath(name), checked_weight(name, weight)
+    return directory_as_typed(name), checked_weight(name, weight)
 
 
 def checkpoint_folder(name: str) -> Folder:

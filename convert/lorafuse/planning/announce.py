@@ -2,20 +2,18 @@
 
 from collections import Counter
 
-from lorafuse.events import NoteEvent, PlanEvent, WarningEvent
+from lorafuse.events import PlanEvent, WarningEvent
 from lorafuse.planning.plan import Plan, Step
 
 
-def announced(plan: Plan, *, dry_run: bool = False) -> tuple[list[WarningEvent | NoteEvent], PlanEvent]:
-    """An event for each warning and note, and the plan's. The adapters' copies of base weights, which
-    planning did not read, are compared before a merge."""
+def announced(plan: Plan, *, dry_run: bool = False) -> tuple[list[WarningEvent], PlanEvent]:
+    """An event for each warning, and the plan's. The adapters' copies of base weights, which planning did not
+    read, are compared before a merge."""
     messages = plan.warnings if dry_run else plan.all_warnings()
     planned = plan_event(plan)
     if dry_run:
         planned["formats"] = plan.sizes
-    said: list[WarningEvent | NoteEvent] = [{"event": "warning", "message": each} for each in messages]
-    said += [{"event": "note", "message": each} for each in plan.notes]
-    return said, planned
+    return [{"event": "warning", "message": message} for message in messages], planned
 
 
 def plan_event(plan: Plan) -> PlanEvent:
@@ -40,6 +38,7 @@ def plan_event(plan: Plan) -> PlanEvent:
             "tokenizer": plan.side_files.tokenizer,
             "chat_template": plan.side_files.chat_template,
         },
+        "notes": plan.notes,
         "held_whole": [
             step.name for step in steps if any(patch.needs.holds_weight for patch in step.patches)
         ],
