@@ -38,10 +38,12 @@ def inputs(tmp_path):
 
 
 def said(ckpt, adapter, out, **settings):
-    """(event, message) of what is said during a merge."""
+    """("warning" or "note", message) of what is said during a merge."""
     heard = []
     lorafuse.convert(ckpt, adapter, out, on_event=heard.append, **settings)
-    return [(e["event"], e["message"]) for e in heard if e["event"] in ("warning", "note")]
+    (plan,) = (event for event in heard if event["event"] == "plan")
+    warnings = [("warning", event["message"]) for event in heard if event["event"] == "warning"]
+    return warnings + [("note", message) for message in plan["notes"]]
 
 
 def quantized_so(file, ckpt, how):
