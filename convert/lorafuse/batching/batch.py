@@ -16,11 +16,11 @@ from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
 from lorafuse.errors import LorafuseError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
+from lorafuse.files.as_typed import as_typed, directory_as_typed
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.sharing import SHARE_CHOICES
-from lorafuse.inputs.as_typed import as_typed, directory_as_typed
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter
 from lorafuse.outdir.kinds import kind_of

@@ -64,11 +64,8 @@ def _cuda() -> str:
     """What torch sees of it."""
     try:
         import torch
+
+        from lorafuse.arithmetic.arena import cuda_devices
     except ImportError as e:
         return f"torch cannot be imported: {e}"
-    if not torch.cuda.is_available():
-        return (
-            f"none (torch built for {torch.version.cuda})" if torch.version.cuda else "none (torch for CPU)"
-        )
-    names = (torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
-    return f"{torch.version.cuda}: {', '.join(names)}"
+    return f"{', '.join(cuda_devices()) or 'no device'} (torch for {torch.version.cuda or 'the CPU'})"

@@ -35,11 +35,16 @@ class Size(click.ParamType[str]):
         return str(value)
 
 
-class DType(click.Choice[str]):
+_DTYPES = click.Choice(DTYPE_CHOICES)
+
+
+class DType(click.ParamType[str]):
     """One of DTYPE_CHOICES, or a short name of it."""
 
+    name = f"[{'|'.join(DTYPE_CHOICES)}]"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return super().convert(dtype_named(value), param, ctx)
+        return str(_DTYPES.convert(dtype_named(value), param, ctx))
 
 
 def given(*names: str) -> list[str]:
@@ -69,7 +74,7 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 # What decides the bytes that are written, and what it costs.
 output_options = _all(
-    click.option("--dtype", type=DType(DTYPE_CHOICES), default="auto", show_default=True,
+    click.option("--dtype", type=DType(), metavar=DType.name, default="auto", show_default=True,
                  help="dtype of the output's floating-point weights; auto keeps, per weight, the dtype it "
                       "decodes to. bf16, fp16 and fp32 are known too."),
     click.option("--format", type=click.Choice(FORMAT_CHOICES), default="dense", show_default=True,

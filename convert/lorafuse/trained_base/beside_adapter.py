@@ -11,7 +11,7 @@ from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.json_yaml import parse_yaml, read_text
 from lorafuse.settings import AUTO, BaseQuant, Settings
-from lorafuse.trained_base.config_fields import QuantizesNothingError, set_fields
+from lorafuse.trained_base.config_fields import set_fields
 from lorafuse.trained_base.model_names import quantized_by_name
 from lorafuse.trained_base.trainer_configs import read_of_folder
 
@@ -50,8 +50,9 @@ def said_beside(*folders: Folder) -> list[Said]:
 def _said(folder: Folder, name: str) -> Iterator[Said]:
     try:
         yield Said(folder / name, read_of_folder(folder, name))
-    except QuantizesNothingError:
-        yield Said(folder / name, None)
+    except UsageError as e:
+        if e.unquantized:
+            yield Said(folder / name, None)
     except (LorafuseError, OSError, ValueError):
         return
 

@@ -7,7 +7,6 @@ from lorafuse.trained_base.config_fields import (
     READ,
     SAY_IT,
     Config,
-    QuantizesNothingError,
     flag,
     module_names,
     parsed_version,
@@ -50,8 +49,8 @@ def from_bnb(config: Config, where: str, version: object = None) -> BaseQuant:
     if four and eight:
         raise UsageError(f"{where}: load_in_4bit and load_in_8bit are both set; which is meant?")
     if not four and not eight:
-        raise QuantizesNothingError(
-            f"{where}: quantizes nothing: neither load_in_4bit nor load_in_8bit is set."
+        raise UsageError(
+            f"{where}: quantizes nothing: neither load_in_4bit nor load_in_8bit is set.", unquantized=True
         )
     if eight and half:
         raise UsageError(

@@ -60,10 +60,6 @@ def module_names(config: Config, name: str, where: str) -> tuple[str, ...] | Non
     return None if value is None else tuple(value)
 
 
-class QuantizesNothingError(UsageError):
-    """Says that training left the base in full precision."""
-
-
 def says_nothing(where: str) -> UsageError:
     return UsageError(f"{where}: says nothing of how the base was quantized; {READ}.")
 

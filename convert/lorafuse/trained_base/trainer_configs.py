@@ -30,7 +30,6 @@ from lorafuse.trained_base.config_fields import (
     READ,
     SAY_IT,
     Config,
-    QuantizesNothingError,
     flag,
     plain_value,
     refuse_quantized,
@@ -183,7 +182,7 @@ def _llama_factory(config: Config, where: str) -> BaseQuant:
         raise says_nothing(where)
     bits = plain_value(config["quantization_bit"])
     if bits in ("null", "none", ""):
-        raise QuantizesNothingError(f"{where}: quantizes nothing: quantization_bit is not set.")
+        raise UsageError(f"{where}: quantizes nothing: quantization_bit is not set.", unquantized=True)
     method = config.get("quantization_method") or "bnb"
     if method not in BNB:
         raise UsageError(f"{where}: quantization_method is {plain_value(method)}; {ONLY_BNB}")
@@ -211,7 +210,7 @@ def _llama_factory_1(config: Config, where: str) -> BaseQuant:
     refuse_quantized(config, "model", where)
     inside, where = config["quant_config"], f"{where}: quant_config"
     if inside is None:
-        raise QuantizesNothingError(f"{where}: quantizes nothing: it is null.")
+        raise UsageError(f"{where}: quantizes nothing: it is null.", unquantized=True)
     if not isinstance(inside, dict) or inside.get("name") not in ("bnb", "auto"):
         named = inside.get("name") if isinstance(inside, dict) else inside
         raise UsageError(f"{where}: its name is {plain_value(named)}; {ONLY_BNB}")
