@@ -9,8 +9,8 @@ from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.one_pass import Pass, PlannedJob
 from lorafuse.events import DoneEvent, OnEvent, PlanEvent, ignore
-from lorafuse.files.as_typed import as_typed, directory_as_typed
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import as_typed, directory_as_typed
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, named_weight, opened
 from lorafuse.inputs.unchanged import UnchangedInputs

@@ -16,10 +16,10 @@ from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
 from lorafuse.errors import LorafuseError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
-from lorafuse.files.as_typed import as_typed, directory_as_typed
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
+from lorafuse.files.local_folder import as_typed, directory_as_typed
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter
@@ -58,8 +58,7 @@ def batch(
     dry_run: bool = False,
     on_event: OnEvent = ignore,
 ) -> list[JobState]:
-    """Merge many adapters into one checkpoint, each result in `out_root`/NAME, byte for byte what `convert`
-    makes.
+    """Merge many adapters into one checkpoint, each into `out_root`/NAME, to the byte what `convert` makes.
 
     `jobs` is a directory whose sub-directories are adapters, or a JSONL file of {"adapter", "name"?,
     "scale"?, "dtype"?, "format"?}; `index` and `of` choose a share of them (default: that of a Slurm array

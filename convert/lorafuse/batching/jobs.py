@@ -15,9 +15,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, shown
-from lorafuse.files.as_typed import as_typed
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import has_scheme, open_folder
+from lorafuse.files.local_folder import as_typed
 from lorafuse.outdir.apart import Id, contents_of, place_of, places_of
 from lorafuse.settings import DTYPE_CHOICES, FORMAT_CHOICES, HUB_ID, Settings, dtype_named
 

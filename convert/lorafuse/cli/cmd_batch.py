@@ -16,7 +16,7 @@ from lorafuse.cli.options import CONTEXT, base_options, check_base_options, outp
 from lorafuse.cli.streams import say, tell
 from lorafuse.errors import BatchError, shown
 from lorafuse.events import Event, JobEvent, PassEvent, PlanEvent, ResumedEvent
-from lorafuse.files.as_typed import as_typed
+from lorafuse.files.local_folder import as_typed
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import Settings

@@ -11,7 +11,6 @@ from lorafuse.adapters.reading.beside import TRAINED_BESIDE
 from lorafuse.adapters.reading.directory import BIN, CONFIG, DEFAULT_NAME, INDEX, MLX, SAFETENSORS
 from lorafuse.errors import AdapterError, CheckpointError, shown
 from lorafuse.events import OnEvent, warn_by
-from lorafuse.files.as_typed import directory_as_typed
 from lorafuse.files.folder import Folder
 from lorafuse.files.hub import folder_of
 from lorafuse.files.kinds import (
@@ -23,6 +22,7 @@ from lorafuse.files.kinds import (
     any_case,
     in_other_folders,
 )
+from lorafuse.files.local_folder import directory_as_typed
 from lorafuse.files.names import RECEIPT
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.settings import checked_weight

@@ -9,9 +9,9 @@ from os import PathLike
 from typing import Any
 
 from lorafuse.errors import CheckpointError, shown
-from lorafuse.files.as_typed import directory_as_typed
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
+from lorafuse.files.local_folder import directory_as_typed
 from lorafuse.files.names import INDEX, RECEIPT, SINGLE, TORCH_INDEX, TORCH_SINGLE
 from lorafuse.inspection.merged import inspect_merged
 

@@ -10,10 +10,10 @@ from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.codecs import open_weights
 from lorafuse.errors import ResultError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
-from lorafuse.files.as_typed import directory_as_typed
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
+from lorafuse.files.local_folder import directory_as_typed
 from lorafuse.files.names import RECEIPT
 from lorafuse.formats.dense import Values
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, opened
