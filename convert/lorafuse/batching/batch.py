@@ -67,7 +67,7 @@ def batch(
     between results: "reflink", "hardlink", "copy", or "auto", the first that works. The other options are
     those of `convert`. Returns a state for each job; a failed job does not cost the others. `on_event` gets
     the events of `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no
-    job can go on; what is finished by then stays, and the same call goes on with the rest.
+    job can go on; the same call goes on with the rest.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
@@ -79,9 +79,8 @@ def batch(
     chosen = Chosen(share, index, of, overwrite, restart, dry_run)
     out = as_typed(out_root)
     kind_of(out)  # before it is looked at as a folder: the scheme must be known
-    return _batch(
-        directory_as_typed(ckpt), Path(as_typed(jobs)), open_folder(out), settings, chosen, on_event
-    )
+    base, listed_in = directory_as_typed(ckpt), Path(as_typed(jobs))
+    return _batch(base, listed_in, open_folder(out), settings, chosen, on_event)
 
 
 @dataclass(frozen=True)
