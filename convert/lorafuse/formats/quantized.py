@@ -3,6 +3,7 @@ result when it loads it, or, of a base that training saw quantized so, the grid 
 
     nf4, fp4, int8   the weights that transformers 5 quantizes on loading, in bitsandbytes' layout
     base             the same as the kind of --base-quant
+    light            the same, but value projections that change are dense
 """
 
 from collections import Counter
@@ -48,7 +49,7 @@ class Quantized(Format):
         self._ckpt, self._settings, self._weights = ckpt, settings, weights
         self._quant = quant or settings.quantization
         self._own_grid = settings.base_quant is not None and settings.base_quant.kind == self._quant.kind
-        self._keep_dense, self._warnings = KeepDense(settings.keep_dense), list[str]()
+        self._keep_dense, self._warnings = KeepDense.asked_for(settings, ckpt.config), list[str]()
         self._refuse()
         self._chosen = {id(weights[name]) for name in self._on_load()}
         self._outputs: dict[str, Sources] = {}  # weights of the output
