@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from lorafuse.arithmetic.arena import device_kind
 from lorafuse.codecs.bnb4_quantizer import FourBitRows
 from lorafuse.codecs.bnb8_quantizer import Int8Rows
 from lorafuse.codecs.columns_quantizers import FourBitColumns, Int8Columns
@@ -70,8 +69,6 @@ class Quantized(Format):
             )
         if self._own_grid and settings.dtype != "auto":
             raise UsageError(f"{word} keeps the dtypes that training saw: leave --dtype out.")
-        if self._own_grid and device_kind(settings.device) != "cpu":
-            raise UsageError(f"{word} with --base-quant is computed on the CPU: choose --device cpu.")
 
     def _on_load(self) -> list[str]:
         """The weights of the base that transformers quantizes on loading."""
