@@ -88,7 +88,8 @@ class Point:
     y: float
 
 
-PANEL = 220  # px: the height of a panel of the scatter plot
+PANEL = 260  # px: the height of a panel of the scatter plot
+LABEL, LABEL_LINE = 130, 13  # px: the size of its labels
 
 
 def scatter(title: str, panels: Mapping[str, Sequence[Point]]) -> str:
@@ -105,11 +106,21 @@ def scatter(title: str, panels: Mapping[str, Sequence[Point]]) -> str:
             y = bottom - (PANEL - 30) * (power - first) / (last - first)
             out.append(f'<line x1="{VALUES}" y1="{y:.1f}" x2="{WIDTH - 16}" y2="{y:.1f}"/>')
             out.append(f'<text class="small end" x="{VALUES - 6}" y="{y + 4:.1f}">1e{power}</text>')
-        for point in points:
+        labels: list[tuple[float, float]] = []
+        for point in sorted(points, key=lambda point: -point.y):
             x = VALUES + (WIDTH - VALUES - 120) * point.x / right
             y = bottom - (PANEL - 30) * (math.log10(point.y) - first) / (last - first)
             out.append(f'<circle class="light" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-            label = f"{point.label}, {point.x:.0f} MB"
-            out.append(f'<text class="small" x="{x + 8:.1f}" y="{y + 4:.1f}">{escape(label)}</text>')
+            labels.append((x + 8, _free(labels, x + 8, y + 4)))
+            at = f'x="{labels[-1][0]:.1f}" y="{labels[-1][1]:.1f}"'
+            out.append(f'<text class="small" {at}>{escape(point.label)}, {point.x:.0f} MB</text>')
         top = bottom + 30
     return _page(title, out, top)
+
+
+def _free(labels: Sequence[tuple[float, float]], x: float, y: float) -> float:
+    """The height at `y` or below it where a label at `x` hides none of those above."""
+    for at, height in labels:
+        if abs(at - x) < LABEL and abs(height - y) < LABEL_LINE:
+            y = height + LABEL_LINE
+    return y
