@@ -142,15 +142,21 @@ def test_a_bar_is_as_long_as_its_logarithm():
     assert {"title & more", "panel", "another", "b < 1", "1.0e-02", "1e-4", "0.0e+00"} <= set(texts)
 
 
-def test_no_label_of_a_plot_hides_another():
-    points = [
-        Point(name, x, y)
-        for name, x, y in [("a", 100, 0.3), ("b", 100, 0.29), ("c", 101, 0.28), ("d", 200, 0.3)]
-    ]
-    root = ElementTree.fromstring(scatter("title", {"panel": points}))
-    tag = "{http://www.w3.org/2000/svg}"
-    at = {text.text[:1]: float(text.get("y")) for text in root.iter(f"{tag}text") if " MB" in text.text}
-    assert at["b"] - at["a"] >= 13 and at["c"] - at["b"] >= 13 and at["d"] == at["a"]
+def test_no_label_of_a_plot_hides_another_or_a_point():
+    points = [Point("abc", 112, y) for y in (0.35, 0.34, 0.33, 1e-3)]
+    points += [Point("abc", 116, 0.34), Point("abc", 269, 0.34), Point("abc", 117, 1.1e-3)]
+    root, tag = ElementTree.fromstring(scatter("title", {"panel": points})), "{http://www.w3.org/2000/svg}"
+    boxes = []
+    for text in root.iter(f"{tag}text"):
+        if text.text.endswith(" MB"):
+            end, left = text.get("class").endswith("end"), float(text.get("x"))
+            boxes.append((left - 70 if end else left, float(text.get("y")) - 4))  # px of eleven letters
+    circles = [(float(circle.get("cx")), float(circle.get("cy"))) for circle in root.iter(f"{tag}circle")]
+    assert len(boxes) == len(circles) == len(points)
+    for i, (left, y) in enumerate(boxes):
+        assert not [x for x, height in circles if left <= x <= left + 70 and abs(height - y) < 4]
+        others = boxes[:i] + boxes[i + 1 :]
+        assert not [at for at, height in others if abs(at - left) < 70 and abs(height - y) < 12]
 
 
 def rows(text):
