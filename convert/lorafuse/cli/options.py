@@ -12,6 +12,7 @@ from lorafuse.settings import (
     DTYPE_CHOICES,
     FORMAT_CHOICES,
     ROUNDING_CHOICES,
+    dtype_named,
     parse_nbytes,
     parse_weighted,
 )
@@ -32,6 +33,18 @@ class Size(click.ParamType[str]):
         except UsageError as e:
             self.fail(str(e), param, ctx)
         return str(value)
+
+
+_DTYPES = click.Choice(DTYPE_CHOICES)
+
+
+class DType(click.ParamType[str]):
+    """One of DTYPE_CHOICES, or a short name of it."""
+
+    name = f"[{'|'.join(DTYPE_CHOICES)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(_DTYPES.convert(dtype_named(value), param, ctx))
 
 
 def given(*names: str) -> list[str]:
@@ -61,9 +74,9 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 # What decides the bytes that are written, and what it costs.
 output_options = _all(
-    click.option("--dtype", type=click.Choice(DTYPE_CHOICES), default="auto", show_default=True,
+    click.option("--dtype", type=DType(), metavar=DType.name, default="auto", show_default=True,
                  help="dtype of the output's floating-point weights; auto keeps, per weight, the dtype it "
-                      "decodes to."),
+                      "decodes to. bf16, fp16 and fp32 are known too."),
     click.option("--format", type=click.Choice(FORMAT_CHOICES), default="dense", show_default=True,
                  help="How weights are stored: in full precision (dense); all as the base stores them, what "
                       "changes rounded without bias onto the base's own grid (base); the same, but value "
