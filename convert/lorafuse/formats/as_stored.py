@@ -1,9 +1,10 @@
 """The formats that keep what the base stores.
 
     base    every weight is stored as the base stores it; what changes is rounded onto the base's own grid
+    light   the same, but value projections that change are dense: a little larger, and much nearer the sum
     mixed   what changes is dense, the rest is stored as it was
 
-With both, an adapter's replacement of a weight is dense.
+With all of them, an adapter's replacement of a weight is dense.
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,14 @@ def base(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -
     `--keep-dense` names modules that become dense."""
     if settings.base_quant:
         return on_simulated_base(ckpt, settings, weights)
-    return AsStored(ckpt, settings, weights, settings.keep_dense)
+    return AsStored(ckpt, settings, weights, KeepDense.asked_for(settings, ckpt.config))
+
+
+def light(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> Format:
+    """Raises UsageError for a base in full precision without `--base-quant`."""
+    if not settings.base_quant:
+        _refuse_full_precision(ckpt, settings, weights)
+    return base(ckpt, settings, weights)
 
 
 def mixed(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> Format:
@@ -44,29 +52,33 @@ def mixed(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) 
             "--format mixed keeps what the base stores, which is full precision where --base-quant is given: "
             "leave --format out, or choose --format base."
         )
+    _refuse_full_precision(ckpt, settings, weights)
+    return AsStored(ckpt, settings, weights, KeepDense(("*",)))
+
+
+def _refuse_full_precision(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> None:
     if all(sources.as_stored for sources in weights.values()):
         raise UsageError(
-            f"{shown(ckpt.folder)}: no weight of it is quantized, so that --format mixed would keep nothing: "
-            "leave --format out."
+            f"{shown(ckpt.folder)}: no weight of it is quantized, so that --format {settings.format} would "
+            "keep nothing: leave --format out."
         )
-    return AsStored(ckpt, settings, weights, ("*",))
 
 
 class AsStored(Format):
-    """Quantized weights that nothing changes are copied, with their companions; of those that change, modules
-    that match a pattern of `dense` become dense."""
+    """Quantized weights that nothing changes are copied, with their companions; of those that change, some
+    become dense."""
 
     def __init__(
         self,
         ckpt: Checkpoint,
         settings: Settings,
         weights: Mapping[str, Sources],
-        dense: tuple[str, ...],
+        keep_dense: KeepDense,
     ) -> None:
         word = settings.format
         if settings.dtype != "auto":
             raise UsageError(f"--format {word} keeps the base's own dtypes: leave --dtype out.")
-        self._config, self._weights, self._keep_dense = ckpt.config, weights, KeepDense(dense)
+        self._config, self._weights, self._keep_dense = ckpt.config, weights, keep_dense
         self._unbiased, self._word = settings.rounding != "nearest", word
         self._of_base: dict[int, str] = {}
         self._quantized: set[str] = set()  # weights of the output
@@ -97,8 +109,8 @@ class AsStored(Format):
     def _on_grid(self, name: str, base: Sources) -> Encoder:
         if not isinstance(base, GridSources) or not base.grid_rows:
             raise UsageError(
-                f"--format base: {shown(name)} is stored in {base.scheme}, whose codes cannot be written "
-                "anew: --format mixed leaves what changes dense."
+                f"--format {self._word}: {shown(name)} is stored in {base.scheme}, whose codes cannot be "
+                "written anew: --format mixed leaves what changes dense."
             )
         return OwnGridEncoder(name, self._names(name, base), base, unbiased=self._unbiased)
 
