@@ -21,7 +21,8 @@ def gptq(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
     """Raises UsageError where some experts of a layer are dense, and others are not."""
     parts.refuse_parts_of_experts()
     before = section.get("dynamic")
-    excluded: dict[str, object] = {f"-:{_expression(name)}": {} for name in parts.dense}
+    named = parts.names.fused(parts.dense)
+    excluded: dict[str, object] = {f"-:{_expression(name)}": {} for name in named}
     words: dict[str, object] = {
         "modules_in_block_to_quantize": [_quantized(parts)],
         "dynamic": excluded | (before if isinstance(before, dict) else {}),
