@@ -52,6 +52,7 @@ class OwnGridEncoder(Encoder):
         "_codes",
         "_companions",
         "_draws",
+        "_first",
         "_numel",
         "_sources",
         "_strips",
@@ -62,15 +63,16 @@ class OwnGridEncoder(Encoder):
     )
 
     def __init__(
-        self, weight: str, names: Mapping[str, str], sources: GridSources, *, unbiased: bool
+        self, weight: str, names: Mapping[str, str], sources: GridSources, *, unbiased: bool, first: int = 0
     ) -> None:
-        """`names`: those of the output's tensors → those of the base's, the codes first."""
+        """`names`: those of the output's tensors → those of the base's, the codes first. `first`: the element
+        of the weight that the first of `sources` is, where others are a part of the weight too."""
         specs = ((out, sources.store.tensors[stored].spec) for out, stored in names.items())
         self.tensors: tuple[StoredTensor, ...] = tuple(StoredTensor(out, spec) for out, spec in specs)
         codes, *_ = names
         self._codes, self._sources, self._numel = codes, sources, max(sources.spec.numel, 1)
         self._companions = StoredEncoder(sources.store, {out: names[out] for out in names if out != codes})
-        self._draws = Draws(weight) if unbiased else None
+        self._draws, self._first = Draws(weight) if unbiased else None, first
         self.rounding = "unbiased" if unbiased else "nearest"
         self.row_multiple = sources.grid_rows
         self._strips = Strips(codes)
@@ -82,7 +84,7 @@ class OwnGridEncoder(Encoder):
         return ("own grid", self._codes, self._draws is None)
 
     def _companion_bytes(self, start: int, stop: int) -> tuple[int, int]:
-        """Those that are copied beside the elements [start, stop)."""
+        """Those that are copied beside the elements [start, stop) of the sources."""
         nbytes = sum(tensor.nbytes for tensor in self._companions.tensors)
         return nbytes * start // self._numel, nbytes * stop // self._numel
 
@@ -99,7 +101,8 @@ class OwnGridEncoder(Encoder):
         runs, values, n_clipped = self._sources.recode(tile, self._draws, buffer, arena)
         used = max((run.start + run.times * run.nbytes for run in runs), default=0)
         pieces = [piece for run in runs for piece in self._pieces(run, buffer)]
-        copied = self._companions.copy(*self._companion_bytes(tile.start, tile.stop), buffer[used:])
+        beside = self._companion_bytes(tile.start - self._first, tile.stop - self._first)
+        copied = self._companions.copy(*beside, buffer[used:])
         pieces += (piece._replace(start=piece.start + used) for piece in copied)
         return Encoded(tuple(pieces), (values,), n_clipped)
 
