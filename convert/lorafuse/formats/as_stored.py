@@ -16,6 +16,7 @@ from lorafuse.codecs.per_expert import Stacked
 from lorafuse.codecs.plain import PlainEncoder
 from lorafuse.codecs.run_time import serves
 from lorafuse.codecs.sources import Sources
+from lorafuse.codecs.stack_encoder import StackEncoder
 from lorafuse.codecs.stored import StoredEncoder, stored_names
 from lorafuse.errors import UsageError, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -96,15 +97,24 @@ class AsStored(Format):
             [name] = self._names(weight.name, base)
             return PlainEncoder(name, weight.spec)
         if isinstance(base, Stacked):
-            raise UsageError(
-                f"--format {self._word}: {shown(weight.name)} is made from several weights of the base, "
-                "which keeps them apart: leave --format out."
-            )
+            return self._in_stack(weight, base)
         if weight.sources is not base or self._keep_dense.names(weight.name):
             self._dense.add(weight.name)
             return PlainEncoder(weight.name, weight.spec)
         self._quantized.add(weight.name)
         return self._on_grid(weight.name, base)
+
+    def _in_stack(self, weight: WeightToStore, base: Stacked) -> Encoder:
+        dense = weight.sources is not base or self._keep_dense.names(weight.name)
+        if dense or not base.on_grids:
+            raise UsageError(
+                f"--format {self._word}: {shown(weight.name)} is made from several weights of the base, "
+                "which keeps them apart, and would be dense as a whole: leave --format out, or choose "
+                "--format base without --keep-dense."
+            )
+        self._quantized.add(weight.name)
+        names = self._names(weight.name, base)
+        return StackEncoder(weight.name, names, base, unbiased=self._unbiased)
 
     def _on_grid(self, name: str, base: Sources) -> Encoder:
         if not isinstance(base, GridSources) or not base.grid_rows:
