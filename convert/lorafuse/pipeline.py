@@ -11,6 +11,8 @@ from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.one_pass import Pass, PlannedJob
 from lorafuse.events import DoneEvent, OnEvent, PlanEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.folders import open_folder
+from lorafuse.files.hub import as_named
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, named_weight, opened
 from lorafuse.inputs.unchanged import UnchangedInputs
@@ -93,15 +95,17 @@ def _convert(
 ) -> Receipt | PlanEvent:
     """The same with checked options. `named`: (adapter, weight) of all adapters."""
     began, (out_dir, overwrite, restart, dry_run) = time.perf_counter(), writing
-    device, ckpt_folder = pick_device(settings.device), checkpoint_folder(ckpt)
+    device, kind = pick_device(settings.device), kind_of(out_dir)
+    names = [ckpt, *(name for name, _ in named)]
+    kind.check_out_dir(out_dir, map(open_folder, names), overwrite=overwrite)  # before anything is fetched
     folder_names = [settings.adapter_name, *[None] * (len(named) - 1)]
     located = [
         located_adapter(name, weight, folder_name, on_event)
         for (name, weight), folder_name in zip(named, folder_names, strict=True)
     ]
-    inputs = [ckpt_folder, *(adapter.root for adapter in located)]
-    kind_of(out_dir).check_out_dir(out_dir, inputs, overwrite=overwrite)
-    with closing(Checkpoint(ckpt_folder)) as base, opened(located) as adapters:
+    ckpt_folder = checkpoint_folder(ckpt)
+    kind.check_out_dir(out_dir, [ckpt_folder, *(adapter.root for adapter in located)], overwrite=overwrite)
+    with opened(located) as adapters, closing(Checkpoint(ckpt_folder)) as base:
         plan = make_plan(base, adapters, settings, each_format=dry_run)
         warnings, planned = announced(plan, dry_run=dry_run)
         for warning in warnings:
@@ -114,7 +118,7 @@ def _convert(
         attempt = files.attempt(plan, settings)
         job = PlannedJob(out_dir, out_dir, settings, plan, files, attempt, on_event)
         receipts: list[Receipt] = []
-        with InputHashes(base, ckpt, []) as hashes:
+        with InputHashes(base, as_named(ckpt), []) as hashes:
             one_pass = Pass(
                 base, hashes.result, device, overwrite, restart,
                 on_done=lambda made, receipt: receipts.append(receipt), on_failed=_raise,

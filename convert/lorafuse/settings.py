@@ -15,7 +15,6 @@ QUANTIZING_FORMATS = ("nf4", "fp4", "int8")
 ROUNDING_CHOICES = ("unbiased", "nearest")
 BASE_QUANT_CHOICES = ("none", "nf4", "fp4", "int8")
 QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 functional.py, quantize_4bit
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, deserialize
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.errors import HeldError, OutDirError, ResultError, StorageError, shown
 from lorafuse.events import OnEvent
-from lorafuse.files.folder import Folder
-from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.folder import FileHash, Folder
+from lorafuse.files.hashing import hash_file
 from lorafuse.files.names import RECEIPT
 from lorafuse.merge.destination import Written
 from lorafuse.outdir.folder_file import FolderFile

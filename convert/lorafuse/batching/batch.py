@@ -20,6 +20,7 @@ from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
+from lorafuse.files.hub import as_named
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, checkpoint_folder
@@ -105,7 +106,7 @@ def _batch(
     device = pick_device(settings.device)
     ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)
-    with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, ckpt, []) as hashes:
+    with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, as_named(ckpt), []) as hashes:
         finished = ExistingResults(root, settings, hashes.result)
         common_files = CommonFiles(finished, chosen.share)
         under_way = Batch(

@@ -17,8 +17,9 @@ from typing import Any
 from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, shown
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import has_scheme, open_folder
+from lorafuse.files.hub import hub_name
 from lorafuse.outdir.apart import Id, contents_of, place_of, places_of
-from lorafuse.settings import DTYPE_CHOICES, FORMAT_CHOICES, HUB_ID, Settings
+from lorafuse.settings import DTYPE_CHOICES, FORMAT_CHOICES, Settings
 
 KEYS = ("adapter", "name", "scale", "dtype", "format")
 MAX_NAME_NBYTES = 200  # a directory entry has 255, and the staging directory's name is longer
@@ -147,7 +148,7 @@ def _located(adapter: str, folder: Path) -> str:
     beside = str(folder / adapter)
     # A directory here, but not there, is neither. os.path.isdir: a path that is too long or may not be looked
     # at is the job's own error, later.
-    is_path = os.path.isdir(beside) or os.path.isdir(adapter) or not HUB_ID.fullmatch(adapter)
+    is_path = os.path.isdir(beside) or os.path.isdir(adapter) or hub_name(adapter) is None
     return beside if is_path else adapter
 
 

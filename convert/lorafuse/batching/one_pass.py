@@ -17,6 +17,7 @@ from lorafuse.errors import LorafuseError
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import RECEIPT
+from lorafuse.inputs.fetch import fetch_shards
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.merge.destination import Written
 from lorafuse.merge.loop import merge
@@ -103,6 +104,7 @@ class Pass:
             side_files = [file for making in in_progress for file in copied_files(making.job.plan)]
             if self.asks_for_room:
                 check_room(outputs, side_files)
+            fetch_shards(self.base)
             with told_when_full(outputs, side_files):
                 merge(outputs, memory, self.device, allow_nonfinite=jobs[0].settings.allow_nonfinite)
                 return [making.job for making in in_progress if not self._conclude(making, began)]

@@ -11,8 +11,7 @@ from typing import Protocol, Self
 
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.events import OnEvent
-from lorafuse.files.folder import Folder
-from lorafuse.files.hashing import FileHash
+from lorafuse.files.folder import FileHash, Folder
 from lorafuse.files.safetensors_writer import OutFile
 from lorafuse.merge.destination import Written
 from lorafuse.outdir.journal import Attempt, FinishedShard

@@ -18,7 +18,8 @@ from typing import Self
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.errors import OutDirError, listed, shown
 from lorafuse.events import OnEvent
-from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.folder import FileHash
+from lorafuse.files.hashing import hash_file
 from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.sharing import share_file

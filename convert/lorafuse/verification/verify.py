@@ -15,6 +15,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.names import RECEIPT
 from lorafuse.formats.dense import Values
+from lorafuse.inputs.fetch import fetch_shards
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, opened
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
@@ -66,7 +67,8 @@ def verify(
     if ckpt is None:
         return checked
     located = [located_adapter(fspath(adapter), 1.0, None, on_event) for adapter in adapters]
-    with closing(Checkpoint(checkpoint_folder(fspath(ckpt)))) as base, opened(located) as given:
+    with opened(located) as given, closing(Checkpoint(checkpoint_folder(fspath(ckpt)))) as base:
+        fetch_shards(base)
         inputs = MergeInputs(base, given)
         if receipt:
             return checked | _against_inputs(folder, receipt, inputs, settings, sample, on_event)
