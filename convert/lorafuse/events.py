@@ -68,6 +68,15 @@ class ProgressEvent(TypedDict):
     job: NotRequired[str]
 
 
+class FetchedEvent(TypedDict):
+    """A file of the base is on this machine, and is what the hub lists."""
+
+    event: Literal["fetched"]
+    file: str
+    nbytes: int
+    job: NotRequired[str]
+
+
 class ShardEvent(TypedDict):
     """A file of weights is complete."""
 
@@ -115,7 +124,15 @@ class JobEvent(TypedDict):
 
 
 Event = (
-    WarningEvent | PlanEvent | ResumedEvent | ProgressEvent | ShardEvent | DoneEvent | PassEvent | JobEvent
+    WarningEvent
+    | PlanEvent
+    | ResumedEvent
+    | ProgressEvent
+    | FetchedEvent
+    | ShardEvent
+    | DoneEvent
+    | PassEvent
+    | JobEvent
 )
 OnEvent = Callable[[Event], None]
 

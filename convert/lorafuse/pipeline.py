@@ -51,18 +51,18 @@ def convert(
     overwrite: bool = False,
     restart: bool = False,
     dry_run: bool = False,
+    stream: bool = False,
     on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
     """Merge a PEFT or MLX-LM adapter into a checkpoint and write the result to `out_dir`.
 
-    `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder
-    of `adapter`. `adapters`: further ones, or pairs (adapter, weight), to be added in any order;
-    `adapter_scale`: the weight of `adapter`, whose tokenizer is taken. `base_quant` and the five after it:
-    how training quantized this full-precision base (`trained_base.options.chosen_base_quant`).
-    `allow_nonfinite` keeps such values of the base. Returns the receipt, or with `dry_run` the plan.
-    `on_event` gets a dict for each "event": "warning", "plan", "resumed", "progress", "shard" or "done".
-    Raises a LorafuseError or an OSError; then `out_dir` is as it was, and after an I/O error or an
-    interruption the same call goes on, unless `restart`.
+    `ckpt` and `adapter` are directories, hub ids `org/name[/folder][@revision]` or their URLs; `adapter_name`
+    chooses a sub-folder of `adapter`. `adapters`: further ones, or pairs (adapter, weight); `adapter_scale`:
+    the weight of `adapter`, whose tokenizer is taken. `base_quant` and the five after it: how training
+    quantized this full-precision base (`trained_base.options.chosen_base_quant`). `stream`: a base on the hub
+    is fetched ahead of the merge, and removed behind it. Returns the receipt, or with `dry_run` the plan.
+    `on_event` gets a dict for each "event" (`events.py`). Raises a LorafuseError or an OSError; then
+    `out_dir` is as it was, and after an I/O error or an interruption the same call goes on, unless `restart`.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
@@ -73,7 +73,7 @@ def convert(
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     named = [(fspath(adapter), settings.adapter_scale), *map(named_weight, adapters)]
-    writing = Writing(fspath(out_dir), overwrite, restart, dry_run)
+    writing = Writing(fspath(out_dir), overwrite, restart, dry_run, stream)
     return cast(dict[str, Any], _convert(fspath(ckpt), named, writing, settings, on_event))
 
 
@@ -84,6 +84,7 @@ class Writing(NamedTuple):
     overwrite: bool
     restart: bool
     dry_run: bool
+    stream: bool
 
 
 def _convert(
@@ -94,7 +95,7 @@ def _convert(
     on_event: OnEvent,
 ) -> Receipt | PlanEvent:
     """The same with checked options. `named`: (adapter, weight) of all adapters."""
-    began, (out_dir, overwrite, restart, dry_run) = time.perf_counter(), writing
+    began, (out_dir, overwrite, restart, dry_run, stream) = time.perf_counter(), writing
     device, kind = pick_device(settings.device), kind_of(out_dir)
     names = [ckpt, *(name for name, _ in named)]
     kind.check_out_dir(out_dir, map(open_folder, names), overwrite=overwrite)  # before anything is fetched
@@ -121,7 +122,7 @@ def _convert(
         with InputHashes(base, as_named(ckpt), []) as hashes:
             one_pass = Pass(
                 base, hashes.result, device, overwrite, restart,
-                on_done=lambda made, receipt: receipts.append(receipt), on_failed=_raise,
+                on_done=lambda made, receipt: receipts.append(receipt), on_failed=_raise, stream=stream,
             )  # fmt: skip
             one_pass.run([job], plan.memory, began)
     [receipt] = receipts

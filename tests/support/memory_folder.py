@@ -60,7 +60,7 @@ class MemoryFolder:
     def facts(self, name: str) -> FileFacts:
         return MemoryFile(self.data(name)).facts
 
-    def is_here(self, name: str) -> bool:
+    def is_unchecked(self, name: str) -> bool:
         return True
 
     def known_hash(self, name: str) -> None:

@@ -8,8 +8,10 @@ ones. The lock is an object that is made only if it is not there, under a lease 
 
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Self
 
 from faults import Killed
@@ -334,6 +336,9 @@ class MemoryOutDir:
 
     def space(self) -> Space | None:
         return self._store.space()
+
+    def scratch(self) -> Path:
+        return Path(tempfile.mkdtemp())  # of this machine; for the object store this is what it has not
 
     def commit(self) -> None:
         with UNINTERRUPTED:

@@ -44,6 +44,9 @@ from lorafuse.settings import Settings
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR, once the new one is complete.")
 @click.option("--restart", is_flag=True, help="Discard what an earlier run that was cut off has finished.")
+@click.option("--stream", is_flag=True,
+              help="Fetch a CKPT on the hub file by file ahead of the merge, and remove each file behind it: "
+                   "the disk holds the result and two files.")  # fmt: skip
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also what happens to each weight that changes.")
 @click.version_option(__version__, prog_name="lorafuse")

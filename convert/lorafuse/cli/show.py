@@ -36,6 +36,8 @@ class Show:
                 self._bar.update(event["nbytes"])
         elif event["event"] == "progress" and self._bar is not None:
             self._bar.update(event["nbytes"])
+        elif event["event"] == "fetched" and self._bar is None:
+            say(f"Fetched {event['file']}: {event['nbytes'] / 1e6:,.1f} MB")
         elif event["event"] == "shard" and self._bar is None:
             self._n_done += 1
             say(f"{event['file']}: {event['nbytes'] / 1e6:,.1f} MB ({self._n_done} of {self._n_shards})")

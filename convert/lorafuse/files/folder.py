@@ -90,8 +90,8 @@ class Folder(Protocol):
     def facts(self, name: str) -> FileFacts:
         """What is known of a file. Raises OSError."""
 
-    def is_here(self, name: str) -> bool:
-        """Whether a file can be read without a network."""
+    def is_unchecked(self, name: str) -> bool:
+        """Whether a copy of it lies here that nobody has compared with its `known_hash`."""
 
     def known_hash(self, name: str) -> FileHash | None:
         """What the place itself says that a file holds; None where it says nothing. Raises OSError."""

@@ -24,10 +24,10 @@ def hash_file(folder: Folder, name: str, on_nbytes: Callable[[int], object] = la
 
 
 def checked_hash(folder: Folder, name: str, on_nbytes: Callable[[int], object] = lambda n: None) -> FileHash:
-    """The same. What is not on this machine is not read: the place says what it holds. Raises StorageError
-    when a copy on this machine is another file."""
+    """The same. What was compared, or is not on this machine, is not read: the place says what it holds.
+    Raises StorageError when a copy on this machine is another file."""
     known = folder.known_hash(name)
-    if known and not folder.is_here(name):
+    if known and not folder.is_unchecked(name):
         return known
     hashed = hash_file(folder, name, on_nbytes)
     if known and hashed != known:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -19,6 +20,10 @@ PASSING = (408, 429, 500, 502, 503, 504)  # answers that may be others a little 
 LOG_IN = "log in with `hf auth login`"
 
 
+class Stopped(Exception):  # noqa: N818 (nothing is wrong)
+    """What is fetched is not wanted any more."""
+
+
 @contextmanager
 def asking(
     repo: str, revision: str | None, kind: type[LorafuseError], file: str | None = None
@@ -29,7 +34,7 @@ def asking(
     with _QUIET:
         try:
             yield
-        except LorafuseError:
+        except (LorafuseError, Stopped):
             raise
         except Exception as e:
             # Everything, since the HTTP library behind the hub changes, and only some have errors that are
@@ -89,6 +94,30 @@ def retried(call: Callable[[], T]) -> T:
                 raise
         time.sleep(wait_s)
     return call()
+
+
+def watched(on_nbytes: Callable[[int], None]) -> dict[str, Any]:
+    """The options of `hf_hub_download` that let a function hear of each piece, where the library has them."""
+    from huggingface_hub import hf_hub_download
+
+    class Bar:
+        """What the library takes for a progress bar."""
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.n = self.total = 0
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def update(self, n: float | None = 1) -> None:
+            on_nbytes(int(n or 0))
+
+        def __getattr__(self, _: str) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    return {"tqdm_class": Bar} if "tqdm_class" in signature(hf_hub_download).parameters else {}
 
 
 def _may_pass(error: Exception) -> bool:

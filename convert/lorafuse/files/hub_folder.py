@@ -7,6 +7,7 @@ fetched as a whole.
 import errno
 import os
 import posixpath
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -87,23 +88,34 @@ class HubFolder:
         entry = self._entry(name)
         return FileHash(entry.nbytes, entry.sha256) if entry.sha256 else None
 
+    def is_unchecked(self, name: str) -> bool:
+        path = self._path(name)
+        return path not in self.repo.checked and self.is_here(name)
+
     def is_here(self, name: str) -> bool:
         """Whether a file is on this machine."""
         return self.repo.local(self._path(name)) is not None
 
-    def fetch(self, name: str, into: Path | None = None) -> Path:
-        """A file, fetched into the hub's cache or into a folder of this machine."""
+    def fetch(
+        self, name: str, into: Path | None = None, on_nbytes: Callable[[int], None] = lambda n: None
+    ) -> None:
+        """Fetch a file into the hub's cache, or into a folder of this machine. `on_nbytes` hears of each
+        piece, and may end it by Stopped."""
         self._entry(name)
-        return self.repo.fetch(self._path(name), into)
+        self.repo.fetch(self._path(name), into, on_nbytes)
+
+    def forget(self, name: str) -> None:
+        """Remove a file that was fetched into a folder of this machine."""
+        self.repo.forget(self._path(name))
 
     def open(self, name: str, *, inside: bool = False) -> OpenFile:
         entry, path = self._entry(name), self._path(name)
         local = self.repo.local(path)
         if local is None:
             large = matches(name, [SAFETENSORS_FILES]) or entry.nbytes > LARGE_NBYTES
-            if large and not self.whole:
+            if large and not self.whole and not self.repo.in_use:
                 return RangedFile(self.repo, path, self / name, self.facts(name))
-            local = self.repo.fetch(path)
+            local = self.repo.fetch(path, self.repo.scratch)
         return FetchedFile(local, self / name, self.facts(name))
 
     def _path(self, name: str) -> str:

@@ -5,7 +5,7 @@ What was fetched is compared with the hash that the hub lists.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from lorafuse.errors import LorafuseError, StorageError
 from lorafuse.files.hashing import hash_file
-from lorafuse.files.hub_calls import AGENT, asking, retried
+from lorafuse.files.hub_calls import AGENT, asking, retried, watched
 from lorafuse.files.local_folder import LocalFolder
 
 # What tells what a repository holds; fetching it makes the library remember the commit for runs without a
@@ -38,7 +38,9 @@ class Entry(NamedTuple):
 class HubRepo:
     """One commit of a repository. `named`: the id as the user gave it. `kind`: the errors of this input.
     `unlisted`: why the hub could not be asked, where only the cache is known. `placed`: files that were
-    fetched to a place of their own."""
+    fetched to a place of their own. `checked`: files whose copy on this machine is what the hub lists.
+    `in_use`: a merge reads all of the weights, so that what is opened is fetched as a whole; into `scratch`,
+    where the cache is not wanted."""
 
     repo: str
     commit: str
@@ -47,7 +49,9 @@ class HubRepo:
     entries: dict[str, Entry]
     unlisted: LorafuseError | None = None
     placed: dict[str, Path] = field(default_factory=dict)
-    _right: set[str] = field(default_factory=set)
+    checked: set[str] = field(default_factory=set)
+    in_use: bool = False
+    scratch: Path | None = None
 
     @classmethod
     def at(cls, repo: str, revision: str | None, kind: type[LorafuseError]) -> "HubRepo":
@@ -76,12 +80,16 @@ class HubRepo:
         if not isinstance(cached, str):
             return None
         entry = self.entries[path]
-        if entry.sha256 or path in self._right or _identity_of(Path(cached), entry) == entry.identity:
-            self._right.add(path)
+        if entry.sha256 or path in self.checked:
             return Path(cached)
-        return None
+        if _identity_of(Path(cached), entry) != entry.identity:
+            return None
+        self.checked.add(path)
+        return Path(cached)
 
-    def fetch(self, path: str, into: Path | None = None) -> Path:
+    def fetch(
+        self, path: str, into: Path | None = None, on_nbytes: Callable[[int], None] = lambda n: None
+    ) -> Path:
         """A file, fetched into the hub's cache or into a folder, and compared with what the hub lists. Raises
         `kind`, StorageError."""
         label, entry, where = f"{self.named}/{path}", self.entries[path], str(into) if into else None
@@ -89,6 +97,7 @@ class HubRepo:
 
         for force in (False, True):
             options = {"revision": self.commit, "local_dir": where, "force_download": force, **AGENT}
+            options |= watched(on_nbytes)
             with asking(self.repo, self.commit, self.kind, label):
                 local = Path(retried(partial(hf_hub_download, self.repo, path, **options)))
             if self.unlisted and not entry.identity:  # the hub came back: what it lists is not known
@@ -104,7 +113,13 @@ class HubRepo:
             )
         if into:
             self.placed[path] = local
+        self.checked.add(path)
         return local
+
+    def forget(self, path: str) -> None:
+        """Remove a file that was fetched into a folder."""
+        self.checked.discard(path)
+        self.placed.pop(path).unlink(missing_ok=True)
 
 
 def _listed(repo: str, commit: str) -> Iterator[tuple[str, Entry]]:

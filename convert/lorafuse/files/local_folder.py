@@ -65,7 +65,7 @@ class LocalFolder:
     def facts(self, name: str) -> FileFacts:
         return _facts(os.stat(self / name))
 
-    def is_here(self, name: str) -> bool:
+    def is_unchecked(self, name: str) -> bool:
         return True
 
     def known_hash(self, name: str) -> None:

@@ -64,6 +64,10 @@ class OutDir(Protocol):
     def put(self, file: str, chunks: Iterable[bytes]) -> None:
         """A small file, which may lie in a sub-folder, durable at once."""
 
+    def scratch(self) -> Path:
+        """A folder of this machine for what is needed while the result is made. What lies in it is there for
+        a run that goes on, and is removed with the result's place."""
+
     def files(self) -> list[str]:
         """The names of all files that are complete, sorted."""
 

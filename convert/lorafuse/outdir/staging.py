@@ -1,8 +1,9 @@
 """Results in directories of this machine. A result is made in a hidden directory until it becomes OUT_DIR.
 
 `<hidden>/out` becomes OUT_DIR (`commit.py` says where it lies); `<hidden>/journal.jsonl` lists its finished
-shards. When a run is cut off, the next run of the same command takes the hidden directory over, under a name
-of its own, and goes on. The checks of OUT_DIR itself are here too.
+shards; `<hidden>/base` has files of a base that is streamed. When a run is cut off, the next run of the same
+command takes the hidden directory over, under a name of its own, and goes on. The checks of OUT_DIR itself
+are here too.
 """
 
 import errno
@@ -33,6 +34,8 @@ from lorafuse.outdir.lock import Lock
 from lorafuse.outdir.out_dir import FinishedFile, Space
 from lorafuse.outdir.read_back import read_shapes
 from lorafuse.outdir.resume import goes_on, leaves_work
+
+SCRATCH = "base"
 
 
 def refuse_filled(place: StagingPlace, out_dir: Path, overwrite: bool) -> None:
@@ -194,6 +197,11 @@ class LocalOutDir:
                 f.write(chunk)
             f.flush()
             os.fsync(f.fileno())
+
+    def scratch(self) -> Path:
+        folder = self._folder / SCRATCH
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def files(self) -> list[str]:
         files = (path for path in self.path.rglob("*") if path.is_file() and path.suffix != ".part")

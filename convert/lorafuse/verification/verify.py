@@ -15,7 +15,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.names import RECEIPT
 from lorafuse.formats.dense import Values
-from lorafuse.inputs.fetch import fetch_shards
+from lorafuse.inputs.fetching import fetch_shards
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, opened
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
