@@ -15,6 +15,7 @@ from hub_server import HubServer
 
 import lorafuse
 from lorafuse.errors import StorageError
+from lorafuse.outdir.staging import LocalOutDir
 
 N_SHARDS = 6
 
@@ -229,31 +230,27 @@ def test_killed_at_any_time(hub: HubServer, ckpt: Path, lora: Path, tmp_path: Pa
     assert not list(tmp_path.glob(".out.lorafuse-*"))
 
 
-def test_what_a_cut_off_run_had_fetched(
+def test_what_a_killed_run_had_fetched(
     hub: HubServer, ckpt: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that is whole and comes next is not fetched again; one that is not whole is, and others go."""
+    """A file that is whole and comes first is not fetched again; one that is not whole is, and others go."""
     hub.add("org/base", ckpt)
-    options: dict[str, Any] = {"stream": True, "max_shard_size": 3000}
-    n = 0
+    real = LocalOutDir.scratch
+    whole, damaged, later = (build.shard_name(n, N_SHARDS) for n in (N_SHARDS, 1, 4))
 
-    def interrupt(event: Any) -> None:
-        nonlocal n
-        n += event["event"] == "shard"
-        if n == 6:
-            raise KeyboardInterrupt
+    def left(out_dir: LocalOutDir) -> Path:
+        folder = real(out_dir)
+        for name in (whole, damaged, later):
+            (folder / name).write_bytes((ckpt / name).read_bytes()[: -1 if name == damaged else None])
+        return folder
 
-    with pytest.raises(KeyboardInterrupt):
-        lorafuse.convert("org/base", lora, tmp_path / "out", on_event=interrupt, **options)
-    deadline = time.monotonic() + 10
-    while not (left := streamed(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    (left[0].parent / "other.safetensors").write_bytes(b"x")
-    left[0].write_bytes(left[0].read_bytes()[:-1])
-    hub.log.clear()
-    lorafuse.convert("org/base", lora, tmp_path / "out", **options)
-    print(left, hub.fetched())
-    assert hub.fetched()[left[0].name] >= 1
-    assert all(path.name not in hub.fetched() or path is left[0] for path in left)
-    lorafuse.convert(ckpt, lora, tmp_path / "local", max_shard_size=3000)
+    seen: list[set[str]] = []
+    hub.faults.append(lambda *_: seen.append({path.name for path in streamed(tmp_path)}))
+    monkeypatch.setattr(LocalOutDir, "scratch", left)
+    lorafuse.convert("org/base", lora, tmp_path / "out", stream=True)
+    assert seen[-1] and later not in [names for names in seen if names][0]
+    fetched = [name for name in hub.fetched() if name.endswith(".safetensors")]
+    assert fetched == [build.shard_name(n + 1, N_SHARDS) for n in range(N_SHARDS)]  # the last for its end
+    assert hub.fetched()[whole] == 1
+    lorafuse.convert(ckpt, lora, tmp_path / "local")
     assert same(tmp_path / "out", tmp_path / "local")

@@ -93,6 +93,8 @@ class HubRepo:
         """A file, fetched into the hub's cache or into a folder, and compared with what the hub lists. Raises
         `kind`, StorageError."""
         label, entry, where = f"{self.named}/{path}", self.entries[path], str(into) if into else None
+        if into and self._is_left(into / path, entry):
+            return self._arrived(path, into / path, into)
         from huggingface_hub import hf_hub_download
 
         for force in (False, True):
@@ -111,6 +113,18 @@ class HubRepo:
                 f"{label}: what the hub sends is not what it lists: the hash is {found}, expected "
                 f"{entry.identity}."
             )
+        return self._arrived(path, local, into)
+
+    def _is_left(self, path: Path, entry: Entry) -> bool:
+        """Whether a run that was cut off left the file, which is removed if it is not whole."""
+        if not path.exists():
+            return False
+        if _identity_of(path, entry) == entry.identity:
+            return True
+        path.unlink()
+        return False
+
+    def _arrived(self, path: str, local: Path, into: Path | None) -> Path:
         if into:
             self.placed[path] = local
         self.checked.add(path)
