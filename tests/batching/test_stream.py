@@ -248,7 +248,7 @@ def test_what_a_killed_run_had_fetched(
     hub.faults.append(lambda *_: seen.append({path.name for path in streamed(tmp_path)}))
     monkeypatch.setattr(LocalOutDir, "scratch", left)
     lorafuse.convert("org/base", lora, tmp_path / "out", stream=True)
-    assert seen[-1] and later not in [names for names in seen if names][0]
+    assert seen[-1] and later not in next(names for names in seen if names)
     fetched = [name for name in hub.fetched() if name.endswith(".safetensors")]
     assert fetched == [build.shard_name(n + 1, N_SHARDS) for n in range(N_SHARDS)]  # the last for its end
     assert hub.fetched()[whole] == 1

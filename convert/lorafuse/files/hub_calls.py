@@ -17,6 +17,8 @@ AGENT: dict[str, Any] = {"library_name": "lorafuse", "library_version": __versio
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 WAITS_S = (1, 2, 4, 8)  # before a call is made again
 PASSING = (408, 429, 500, 502, 503, 504)  # answers that may be others a little later
+# What the library reads of its settings with each call. The buffers of xet take gigabytes.
+FRUGAL: dict[str, Any] = {"HF_HUB_DISABLE_XET": True, "DOWNLOAD_CHUNK_SIZE": 1 << 20}
 LOG_IN = "log in with `hf auth login`"
 
 
@@ -43,11 +45,13 @@ def asking(
 
 
 class _Quiet:
-    """The hub's library without bars and warnings, and over HTTP, while any thread is in this context."""
+    """The hub's library without bars and warnings, over HTTP and in small pieces, while any thread is in this
+    context."""
 
     def __init__(self) -> None:
         self._lock, self._n_inside = Lock(), 0
-        self._before: tuple[bool, int, bool] = (True, 0, False)
+        self._had_bars, self._verbosity = True, 0
+        self._constants: dict[str, Any] = {}
 
     def __enter__(self) -> None:
         # Imported here: it costs as much as the rest of the start-up, and most runs have local inputs.
@@ -56,29 +60,34 @@ class _Quiet:
         with self._lock:
             self._n_inside += 1
             if self._n_inside == 1:
-                had_bars = not utils.are_progress_bars_disabled()
-                self._before = (had_bars, utils.logging.get_verbosity(), _xet_is_off())
+                self._had_bars = not utils.are_progress_bars_disabled()
+                self._verbosity = utils.logging.get_verbosity()
                 utils.disable_progress_bars()
                 utils.logging.set_verbosity(utils.logging.CRITICAL)
-                if "HF_XET_HIGH_PERFORMANCE" not in os.environ:
-                    constants.HF_HUB_DISABLE_XET = True  # its buffers take gigabytes
+                self._constants = {
+                    name: getattr(constants, name) for name in FRUGAL if hasattr(constants, name)
+                }
+                _set_constants({name: FRUGAL[name] for name in self._constants})
 
     def __exit__(self, *_: object) -> None:
-        from huggingface_hub import constants, utils
+        from huggingface_hub import utils
 
         with self._lock:
             self._n_inside -= 1
             if self._n_inside == 0:
-                had_bars, verbosity, constants.HF_HUB_DISABLE_XET = self._before
-                utils.logging.set_verbosity(verbosity)
-                if had_bars:
+                _set_constants(self._constants)
+                utils.logging.set_verbosity(self._verbosity)
+                if self._had_bars:
                     utils.enable_progress_bars()
 
 
-def _xet_is_off() -> bool:
+def _set_constants(values: dict[str, Any]) -> None:
+    """Those of the hub's library, unless xet is wanted by name."""
     from huggingface_hub import constants
 
-    return bool(getattr(constants, "HF_HUB_DISABLE_XET", True))
+    for name, value in values.items():
+        if name != "HF_HUB_DISABLE_XET" or "HF_XET_HIGH_PERFORMANCE" not in os.environ:
+            setattr(constants, name, value)
 
 
 _QUIET = _Quiet()

@@ -20,7 +20,7 @@ from lorafuse.files.ranged_file import RangedFile
 
 LARGE_NBYTES = 50_000_000  # of a file without tensors that is read in ranges
 # The hub's library, its HTTP client, and a file on its way.
-HUB_NBYTES = 45_000_000
+HUB_NBYTES = 40_000_000
 
 
 @dataclass(frozen=True)
