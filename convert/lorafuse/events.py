@@ -88,7 +88,8 @@ class ShardEvent(TypedDict):
 
 
 class DoneEvent(TypedDict):
-    """The result has its name. The figures of time are those of the receipt's `timing`."""
+    """The result has its name. The figures of time are those of the receipt's `timing`. `url`: of the commit
+    or pull request on the hub, and `kept_here`: whether OUT_DIR is there too."""
 
     event: Literal["done"]
     out_dir: str
@@ -100,6 +101,8 @@ class DoneEvent(TypedDict):
     read_s: float
     write_s: float
     peak_rss: int
+    url: NotRequired[str]
+    kept_here: NotRequired[bool]
 
 
 class PassEvent(TypedDict):

@@ -94,6 +94,25 @@ class BaseQuant:
         )
 
 
+@dataclass(frozen=True)
+class Push:
+    """Where on the hub a result goes: a repository, which is made if it is not there, and a branch of it.
+    Raises UsageError."""
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.repo):
+            raise UsageError(
+                f"push_to_hub is {shown(self.repo)!r}; expected a repository on the hub, such as me/merged."
+            )
+        if self.revision and self.create_pr:
+            raise UsageError("create_pr asks for a branch of its own; it does not go with revision.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Options of a conversion. `dtype`, `format`, `max_shard_nbytes`, `adapter_scale` and `base_quant` decide

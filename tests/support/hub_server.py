@@ -67,8 +67,7 @@ class HubServer:
         self.token = "hf_right"
         self.needs_login_to_write = True
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
@@ -112,6 +111,13 @@ class HubServer:
             for how, path, headers in self.log
             if how == "GET" and "range" in headers
         ]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """A client that was killed is none."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -258,7 +264,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.is_logged_in:
             self.json({"error": "Invalid username or password."}, 401)
         elif name in self.hub.repos:
-            self.json({"error": "You already created this model repo"}, 409)
+            said = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
+            self.json(said, 409)
         else:
             repo = self.hub.add(name)
             repo.private = wanted.get("private", False) or wanted.get("visibility") == "private"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lorafuse.batching.publication import Publication
 from lorafuse.errors import LorafuseError
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
@@ -42,7 +43,7 @@ UNREADABLE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP}
 @dataclass(frozen=True)
 class PlannedJob:
     """A result that is planned; its adapters are open. `common`: the files that other results may need too,
-    each with a key that stands for its bytes."""
+    each with a key that stands for its bytes. `publication`: what is published of it, if anything is."""
 
     name: str
     out_dir: str
@@ -52,6 +53,7 @@ class PlannedJob:
     attempt: Attempt
     on_event: OnEvent
     common: Mapping[str, str] = field(default_factory=dict)
+    publication: Publication | None = None
 
 
 @dataclass
@@ -135,6 +137,8 @@ class Pass:
                     restart=self.restart,
                     on_event=job.on_event,
                 )
+                if job.publication:
+                    result = job.publication.out_dir(result, job.plan)
                 try:
                     stack.enter_context(result)
                 except LorafuseError as e:
@@ -177,4 +181,6 @@ class Pass:
         inputs = [*self.ckpt_inputs(), *job.files.adapter_inputs()]
         receipt = make_receipt(job.plan, outcome, out_dir, job.settings, inputs, time.perf_counter() - began)
         write_json(out_dir, RECEIPT, receipt)
+        if job.publication:
+            job.publication.add(out_dir, receipt, self.base.config, job.plan)
         return receipt

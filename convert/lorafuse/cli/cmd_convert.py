@@ -13,6 +13,7 @@ from lorafuse.cli.options import (
     base_options,
     check_base_options,
     output_options,
+    push_option,
     run_options,
     weighted,
 )
@@ -47,6 +48,13 @@ from lorafuse.settings import Settings
 @click.option("--stream", is_flag=True,
               help="Fetch a CKPT on the hub file by file ahead of the merge, and remove each file behind it: "
                    "the disk holds the result and two files.")  # fmt: skip
+@click.option("--push-to-hub", metavar="REPO",
+              help="Upload the result to a repository on the hub while it is made, with one commit at the "
+                   "end; with --stream no weights stay here, and OUT_DIR is not made.")  # fmt: skip
+@click.option("--private", is_flag=True, help="Make that repository a private one.")
+@click.option("--revision", metavar="BRANCH", help="The branch of that repository.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request there instead.")
+@click.option("--card", is_flag=True, help="Write a model card, README.md; --push-to-hub does.")
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also what happens to each weight that changes.")
 @click.version_option(__version__, prog_name="lorafuse")
@@ -73,6 +81,7 @@ def convert(
         checked = ("device", "adapter_scale", "adapter_name")
         Settings(**{name: options[name] for name in checked})  # refuses them, as click does the others
         check_base_options(options)
+        options["push_to_hub"] = push_option(options)
         gc.disable()  # what importing torch makes stays: looking for garbage in it only takes time
         from lorafuse.pipeline import convert as run
 
@@ -89,5 +98,7 @@ def convert(
             say(weights_text(receipt))
         if not quiet:
             say(summary_text(receipt, ckpt, [adapter, *(path for path, _ in options["adapters"])]))
-        if not as_json:
-            tell(os.fsencode(out_dir))  # a path is bytes, perhaps no UTF-8
+        if show.url and not quiet:
+            say(f"Pushed: {show.url}")
+        if not as_json:  # a path is bytes, perhaps no UTF-8
+            tell(os.fsencode(out_dir) if show.kept_here else show.url)

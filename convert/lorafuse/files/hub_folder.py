@@ -52,6 +52,12 @@ class HubFolder:
         return Path(constants.HF_HUB_CACHE) / f"models--{self.repo.repo.replace('/', '--')}"
 
     @property
+    def pinned(self) -> str:
+        """The id with the commit, which names the same files for ever."""
+        folder = f"/{self.prefix.rstrip('/')}" if self.prefix else ""
+        return f"{self.repo.repo}{folder}@{self.repo.commit}"
+
+    @property
     def commit(self) -> str:
         return self.repo.commit
 

@@ -5,15 +5,17 @@ from contextlib import ExitStack, closing, contextmanager
 from os import PathLike, fspath
 from typing import NamedTuple
 
-from lorafuse.adapters import adapter_folder, open_adapter
+from lorafuse.adapters import AdapterDir, adapter_folder, open_adapter
 from lorafuse.errors import AdapterError, CheckpointError, shown
 from lorafuse.events import OnEvent, warn_by
 from lorafuse.files.folder import Folder
-from lorafuse.files.hub import as_named, folder_of
+from lorafuse.files.folders import open_folder
+from lorafuse.files.hub import as_named, folder_of, hub_name
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.settings import checked_weight
 
 Name = str | PathLike[str]
+AUTO = ("auto", "-")  # for CKPT
 
 
 def named_weight(adapter: Name | tuple[Name, float]) -> tuple[str, float]:
@@ -26,6 +28,25 @@ def named_weight(adapter: Name | tuple[Name, float]) -> tuple[str, float]:
 def checkpoint_folder(name: str) -> Folder:
     """Where the checkpoint lies; nothing of it is read. Raises CheckpointError, StorageError."""
     return folder_of(name, CheckpointError)
+
+
+def named_base(ckpt: str, adapter: AdapterDir) -> str:
+    """CKPT, or where it is "auto" or "-" the base that the adapter's config names, at its revision. Raises
+    AdapterError where it names none."""
+    if ckpt not in AUTO or open_folder(ckpt).is_there():
+        return ckpt
+    base, revision = adapter.base_name, adapter.config.get("revision")
+    where = f"{shown(adapter.folder)}: the config"
+    if base is None:
+        raise AdapterError(f"{where} names no base; give the checkpoint.")
+    if open_folder(base).is_there():
+        return base
+    found = hub_name(base)
+    if found is None:
+        raise AdapterError(
+            f"{where} names {shown(base)} as its base, which is no directory here; give the checkpoint."
+        )
+    return f"{base}@{revision}" if isinstance(revision, str) and not found.revision else base
 
 
 class LocatedAdapter(NamedTuple):

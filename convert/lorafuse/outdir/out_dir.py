@@ -80,6 +80,9 @@ class OutDir(Protocol):
     def record(self, written: Written, measures: dict[str, Measures]) -> None:
         """A shard is complete, and need not be made again."""
 
+    def give_away(self, file: str) -> None:
+        """A shard that is recorded lies elsewhere now: remove it, and remember that it is complete."""
+
     def finished_file(self, file: str) -> FinishedFile:
         """A complete file, for other results; under its final name once it is committed."""
 

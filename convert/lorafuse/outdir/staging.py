@@ -120,7 +120,9 @@ class LocalOutDir:
             self._folder.chmod(0o700)
             self.finished = left[taken].finished
             self.finished = {
-                file: shard for file, shard in self.finished.items() if self._is_whole(shard.written)
+                file: shard
+                for file, shard in self.finished.items()
+                if shard.elsewhere or self._is_whole(shard.written)
             }
             self._clear()
         if self._attempt:
@@ -233,6 +235,13 @@ class LocalOutDir:
             shard = FinishedShard(written, measures)
             self._journal.finished(shard)
             self.finished[written.file] = shard
+
+    def give_away(self, file: str) -> None:
+        if self._journal:
+            shard = replace(self.finished[file], elsewhere=True)
+            self._journal.finished(shard)
+            self.finished[file] = shard
+        (self.path / file).unlink()
 
     def commit(self) -> None:
         """Sync the directory and give it its name, in place of what is there if that is to be overwritten."""
