@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from yaml import YAMLError
+
 from lorafuse._version import __version__
 from lorafuse.errors import shown
 from lorafuse.files.folder import Folder
@@ -64,7 +66,7 @@ def _said(folder: Folder) -> Said:
         if folder.exists(CARD):
             card = ModelCard(read_text(folder, CARD), ignore_metadata_errors=True)
             return Said(dict(card.data.to_dict()), card.text)  # type: ignore[no-untyped-call]
-    except (ValueError, OSError, FormatError, TypeError):
+    except (ValueError, OSError, FormatError, TypeError, YAMLError):
         pass
     return Said({}, "")
 
@@ -136,10 +138,8 @@ def _table(receipt: Receipt, base: InputName, adapters: Sequence[InputName]) -> 
     yield "format", _cell(receipt["settings"].get("format", "dense"))
     yield "changed weights", f"{n_changed} of {len(tensors)}"
     if update["kept"] is not None:
-        yield (
-            "of the update kept",
-            f"{update['kept']:.4%}; least in {_code(update['least_in'])}: {update['least']:.4%}",
-        )
+        least = f"{update['least']:.4%} in {_code(update['least_in'])}"
+        yield "of the update kept", f"{update['kept']:.4%}, at least {least}"
     if update["noise"] is not None:
         yield "noise by rounding", f"{update['noise']:.2g} times the size of the update"
 
@@ -159,14 +159,7 @@ def _options(receipt: Receipt, adapters: Sequence[InputName]) -> Iterator[str]:
     settings: Mapping[str, Any] = receipt["settings"]
     for source in adapters[1:]:
         yield from ("--adapter", f"{source.published}:{source.weight:g}")
-    usual = {
-        "dtype": "auto",
-        "format": "dense",
-        "max_shard_size": 5 * 10**9,
-        "adapter_scale": 1.0,
-        "rounding": None,
-    }
-    for name, default in usual.items():
+    for name, default in USUAL.items():
         if settings.get(name, default) != default:
             yield from (f"--{name.replace('_', '-')}", str(settings[name]))
     for pattern in settings.get("keep_dense", ()):
