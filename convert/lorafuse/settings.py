@@ -15,6 +15,7 @@ QUANTIZING_FORMATS = ("nf4", "fp4", "int8")
 ROUNDING_CHOICES = ("unbiased", "nearest")
 BASE_QUANT_CHOICES = ("none", "nf4", "fp4", "int8")
 QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 functional.py, quantize_4bit
+AUTO = ("auto", "-")  # for CKPT: the base that the adapter's config names
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 

@@ -15,6 +15,8 @@ from hub_server import HubServer
 
 import lorafuse
 from lorafuse.errors import StorageError
+from lorafuse.files.local_folder import LocalFolder
+from lorafuse.inputs.fetching import Fetching
 from lorafuse.outdir.staging import LocalOutDir
 
 N_SHARDS = 6
@@ -103,6 +105,22 @@ def test_bases(hub: HubServer, base: Any, adapter: Any, tmp_path: Path, kind: st
     assert same(tmp_path / "out", tmp_path / "local")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_nobody_planned(
+    hub: HubServer, ckpt: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """A file that a weight reads although no plan says so is fetched as a whole, and compared, all the same:
+    nothing that is merged was read in ranges."""
+    hub.add("org/base", ckpt)
+    monkeypatch.setattr(Fetching, "_files_of", lambda *_: iter(()))
+    lorafuse.convert("org/base", lora, tmp_path / "out", stream=stream)
+    assert len([name for name in hub.fetched() if name.endswith(".safetensors")]) == N_SHARDS
+    assert len(hub.ranged()) == N_SHARDS  # for the headers
+    lorafuse.convert(ckpt, lora, tmp_path / "local")
+    assert same(tmp_path / "out", tmp_path / "local")
+    assert not list(tmp_path.glob(".out*"))
+
+
 def test_into_the_cache(hub: HubServer, ckpt: Path, lora: Path, tmp_path: Path) -> None:
     """Without it the files stay in the hub's cache, each fetched once; then nothing is left to stream."""
     hub.add("org/base", ckpt)
@@ -172,10 +190,10 @@ def test_room_in_the_cache(
 ) -> None:
     hub.add("org/base", ckpt)
     usage = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr("lorafuse.inputs.fetching.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("lorafuse.files.hub_folder.shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError) as caught:
         lorafuse.convert("org/base", lora, tmp_path / "out")
-    assert "bytes are to be fetched into the hub's cache and 1000 are free; --stream keeps" in str(
+    assert "bytes are to be fetched into the hub's cache and 1000 are free there; --stream" in str(
         caught.value
     )
     assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
@@ -238,10 +256,10 @@ def test_what_a_killed_run_had_fetched(
     real = LocalOutDir.scratch
     whole, damaged, later = (build.shard_name(n, N_SHARDS) for n in (N_SHARDS, 1, 4))
 
-    def left(out_dir: LocalOutDir) -> Path:
+    def left(out_dir: LocalOutDir) -> LocalFolder:
         folder = real(out_dir)
         for name in (whole, damaged, later):
-            (folder / name).write_bytes((ckpt / name).read_bytes()[: -1 if name == damaged else None])
+            (folder.path / name).write_bytes((ckpt / name).read_bytes()[: -1 if name == damaged else None])
         return folder
 
     seen: list[set[str]] = []

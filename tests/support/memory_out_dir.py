@@ -23,6 +23,7 @@ from lorafuse.errors import HeldError, OutDirError, ResultError, StorageError, s
 from lorafuse.events import OnEvent
 from lorafuse.files.folder import FileHash, Folder
 from lorafuse.files.hashing import hash_file
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.names import RECEIPT
 from lorafuse.merge.destination import Written
 from lorafuse.outdir.folder_file import FolderFile
@@ -340,8 +341,10 @@ class MemoryOutDir:
     def space(self) -> Space | None:
         return self._store.space()
 
-    def scratch(self) -> Path:
-        return Path(tempfile.mkdtemp())  # of this machine; for the object store this is what it has not
+    def scratch(self) -> LocalFolder:
+        return LocalFolder(
+            Path(tempfile.mkdtemp())
+        )  # of this machine; for the object store this is what it has not
 
     def commit(self) -> None:
         with UNINTERRUPTED:

@@ -20,7 +20,7 @@ from lorafuse.cli.options import (
 from lorafuse.cli.show import Show, plan_text, summary_text, weights_text
 from lorafuse.cli.streams import say, tell
 from lorafuse.outdir.apart import refuse_nameless
-from lorafuse.settings import Settings
+from lorafuse.settings import AUTO, Settings
 
 
 @click.command(context_settings=CONTEXT)
@@ -72,8 +72,9 @@ def convert(
     """Merge ADAPTER into CKPT and write the result to OUT_DIR.
 
     CKPT is a safetensors checkpoint (bitsandbytes NF4, FP4, int8, or full precision), ADAPTER a PEFT or
-    MLX-LM adapter; each a directory or a hub id org/name[@revision]. OUT_DIR gets full-precision shards that
-    transformers, vLLM and others load, and lorafuse_receipt.json.
+    MLX-LM adapter; each a directory, a hub id org/name[/folder][@revision] or its URL. CKPT may be auto, the
+    base that the adapter's config names. OUT_DIR gets full-precision shards that transformers, vLLM and
+    others load, and lorafuse_receipt.json.
     """
     show = Show(as_json=as_json, quiet=quiet)
     with exit_codes("OUT_DIR is as it was, and the same command goes on from what is finished"):
@@ -97,7 +98,8 @@ def convert(
         if verbose and not quiet:
             say(weights_text(receipt))
         if not quiet:
-            say(summary_text(receipt, ckpt, [adapter, *(path for path, _ in options["adapters"])]))
+            base = receipt["inputs"][0]["path"].rpartition("/")[0] if ckpt in AUTO else ckpt
+            say(summary_text(receipt, base, [adapter, *(path for path, _ in options["adapters"])]))
         if show.url and not quiet:
             say(f"Pushed: {show.url}")
         if not as_json:  # a path is bytes, perhaps no UTF-8

@@ -64,9 +64,8 @@ class _Quiet:
                 self._verbosity = utils.logging.get_verbosity()
                 utils.disable_progress_bars()
                 utils.logging.set_verbosity(utils.logging.CRITICAL)
-                self._constants = {
-                    name: getattr(constants, name) for name in FRUGAL if hasattr(constants, name)
-                }
+                known = vars(constants)
+                self._constants = {name: known[name] for name in FRUGAL if name in known}
                 _set_constants({name: FRUGAL[name] for name in self._constants})
 
     def __exit__(self, *_: object) -> None:

@@ -7,7 +7,8 @@ fetched as a whole.
 import errno
 import os
 import posixpath
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -15,7 +16,7 @@ from lorafuse.errors import StorageError, shown
 from lorafuse.files.folder import Buffer, FileFacts, FileHash, OpenFile
 from lorafuse.files.hub_repo import Entry, HubRepo
 from lorafuse.files.kinds import SAFETENSORS_FILES, matches
-from lorafuse.files.local_folder import LocalFile
+from lorafuse.files.local_folder import LocalFile, LocalFolder
 from lorafuse.files.ranged_file import RangedFile
 
 LARGE_NBYTES = 50_000_000  # of a file without tensors that is read in ranges
@@ -103,12 +104,28 @@ class HubFolder:
         return self.repo.local(self._path(name)) is not None
 
     def fetch(
-        self, name: str, into: Path | None = None, on_nbytes: Callable[[int], None] = lambda n: None
+        self, name: str, into: LocalFolder | None = None, on_nbytes: Callable[[int], None] = lambda n: None
     ) -> None:
         """Fetch a file into the hub's cache, or into a folder of this machine. `on_nbytes` hears of each
         piece, and may end it by Stopped."""
         self._entry(name)
-        self.repo.fetch(self._path(name), into, on_nbytes)
+        self.repo.fetch(self._path(name), into.path if into else None, on_nbytes)
+
+    def merge_begins(self, into: LocalFolder | None, first: Collection[str]) -> None:
+        """From now on a large file is fetched as a whole when it is opened: `into` a folder of this machine,
+        or the cache. Of what a run that was killed left there, only the files that come `first` stay."""
+        self.repo.in_use, self.repo.scratch = True, into.path if into else None
+        if into:
+            wanted = {self._path(name) for name in first}
+            shutil.rmtree(into.path / ".cache", ignore_errors=True)
+            for path in [path for path in into.path.rglob("*") if path.is_file()]:
+                if path.relative_to(into.path).as_posix() not in wanted:
+                    path.unlink()
+
+    def free_nbytes_in_cache(self) -> int:
+        """What the hub's cache has room for."""
+        place = self.local_path
+        return shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
 
     def forget(self, name: str) -> None:
         """Remove a file that was fetched into a folder of this machine."""

@@ -4,10 +4,8 @@ Without `stream` the files go into the hub's own cache and stay there. With it t
 result that is in the making, two at a time, and are removed behind the merge.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Condition, Thread
 from typing import TYPE_CHECKING
 
@@ -16,6 +14,7 @@ from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.hub_calls import Stopped
 from lorafuse.files.hub_folder import HubFolder
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.merge.feed import EVERYTHING_HERE, Feed
 from lorafuse.planning.fetches import Drop, Fetch, Fetches, all_kept, few_kept
 from lorafuse.planning.shared_weights import SharedWeight, SharedWeights
@@ -39,7 +38,11 @@ class Fetching:
     """What a pass fetches of its base. `scratch`: where files go that do not stay; None for the cache."""
 
     def __init__(
-        self, base: Checkpoint, outputs: Sequence["Sequence[Step]"], scratch: Path | None, on_event: OnEvent
+        self,
+        base: Checkpoint,
+        outputs: Sequence["Sequence[Step]"],
+        scratch: LocalFolder | None,
+        on_event: OnEvent,
     ) -> None:
         self._base, self._scratch, self._on_event = base, scratch, on_event
         self._shards = {shard.name: shard for shard in base.shards}
@@ -58,7 +61,8 @@ class Fetching:
         return few_kept(needs, sizes) if self._scratch else all_kept(needs, sizes)
 
     def _files_of(self, weight: SharedWeight) -> Iterator[str]:
-        """The files that a weight is made from: those of its sources."""
+        """The files that a weight is made from: those of its sources. What else it may read is fetched when
+        it is opened, and stays until the end."""
         if weight.sources.store is self._base:
             for name in weight.sources.names:
                 yield self._base.shards[self._base.tensors[name].file].name
@@ -72,24 +76,23 @@ class Fetching:
         """Raises StorageError where the hub's cache has no room for what is fetched."""
         if self._folder is None or self._scratch or not self.plan.nbytes:
             return
-        place = self._folder.local_path
-        place = next(path for path in (place, *place.parents) if path.exists())
-        free = shutil.disk_usage(place).free
+        free = self._folder.free_nbytes_in_cache()
         if self.plan.nbytes > free:
             raise StorageError(
-                f"{shown(place)}: {self.plan.nbytes} bytes are to be fetched into the hub's cache and {free} "
-                "are free; --stream keeps two files at a time, beside the result."
+                f"{shown(self._folder)}: {self.plan.nbytes} bytes are to be fetched into the hub's cache and "
+                f"{free} are free there; --stream keeps two files at a time, beside the result."
             )
 
     @contextmanager
     def feed(self) -> Iterator[Feed]:
         """What the merge waits for. Leaving it stops what is under way."""
-        if self._folder is None or not self.plan.actions:
+        if self._folder:
+            self._folder.merge_begins(self._scratch, self._first())
+            for shard in self._shards.values():
+                shard.close()  # it was read in ranges
+        if not self.plan.actions:
             yield EVERYTHING_HERE
             return
-        if self._scratch:
-            self._keep_only_first(self._scratch)
-        self._folder.repo.in_use, self._folder.repo.scratch = True, self._scratch
         fetcher = _Fetcher(self.plan, self._fetch, self._drop, self._say)
         fetcher.start()
         try:
@@ -110,21 +113,18 @@ class Fetching:
         self._shards[name].close()
         self._folder.forget(name)
 
-    def _keep_only_first(self, scratch: Path) -> None:
-        """Remove what a run that was killed had fetched, but for what comes first now."""
+    def _first(self) -> set[str]:
+        """The files that are fetched before one is dropped."""
         first: set[str] = set()
         for action in self.plan.actions:
             if isinstance(action, Drop):
                 break
             first.add(action.file)
-        shutil.rmtree(scratch / ".cache", ignore_errors=True)
-        for path in [path for path in scratch.rglob("*") if path.is_file()]:
-            if path.relative_to(scratch).as_posix() not in first:
-                path.unlink()
+        return first
 
 
-class _Fetcher(Thread):
-    """Carries a plan out: fetches ahead, and drops behind."""
+class _Fetcher:
+    """Carries a plan out in a thread: fetches ahead, and drops behind."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class _Fetcher(Thread):
         drop: Callable[[str], None],
         say: Callable[[str], None],
     ) -> None:
-        super().__init__(name="fetch", daemon=True)
+        self._thread = Thread(target=self._run, name="fetch", daemon=True)
         self._plan, self._fetch, self._drop, self._say = plan, fetch, drop, say
         self._n_said = 0
         self._changed = Condition()
@@ -146,7 +146,10 @@ class _Fetcher(Thread):
             (action.weight, n + 1) for n, action in enumerate(plan.actions) if isinstance(action, Fetch)
         ]
 
-    def run(self) -> None:
+    def start(self) -> None:
+        self._thread.start()
+
+    def _run(self) -> None:
         try:
             for action in self._plan.actions:
                 if isinstance(action, Drop):
@@ -203,4 +206,4 @@ class _Fetcher(Thread):
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        self.join(STOP_S)
+        self._thread.join(STOP_S)

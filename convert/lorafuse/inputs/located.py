@@ -12,10 +12,9 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named, folder_of, hub_name
 from lorafuse.planning.combine import WeightedAdapter
-from lorafuse.settings import checked_weight
+from lorafuse.settings import AUTO, checked_weight
 
 Name = str | PathLike[str]
-AUTO = ("auto", "-")  # for CKPT
 
 
 def named_weight(adapter: Name | tuple[Name, float]) -> tuple[str, float]:

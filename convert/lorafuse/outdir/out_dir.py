@@ -12,6 +12,7 @@ from typing import Protocol, Self
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.events import OnEvent
 from lorafuse.files.folder import FileHash, Folder
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_writer import OutFile
 from lorafuse.merge.destination import Written
 from lorafuse.outdir.journal import Attempt, FinishedShard
@@ -64,7 +65,7 @@ class OutDir(Protocol):
     def put(self, file: str, chunks: Iterable[bytes]) -> None:
         """A small file, which may lie in a sub-folder, durable at once."""
 
-    def scratch(self) -> Path:
+    def scratch(self) -> LocalFolder:
         """A folder of this machine for what is needed while the result is made. What lies in it is there for
         a run that goes on, and is removed with the result's place."""
 

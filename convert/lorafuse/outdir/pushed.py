@@ -8,6 +8,7 @@ from typing import Self
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.files.folder import FileHash
 from lorafuse.files.hub_upload import Upload
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_writer import OutFile
 from lorafuse.merge.destination import Written
 from lorafuse.outdir.journal import FinishedShard
@@ -87,7 +88,7 @@ class PushedOutDir:
     def put(self, file: str, chunks: Iterable[bytes]) -> None:
         self._inner.put(file, chunks)
 
-    def scratch(self) -> Path:
+    def scratch(self) -> LocalFolder:
         return self._inner.scratch()
 
     def files(self) -> list[str]:

@@ -200,10 +200,10 @@ class LocalOutDir:
             f.flush()
             os.fsync(f.fileno())
 
-    def scratch(self) -> Path:
+    def scratch(self) -> LocalFolder:
         folder = self._folder / SCRATCH
         folder.mkdir(exist_ok=True)
-        return folder
+        return LocalFolder(folder)
 
     def files(self) -> list[str]:
         files = (path for path in self.path.rglob("*") if path.is_file() and path.suffix != ".part")
