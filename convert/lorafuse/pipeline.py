@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from functools import partial
-from os import fspath
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -19,6 +18,7 @@ from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named
+from lorafuse.files.local_folder import as_typed, directory_as_typed
 from lorafuse.files.names import scheme_of
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import (
@@ -36,6 +36,7 @@ from lorafuse.planning.make_plan import make_plan
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import kept_in_sum
 from lorafuse.settings import Push, Settings, parse_nbytes
+from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
 
@@ -73,10 +74,10 @@ def convert(
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
-    named = [(fspath(adapter), settings.adapter_scale), *map(named_weight, adapters)]
+    named = [named_weight((adapter, settings.adapter_scale)), *map(named_weight, adapters)]
     push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
-    writing = Writing(fspath(out_dir), overwrite, restart, dry_run, stream, push, card or bool(push))
-    return cast(dict[str, Any], _convert(fspath(ckpt), named, writing, settings, on_event))
+    writing = Writing(as_typed(out_dir), overwrite, restart, dry_run, stream, push, card or bool(push))
+    return cast(dict[str, Any], _convert(directory_as_typed(ckpt), named, writing, settings, on_event))
 
 
 class Writing(NamedTuple):
@@ -111,6 +112,7 @@ def _convert(
         ckpt_folder = checkpoint_folder(ckpt)
         check([ckpt_folder, *(adapter.root for adapter in located)])
         with closing(Checkpoint(ckpt_folder)) as base:
+            settings = settled(settings, base, [folder for each in located for folder in each.folders])
             plan = make_plan(base, adapters, settings, each_format=writing.dry_run)
             warnings, planned = announced(plan, dry_run=writing.dry_run)
             for warning in warnings:

@@ -20,7 +20,7 @@ from lorafuse.cli.options import (
 from lorafuse.cli.show import Show, plan_text, summary_text, weights_text
 from lorafuse.cli.streams import say, tell
 from lorafuse.outdir.apart import refuse_nameless
-from lorafuse.settings import AUTO, Settings
+from lorafuse.settings import THE_BASE, Settings
 
 
 @click.command(context_settings=CONTEXT)
@@ -98,7 +98,7 @@ def convert(
         if verbose and not quiet:
             say(weights_text(receipt))
         if not quiet:
-            base = receipt["inputs"][0]["path"].rpartition("/")[0] if ckpt in AUTO else ckpt
+            base = receipt["inputs"][0]["path"].rpartition("/")[0] if ckpt in THE_BASE else ckpt
             say(summary_text(receipt, base, [adapter, *(path for path, _ in options["adapters"])]))
         if show.url and not quiet:
             say(f"Pushed: {show.url}")

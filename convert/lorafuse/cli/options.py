@@ -13,6 +13,7 @@ from lorafuse.settings import (
     FORMAT_CHOICES,
     ROUNDING_CHOICES,
     Push,
+    dtype_named,
     parse_nbytes,
     parse_weighted,
 )
@@ -33,6 +34,18 @@ class Size(click.ParamType[str]):
         except UsageError as e:
             self.fail(str(e), param, ctx)
         return str(value)
+
+
+_DTYPES = click.Choice(DTYPE_CHOICES)
+
+
+class DType(click.ParamType[str]):
+    """One of DTYPE_CHOICES, or a short name of it."""
+
+    name = f"[{'|'.join(DTYPE_CHOICES)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(_DTYPES.convert(dtype_named(value), param, ctx))
 
 
 def given(*names: str) -> list[str]:
@@ -62,9 +75,9 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 # What decides the bytes that are written, and what it costs.
 output_options = _all(
-    click.option("--dtype", type=click.Choice(DTYPE_CHOICES), default="auto", show_default=True,
+    click.option("--dtype", type=DType(), metavar=DType.name, default="auto", show_default=True,
                  help="dtype of the output's floating-point weights; auto keeps, per weight, the dtype it "
-                      "decodes to."),
+                      "decodes to. bf16, fp16 and fp32 are known too."),
     click.option("--format", type=click.Choice(FORMAT_CHOICES), default="dense", show_default=True,
                  help="How weights are stored: in full precision; all as the base stores them, what changes "
                       "rounded without bias onto the base's own grid; what changes in full precision and "

@@ -19,6 +19,7 @@ from lorafuse.files.kinds import SAFETENSORS_FILES, matches
 from lorafuse.files.local_folder import LocalFile, LocalFolder
 from lorafuse.files.ranged_file import RangedFile
 
+TORCH_FILES = "pytorch_model*.bin"
 LARGE_NBYTES = 50_000_000  # of a file without tensors that is read in ranges
 # The hub's library, its HTTP client, and a file on its way.
 HUB_NBYTES = 40_000_000
@@ -135,7 +136,7 @@ class HubFolder:
         entry, path = self._entry(name), self._path(name)
         local = self.repo.local(path)
         if local is None:
-            large = matches(name, [SAFETENSORS_FILES]) or entry.nbytes > LARGE_NBYTES
+            large = matches(name, (SAFETENSORS_FILES, TORCH_FILES)) or entry.nbytes > LARGE_NBYTES
             if large and not self.whole and not self.repo.in_use:
                 return RangedFile(self.repo, path, self / name, self.facts(name))
             local = self.repo.fetch(path, self.repo.scratch)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from os import PathLike, fspath
+from os import PathLike
 from typing import NamedTuple
 
 from lorafuse.adapters import AdapterDir, adapter_folder, open_adapter
@@ -11,8 +11,9 @@ from lorafuse.events import OnEvent, warn_by
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named, folder_of, hub_name
+from lorafuse.files.local_folder import directory_as_typed
 from lorafuse.planning.combine import WeightedAdapter
-from lorafuse.settings import AUTO, checked_weight
+from lorafuse.settings import THE_BASE, checked_weight
 
 Name = str | PathLike[str]
 
@@ -21,7 +22,7 @@ def named_weight(adapter: Name | tuple[Name, float]) -> tuple[str, float]:
     """(name, weight) of an adapter that may come without a weight. Raises UsageError for a weight that is no
     finite number."""
     name, weight = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-    return fspath(name), checked_weight(name, weight)
+    return directory_as_typed(name), checked_weight(name, weight)
 
 
 def checkpoint_folder(name: str) -> Folder:
@@ -32,7 +33,7 @@ def checkpoint_folder(name: str) -> Folder:
 def named_base(ckpt: str, adapter: AdapterDir) -> str:
     """CKPT, or where it is "auto" or "-" the base that the adapter's config names, at its revision. Raises
     AdapterError where it names none."""
-    if ckpt not in AUTO or open_folder(ckpt).is_there():
+    if ckpt not in THE_BASE or open_folder(ckpt).is_there():
         return ckpt
     base, revision = adapter.base_name, adapter.config.get("revision")
     where = f"{shown(adapter.folder)}: the config"
@@ -61,6 +62,11 @@ class LocatedAdapter(NamedTuple):
     def folder(self) -> Folder:
         """Where its tensors are."""
         return self.root if self.sub_folder is None else self.root.sub_folder(self.sub_folder)
+
+    @property
+    def folders(self) -> list[Folder]:
+        """Where files about it may lie."""
+        return [self.root] if self.sub_folder is None else [self.folder, self.root]
 
 
 def located_adapter(name: str, weight: float, folder_name: str | None, on_event: OnEvent) -> LocatedAdapter:
