@@ -146,6 +146,7 @@ def test_files_of_an_adapter(hub: HubServer, tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
         "tokenizer.json",
+        "README.md",  # which may say how training loaded the base
     }
 
 

@@ -174,8 +174,11 @@ def _located(adapter: str, folder: Path) -> str:
     beside = str(folder / adapter)
     # A directory here, but not there, is neither. os.path.isdir: a path that is too long or may not be looked
     # at is the job's own error, later.
-    is_path = os.path.isdir(beside) or os.path.isdir(adapter) or hub_name(adapter) is None
-    return beside if is_path else adapter
+    hub = hub_name(adapter)
+    is_path = os.path.isdir(beside) or os.path.isdir(adapter) or hub is None
+    # As for a name on the command line: a folder of a repository, unless a directory is called as its owner.
+    in_directory = hub and hub.folder and os.path.isdir(folder / hub.repo.partition("/")[0])
+    return beside if is_path or in_directory else adapter
 
 
 def _checked_name(name: Any) -> str:
