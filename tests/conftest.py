@@ -103,6 +103,21 @@ def adapter(base, tmp_path):
 
 
 @pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine, which the hub's library asks; its cache is in `home`, and nothing is in the
+    current directory."""
+    from hub_server import HubServer, asked_here
+
+    server = HubServer(tmp_path / "server")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with asked_here(server, tmp_path / "home", monkeypatch):
+        yield server
+    server.close()
+
+
+@pytest.fixture
 def in_memory(monkeypatch):
     """in_memory(path) → the URL of a copy of that directory in memory: a second kind of folder."""
     from memory_folder import Memory

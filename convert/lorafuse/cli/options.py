@@ -12,6 +12,7 @@ from lorafuse.settings import (
     DTYPE_CHOICES,
     FORMAT_CHOICES,
     ROUNDING_CHOICES,
+    Push,
     dtype_named,
     parse_nbytes,
     parse_weighted,
@@ -123,6 +124,16 @@ base_options = _all(
                  help="Take --base-quant and its details from a config.json, BitsAndBytesConfig, training "
                       "config of axolotl, LLaMA-Factory or TRL, or README.md."),
 )  # fmt: skip
+
+
+def push_option(options: dict[str, Any]) -> Push | None:
+    """--push-to-hub and its details, which are taken out of the options. Raises UsageError."""
+    names = ("private", "revision", "create_pr")
+    details = {name: options.pop(name) for name in names}
+    repo = options["push_to_hub"]
+    if repo is None and (without := given(*names)):
+        raise UsageError(f"--{without[0].replace('_', '-')} goes with --push-to-hub REPO.")
+    return None if repo is None else Push(repo, **details)
 
 
 def check_base_options(options: dict[str, Any]) -> None:
