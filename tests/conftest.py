@@ -101,6 +101,14 @@ def adapter(base, tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def kernel_path(tmp_path_factory):
+    """The compiled kernel, as a file."""
+    import kernels
+
+    return kernels.built(tmp_path_factory.mktemp("kernel"))
+
+
 @pytest.fixture
 def in_memory(monkeypatch):
     """in_memory(path) → the URL of a copy of that directory in memory: a second kind of folder."""

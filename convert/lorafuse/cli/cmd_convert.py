@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from lorafuse._version import __version__
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import (
     CONTEXT,
@@ -14,6 +13,7 @@ from lorafuse.cli.options import (
     check_base_options,
     output_options,
     run_options,
+    version_option,
     weighted,
 )
 from lorafuse.cli.show import Show, plan_text, summary_text, weights_text
@@ -46,7 +46,7 @@ from lorafuse.settings import Settings
 @click.option("--restart", is_flag=True, help="Discard what an earlier run that was cut off has finished.")
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also what happens to each weight that changes.")
-@click.version_option(__version__, prog_name="lorafuse")
+@version_option
 def convert(
     ckpt: str,
     adapter: str,
