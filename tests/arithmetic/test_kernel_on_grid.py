@@ -106,7 +106,7 @@ def test_four_bits(kernels, tile, kind, dtype):
     check(kernels, make_grid, base.to(dtype), tile, generator)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(tile=tiles())
 def test_int8(kernels, tile):
     generator = torch.Generator().manual_seed(tile["seed"])

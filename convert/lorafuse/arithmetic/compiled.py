@@ -71,7 +71,62 @@ def round_tile(
         dtype=DTYPES[base.dtype], kind=0 if grid.levels else 1, draws=1 if draws.seeds else 0,
         level=kernel.level,
     )  # fmt: skip
-    return stored, kernel.round(ctypes.byref(call))
+    return stored, kernel.round_tile(ctypes.byref(call))
+
+
+class _Packed(ctypes.Structure):
+    """`struct packed` of kernel.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "map", "scales", "values")),
+        *((name, ctypes.c_int64) for name in ("numel", "blocksize", "skip")),
+        *((name, ctypes.c_int32) for name in ("dtype", "level")),
+    )
+
+
+def decode_four_bit(
+    kernel: Kernel,
+    packed: torch.Tensor,
+    quant_map: torch.Tensor,
+    scales: torch.Tensor,
+    blocksize: int,
+    skip: int,
+    values: torch.Tensor,
+) -> bool:
+    """dequantize.decode_four_bit, into `values`. False where it is left to torch: bits of NaN are its own."""
+    call = _Packed(
+        codes=_address(packed), map=_address(quant_map), scales=_address(scales), values=_address(values),
+        numel=values.numel(), blocksize=blocksize, skip=skip,
+        dtype=DTYPES[values.dtype], level=kernel.level,
+    )  # fmt: skip
+    return bool(kernel.decode(ctypes.byref(call)))
+
+
+class Sums(ctypes.Structure):
+    """`struct measured` of kernel.c."""
+
+    base_sq: float
+    delta_sq: float
+    residual_sq: float
+    residual_delta: float
+    n_changed: int
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("base", "stored", "total")),
+        ("numel", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("base_sq", "delta_sq", "residual_sq", "residual_delta")),
+        ("n_changed", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("base_dtype", "stored_dtype", "level")),
+    )
+
+
+def measure_tile(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor) -> Sums:
+    """The sums of measure.measure_tile."""
+    call = Sums(
+        base=_address(base), total=_address(total), stored=_address(stored), numel=total.numel(),
+        base_dtype=DTYPES[base.dtype], stored_dtype=DTYPES[stored.dtype], level=kernel.level,
+    )  # fmt: skip
+    kernel.measure(ctypes.byref(call))
+    return call
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -22,6 +22,10 @@
 #error "written for gcc and clang"
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)
+#define SHUFFLES /* the compiler has __builtin_shuffle */
+#endif
+
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
@@ -32,12 +36,14 @@ enum { FOUR_BIT, INT8 };
 enum { BASELINE, AVX2, AVX512 };
 
 #if defined(__x86_64__)
+#define X86 1
 #define LEVELS(X) X(_avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))) \
     X(_avx2, __attribute__((target("avx2")))) X(_baseline, )
 #define AT_LEVEL(level, name, ...) \
     ((level) == AVX512 ? name##_avx512(__VA_ARGS__) \
      : (level) == AVX2 ? name##_avx2(__VA_ARGS__) : name##_baseline(__VA_ARGS__))
 #else
+#define X86 0
 #define LEVELS(X) X(_baseline, )
 #define AT_LEVEL(level, name, ...) ((void)(level), name##_baseline(__VA_ARGS__))
 #endif
@@ -395,3 +401,158 @@ LEVELS(ROUND)
 
 /* round_tile: writes codes and what they stand for. Returns how many elements are beyond the grid. */
 EXPORT int64_t lorafuse_round(const struct on_grid *t) { return AT_LEVEL(t->level, round, t); }
+
+/* dequantize.py */
+
+/* Elements [skip, skip + numel) of packed codes: map[code] * scale of its block, rounded to the dtype. */
+struct packed {
+    const uint8_t *codes;
+    const float *map, *scales;
+    uint16_t *values;
+    int64_t numel, blocksize, skip;
+    int32_t dtype, level;
+};
+
+#if defined(SHUFFLES)
+
+/* Two values for each of n bytes, the high nibble's first: 16 bytes at a time by shuffles, of which `table` is
+   looked up in two halves. */
+INLINE void look_up(uint16_t *values, const uint8_t *codes, int64_t n, const uint32_t *table) {
+    typedef uint8_t bytes __attribute__((vector_size(16)));
+    const bytes first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, last = first + 8;
+    const bytes first_two = {0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23}, last_two = first_two + 8;
+    const bytes lowest = {0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29};
+    const bytes eight = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    int64_t k = 0;
+    bytes quarter[4];
+    memcpy(quarter, table, 64);
+    /* Of 8 values each the low bytes, then the high ones. */
+    bytes left = __builtin_shuffle(quarter[0], quarter[1], lowest);
+    bytes right = __builtin_shuffle(quarter[2], quarter[3], lowest);
+    bytes low = __builtin_shuffle(left, right, eight), high = __builtin_shuffle(left, right, eight + 8);
+    for (; k + 16 <= n; k += 16) {
+        bytes both, halves[2], made[4];
+        memcpy(&both, codes + k, 16);
+        bytes even = both >> 4, odd = both & 15;
+        bytes even_low = __builtin_shuffle(low, even), even_high = __builtin_shuffle(high, even);
+        bytes odd_low = __builtin_shuffle(low, odd), odd_high = __builtin_shuffle(high, odd);
+        for (int half = 0; half < 2; half++) {
+            halves[0] = __builtin_shuffle(even_low, even_high, half ? last : first);
+            halves[1] = __builtin_shuffle(odd_low, odd_high, half ? last : first);
+            made[2 * half] = __builtin_shuffle(halves[0], halves[1], first_two);
+            made[2 * half + 1] = __builtin_shuffle(halves[0], halves[1], last_two);
+        }
+        memcpy(values + 2 * k, made, 64);
+    }
+    for (; k < n; k++) {
+        values[2 * k] = (uint16_t)table[codes[k] >> 4];
+        values[2 * k + 1] = (uint16_t)table[codes[k] & 15];
+    }
+}
+
+/* Returns 0 where a scale is not finite: what bits NaN has is torch's to say. */
+INLINE int decode_as(const struct packed *p, int dtype) {
+    for (int64_t i = 0, end, block = 0; i < p->numel; i = end, block++) {
+        uint32_t table[16];
+        float scale = p->scales[block];
+        if (scale - scale != 0)
+            return 0;
+        for (int code = 0; code < 16; code++) {
+            float value = p->map[code] * scale;
+            table[code] = dtype == BFLOAT16 ? to_bfloat(value) : to_half(value);
+        }
+        end = (block + 1) * p->blocksize - p->skip;
+        end = end < p->numel ? end : p->numel;
+        const uint8_t *codes = p->codes + ((p->skip + i) >> 1);
+        if ((p->skip + i) & 1)
+            p->values[i++] = (uint16_t)table[*codes++ & 15];
+        look_up(p->values + i, codes, (end - i) >> 1, table);
+        if ((end - i) & 1)
+            p->values[end - 1] = (uint16_t)table[codes[(end - i) >> 1] >> 4];
+    }
+    return 1;
+}
+
+#define DECODE(level, target) \
+    target static int decode##level(const struct packed *p) { \
+        return p->dtype == BFLOAT16 ? decode_as(p, BFLOAT16) : decode_as(p, FLOAT16); \
+    }
+LEVELS(DECODE)
+
+#endif
+
+/* decode_four_bit; 0 where it is not done: without shuffles torch is faster. */
+EXPORT int32_t lorafuse_decode(const struct packed *p) {
+#if defined(SHUFFLES)
+    int level = p->level == AVX512 ? AVX2 : p->level; /* shuffles of longer vectors wait for the table */
+    if (!X86 || level > BASELINE)
+        return AT_LEVEL(level, decode, p);
+#endif
+    (void)p;
+    return 0;
+}
+
+/* measure.py */
+
+enum { LANES = 16, SUMMED = 512 };
+
+struct measured {
+    const void *base, *stored;
+    const float *total;
+    int64_t numel;
+    double base_sq, delta_sq, residual_sq, residual_delta;
+    int64_t n_changed;
+    int32_t base_dtype, stored_dtype, level;
+};
+
+/* Sums of at most SUMMED elements in fp32, in lanes, so that they are the same at all levels; they are added up
+   in float64. */
+INLINE void sum_some(struct measured *m, int64_t start, int64_t n, int base_dtype, int stored_dtype) {
+    float base_sq[LANES] = {0}, delta_sq[LANES] = {0}, residual_sq[LANES] = {0}, residual_delta[LANES] = {0};
+    int32_t changed[LANES] = {0};
+    for (int64_t k = start; k < start + n; k += LANES) {
+        int lanes = start + n - k < LANES ? (int)(start + n - k) : LANES;
+        for (int j = 0; j < lanes; j++) {
+            float w = read_at(m->base, k + j, base_dtype), s = read_at(m->stored, k + j, stored_dtype);
+            float residual = s - m->total[k + j], delta = m->total[k + j] - w;
+            base_sq[j] += w * w;
+            delta_sq[j] += delta * delta;
+            residual_sq[j] += residual * residual;
+            residual_delta[j] += residual * delta;
+            changed[j] += s != w;
+        }
+    }
+    for (int j = 0; j < LANES; j++) {
+        m->base_sq += base_sq[j];
+        m->delta_sq += delta_sq[j];
+        m->residual_sq += residual_sq[j];
+        m->residual_delta += residual_delta[j];
+        m->n_changed += changed[j];
+    }
+}
+
+INLINE void measure_as(struct measured *m, int base_dtype, int stored_dtype) {
+    for (int64_t at = 0; at < m->numel; at += SUMMED)
+        sum_some(m, at, m->numel - at < SUMMED ? m->numel - at : SUMMED, base_dtype, stored_dtype);
+}
+
+INLINE void measure_base(struct measured *m, int base_dtype) {
+    switch (m->stored_dtype) {
+    case BFLOAT16: measure_as(m, base_dtype, BFLOAT16); break;
+    case FLOAT16: measure_as(m, base_dtype, FLOAT16); break;
+    default: measure_as(m, base_dtype, FLOAT32);
+    }
+}
+
+#define MEASURE(level, target) \
+    target static void measure##level(struct measured *m) { \
+        switch (m->base_dtype) { \
+        case BFLOAT16: measure_base(m, BFLOAT16); break; \
+        case FLOAT16: measure_base(m, FLOAT16); break; \
+        default: measure_base(m, FLOAT32); \
+        } \
+    }
+LEVELS(MEASURE)
+
+/* measure_tile, but for what is not finite. */
+EXPORT void lorafuse_measure(struct measured *m) { AT_LEVEL(m->level, measure, m); }

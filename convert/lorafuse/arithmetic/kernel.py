@@ -22,8 +22,10 @@ class Kernel:
 
     def __init__(self, library: ctypes.CDLL, level: int) -> None:
         self._library, self.level = library, level
-        self.round = library.lorafuse_round
-        self.round.restype = ctypes.c_int64
+        self.round_tile, self.decode = library.lorafuse_round, library.lorafuse_decode
+        self.round_tile.restype, self.decode.restype = ctypes.c_int64, ctypes.c_int32
+        self.measure = library.lorafuse_measure
+        self.measure.restype = None
 
     def at(self, level: int) -> "Kernel":
         """The same at another level that the processor has."""
