@@ -104,9 +104,9 @@ def adapter(base, tmp_path):
 @pytest.fixture(scope="session")
 def kernel_path(tmp_path_factory):
     """The compiled kernel, as a file."""
-    import kernels
+    import compiled_kernel
 
-    return kernels.built(tmp_path_factory.mktemp("kernel"))
+    return compiled_kernel.built(tmp_path_factory.mktemp("kernel"))
 
 
 @pytest.fixture

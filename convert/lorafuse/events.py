@@ -33,6 +33,7 @@ class PlannedSideFiles(TypedDict):
 class PlanEvent(TypedDict):
     """What is going to happen. `weights`: the number of weights by action; `decoded`: the number of elements
     by how they are stored, where they are quantized; `held_whole`: the weights that are held in memory whole;
+    `notes`: what to ask oneself, though nothing is wrong;
     `formats`: of a dry run, the bytes of all weights in each format that the base allows. A verification says
     `nbytes` and no shards."""
 
@@ -47,6 +48,7 @@ class PlanEvent(TypedDict):
     config_changes: NotRequired[dict[str, Any]]
     side_files: NotRequired[PlannedSideFiles]
     held_whole: NotRequired[list[str]]
+    notes: NotRequired[list[str]]
     formats: NotRequired[dict[str, int]]
     job: NotRequired[str]
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from os import fspath
 from typing import Any, NamedTuple, NoReturn, cast
 
 from lorafuse.arithmetic.arena import pick_device
@@ -11,6 +10,7 @@ from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.one_pass import Pass, PlannedJob
 from lorafuse.events import DoneEvent, OnEvent, PlanEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import as_typed, directory_as_typed
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, named_weight, opened
 from lorafuse.inputs.unchanged import UnchangedInputs
@@ -20,6 +20,7 @@ from lorafuse.planning.make_plan import make_plan
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import kept_in_sum
 from lorafuse.settings import Settings, parse_nbytes
+from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
 
@@ -70,9 +71,9 @@ def convert(
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
-    named = [(fspath(adapter), settings.adapter_scale), *map(named_weight, adapters)]
-    writing = Writing(fspath(out_dir), overwrite, restart, dry_run)
-    return cast(dict[str, Any], _convert(fspath(ckpt), named, writing, settings, on_event))
+    named = [named_weight((adapter, settings.adapter_scale)), *map(named_weight, adapters)]
+    writing = Writing(as_typed(out_dir), overwrite, restart, dry_run)
+    return cast(dict[str, Any], _convert(directory_as_typed(ckpt), named, writing, settings, on_event))
 
 
 class Writing(NamedTuple):
@@ -102,6 +103,7 @@ def _convert(
     inputs = [ckpt_folder, *(adapter.root for adapter in located)]
     kind_of(out_dir).check_out_dir(out_dir, inputs, overwrite=overwrite)
     with closing(Checkpoint(ckpt_folder)) as base, opened(located) as adapters:
+        settings = settled(settings, base, [folder for each in located for folder in each.folders])
         plan = make_plan(base, adapters, settings, each_format=dry_run)
         warnings, planned = announced(plan, dry_run=dry_run)
         for warning in warnings:

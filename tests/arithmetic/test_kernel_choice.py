@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from build import files_of
-from kernels import at_every_level
+from compiled_kernel import at_every_level
 
 import lorafuse
 from lorafuse.arithmetic import kernel

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from compiled_kernel import at_every_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import at_every_level
 
 from lorafuse.arithmetic import compiled
 from lorafuse.arithmetic.arena import Arena

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from compiled_kernel import at_every_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import at_every_level
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.dequantize import decode_int8

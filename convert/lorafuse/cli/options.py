@@ -14,6 +14,7 @@ from lorafuse.settings import (
     DTYPE_CHOICES,
     FORMAT_CHOICES,
     ROUNDING_CHOICES,
+    dtype_named,
     parse_nbytes,
     parse_weighted,
 )
@@ -47,8 +48,20 @@ def _say_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 
 version_option = click.option(
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_say_version,
-    help="Show the version, and which compiled kernel is used, and exit.",
+    help="Show the version and exit.",
 )  # fmt: skip
+
+
+_DTYPES = click.Choice(DTYPE_CHOICES)
+
+
+class DType(click.ParamType[str]):
+    """One of DTYPE_CHOICES, or a short name of it."""
+
+    name = f"[{'|'.join(DTYPE_CHOICES)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(_DTYPES.convert(dtype_named(value), param, ctx))
 
 
 def given(*names: str) -> list[str]:
@@ -78,9 +91,9 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 # What decides the bytes that are written, and what it costs.
 output_options = _all(
-    click.option("--dtype", type=click.Choice(DTYPE_CHOICES), default="auto", show_default=True,
+    click.option("--dtype", type=DType(), metavar=DType.name, default="auto", show_default=True,
                  help="dtype of the output's floating-point weights; auto keeps, per weight, the dtype it "
-                      "decodes to."),
+                      "decodes to. bf16, fp16 and fp32 are known too."),
     click.option("--format", type=click.Choice(FORMAT_CHOICES), default="dense", show_default=True,
                  help="How weights are stored: in full precision; all as the base stores them, what changes "
                       "rounded without bias onto the base's own grid; what changes in full precision and "

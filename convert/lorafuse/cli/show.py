@@ -27,6 +27,8 @@ class Show:
         if event["event"] == "warning":
             say(f"Warning: {event['message']}")
         elif event["event"] == "plan":
+            for note in event.get("notes", []):
+                say(f"Note: {note}")
             self._n_shards = len(event["shards"])
             self._open_bar(event["nbytes"])
         elif event["event"] == "resumed":

@@ -3,7 +3,7 @@
 import glob
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from os import PathLike, fspath
+from os import PathLike
 from typing import NamedTuple
 
 from lorafuse.adapters import adapter_folder, open_adapter
@@ -22,16 +22,21 @@ from lorafuse.files.kinds import (
     any_case,
     in_other_folders,
 )
+from lorafuse.files.local_folder import directory_as_typed
 from lorafuse.files.names import RECEIPT
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.settings import checked_weight
 from lorafuse.side_files.further import further_files
 from lorafuse.side_files.sets import FOLDERS, SETS
+from lorafuse.trained_base.beside_adapter import SAYING
 
 Name = str | PathLike[str]
 # Everything that a result may be made from, but what is UNWANTED.
 CHECKPOINT_FILES = ("*",)
-ADAPTER_FILES = (CONFIG, SAFETENSORS, "adapter_model-*.safetensors", INDEX, BIN, MLX, *TRAINED_BESIDE)
+ADAPTER_FILES = (
+    *(CONFIG, SAFETENSORS, "adapter_model-*.safetensors", INDEX, BIN, MLX, *TRAINED_BESIDE),
+    *SAYING,
+)
 KIND_FILES = ("config.json", CONFIG, f"*/{CONFIG}", RECEIPT)  # which tell what a repository holds
 # Weights of other formats; some repositories hold the same weights a second time under `consolidated`. The
 # index of safetensors files is read, though it is not copied.
@@ -47,7 +52,7 @@ def named_weight(adapter: Name | tuple[Name, float]) -> tuple[str, float]:
     """(name, weight) of an adapter that may come without a weight. Raises UsageError for a weight that is no
     finite number."""
     name, weight = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-    return fspath(name), checked_weight(name, weight)
+    return directory_as_typed(name), checked_weight(name, weight)
 
 
 def checkpoint_folder(name: str) -> Folder:
@@ -68,6 +73,11 @@ class LocatedAdapter(NamedTuple):
     def folder(self) -> Folder:
         """Where its tensors are."""
         return self.root if self.sub_folder is None else self.root.sub_folder(self.sub_folder)
+
+    @property
+    def folders(self) -> list[Folder]:
+        """Where files about it may lie."""
+        return [self.root] if self.sub_folder is None else [self.folder, self.root]
 
 
 def located_adapter(name: str, weight: float, folder_name: str | None, on_event: OnEvent) -> LocatedAdapter:

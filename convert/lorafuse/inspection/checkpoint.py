@@ -11,11 +11,10 @@ from typing import Any
 
 from lorafuse.codecs import Scheme, Sources, claims, open_weights, refuse_unknown_quantization
 from lorafuse.errors import CheckpointError
-from lorafuse.files.checkpoint import CONFIG_TYPES, Checkpoint
+from lorafuse.files.checkpoint import CONFIG_TYPES, Checkpoint, weights_of
 from lorafuse.files.folder import Folder
 from lorafuse.files.hub import remote_tensors
 from lorafuse.files.json_yaml import read_json_dict
-from lorafuse.files.names import SINGLE
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.stores import ShardedStore
 from lorafuse.files.tensors import DTYPES, FLOATS, TensorInfo
@@ -44,8 +43,8 @@ def inspect_checkpoint(folder: Folder, name: str) -> dict[str, Any]:
     except CheckpointError as e:
         problem = e
     try:
-        store = ShardedStore(folder, SINGLE)
-    except (FormatError, ValueError, OSError):
+        store = ShardedStore(folder, weights_of(folder))
+    except (CheckpointError, FormatError, ValueError, OSError):
         raise problem from None
     with closing(store):
         return _facts(

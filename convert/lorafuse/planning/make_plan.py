@@ -23,7 +23,7 @@ from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, StoredTens
 from lorafuse.formats import FORMATS
 from lorafuse.formats.format import Format, MakeFormat, WeightToStore
 from lorafuse.naming import Names
-from lorafuse.planning.base_check import base_copies, base_warnings, naming_the_base
+from lorafuse.planning.base_check import base_copies, base_warnings, naming_the_base, notes
 from lorafuse.planning.by_format import sizes_by_format
 from lorafuse.planning.combine import AdapterSays, WeightedAdapter, combine, common_model, in_order
 from lorafuse.planning.edits import own_edits
@@ -92,7 +92,8 @@ def make_plan(
     warnings += [*how.warnings(), *side_files.warnings]
     return Plan(
         shards, plan_id, memory, held_nbytes, config_changes, how.config(), used, ignored,
-        dict(how.left_out(run_time)), warnings, copies, side_files,
+        dict(how.left_out(run_time)), warnings, list(notes(weights, [each.adapter for each in summed])),
+        copies, side_files,
         sizes_by_format(ckpt, settings, weights, stored_so) if each_format else {},
     )  # fmt: skip
 
