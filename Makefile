@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 BUILD := build
 
-.PHONY: demo test soak oracle check format real faithfulness bench fixtures clean
+.PHONY: demo test soak oracle check format real faithfulness bench fixtures wheel clean
 
 demo: $(VENV)/.demo
 	rm -rf $(BUILD)/demo
@@ -47,6 +47,11 @@ bench: $(VENV)/.dev
 
 fixtures: $(VENV)/.dev
 	$(BIN)/python fixtures/make.py
+
+# One with the compiled kernel, for machines such as this, and one for all.
+wheel: $(VENV)/bin/python
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(BUILD)/wheels .
+	LORAFUSE_PURE=1 $(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(BUILD)/wheels .
 
 clean:
 	rm -rf $(VENV) $(BUILD)
