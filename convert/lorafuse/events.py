@@ -70,6 +70,15 @@ class ProgressEvent(TypedDict):
     job: NotRequired[str]
 
 
+class FetchedEvent(TypedDict):
+    """A file of the base is on this machine, and is what the hub lists."""
+
+    event: Literal["fetched"]
+    file: str
+    nbytes: int
+    job: NotRequired[str]
+
+
 class ShardEvent(TypedDict):
     """A file of weights is complete."""
 
@@ -81,7 +90,8 @@ class ShardEvent(TypedDict):
 
 
 class DoneEvent(TypedDict):
-    """The result has its name. The figures of time are those of the receipt's `timing`."""
+    """The result has its name. The figures of time are those of the receipt's `timing`. `url`: of the commit
+    or pull request on the hub, and `kept_here`: whether OUT_DIR is there too."""
 
     event: Literal["done"]
     out_dir: str
@@ -93,6 +103,8 @@ class DoneEvent(TypedDict):
     read_s: float
     write_s: float
     peak_rss: int
+    url: NotRequired[str]
+    kept_here: NotRequired[bool]
 
 
 class PassEvent(TypedDict):
@@ -117,7 +129,15 @@ class JobEvent(TypedDict):
 
 
 Event = (
-    WarningEvent | PlanEvent | ResumedEvent | ProgressEvent | ShardEvent | DoneEvent | PassEvent | JobEvent
+    WarningEvent
+    | PlanEvent
+    | ResumedEvent
+    | ProgressEvent
+    | FetchedEvent
+    | ShardEvent
+    | DoneEvent
+    | PassEvent
+    | JobEvent
 )
 OnEvent = Callable[[Event], None]
 

@@ -10,13 +10,13 @@ from typing import Any
 from lorafuse.errors import UsageError, shown
 
 DTYPE_CHOICES = ("auto", "float32", "float16", "bfloat16")
-FORMAT_CHOICES = ("dense", "base", "mixed", "nf4", "fp4", "int8", "fp8", "w8a16", "w4a16")
+FORMAT_CHOICES = ("dense", "base", "light", "mixed", "nf4", "fp4", "int8", "fp8", "w8a16", "w4a16")
 QUANTIZING_FORMATS = ("nf4", "fp4", "int8")
 ROUNDING_CHOICES = ("unbiased", "nearest")
 AUTO = "auto"  # as --base-quant: what the files beside the adapter say
 BASE_QUANT_CHOICES = ("none", AUTO, "nf4", "fp4", "int8")
 QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 functional.py, quantize_4bit
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?")
+THE_BASE = ("auto", "-")  # for CKPT: the base that the adapter's config names
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{i}B": base**power
     for power, letter in enumerate("KMGT", 1)
@@ -100,6 +100,25 @@ class BaseQuant:
             f"{self.kind} in blocks of {self.blocksize}, {'double' if self.double_quant else 'single'} "
             "quantization"
         )
+
+
+@dataclass(frozen=True)
+class Push:
+    """Where on the hub a result goes: a repository, which is made if it is not there, and a branch of it.
+    Raises UsageError."""
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.repo):
+            raise UsageError(
+                f"push_to_hub is {shown(self.repo)!r}; expected a repository on the hub, such as me/merged."
+            )
+        if self.revision and self.create_pr:
+            raise UsageError("create_pr asks for a branch of its own; it does not go with revision.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,8 @@ def test_lines(tmp_path):
         {"adapter": "here", "name": "a"},
         {"adapter": "/abs/olute", "name": "b", "scale": 1},
         {"adapter": "org/name@v2", "name": "c", "dtype": "float16"},
-        {"adapter": "no/such/dir", "name": "d"},
+        {"adapter": "here/such/dir", "name": "d"},
+        {"adapter": "me/tuned/checkpoint-4", "name": "e"},
     ]
     path = tmp_path / "jobs.jsonl"
     path.write_text("\n" + "\n".join(map(json.dumps, lines)) + "\n\n")
@@ -43,7 +44,8 @@ def test_lines(tmp_path):
         Job(str(tmp_path / "here"), "a"),
         Job("/abs/olute", "b", 1.0),
         Job("org/name@v2", "c", None, "float16"),
-        Job(str(tmp_path / "no/such/dir"), "d"),
+        Job(str(tmp_path / "here/such/dir"), "d"),
+        Job("me/tuned/checkpoint-4", "e"),  # a folder of a repository
     ]
 
 

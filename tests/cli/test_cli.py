@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from build import (
@@ -441,15 +440,13 @@ def test_hub_unreachable(
     run: Cli, adapter: Path, out: Path, untouched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An input that may be on the hub, without a network, ends with 5."""
-
-    def snapshot_download(repo_id: str, **_: object) -> str:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(out.parent / "no-cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run("no-org/no-name", adapter, out) == 5
     expected = (
-        "Error: no-org/no-name: no such directory, and the hub cannot be reached to look for a repository of "
-        "that name.\n"
+        "Error: no-org/no-name: no such directory, and it is not in the hub's cache; HF_HUB_OFFLINE is set: "
+        "unset it to ask the hub.\n"
     )
     assert run.err == expected
 

@@ -19,6 +19,7 @@ from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
+from lorafuse.files.hub import as_named
 from lorafuse.files.local_folder import as_typed, directory_as_typed
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
@@ -109,7 +110,7 @@ def _batch(
     device = pick_device(settings.device)
     ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)
-    with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, ckpt, []) as hashes:
+    with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, as_named(ckpt), []) as hashes:
         settings = settled(settings, base, _folders(everything))
         finished = ExistingResults(root, settings, hashes.result)
         common_files = CommonFiles(finished, chosen.share)

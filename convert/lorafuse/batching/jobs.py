@@ -17,9 +17,10 @@ from typing import Any
 from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, shown
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import has_scheme, open_folder
+from lorafuse.files.hub import hub_name
 from lorafuse.files.local_folder import as_typed
 from lorafuse.outdir.apart import Id, contents_of, place_of, places_of
-from lorafuse.settings import DTYPE_CHOICES, FORMAT_CHOICES, HUB_ID, Settings, dtype_named
+from lorafuse.settings import DTYPE_CHOICES, FORMAT_CHOICES, Settings, dtype_named
 
 KEYS = ("adapter", "name", "scale", "dtype", "format")
 MAX_NAME_NBYTES = 200  # a directory entry has 255, and the staging directory's name is longer
@@ -155,9 +156,8 @@ def _parse(line: bytes, folder: Path) -> Job:
 
 def _name_of(adapter: str) -> str:
     """The last part of a path or a hub id, without a revision."""
-    return PurePath(
-        os.path.normpath(adapter.partition("@")[0] if HUB_ID.fullmatch(adapter) else adapter)
-    ).name
+    hub = hub_name(adapter)
+    return PurePath(os.path.normpath(str(hub).partition("@")[0] if hub else adapter)).name
 
 
 def _is_finite(scale: object) -> bool:
@@ -174,8 +174,11 @@ def _located(adapter: str, folder: Path) -> str:
     beside = str(folder / adapter)
     # A directory here, but not there, is neither. os.path.isdir: a path that is too long or may not be looked
     # at is the job's own error, later.
-    is_path = os.path.isdir(beside) or os.path.isdir(adapter) or not HUB_ID.fullmatch(adapter)
-    return beside if is_path else adapter
+    hub = hub_name(adapter)
+    is_path = os.path.isdir(beside) or os.path.isdir(adapter) or hub is None
+    # As for a name on the command line: a folder of a repository, unless a directory is called as its owner.
+    in_directory = hub and hub.folder and os.path.isdir(folder / hub.repo.partition("/")[0])
+    return beside if is_path or in_directory else adapter
 
 
 def _checked_name(name: Any) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from io import FileIO
 from os import PathLike, fspath
 from pathlib import Path
+from typing import ClassVar
 
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.folder import Buffer, FileFacts
@@ -19,10 +20,11 @@ from lorafuse.files.safetensors_file import FormatError
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """The directory `path`. `named`: what the user called it where that was no directory, but a hub id."""
+    """The directory `path`."""
 
     path: Path
-    named: str | None = None
+    commit: ClassVar[None] = None
+    held_nbytes: ClassVar[int] = 0
 
     @classmethod
     def at(cls, name: str) -> "LocalFolder":
@@ -37,8 +39,8 @@ class LocalFolder:
 
     @property
     def address(self) -> str:
-        """The real path, or the hub id, which stays whatever the repository's newest commit is."""
-        return os.path.realpath(self.path) if self.named is None else self.named
+        """The real path."""
+        return os.path.realpath(self.path)
 
     @property
     def local_path(self) -> Path:
@@ -59,10 +61,16 @@ class LocalFolder:
         return sorted(path.name for path in self.path.glob("*") if path.is_dir())
 
     def sub_folder(self, name: str) -> "LocalFolder":
-        return LocalFolder(self.path / name, self.named)
+        return LocalFolder(self.path / name)
 
     def facts(self, name: str) -> FileFacts:
         return _facts(os.stat(self / name))
+
+    def is_unchecked(self, name: str) -> bool:
+        return True
+
+    def known_hash(self, name: str) -> None:
+        """A file system says nothing of contents."""
 
     def open(self, name: str, *, inside: bool = False) -> "LocalFile":
         if inside:

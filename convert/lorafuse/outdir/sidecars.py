@@ -109,6 +109,11 @@ def write_json(out_dir: TakesFiles, file: str, value: Any) -> None:
     out_dir.put(file, _json_chunks(value))
 
 
+def json_bytes(value: Any) -> bytes:
+    """The same, at once."""
+    return b"".join(_json_chunks(value))
+
+
 def _json_chunks(value: Any) -> Iterator[bytes]:
     """The file in pieces: the receipt of a model of many experts has tens of megabytes."""
     piece = io.StringIO()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lorafuse._version import __version__
 from lorafuse.arithmetic import kernel
-from lorafuse.files.hashing import FileHash
+from lorafuse.files.folder import FileHash
 from lorafuse.receipt.fields import (
     SCHEMA,
     InputEntry,

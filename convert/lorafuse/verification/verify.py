@@ -16,6 +16,7 @@ from lorafuse.files.folders import open_folder
 from lorafuse.files.local_folder import directory_as_typed
 from lorafuse.files.names import RECEIPT
 from lorafuse.formats.dense import Values
+from lorafuse.inputs.fetching import fetch_shards
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, opened
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
@@ -67,7 +68,9 @@ def verify(
     if ckpt is None:
         return checked
     located = [located_adapter(directory_as_typed(adapter), 1.0, None, on_event) for adapter in adapters]
-    with closing(Checkpoint(checkpoint_folder(directory_as_typed(ckpt)))) as base, opened(located) as given:
+    ckpt_name = directory_as_typed(ckpt)
+    with opened(located) as given, closing(Checkpoint(checkpoint_folder(ckpt_name))) as base:
+        fetch_shards(base)
         inputs = MergeInputs(base, given)
         if receipt:
             return checked | _against_inputs(folder, receipt, inputs, settings, sample, on_event)
