@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 
+from lorafuse.arguments import checked
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.one_pass import Pass, PlannedJob
@@ -40,6 +41,7 @@ from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
 
+@checked
 @own_torch_state()
 def convert(
     ckpt: Name, adapter: Name, out_dir: Name, *,

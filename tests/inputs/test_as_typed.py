@@ -80,7 +80,8 @@ def refusal(ckpt, adapter, out):
 
 def test_swapped_arguments(inputs, tmp_path):
     ckpt, lora = inputs
-    assert refusal(lora, ckpt, tmp_path / "out").endswith(
+    assert refusal(lora, ckpt, tmp_path / "out").endswith(ORDER)
+    assert refusal(lora, lora, tmp_path / "out").endswith(
         f"{lora} is no complete checkpoint. It holds an adapter; {ORDER}"
     )
 

@@ -56,7 +56,7 @@ class StackEncoder(Encoder):
         for number, part in self._stack.tiles(tile):
             encoder = self._encoders[number]
             encoded = encoder.encode(part, buffer[used:], arena)
-            values[part.start - tile.start : part.stop - tile.start].copy_(encoder.decode(encoded, arena))
+            values[part.start - tile.start : part.stop - tile.start] = encoder.decode(encoded, arena)
             n_clipped += encoded.n_clipped
             pieces += (p if p.source else p._replace(start=p.start + used) for p in encoded.pieces)
             used = max((p.start + p.nbytes for p in pieces if not p.source), default=used)

@@ -8,6 +8,7 @@ checkpoint only its config and the headers of its shards.
 from os import PathLike
 from typing import Any
 
+from lorafuse.arguments import checked
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named, folder_of
@@ -18,6 +19,7 @@ from lorafuse.inspection.merged import inspect_merged
 __all__ = ["inspect"]
 
 
+@checked
 def inspect(path: str | PathLike[str]) -> dict[str, Any]:
     """What `path`, a directory or a hub id `org/name[@revision]`, holds; "kind" is "merged", "adapter",
     "adapters" (one in each of several sub-folders) or "checkpoint". What keeps it from being merged is in

@@ -5,6 +5,7 @@ from contextlib import closing
 from os import PathLike
 from typing import Any, NamedTuple
 
+from lorafuse.arguments import checked
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.codecs import open_weights
@@ -30,6 +31,7 @@ from lorafuse.verification.merged_adapters import in_merged_order
 from lorafuse.verification.other_tools import relate
 
 
+@checked
 @own_torch_state()
 def verify(
     out_dir: str | PathLike[str],
