@@ -9,7 +9,7 @@ from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.dequantize import NARROW
 from lorafuse.arithmetic.scaling import round_through, scale_blocks, subtract_zeros
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
-from lorafuse.codecs.held import N_WINDOWS_HELD, WINDOWS_NBYTES, Windows
+from lorafuse.codecs.held import N_WINDOWS_HELD, TURNED_NBYTES, WINDOWS_NBYTES, Windows
 from lorafuse.codecs.sources import Raw, Scheme, Sources
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, Box, TensorSpec
@@ -41,13 +41,16 @@ class Turned(Protocol):
     def nbytes(self, n_outputs: int) -> int:
         """Host bytes of what `read` returns for so many outputs."""
 
-    def read(self, outputs: range) -> Raw:
-        """Returns codes, and what else they need, in tensors of their own. Raises CheckpointError,
-        StorageError."""
+    def read(self, outputs: range, arena: Arena) -> Raw:
+        """Returns words, int32 [outputs or units of them, words of one], and what else they need, in tensors
+        of their own. Raises CheckpointError, StorageError."""
 
-    def decode(self, raw: Raw, at: range, arena: Arena) -> torch.Tensor:
-        """Returns float32 [outputs, in] of those `at` these places in the band that `raw` is of, on the
-        arena's device."""
+    def by_outputs(self, raw: Raw, at: range, arena: Arena) -> Raw:
+        """Returns what `raw` has of the outputs `at` these places in its band, whole units, on the arena's
+        device: words, and float32 [outputs, groups]: scales and zero points, if any."""
+
+    def decode(self, by_outputs: Raw, at: range, arena: Arena) -> torch.Tensor:
+        """Returns float32 [outputs, in] of those `at` these places of what `by_outputs` returned."""
 
 
 class Bands(Sources):
@@ -59,10 +62,11 @@ class Bands(Sources):
         self.spec, self.out_dtype = matrix.spec, matrix.spec.dtype
         n_outputs, n_inputs = self.spec.shape
         width = self._outputs_of_a_band()
-        self._windows = Windows(n_outputs, width, lambda rows, arena: matrix.read(rows))
+        self._windows = Windows(n_outputs, width, matrix.read)
         self.window_nbytes = self._windows.n_held * matrix.nbytes(width)
         # A row is decoded whole, and so is a unit of rows.
-        self.nbytes = max(CHUNK_NUMEL, 2 * matrix.unit * n_inputs) * CHUNK_NBYTES_PER_ELEMENT
+        chunk_numel = max(CHUNK_NUMEL, 2 * matrix.unit * n_inputs)
+        self.nbytes = chunk_numel * CHUNK_NBYTES_PER_ELEMENT + 2 * TURNED_NBYTES
 
     def _outputs_of_a_band(self) -> int:
         """All where they may be held, else as many as two bands may have."""
@@ -96,13 +100,13 @@ class Bands(Sources):
         step = max(CHUNK_NUMEL // n_inputs // unit, 1) * unit
         for number, (window, part) in enumerate(windows):
             fetched = raw[number * n_tensors : (number + 1) * n_tensors]
-            first = part.start
-            while first < part.stop:
-                place = first - window.start
-                last = min(window.start + place // unit * unit + step, part.stop)
-                values = self._matrix.decode(fetched, range(place, last - window.start), arena)
+            origin = window.start + (part.start - window.start) // unit * unit
+            units = range(origin - window.start, -(-(part.stop - window.start) // unit) * unit)
+            ours = self._matrix.by_outputs(fetched, units, arena)
+            for start in range(origin, part.stop, step):
+                first, last = max(start, part.start), min(start + step, part.stop)
+                values = self._matrix.decode(ours, range(first - origin, last - origin), arena)
                 tile[first - rows.start : last - rows.start].copy_(self._rounded(values, arena))
-                first = last
         return made
 
     def _rounded(self, values: torch.Tensor, arena: Arena) -> torch.Tensor:
@@ -129,6 +133,7 @@ def scale(
             subtract_zeros(values, zeros, group_of)
         scale_blocks(values, scales, group_of)
         return values
+    group_of = group_of.long()  # which torch takes half as long to select by
     if zeros is not None:
         values.sub_(zeros.index_select(1, group_of))
     return values.mul_(scales.index_select(1, group_of))

@@ -10,7 +10,7 @@ from lorafuse.arithmetic.bit_stream import unpack_floats
 from lorafuse.arithmetic.word_columns import columns_as_rows, gptq_zeros
 from lorafuse.codecs.bands import CHUNK_NBYTES_PER_ELEMENT, scale
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
-from lorafuse.codecs.held import read_runs
+from lorafuse.codecs.held import read_runs, read_turned
 from lorafuse.codecs.sources import Raw, Scheme, Sources
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, Box, TensorSpec
@@ -48,11 +48,11 @@ class GptqMatrix:
         of_zeros = -(-n_outputs * self.bits // 32) * 4 + n_outputs
         return 4 * self.n_word_rows * n_outputs + self.n_groups * (n_outputs * self.itemsize + of_zeros)
 
-    def read(self, outputs: range) -> Raw:
-        """Words int32 [word rows, outputs], scales [groups, outputs], zeros uint8 [groups, outputs]."""
+    def read(self, outputs: range, arena: Arena) -> Raw:
+        """Words int32 [outputs, word rows], scales [groups, outputs], zeros uint8 [groups, outputs]."""
         n_outputs, width = self.spec.shape[0], len(outputs)
         starts = [(row * n_outputs + outputs.start) * 4 for row in range(self.n_word_rows)]
-        words = read_runs(self.store, self.names[0], starts, 4 * width).view(torch.int32)
+        words = read_turned(self.store, self.names[0], starts, width, arena)
         return (words, *self.read_groups(range(self.n_groups), outputs))
 
     def read_groups(self, groups: range, outputs: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,23 +67,27 @@ class GptqMatrix:
         zeros = gptq_zeros(stored, self.bits, less_one=self.less_one)
         return scales.view(getattr(torch, DTYPES[self.scales_dtype][1])), zeros[:, :width]
 
-    def decode(self, raw: Raw, at: range, arena: Arena) -> torch.Tensor:
-        words, scales, zeros = (arena.place(tensor[:, at.start : at.stop]) for tensor in raw)
+    def by_outputs(self, raw: Raw, at: range, arena: Arena) -> Raw:
+        numbers = (arena.place(tensor[:, at.start : at.stop]).T.float().contiguous() for tensor in raw[1:])
+        return arena.place(raw[0][at.start : at.stop]).view(torch.uint8), *numbers
+
+    def decode(self, by_outputs: Raw, at: range, arena: Arena) -> torch.Tensor:
+        rows, scales, zeros = (tensor[at.start : at.stop] for tensor in by_outputs)
         group_of = self.group_of if isinstance(self.group_of, int) else arena.place(self.group_of)
-        return self.values(words, scales, zeros, self.spec.shape[1], group_of, arena)
+        return self.values(rows, scales, zeros, self.spec.shape[1], group_of, arena)
 
     def values(
         self,
-        words: torch.Tensor,
+        rows: torch.Tensor,
         scales: torch.Tensor,
         zeros: torch.Tensor,
         n_inputs: int,
         group_of: torch.Tensor | int,
         arena: Arena,
     ) -> torch.Tensor:
-        """float32 [outputs, n_inputs], of words [word rows, outputs] and what `read_groups` returned."""
-        values = unpack_floats(columns_as_rows(words), self.bits, n_inputs, arena).view(-1, n_inputs)
-        return scale(values, scales.T.float(), zeros.T.float(), group_of)
+        """float32 [outputs, n_inputs], of what `by_outputs` returns."""
+        values = unpack_floats(rows, self.bits, n_inputs, arena).view(-1, n_inputs)
+        return scale(values, scales, zeros, group_of)
 
 
 class GptqRows(Sources):
@@ -128,7 +132,8 @@ class GptqRows(Sources):
     def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
         rows, (n_inputs, n_outputs) = self._rows(box), self.spec.shape
         made = arena.get("gptq.made", box.numel, getattr(torch, self.spec.torch_name))
-        words, scales, zeros = (arena.place(tensor) for tensor in raw)
+        words, *numbers = (arena.place(tensor) for tensor in raw)
+        scales, zeros = (of_groups.T.float().contiguous() for of_groups in numbers)
         size = self._matrix.group_of
         group_of = arena.place(
             torch.arange(n_inputs, dtype=torch.int32, device="cpu").div_(size, rounding_mode="floor")
@@ -140,7 +145,8 @@ class GptqRows(Sources):
             first = (chunk.start - rows.start // WORDS * WORDS) // WORDS * self._matrix.bits
             last = first + -(-len(chunk) * self._matrix.bits // 32)
             groups = group_of[chunk.start : chunk.stop]
-            values = self._matrix.values(words[first:last], scales, zeros, len(chunk), groups, arena)
+            columns = columns_as_rows(words[first:last])
+            values = self._matrix.values(columns, scales, zeros, len(chunk), groups, arena)
             wanted = values[:, part.start - chunk.start :].T.to(via)
             made.view(-1, n_outputs)[part.start - rows.start : part.stop - rows.start].copy_(wanted)
         return made
