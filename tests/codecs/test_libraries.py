@@ -1,7 +1,7 @@
 """Each format against the library that it comes from: `make oracle`.
 
-What a library packs decodes to the bits that it dequantizes it to. GPTQ, AWQ, ModelOpt, torchao and AQLM are
-not here: their libraries want a GPU, or packages that a CPU cannot build.
+What a library packs decodes to the bits that it dequantizes it to. ModelOpt, torchao, FBGEMM and AQLM are not
+here.
 """
 
 import pytest
@@ -86,6 +86,44 @@ def test_hqq(bits, axis, dtype, tmp_path):
     layer = quantize.HQQLinear(linear, said, compute_dtype=DTYPES[dtype], device="cpu")
     stored = {f"{MODULE}.{name}": tensor.contiguous() for name, tensor in layer.state_dict().items()}
     check(tmp_path, stored, {"quant_method": "hqq"}, layer.dequantize(), dtype=dtype)
+
+
+@pytest.mark.parametrize("order", ["runs", "act-order"])
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq(bits, layout, order, tmp_path):
+    """All words of zero points, which version 1 stores minus 1."""
+    linear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch").TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module as to_version_2
+
+    torch.manual_seed(bits)
+    layer = linear(bits, 32, False, order == "act-order", N_COLS, 64)
+    layer.qweight.random_(-(1 << 31), 1 << 31)
+    layer.qzeros.random_(-(1 << 31), 1 << 31)
+    layer.scales.uniform_(-0.01, 0.01)
+    layer.g_idx.copy_(torch.arange(N_COLS) // 32)
+    if order == "act-order":
+        layer.g_idx.copy_(layer.g_idx[torch.randperm(N_COLS)])
+    stored = {f"{MODULE}.{name}": tensor.clone() for name, tensor in layer.named_buffers()}
+    if layout == "gptq":
+        to_version_2(layer, bits, torch.int32)
+    layer.post_init()
+    said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "checkpoint_format": layout}
+    check(tmp_path, stored, said, layer.dequantize_weight().T, dtype="float16")
+
+
+def test_awq(tmp_path):
+    packing = pytest.importorskip("gptqmodel.quantization.awq.utils.packing_utils")
+    torch.manual_seed(0)
+    words = {
+        f"{MODULE}.{name}": torch.randint(-(1 << 31), 1 << 31, shape).int()
+        for name, shape in {"qweight": (N_COLS, 8), "qzeros": (4, 8)}.items()
+    }
+    scales = torch.empty(4, 64).uniform_(-0.01, 0.01).half()
+    expected = packing.dequantize_gemm(*words.values(), scales, 4, 32)
+    said = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    stored = {**words, f"{MODULE}.scales": scales}
+    check(tmp_path, stored, said, expected.T, dtype="float16")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
