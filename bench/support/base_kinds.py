@@ -193,6 +193,20 @@ def nf4(module: str, n: int, k: int) -> list[Entry]:
 
 
 CT = {"quant_method": "compressed-tensors"}
+
+
+def ct_groups(bits: int) -> dict[str, object]:
+    """compressed-tensors' section for integers in groups."""
+    weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": GROUP}
+    return CT | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
+def of_hqq(bits: int, size: int = 64) -> dict[str, object]:
+    """HQQ's section."""
+    said = {"weight_quant_params": {"nbits": bits, "group_size": size}}
+    return {"quant_method": "hqq", "quant_config": said}
+
+
 GPTQ = {"quant_method": "gptq", "checkpoint_format": "gptq", "group_size": GROUP}
 NVFP4 = (("weight_packed", "U8", rows_by(2), codes), ("weight_scale", "F8_E4M3", rows_by(16), None))
 FP8_ROWS = (("weight", "F8_E4M3", whole, e4m3), ("weight_scale", "BF16", by_rows, None))
@@ -214,10 +228,10 @@ KINDS = {
     "compressed-tensors int8, rows": Kind(
         CT, of(("weight", "I8", whole, codes), ("weight_scale", "BF16", by_rows, None))
     ),
-    "compressed-tensors W4A16": Kind(CT, packed_integers(4)),
-    "compressed-tensors W4A16, asymmetric": Kind(CT, packed_integers(4, asymmetric=True)),
-    "compressed-tensors W8A16": Kind(CT, packed_integers(8)),
-    "compressed-tensors W3A16": Kind(CT, packed_integers(3)),
+    "compressed-tensors W4A16": Kind(ct_groups(4), packed_integers(4)),
+    "compressed-tensors W4A16, asymmetric": Kind(ct_groups(4), packed_integers(4, asymmetric=True)),
+    "compressed-tensors W8A16": Kind(ct_groups(8), packed_integers(8)),
+    "compressed-tensors W3A16": Kind(ct_groups(3), packed_integers(3)),
     "compressed-tensors NVFP4": Kind(CT, of(*NVFP4, ("weight_global_scale", "F32", one, uniform(90, 99)))),
     "compressed-tensors MXFP4": Kind(
         CT, of(("weight_packed", "U8", rows_by(2), codes), ("weight_scale", "U8", rows_by(32), None))
@@ -247,10 +261,10 @@ KINDS = {
         ("_weight_scale", "F8_E4M3", rows_by(16), None),
         kind="NVFP4Tensor",
     ),
-    "HQQ, 4 bit": Kind({"quant_method": "hqq"}, hqq(4, 1)),
-    "HQQ, 4 bit, axis 0": Kind({"quant_method": "hqq"}, hqq(4, 0)),
-    "HQQ, 3 bit": Kind({"quant_method": "hqq"}, hqq(3, 1)),
-    "HQQ, 8 bit": Kind({"quant_method": "hqq"}, hqq(8, 1)),
+    "HQQ, 4 bit": Kind(of_hqq(4), hqq(4, 1)),
+    "HQQ, 4 bit, axis 0": Kind(of_hqq(4), hqq(4, 0)),
+    "HQQ, 3 bit": Kind(of_hqq(3), hqq(3, 1)),
+    "HQQ, 8 bit": Kind(of_hqq(8), hqq(8, 1)),
     "AQLM, 2 × 8 bit": Kind({"quant_method": "aqlm"}, aqlm(2, 8)),
     "AQLM, 1 × 16 bit": Kind({"quant_method": "aqlm"}, aqlm(1, 16)),
     **{f"GPTQ, {bits} bit": Kind(GPTQ, gptq(bits)) for bits in (2, 3, 4, 8)},

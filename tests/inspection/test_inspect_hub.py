@@ -13,6 +13,7 @@ from fake_hub import hub_error, wanted
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors import safe_open
+from valid_inputs import KINDS_DAMAGED, ckpt_of
 
 import lorafuse
 from lorafuse.errors import AdapterError, CheckpointError, StorageError
@@ -211,3 +212,18 @@ def test_broken_adapter(hub):
         AdapterError, match=r"holds neither adapter_model\.safetensors nor adapter_model\.bin"
     ):
         lorafuse.inspect("org/name")
+
+
+@pytest.mark.parametrize("kind", KINDS_DAMAGED)
+def test_each_quantized_format(hub, kind):
+    """Headers and config tell how many parameters there are, but for codes that fill up a unit, and how they
+    are stored."""
+    ckpt_of(kind, hub)
+    remote, local = lorafuse.inspect("org/name@main"), lorafuse.inspect(hub)
+    assert fetched() == ["config.json"]
+    assert remote["problems"] == local["problems"] == []
+    n_parameters = 2 * 128 * 128 + 8 * 128
+    assert local["n_parameters"] == n_parameters <= remote["n_parameters"] < 1.02 * n_parameters
+    for one, other in zip(remote["storage"], local["storage"], strict=True):
+        assert one["scheme"].partition(", block")[0] == other["scheme"].partition(", block")[0]
+        assert (one["n_weights"], one["nbytes"]) == (other["n_weights"], other["nbytes"])
