@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorafuse.batching.jobs import JobState
     from lorafuse.inspection import inspect
     from lorafuse.pipeline import convert
+    from lorafuse.settings import Push
     from lorafuse.verification.verify import verify
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "JobState",
     "LorafuseError",
     "OutDirError",
+    "Push",
     "ResultError",
     "StorageError",
     "UsageError",
@@ -51,6 +53,7 @@ __all__ = [
 # shows its help without it.
 _LATER = {
     "JobState": "lorafuse.batching.jobs",
+    "Push": "lorafuse.settings",
     "batch": "lorafuse.batching.batch",
     "convert": "lorafuse.pipeline",
     "inspect": "lorafuse.inspection",

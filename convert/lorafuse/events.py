@@ -33,6 +33,7 @@ class PlannedSideFiles(TypedDict):
 class PlanEvent(TypedDict):
     """What is going to happen. `weights`: the number of weights by action; `decoded`: the number of elements
     by how they are stored, where they are quantized; `held_whole`: the weights that are held in memory whole;
+    `notes`: what to ask oneself, though nothing is wrong;
     `formats`: of a dry run, the bytes of all weights in each format that the base allows. A verification says
     `nbytes` and no shards."""
 
@@ -47,6 +48,7 @@ class PlanEvent(TypedDict):
     config_changes: NotRequired[dict[str, Any]]
     side_files: NotRequired[PlannedSideFiles]
     held_whole: NotRequired[list[str]]
+    notes: NotRequired[list[str]]
     formats: NotRequired[dict[str, int]]
     job: NotRequired[str]
 
@@ -68,6 +70,15 @@ class ProgressEvent(TypedDict):
     job: NotRequired[str]
 
 
+class FetchedEvent(TypedDict):
+    """A file of the base is on this machine, and is what the hub lists."""
+
+    event: Literal["fetched"]
+    file: str
+    nbytes: int
+    job: NotRequired[str]
+
+
 class ShardEvent(TypedDict):
     """A file of weights is complete."""
 
@@ -79,7 +90,8 @@ class ShardEvent(TypedDict):
 
 
 class DoneEvent(TypedDict):
-    """The result has its name. The figures of time are those of the receipt's `timing`."""
+    """The result has its name. The figures of time are those of the receipt's `timing`. `url`: of the commit
+    or pull request on the hub, and `kept_here`: whether OUT_DIR is there too."""
 
     event: Literal["done"]
     out_dir: str
@@ -91,6 +103,8 @@ class DoneEvent(TypedDict):
     read_s: float
     write_s: float
     peak_rss: int
+    url: NotRequired[str]
+    kept_here: NotRequired[bool]
 
 
 class PassEvent(TypedDict):
@@ -115,7 +129,15 @@ class JobEvent(TypedDict):
 
 
 Event = (
-    WarningEvent | PlanEvent | ResumedEvent | ProgressEvent | ShardEvent | DoneEvent | PassEvent | JobEvent
+    WarningEvent
+    | PlanEvent
+    | ResumedEvent
+    | ProgressEvent
+    | FetchedEvent
+    | ShardEvent
+    | DoneEvent
+    | PassEvent
+    | JobEvent
 )
 OnEvent = Callable[[Event], None]
 

@@ -6,6 +6,11 @@ from lorafuse.errors import UsageError
 from lorafuse.files.stores import Store
 
 
+def cuda_devices() -> list[str]:
+    """The names of the GPUs that torch sees."""
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
 def host_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a uint8 tensor on the host, writable, not copied."""
     return memoryview(tensor.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers, their stubs do not say so

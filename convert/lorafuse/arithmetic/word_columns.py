@@ -17,6 +17,11 @@ def columns_as_rows(words: torch.Tensor) -> torch.Tensor:
     return turned(words).view(torch.uint8)
 
 
+def rows_as_columns(rows: torch.Tensor) -> torch.Tensor:
+    """The reverse of `columns_as_rows`."""
+    return turned(rows.view(torch.int32))
+
+
 def turned(words: torch.Tensor) -> torch.Tensor:
     """int32 [columns, rows]. A copy also where torch holds that the transpose is contiguous."""
     # Of a matrix without gaps, torch turns blocks that fit in cache.
@@ -38,6 +43,17 @@ def awq_numbers(words: torch.Tensor, numbers: torch.Tensor) -> None:
     for output, place in enumerate(_AWQ):
         torch.bitwise_right_shift(words, 4 * place, out=halves)
         made[:, output].copy_(halves.bitwise_and_(15))
+
+
+def awq_words(codes: torch.Tensor) -> torch.Tensor:
+    """The reverse of `awq_codes`."""
+    n_rows = codes.shape[1]
+    halves = codes.view(-1, 8, n_rows)
+    planes = torch.empty(len(halves), n_rows, 4, dtype=torch.uint8, device=codes.device)
+    for byte in range(4):
+        high = halves[:, _AWQ.index(2 * byte + 1)] << 4
+        torch.bitwise_or(halves[:, _AWQ.index(2 * byte)], high, out=planes[:, :, byte])
+    return planes.view(len(halves), -1).view(torch.int32)
 
 
 def gptq_zeros(words: torch.Tensor, bits: int, *, less_one: bool) -> torch.Tensor:

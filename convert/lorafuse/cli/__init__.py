@@ -6,13 +6,15 @@ import click
 
 from lorafuse._version import __version__
 from lorafuse.cli.cmd_batch import batch
+from lorafuse.cli.cmd_completion import completion
 from lorafuse.cli.cmd_convert import convert
+from lorafuse.cli.cmd_env import env
 from lorafuse.cli.cmd_inspect import inspect
 from lorafuse.cli.cmd_verify import verify
 from lorafuse.cli.options import CONTEXT
 from lorafuse.cli.streams import make_usable
 
-__all__ = ["batch", "convert", "inspect", "lorafuse", "main", "main_convert", "verify"]
+__all__ = ["batch", "completion", "convert", "env", "inspect", "lorafuse", "main", "main_convert", "verify"]
 
 
 @click.group(context_settings=CONTEXT)
@@ -25,6 +27,8 @@ lorafuse.add_command(convert)
 lorafuse.add_command(batch)
 lorafuse.add_command(inspect)
 lorafuse.add_command(verify)
+lorafuse.add_command(env)
+lorafuse.add_command(completion)
 
 
 def _entry(command: click.Command, name: str) -> Callable[[], None]:

@@ -16,6 +16,7 @@ from lorafuse.cli.options import CONTEXT, base_options, check_base_options, outp
 from lorafuse.cli.streams import say, tell
 from lorafuse.errors import BatchError, shown
 from lorafuse.events import Event, JobEvent, PassEvent, PlanEvent, ResumedEvent
+from lorafuse.files.local_folder import as_typed
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import Settings
@@ -76,7 +77,7 @@ def batch(
         )  # refuses them, as click does the others
         check_base_options(options)
         checked_share(options["index"], options["of"], os.environ)
-        read_jobs(Path(jobs))
+        read_jobs(Path(as_typed(jobs)))
         gc.disable()  # as for convert
         from lorafuse.batching.batch import batch as run
 
@@ -99,7 +100,7 @@ class ShowBatch:
     def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
         self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
         self._plans: dict[str, PlanEvent] = {}
-        self._n_passes = 0
+        self._n_passes, self._noted = 0, False
         self._rows: list[tuple[str, str, str]] = []
         self._bar: Any = None
 
@@ -111,6 +112,7 @@ class ShowBatch:
             say(f"Warning: {whose}{event['message']}")
         elif event["event"] == "plan":
             self._plans[event["job"]] = event
+            self._note(event)
         elif event["event"] == "pass":
             self._pass(event)
         elif event["event"] == "progress" and self._bar is not None:
@@ -119,6 +121,13 @@ class ShowBatch:
             self._resumed(event)
         elif event["event"] == "job":
             self._job(event)
+
+    def _note(self, event: PlanEvent) -> None:
+        """The first of a batch: its adapters mostly come from one training."""
+        if not self._quiet and not self._noted:
+            for note in event.get("notes", [])[:1]:
+                say(f"Note: {note}")
+                self._noted = True
 
     def _pass(self, event: PassEvent) -> None:
         self._n_passes += 1

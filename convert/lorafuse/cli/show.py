@@ -18,15 +18,20 @@ class Show:
         self._as_json, self._quiet = as_json, quiet
         self._bar: Any = None
         self._n_shards = self._n_done = 0
+        self.url, self.kept_here = "", True
 
     def __call__(self, event: Event) -> None:
         if self._as_json and event["event"] != "progress":
             tell(json.dumps(event))
+        if event["event"] == "done":
+            self.url, self.kept_here = event.get("url", ""), event.get("kept_here", True)
         if self._quiet:
             return
         if event["event"] == "warning":
             say(f"Warning: {event['message']}")
         elif event["event"] == "plan":
+            for note in event.get("notes", []):
+                say(f"Note: {note}")
             self._n_shards = len(event["shards"])
             self._open_bar(event["nbytes"])
         elif event["event"] == "resumed":
@@ -36,6 +41,8 @@ class Show:
                 self._bar.update(event["nbytes"])
         elif event["event"] == "progress" and self._bar is not None:
             self._bar.update(event["nbytes"])
+        elif event["event"] == "fetched" and self._bar is None:
+            say(f"Fetched {event['file']}: {event['nbytes'] / 1e6:,.1f} MB")
         elif event["event"] == "shard" and self._bar is None:
             self._n_done += 1
             say(f"{event['file']}: {event['nbytes'] / 1e6:,.1f} MB ({self._n_done} of {self._n_shards})")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
-from lorafuse.arithmetic.word_columns import awq_codes, awq_numbers
+from lorafuse.arithmetic.word_columns import awq_codes, awq_numbers, awq_words
 from lorafuse.codecs.bands import Bands, scale
 from lorafuse.codecs.held import read_runs, read_turned
 from lorafuse.codecs.model_dtype import out_dtype
@@ -106,11 +106,13 @@ class AwqMatrix:
     multiple: ClassVar[int] = OF_A_WORD
     unit: ClassVar[int] = OF_A_WORD
     via: ClassVar[tuple[str, ...]] = ()
+    bits: ClassVar[int] = BITS
 
     def __post_init__(self) -> None:
         scales = self.store.tensors[self.names[1]].spec
         self.n_groups, self._scales_dtype = scales.shape[0], scales.dtype
         self._itemsize = DTYPES[scales.dtype][0]
+        self.group_of = self.spec.shape[1] // self.n_groups
 
     def nbytes(self, n_outputs: int) -> int:
         n_words = n_outputs // OF_A_WORD
@@ -145,4 +147,10 @@ class AwqMatrix:
         values = arena.get(DECODED_FP32, OF_A_WORD * stored.numel(), torch.float32)
         awq_numbers(stored, values)
         values = values.view(-1, n_inputs)[skipped : skipped + len(at)]
-        return scale(values, scales, zeros[0] if zeros else None, n_inputs // self.n_groups)
+        return scale(values, scales, zeros[0] if zeros else None, self.group_of)
+
+    def codes(self, words: torch.Tensor) -> torch.Tensor:
+        return awq_codes(words)
+
+    def words(self, codes: torch.Tensor) -> torch.Tensor:
+        return awq_words(codes)

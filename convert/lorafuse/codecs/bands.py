@@ -1,16 +1,26 @@
 """Weights whose codes are stored transposed, (in, out) where the weight is (out, in): GPTQ, AWQ. A tile's own
 bytes are a few of every stored row, so a band of outputs is read at once."""
 
-from typing import Protocol
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.codes import whole_numbers
 from lorafuse.arithmetic.dequantize import NARROW
+from lorafuse.arithmetic.draws import Draws, of_run
+from lorafuse.arithmetic.on_grid import round_tile
 from lorafuse.arithmetic.scaling import round_through, scale_blocks, subtract_zeros
+from lorafuse.arithmetic.word_columns import turned
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
+from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import N_WINDOWS_HELD, TURNED_NBYTES, WINDOWS_NBYTES, Windows
-from lorafuse.codecs.sources import Raw, Scheme, Sources
+from lorafuse.codecs.own_grid import GridSources, Recoded
+from lorafuse.codecs.scaled_grid import ScaledGrid, levels_of
+from lorafuse.codecs.sources import Raw, Scheme
+from lorafuse.codecs.strips import Run
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, Box, TensorSpec
 
@@ -27,6 +37,14 @@ class Turned(Protocol):
     spec: TensorSpec  # of the weight: [out, in]
 
     @property
+    def bits(self) -> int:
+        """Of a code."""
+
+    @property
+    def group_of(self) -> torch.Tensor | int:
+        """The group of each input (int32 [in]), or how many inputs in a row share one."""
+
+    @property
     def via(self) -> tuple[str, ...]:
         """The dtypes that values are rounded to before that of the weight."""
 
@@ -36,7 +54,8 @@ class Turned(Protocol):
 
     @property
     def unit(self) -> int:
-        """Chunks begin at multiples of so many outputs in a band, where they may."""
+        """A stored row has a word for so many outputs. Chunks begin at multiples of as many in a band, where
+        they may."""
 
     def nbytes(self, n_outputs: int) -> int:
         """Host bytes of what `read` returns for so many outputs."""
@@ -52,9 +71,27 @@ class Turned(Protocol):
     def decode(self, by_outputs: Raw, at: range, arena: Arena) -> torch.Tensor:
         """Returns float32 [outputs, in] of those `at` these places of what `by_outputs` returned."""
 
+    def codes(self, words: torch.Tensor) -> torch.Tensor:
+        """Returns uint8 [outputs, in], of words as `by_outputs` returns them."""
 
-class Bands(Sources):
+    def words(self, codes: torch.Tensor) -> torch.Tensor:
+        """Returns the reverse; bits of no code are 0."""
+
+
+class _Part(NamedTuple):
+    """Some outputs: words (int32 [units of outputs, words of one]), codes (uint8 [outputs, in]), and scales
+    and zero points of each run of codes (float32, 1-D)."""
+
+    words: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+
+class Bands(GridSources):
     """A weight by rows, of what is stored by columns."""
+
+    scattered = True
 
     def __init__(self, matrix: Turned) -> None:
         self._matrix = matrix
@@ -67,6 +104,11 @@ class Bands(Sources):
         # A row is decoded whole, and so is a unit of rows.
         chunk_numel = max(CHUNK_NUMEL, 2 * matrix.unit * n_inputs)
         self.nbytes = chunk_numel * CHUNK_NBYTES_PER_ELEMENT + 2 * TURNED_NBYTES
+        self.grid_rows = matrix.unit
+        size = matrix.group_of
+        self._run = math.gcd(size, n_inputs) if isinstance(size, int) else 1
+        # Codes before and after, their change, and the gap of each; scales and zero points of each run.
+        self.grid_nbytes_per_element = 16 + 16 // self._run
 
     def _outputs_of_a_band(self) -> int:
         """All where they may be held, else as many as two bands may have."""
@@ -117,6 +159,58 @@ class Bands(Sources):
             narrow = arena.get(NARROW, values.numel(), torch.int16)
             round_through(values.view(-1), [*dtypes, torch.float32], narrow)
         return values
+
+    def codes_nbytes(self, n: int) -> int:
+        stored = self.store.tensors[self.names[0]].spec.nbytes
+        return -(-n * stored // self.spec.numel)
+
+    def recode(self, tile: FinishedTile, draws: Draws | None, buffer: torch.Tensor, arena: Arena) -> Recoded:
+        rows, matrix, parts = self._rows(tile.box), self._matrix, list(self._parts(tile, arena))
+        before, scales, zeros = (_joined(of_parts) for of_parts in zip(*(p[1:] for p in parts), strict=True))
+        assert before is not None
+        assert scales is not None
+        after = before.clone()
+        levels = levels_of(whole_numbers(matrix.bits, 0), dtypes_of(matrix), zeros=zeros is not None).on(
+            arena
+        )
+        grid = ScaledGrid(after.view(-1), scales, zeros, levels, self._run)
+        values, n_clipped = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
+        stored = turned(torch.cat([words for words, *_ in parts]) ^ matrix.words(before.bitwise_xor_(after)))
+        count, n_words = stored.shape
+        buffer[: 4 * stored.numel()].copy_(stored.view(torch.uint8).view(-1))
+        first, of_row = rows.start // matrix.unit, self.spec.shape[0] // matrix.unit
+        return Recoded((Run(4 * first, 0, 4 * n_words, count, 4 * of_row),), values, n_clipped)
+
+    def _parts(self, tile: FinishedTile, arena: Arena) -> Iterator[_Part]:
+        """Of each band that the tile touches."""
+        matrix, windows = self._matrix, list(self._windows.around(self._rows(tile.box)))
+        n_tensors = len(tile.raw) // len(windows)
+        for number, (window, part) in enumerate(windows):
+            raw = tile.raw[number * n_tensors : (number + 1) * n_tensors]
+            at = range(part.start - window.start, part.stop - window.start)
+            words, *numbers = matrix.by_outputs(raw, at, arena)
+            scales, *zeros = (self._by_runs(of_groups) for of_groups in numbers)
+            yield _Part(words, matrix.codes(words), scales, zeros[0] if zeros else None)
+
+    def _by_runs(self, numbers: torch.Tensor) -> torch.Tensor:
+        """float32, 1-D: the number of each run, of numbers [outputs, groups]."""
+        groups = self._matrix.group_of
+        if isinstance(groups, int):
+            starts = torch.arange(0, self.spec.shape[1], self._run, dtype=torch.int64, device=numbers.device)
+            groups = starts.div_(groups, rounding_mode="floor")
+        return numbers.index_select(1, groups.to(numbers.device)).view(-1)
+
+
+def dtypes_of(matrix: Turned) -> tuple[torch.dtype, ...]:
+    """What values are rounded to in turn."""
+    via = [dtype for dtype in matrix.via if dtype not in ("F32", matrix.spec.dtype)]
+    return tuple(getattr(torch, DTYPES[dtype][1]) for dtype in (*via, matrix.spec.dtype))
+
+
+def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """One behind another, where there are any."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 def scale(

@@ -26,6 +26,7 @@ from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import read_runs
 from lorafuse.codecs.own_grid import GridSources, Recoded
 from lorafuse.codecs.sources import Claims, Raw, Scheme, Sources
+from lorafuse.codecs.strips import Run
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import read_all
@@ -175,7 +176,7 @@ class FourBitSources(RecodedByColumns, GridSources):
         grid = self.grid_of(packed, scales, self._state.blocksize, skip, arena)
         values, n_clipped = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
         arena.bring_back(packed, codes)
-        return Recoded(((tile.start // 2, 0, nbytes),), values, n_clipped)
+        return Recoded((Run(tile.start // 2, 0, nbytes),), values, n_clipped)
 
     def grid_of(
         self, codes: torch.Tensor, scales: torch.Tensor, run: int, skip: int, arena: Arena

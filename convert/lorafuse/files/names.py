@@ -5,6 +5,8 @@ import re
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
+TORCH_SINGLE = "pytorch_model.bin"  # of torch.save
+TORCH_INDEX = f"{TORCH_SINGLE}.index.json"
 RECEIPT = "lorafuse_receipt.json"  # of a checkpoint that lorafuse wrote
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _LEADING_ZERO = re.compile(r"(?<![0-9])0[0-9]")

@@ -15,13 +15,15 @@ class Tool(TypedDict):
 
 
 class InputEntry(TypedDict):
-    """A file that was read. `weight`: of its adapter, where there were several."""
+    """A file that was read. `weight`: of its adapter, where there were several. `commit`: of the repository
+    on the hub that it is from."""
 
     role: Literal["checkpoint", "adapter"]
     path: str
     size: int
     sha256: str
     weight: NotRequired[float]
+    commit: NotRequired[str]
 
 
 class OutputEntry(TypedDict):

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
 from lorafuse._version import __version__
-from lorafuse.files.hashing import FileHash
+from lorafuse.files.folder import FileHash
 from lorafuse.receipt.fields import (
     SCHEMA,
     InputEntry,
