@@ -102,6 +102,14 @@ def adapter(base, tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def kernel_path(tmp_path_factory):
+    """The compiled kernel, as a file."""
+    import compiled_kernel
+
+    return compiled_kernel.built(tmp_path_factory.mktemp("kernel"))
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub on this machine, which the hub's library asks; its cache is in `home`, and nothing is in the

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from lorafuse._version import __version__
+from lorafuse.arithmetic import kernel
 from lorafuse.errors import UsageError
 from lorafuse.settings import (
     BASE_QUANT_CHOICES,
@@ -34,6 +36,21 @@ class Size(click.ParamType[str]):
         except UsageError as e:
             self.fail(str(e), param, ctx)
         return str(value)
+
+
+def _say_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        try:
+            click.echo(f"lorafuse, version {__version__}\ncompiled kernel: {kernel.described()}")
+        except UsageError as e:
+            raise click.UsageError(str(e)) from None
+        ctx.exit()
+
+
+version_option = click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_say_version,
+    help="Show the version and exit.",
+)  # fmt: skip
 
 
 _DTYPES = click.Choice(DTYPE_CHOICES)

@@ -189,16 +189,22 @@ class Bands(GridSources):
             raw = tile.raw[number * n_tensors : (number + 1) * n_tensors]
             at = range(part.start - window.start, part.stop - window.start)
             words, *numbers = matrix.by_outputs(raw, at, arena)
-            scales, *zeros = (self._by_runs(of_groups) for of_groups in numbers)
+            scales, *zeros = (
+                self._by_runs(of_groups, f"bands.runs.{number}.{place}", arena)
+                for place, of_groups in enumerate(numbers)
+            )
             yield _Part(words, matrix.codes(words), scales, zeros[0] if zeros else None)
 
-    def _by_runs(self, numbers: torch.Tensor) -> torch.Tensor:
-        """float32, 1-D: the number of each run, of numbers [outputs, groups]."""
+    def _by_runs(self, numbers: torch.Tensor, name: str, arena: Arena) -> torch.Tensor:
+        """float32, 1-D: the number of each run, of numbers [outputs, groups]; in scratch, since with
+        act-order they are as many as elements."""
         groups = self._matrix.group_of
         if isinstance(groups, int):
             starts = torch.arange(0, self.spec.shape[1], self._run, dtype=torch.int64, device=numbers.device)
             groups = starts.div_(groups, rounding_mode="floor")
-        return numbers.index_select(1, groups.to(numbers.device)).view(-1)
+        made = arena.get(name, len(numbers) * len(groups), torch.float32)
+        torch.index_select(numbers, 1, groups.to(numbers.device), out=made.view(-1, len(groups)))
+        return made
 
 
 def dtypes_of(matrix: Turned) -> tuple[torch.dtype, ...]:
@@ -210,6 +216,8 @@ def dtypes_of(matrix: Turned) -> tuple[torch.dtype, ...]:
 def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """One behind another, where there are any."""
     there = [part for part in parts if part is not None]
+    if len(there) == 1:
+        return there[0]
     return torch.cat(there) if there else None
 
 
