@@ -10,13 +10,14 @@ import argparse
 from pathlib import Path
 
 from bench.memory import peak
-from bench.speed import base_quant, batch, compute, kernel, peers
+from bench.speed import base_quant, bases, batch, compute, kernel, peers
 from bench.support import measure
 
 LAYERS = 16
 BENCHMARKS = {
     "compute": compute,
     "kernel": kernel,
+    "bases": bases,
     "base_quant": base_quant,
     "memory": peak,
     "peers": peers,
@@ -25,6 +26,7 @@ BENCHMARKS = {
 TITLES = {
     "compute": "CPU time of the arithmetic",
     "kernel": "The compiled kernel",
+    "bases": "Quantized bases",
     "base_quant": "CPU time of --base-quant",
     "memory": "Memory",
     "peers": "The whole merge",

@@ -27,7 +27,9 @@ import bitsandbytes.functional as bnb
 import numpy as np
 
 PIECE = 1 << 20  # elements a piece
-ITEM_NBYTES = {"F32": 4, "BF16": 2, "U8": 1}
+ITEM_NBYTES = {
+    "I64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U8": 1, "I8": 1, "F8_E4M3": 1,
+}  # fmt: skip
 BLOCK, NESTED_BLOCK = 64, 256
 RANK, ALPHA = 16, 32
 W_STD, DELTA_REL = 0.02, 0.03
@@ -119,9 +121,9 @@ def lora_entries(module: str, rows: int, cols: int) -> list[Entry]:
     ]
 
 
-def write_shard(path: Path, entries: list[Entry]) -> None:
+def write_shard(path: Path, entries: list[Entry], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, streamed: the header needs sizes only."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
     end = 0
     for entry in entries:
         begin, end = end, end + entry.nbytes
@@ -134,8 +136,15 @@ def write_shard(path: Path, entries: list[Entry]) -> None:
             file.writelines(entry.pieces())
 
 
-def write_checkpoint(directory: Path, entries: list[Entry], config: dict[str, object], n_shards: int) -> None:
-    """One file, or at most n_shards files of about the same size and their index."""
+def write_checkpoint(
+    directory: Path,
+    entries: list[Entry],
+    config: dict[str, object],
+    n_shards: int,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """One file, or at most n_shards files of about the same size and their index. `metadata`: of the one
+    file's header."""
     directory.mkdir(parents=True)
     total = sum(entry.nbytes for entry in entries)
     shards: list[list[Entry]] = [[] for _ in range(n_shards)]
@@ -145,7 +154,7 @@ def write_checkpoint(directory: Path, entries: list[Entry], config: dict[str, ob
         seen += entry.nbytes
     shards = [shard for shard in shards if shard]
     if len(shards) == 1:
-        write_shard(directory / "model.safetensors", entries)
+        write_shard(directory / "model.safetensors", entries, metadata)
     else:
         weight_map = {}
         for number, shard in enumerate(shards, 1):

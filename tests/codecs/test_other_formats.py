@@ -284,3 +284,16 @@ def test_a_config_that_promises_what_is_not_stored_is_refused(method, tmp_path):
         f"{ckpt}/config.json: says that the checkpoint is quantized with {method}, but no weight is stored "
         "so. Is this the config of another checkpoint? Of one in full precision, remove the section."
     )
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "bitnet", "eetq", "EETQ", "gguf", "higgs", "HIGGS", "quanto", "vptq", "VPTQ", "spqr", "SpQR", "quark",
+        "Quark", "sinq", "HQQ or SINQ", "fp_quant", "FP-Quant", "Metal (MLX's layout)",
+        "compressed-tensors (sparse)", "ModelOpt after AWQ or SmoothQuant",
+    ],
+)  # fmt: skip
+def test_a_refusal_says_what_to_do_with_this_format(form):
+    """Not only what is true of all."""
+    assert way_out(form) != way_out()

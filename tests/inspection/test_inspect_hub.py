@@ -4,6 +4,7 @@ import json
 
 import build
 import pytest
+from valid_inputs import KINDS_DAMAGED, ckpt_of
 
 import lorafuse
 from lorafuse.errors import AdapterError, CheckpointError, StorageError
@@ -164,3 +165,19 @@ def test_broken_adapter(hub, tmp_path):
         AdapterError, match=r"holds neither adapter_model\.safetensors nor adapter_model\.bin"
     ):
         lorafuse.inspect("org/name")
+
+
+@pytest.mark.parametrize("kind", KINDS_DAMAGED)
+def test_each_quantized_format(hub, kind, tmp_path):
+    """Headers and config tell how many parameters there are, but for codes that fill up a unit, and how they
+    are stored."""
+    ckpt_of(kind, tmp_path / "ckpt")
+    hub.add("org/name", tmp_path / "ckpt")
+    remote, local = lorafuse.inspect("org/name@main"), lorafuse.inspect(tmp_path / "ckpt")
+    assert hub.fetched().keys() == {"config.json"}
+    assert remote["problems"] == local["problems"] == []
+    n_parameters = 2 * 128 * 128 + 8 * 128
+    assert local["n_parameters"] == n_parameters <= remote["n_parameters"] < 1.02 * n_parameters
+    for one, other in zip(remote["storage"], local["storage"], strict=True):
+        assert one["scheme"].partition(", block")[0] == other["scheme"].partition(", block")[0]
+        assert (one["n_weights"], one["nbytes"]) == (other["n_weights"], other["nbytes"])

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import lorafuse
 from lorafuse.adapters import open_adapter
 from lorafuse.codecs.plain import PlainEncoder
+from lorafuse.codecs.sources import Sources
 from lorafuse.errors import UsageError
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
@@ -29,9 +30,12 @@ from lorafuse.planning.shards import split_shards
 from lorafuse.settings import Settings, parse_nbytes
 
 
+class Nothing(Sources):
+    """What is not read, as far as sizes decide."""
+
+
 def step(name, spec, action):
-    """A step without sources, as far as sizes decide."""
-    return Step(name, spec, None, PlainEncoder(name, spec), action=action)
+    return Step(name, spec, Nothing(), PlainEncoder(name, spec), action=action)
 
 
 def plan_of(ckpt, lora, **settings):

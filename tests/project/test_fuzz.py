@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutate import file_of, mutated_bytes, mutated_header, mutated_json, mutated_tensors, tensors_of
 from safetensors import safe_open
-from valid_inputs import Files, valid_bases, valid_inputs, valid_types, write_files
+from valid_inputs import Files, valid_bases, valid_inputs, valid_kinds, valid_types, write_files
 
 import lorafuse
 from lorafuse.adapters import ADAPTERS
@@ -83,6 +83,11 @@ def types(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return valid_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
+    return valid_kinds(tmp_path_factory.mktemp("kinds"))
 
 
 @pytest.fixture
@@ -288,6 +293,51 @@ def test_other_quantizations(bases, fuzz):
         checked,
         30,
     )
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    module, _, leaf = name.rpartition(".")
+    return module, leaf, leaf.removeprefix("_")
+
+
+def test_tensors_of_each_format(kinds, fuzz):
+    """A checkpoint of one format: names, types, shapes, and values of what it stores, each other's names
+    among them."""
+    assert {kind: judged(files) for kind, files in kinds.items()} == dict.fromkeys(kinds, "merged")
+    names = {name for files in kinds.values() for name in tensors_of(files["ckpt/model.safetensors"])}
+    words = tuple(sorted({part for name in names for part in parts_of(name)}))
+    strategy = damaged(kinds, tuple(kinds), is_shard, lambda data: mutated_tensors(data, words))
+    fuzz(strategy, checked, 60)
+
+
+def test_headers_and_configs_of_each_format(kinds, fuzz):
+    """What says how: config.json, and torchao's metadata."""
+    sections = [json.loads(files["ckpt/config.json"]) for files in kinds.values()]
+    fields = {field for config in sections for value in (config, *config.values()) for field in _keys(value)}
+    fuzz(
+        damaged(
+            kinds,
+            tuple(kinds),
+            lambda p: p == "ckpt/config.json",
+            lambda d: mutated_json(d, tuple(sorted(fields))),
+        )
+        | damaged(kinds, tuple(kinds), is_shard, mutated_header),
+        checked,
+        50,
+    )
+
+
+def _keys(value: object) -> list[str]:
+    return sorted(value) if isinstance(value, dict) else []
+
+
+def test_data_of_each_format(kinds, fuzz):
+    """Groups, shapes and words among the numbers."""
+
+    def damage(data: bytes) -> st.SearchStrategy[bytes]:
+        return mutated_bytes(data, 8 + int.from_bytes(data[:8], "little"), same_length=True)
+
+    fuzz(damaged(kinds, tuple(kinds), is_shard, damage), checked)
 
 
 def checked(files: Files) -> str:

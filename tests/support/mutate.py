@@ -66,6 +66,7 @@ ITEM_NBYTES = {
     "I64": 8,
     "F32": 4,
     "I32": 4,
+    "U32": 4,
     "F16": 2,
     "BF16": 2,
     "I16": 2,
@@ -160,8 +161,15 @@ def tensors_of(file: bytes) -> Tensors:
     return {k: (e["dtype"], e["shape"], data[slice(*e["data_offsets"])]) for k, e in header.items()}
 
 
-def file_of(tensors: Tensors) -> bytes:
-    header, data = {}, b""
+def metadata_of(file: bytes) -> dict[str, str]:
+    """What the header says beside tensors."""
+    (n,) = struct.unpack("<Q", file[:8])
+    return json.loads(file[8 : 8 + n]).get("__metadata__", {})
+
+
+def file_of(tensors: Tensors, metadata: dict[str, str] | None = None) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    data = b""
     for name, (dtype, shape, raw) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
@@ -214,7 +222,7 @@ def mutated_tensors(draw: st.DrawFn, file: bytes, words: tuple[str, ...]) -> byt
             tensors[name] = (dtype, shape, (value * len(raw))[: len(raw)])
         else:
             tensors[name] = draw(_reshaped(dtype, shape, raw, action))
-    return file_of(tensors)
+    return file_of(tensors, metadata_of(file))
 
 
 @st.composite

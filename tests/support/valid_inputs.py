@@ -10,6 +10,10 @@ from models import by_hand
 from one_linear import ON_ONE_LINEAR, save_one_linear
 from safetensors.torch import load_file, save_file
 
+from bench.support.base_kinds import KINDS
+from bench.support.synthetic import Entry, bfloat16, normal
+from bench.support.synthetic import write_checkpoint as write_stored
+
 Files = dict[str, bytes]
 
 
@@ -70,6 +74,39 @@ def valid_bases(root: Path) -> Files:
     write_checkpoint(root / "ckpt", tensors, config=CONFIG | {"quantization_config": said})
     write_adapter(root / "adapter")
     return files_of(root)
+
+
+# Of each codec that reads but one format of a checkpoint, and of each layout that it knows.
+KINDS_DAMAGED = (
+    "FP8, blocks", "compressed-tensors W4A16, asymmetric", "compressed-tensors W3A16",
+    "compressed-tensors NVFP4", "compressed-tensors MXFP8", "ModelOpt NVFP4", "FBGEMM FP8", "MLX, 3 bit",
+    "MLX, 4 bit", "MLX, mxfp4", "MLX, mxfp8", "MLX, nvfp4", "torchao int8", "torchao NVFP4", "HQQ, 3 bit",
+    "HQQ, 4 bit", "HQQ, 4 bit, axis 0", "AQLM, 2 × 8 bit", "GPTQ, 3 bit", "GPTQ, 4 bit",
+    "GPTQ, 4 bit, act-order", "AWQ",
+)  # fmt: skip
+
+
+QUANTIZED = tuple(f"model.layers.0.{part}_proj" for part in ("self_attn.q", "mlp.down"))
+
+
+def ckpt_of(name: str, path: Path) -> Files:
+    """A checkpoint of a kind of bench/support/base_kinds.py: two quantized weights of 128 × 128, and an
+    embedding."""
+    kind = KINDS[name]
+    embedding = Entry("model.embed_tokens.weight", "BF16", (8, 128), bfloat16(normal(0.02)))
+    entries = [embedding, *(entry for module in QUANTIZED for entry in kind.stored(module, 128, 128))]
+    said = {kind.key: kind.section, "vocab_size": 8, "num_hidden_layers": 1}
+    write_stored(path, entries, CONFIG | said, 1, kind.metadata([entry.name for entry in entries]))
+    return files_of(path)
+
+
+def valid_kinds(root: Path) -> dict[str, Files]:
+    """Each kind, with an adapter for its quantized weights."""
+    dense = {f"{module}.weight": torch.zeros(128, 128) for module in QUANTIZED}
+    for name in KINDS_DAMAGED:
+        ckpt_of(name, root / name / "ckpt")
+        write_adapter(root / name / "adapter", adapter_tensors(dense))
+    return {name: files_of(root / name) for name in KINDS_DAMAGED}
 
 
 def _int8(source: Path, target: Path) -> None:

@@ -9,6 +9,8 @@ from lorafuse.arithmetic.dequantize import NARROW
 
 # Bits of a code → bits of a row that are looked up at once: two or four codes.
 _LOOKED_UP = {2: 8, 3: 12, 4: 8, 5: 10, 6: 12}
+# Such numbers of bits → halves of words that they fill.
+_HALVES = {8: 1, 10: 5, 12: 3}
 
 
 def unpack(packed: torch.Tensor, bits: int, n_codes: int) -> torch.Tensor:
@@ -47,9 +49,9 @@ def unpack_words(packed: torch.Tensor, bits: int, n_codes: int) -> torch.Tensor:
 def unpack_floats(packed: torch.Tensor, bits: int, n_codes: int, arena: Arena, less: int = 0) -> torch.Tensor:
     """The codes that `unpack` has, each minus `less`: float32, 1-D, in the arena's DECODED_FP32. Several at
     once come out of a table, which takes a tenth of the time."""
-    n_rows, n_bytes = packed.shape
+    n_rows, _ = packed.shape
     values = arena.get(DECODED_FP32, n_rows * n_codes, torch.float32)
-    if bits not in _LOOKED_UP or n_codes * bits != n_bytes * 8 or n_codes % 8:
+    if not _looked_up(packed, bits, n_codes):
         values.copy_(unpack(packed, bits, n_codes).reshape(-1))
         return values.sub_(less) if less else values
     n_numbers = values.numel() * bits // _LOOKED_UP[bits]
@@ -60,17 +62,29 @@ def unpack_floats(packed: torch.Tensor, bits: int, n_codes: int, arena: Arena, l
     return values
 
 
+def _looked_up(packed: torch.Tensor, bits: int, n_codes: int) -> bool:
+    """Whether rows are whole numbers that are looked up, and all of them whole halves of words."""
+    whole = bits in _LOOKED_UP and n_codes * bits == packed.shape[1] * 8 and n_codes % 8 == 0
+    return (
+        whole and packed.numel() % (2 * _HALVES[_LOOKED_UP[bits]]) == 0 and packed.storage_offset() % 2 == 0
+    )
+
+
 def _numbers(packed: torch.Tensor, bits: int, numbers: torch.Tensor) -> None:
     """numbers (int32) = those of 8, 10 or 12 bits that bytes (uint8, 1-D) are one after another."""
     if bits == 8:
         numbers.copy_(packed)
         return
-    n_numbers = 24 // bits if bits == 12 else 4  # in so many whole bytes
-    groups, made = packed.view(-1, n_numbers * bits // 8), numbers.view(-1, n_numbers)
-    for place in range(n_numbers):
-        byte, shift = divmod(place * bits, 8)
-        high = groups[:, byte + 1].int().bitwise_left_shift_(8)
-        made[:, place] = high.bitwise_or_(groups[:, byte]).bitwise_right_shift_(shift)
+    # So many numbers fill so many halves of words; each lies in one half or in two.
+    n_halves = _HALVES[bits]
+    made = numbers.view(-1, n_halves * 16 // bits)
+    groups = packed.view(torch.int16).view(-1, n_halves)
+    halves = [groups[:, place].int().bitwise_and_(0xFFFF) for place in range(n_halves)]
+    for number in range(made.shape[1]):
+        place, shift = divmod(number * bits, 16)
+        low = halves[place]
+        both = torch.add(low, halves[place + 1], alpha=1 << 16) if shift + bits > 16 else low
+        made[:, number] = both >> shift if shift else both
     numbers.bitwise_and_((1 << bits) - 1)
 
 

@@ -43,7 +43,8 @@ def _powers() -> torch.Tensor:
 
 def e8m0(codes: torch.Tensor) -> torch.Tensor:
     """float32, the powers of two that codes (uint8) are, in their shape."""
-    return _powers().to(codes.device)[codes.int()]
+    powers = _powers().to(codes.device)
+    return powers.index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 
 @cache

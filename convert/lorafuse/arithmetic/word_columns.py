@@ -14,30 +14,35 @@ _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 def columns_as_rows(words: torch.Tensor) -> torch.Tensor:
     """uint8 [columns, 4 · rows]: the bytes of each column of `words` (int32 [rows, columns])."""
-    return _turned(words).view(torch.uint8)
+    return turned(words).view(torch.uint8)
 
 
 def rows_as_columns(rows: torch.Tensor) -> torch.Tensor:
     """The reverse of `columns_as_rows`."""
-    return _turned(rows.view(torch.int32))
+    return turned(rows.view(torch.int32))
 
 
-def _turned(words: torch.Tensor) -> torch.Tensor:
+def turned(words: torch.Tensor) -> torch.Tensor:
     """int32 [columns, rows]. A copy also where torch holds that the transpose is contiguous."""
-    return torch.empty(words.shape[::-1], dtype=torch.int32, device=words.device).copy_(words.T)
+    # Of a matrix without gaps, torch turns blocks that fit in cache.
+    made = torch.empty(words.shape[::-1], dtype=torch.int32, device=words.device)
+    return made.copy_(words.contiguous().T)
 
 
 def awq_codes(words: torch.Tensor) -> torch.Tensor:
-    """uint8 [8 · columns, rows], of words (int32 [rows, columns]) that hold eight codes of 4 bits."""
-    turned = _turned(words)
-    n_columns, n_rows = turned.shape
-    codes = torch.empty(n_columns, 8, n_rows, dtype=torch.uint8, device=words.device)
-    planes = turned.view(torch.uint8).view(n_columns, n_rows, 4)
-    for byte in range(4):
-        plane = planes[:, :, byte].contiguous()
-        torch.bitwise_and(plane, 15, out=codes[:, _AWQ.index(2 * byte)])
-        torch.bitwise_right_shift(plane, 4, out=codes[:, _AWQ.index(2 * byte + 1)])
-    return codes.view(8 * n_columns, n_rows)
+    """uint8 [8 · columns, rows], of words (int32 [columns, rows]) that hold eight codes of 4 bits of as many
+    columns."""
+    codes = torch.empty(8 * len(words), words.shape[1], dtype=torch.uint8, device=words.device)
+    awq_numbers(words, codes)
+    return codes
+
+
+def awq_numbers(words: torch.Tensor, numbers: torch.Tensor) -> None:
+    """numbers (as many, of any dtype) = what `awq_codes` has."""
+    halves, made = torch.empty_like(words), numbers.view(len(words), 8, -1)
+    for output, place in enumerate(_AWQ):
+        torch.bitwise_right_shift(words, 4 * place, out=halves)
+        made[:, output].copy_(halves.bitwise_and_(15))
 
 
 def awq_words(codes: torch.Tensor) -> torch.Tensor:
@@ -48,7 +53,7 @@ def awq_words(codes: torch.Tensor) -> torch.Tensor:
     for byte in range(4):
         high = halves[:, _AWQ.index(2 * byte + 1)] << 4
         torch.bitwise_or(halves[:, _AWQ.index(2 * byte)], high, out=planes[:, :, byte])
-    return rows_as_columns(planes.view(len(halves), -1))
+    return planes.view(len(halves), -1).view(torch.int32)
 
 
 def gptq_zeros(words: torch.Tensor, bits: int, *, less_one: bool) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
+from lorafuse.arithmetic.dequantize import select
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
 from lorafuse.codecs.held import ComputedOnce
 from lorafuse.codecs.model_dtype import out_dtype
@@ -83,7 +84,7 @@ class Codebooks(Sources):
         self.scheme = scheme(names, ckpt.tensors, ckpt.config)
         self._books, self._codes = (ckpt.tensors[name].spec for name in (names[1], names[0]))
         self._height, self._width = self._books.shape[2:]
-        self.held_nbytes = self._books.numel * 4
+        self.held_nbytes = self._books.nbytes
         self.nbytes = max(CHUNK_NUMEL, self._height * spec.n_cols) * CHUNK_NBYTES_PER_ELEMENT
         self._held = ComputedOnce()
         self._dtype = getattr(torch, self._books.torch_name)
@@ -105,7 +106,7 @@ class Codebooks(Sources):
         return self._codes.nbytes // self._codes.shape[0]
 
     def fetch(self, box: Box, arena: Arena) -> Raw:
-        """Codes and scales of the groups, and the codebooks, float32 [C, length, og · ig]."""
+        """Codes and scales of the groups, and the codebooks, [C, length, og · ig]."""
         groups, nbytes, itemsize = self._groups(box)[1], self._row_nbytes, DTYPES[self._books.dtype][0]
         codes = arena.fetch(
             "aqlm.codes", self.store, self.names[0], groups.start * nbytes, len(groups) * nbytes
@@ -117,7 +118,7 @@ class Codebooks(Sources):
 
     def _read_books(self) -> Raw:
         books = torch.frombuffer(read_all(self.store, self.names[1]), dtype=self._dtype)
-        return (books.float().view(*self._books.shape[:2], -1),)
+        return (books.view(*self._books.shape[:2], -1),)
 
     def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
         rows, groups = self._groups(box)
@@ -131,7 +132,9 @@ class Codebooks(Sources):
             part = slice(first, first + step)
             values = self._sums(codes[part], books, arena)
             values.copy_(values.to(self._dtype)).mul_(numbers[part, None])
-            vectors = values.to(self._dtype).view(-1, self._codes.shape[1], height, self._width)
+            # Back in fp32: between two dtypes of 16 bits, torch copies element by element.
+            values.copy_(values.to(self._dtype))
+            vectors = values.view(-1, self._codes.shape[1], height, self._width)
             turned = made.view(len(groups), height, self._codes.shape[1], self._width)[part]
             turned.copy_(vectors.transpose(1, 2))
         skipped = (rows.start - groups.start * height) * n_cols
@@ -140,11 +143,14 @@ class Codebooks(Sources):
     def _sums(self, codes: torch.Tensor, books: torch.Tensor, arena: Arena) -> torch.Tensor:
         """float32 [groups, og · K]: the sums of vectors, one codebook after another."""
         n_vectors, length = codes.shape[0] * codes.shape[1], books.shape[1]
-        sums = arena.get(DECODED_FP32, n_vectors * books.shape[2], torch.float32).view(n_vectors, -1)
+        numel = n_vectors * books.shape[2]
+        sums, term = (arena.get(name, numel, torch.float32) for name in (DECODED_FP32, "aqlm.term"))
+        vectors = arena.get("aqlm.vectors", numel, self._dtype)
         for number, book in enumerate(books):
             index = codes[:, :, number].reshape(-1).int().bitwise_and_(length - 1)
+            select(book, index, vectors)
             if number == 0:
-                torch.index_select(book, 0, index, out=sums)
+                sums.copy_(vectors)
             else:
-                sums.add_(book.index_select(0, index))
+                sums.add_(term.copy_(vectors))
         return sums.view(codes.shape[0], -1)

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
-from lorafuse.arithmetic.word_columns import awq_codes, awq_words
+from lorafuse.arithmetic.word_columns import awq_codes, awq_numbers, awq_words
 from lorafuse.codecs.bands import Bands, scale
-from lorafuse.codecs.held import read_runs
+from lorafuse.codecs.held import read_runs, read_turned
 from lorafuse.codecs.model_dtype import out_dtype
 from lorafuse.codecs.other_formats import quantizations
 from lorafuse.codecs.sources import Claims, Raw, Scheme, Sources
@@ -119,34 +119,35 @@ class AwqMatrix:
         of_groups = n_outputs * self._itemsize + 4 * n_words * (len(self.names) - 2)
         return self.spec.shape[1] * 4 * n_words + self.n_groups * of_groups
 
-    def read(self, outputs: range) -> Raw:
-        """Words int32 [in, words], scales [groups, outputs], and zero points int32 [groups, words]."""
+    def read(self, outputs: range, arena: Arena) -> Raw:
+        """Words int32 [words, in], scales [groups, outputs], and zero points int32 [words, groups]."""
         n_outputs, size = self.spec.shape[0], self._itemsize
-        raw = [self._words(self.names[0], self.spec.shape[1], outputs)]
         starts = [(group * n_outputs + outputs.start) * size for group in range(self.n_groups)]
         scales = read_runs(self.store, self.names[1], starts, len(outputs) * size)
-        raw.append(scales.view(getattr(torch, DTYPES[self._scales_dtype][1])))
-        raw += [self._words(name, self.n_groups, outputs) for name in self.names[2:]]
-        return tuple(raw)
+        return (
+            self._words(self.names[0], self.spec.shape[1], outputs, arena),
+            scales.view(getattr(torch, DTYPES[self._scales_dtype][1])),
+            *(self._words(name, self.n_groups, outputs, arena) for name in self.names[2:]),
+        )
 
-    def _words(self, name: str, n_rows: int, outputs: range) -> torch.Tensor:
+    def _words(self, name: str, n_rows: int, outputs: range, arena: Arena) -> torch.Tensor:
         starts = [(row * self.spec.shape[0] + outputs.start) // 2 for row in range(n_rows)]
-        return read_runs(self.store, name, starts, len(outputs) // 2).view(torch.int32)
+        return read_turned(self.store, name, starts, len(outputs) // OF_A_WORD, arena)
 
-    def decode(self, raw: Raw, at: range, arena: Arena) -> torch.Tensor:
+    def by_outputs(self, raw: Raw, at: range, arena: Arena) -> Raw:
+        words = slice(at.start // OF_A_WORD, at.stop // OF_A_WORD)
+        scales = arena.place(raw[1][:, at.start : at.stop]).T.to(getattr(torch, self.spec.torch_name))
+        zeros = [awq_codes(arena.place(stored[words])).float() for stored in raw[2:]]
+        return arena.place(raw[0][words]), scales.float().contiguous(), *zeros
+
+    def decode(self, by_outputs: Raw, at: range, arena: Arena) -> torch.Tensor:
         words = slice(at.start // OF_A_WORD, -(-at.stop // OF_A_WORD))
-        skipped = at.start - words.start * OF_A_WORD
-        wanted = slice(skipped, skipped + len(at))
-        codes = awq_codes(arena.place(raw[0][:, words]))[wanted]
-        values = arena.get(DECODED_FP32, codes.numel(), torch.float32).view(codes.shape).copy_(codes)
-        return scale(values, *self.numbers(raw, at, arena), self.group_of)
-
-    def numbers(self, raw: Raw, at: range, arena: Arena) -> tuple[torch.Tensor, torch.Tensor | None]:
-        scales = arena.place(raw[1][:, at.start : at.stop]).T
-        scales = scales.to(getattr(torch, self.spec.torch_name)).float()
-        words, skipped = slice(at.start // OF_A_WORD, -(-at.stop // OF_A_WORD)), at.start % OF_A_WORD
-        zeros = [awq_codes(arena.place(stored[:, words])).float() for stored in raw[2:]]
-        return scales, zeros[0][skipped : skipped + len(at)] if zeros else None
+        skipped, n_inputs = at.start % OF_A_WORD, self.spec.shape[1]
+        stored, (scales, *zeros) = by_outputs[0][words], (part[at.start : at.stop] for part in by_outputs[1:])
+        values = arena.get(DECODED_FP32, OF_A_WORD * stored.numel(), torch.float32)
+        awq_numbers(stored, values)
+        values = values.view(-1, n_inputs)[skipped : skipped + len(at)]
+        return scale(values, scales, zeros[0] if zeros else None, self.group_of)
 
     def codes(self, words: torch.Tensor) -> torch.Tensor:
         return awq_codes(words)

@@ -13,9 +13,10 @@ from lorafuse.arithmetic.dequantize import NARROW
 from lorafuse.arithmetic.draws import Draws, of_run
 from lorafuse.arithmetic.on_grid import round_tile
 from lorafuse.arithmetic.scaling import round_through, scale_blocks, subtract_zeros
+from lorafuse.arithmetic.word_columns import turned
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
 from lorafuse.codecs.encoder import FinishedTile
-from lorafuse.codecs.held import N_WINDOWS_HELD, WINDOWS_NBYTES, Windows
+from lorafuse.codecs.held import N_WINDOWS_HELD, TURNED_NBYTES, WINDOWS_NBYTES, Windows
 from lorafuse.codecs.own_grid import GridSources, Recoded
 from lorafuse.codecs.scaled_grid import ScaledGrid, levels_of
 from lorafuse.codecs.sources import Raw, Scheme
@@ -59,27 +60,27 @@ class Turned(Protocol):
     def nbytes(self, n_outputs: int) -> int:
         """Host bytes of what `read` returns for so many outputs."""
 
-    def read(self, outputs: range) -> Raw:
-        """Returns words, int32 [stored rows, words], and what else they need, in tensors of their own. Raises
-        CheckpointError, StorageError."""
+    def read(self, outputs: range, arena: Arena) -> Raw:
+        """Returns words, int32 [outputs or units of them, words of one], and what else they need, in tensors
+        of their own. Raises CheckpointError, StorageError."""
 
-    def decode(self, raw: Raw, at: range, arena: Arena) -> torch.Tensor:
-        """Returns float32 [outputs, in] of those `at` these places in the band that `raw` is of, on the
-        arena's device."""
+    def by_outputs(self, raw: Raw, at: range, arena: Arena) -> Raw:
+        """Returns what `raw` has of the outputs `at` these places in its band, whole units, on the arena's
+        device: words, and float32 [outputs, groups]: scales and zero points, if any."""
 
-    def numbers(self, raw: Raw, at: range, arena: Arena) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns their scales and zero points, if any: float32 [outputs, groups]."""
+    def decode(self, by_outputs: Raw, at: range, arena: Arena) -> torch.Tensor:
+        """Returns float32 [outputs, in] of those `at` these places of what `by_outputs` returned."""
 
     def codes(self, words: torch.Tensor) -> torch.Tensor:
-        """Returns uint8 [outputs, in], of words of whole units of outputs."""
+        """Returns uint8 [outputs, in], of words as `by_outputs` returns them."""
 
     def words(self, codes: torch.Tensor) -> torch.Tensor:
         """Returns the reverse; bits of no code are 0."""
 
 
 class _Part(NamedTuple):
-    """Some outputs: words (int32 [stored rows, words]), codes (uint8 [outputs, in]), and scales and zero
-    points of each run of codes (float32, 1-D)."""
+    """Some outputs: words (int32 [units of outputs, words of one]), codes (uint8 [outputs, in]), and scales
+    and zero points of each run of codes (float32, 1-D)."""
 
     words: torch.Tensor
     codes: torch.Tensor
@@ -98,10 +99,11 @@ class Bands(GridSources):
         self.spec, self.out_dtype = matrix.spec, matrix.spec.dtype
         n_outputs, n_inputs = self.spec.shape
         width = self._outputs_of_a_band()
-        self._windows = Windows(n_outputs, width, lambda rows, arena: matrix.read(rows))
+        self._windows = Windows(n_outputs, width, matrix.read)
         self.window_nbytes = self._windows.n_held * matrix.nbytes(width)
         # A row is decoded whole, and so is a unit of rows.
-        self.nbytes = max(CHUNK_NUMEL, 2 * matrix.unit * n_inputs) * CHUNK_NBYTES_PER_ELEMENT
+        chunk_numel = max(CHUNK_NUMEL, 2 * matrix.unit * n_inputs)
+        self.nbytes = chunk_numel * CHUNK_NBYTES_PER_ELEMENT + 2 * TURNED_NBYTES
         self.grid_rows = matrix.unit
         size = matrix.group_of
         self._run = math.gcd(size, n_inputs) if isinstance(size, int) else 1
@@ -140,13 +142,13 @@ class Bands(GridSources):
         step = max(CHUNK_NUMEL // n_inputs // unit, 1) * unit
         for number, (window, part) in enumerate(windows):
             fetched = raw[number * n_tensors : (number + 1) * n_tensors]
-            first = part.start
-            while first < part.stop:
-                place = first - window.start
-                last = min(window.start + place // unit * unit + step, part.stop)
-                values = self._matrix.decode(fetched, range(place, last - window.start), arena)
+            origin = window.start + (part.start - window.start) // unit * unit
+            units = range(origin - window.start, -(-(part.stop - window.start) // unit) * unit)
+            ours = self._matrix.by_outputs(fetched, units, arena)
+            for start in range(origin, part.stop, step):
+                first, last = max(start, part.start), min(start + step, part.stop)
+                values = self._matrix.decode(ours, range(first - origin, last - origin), arena)
                 tile[first - rows.start : last - rows.start].copy_(self._rounded(values, arena))
-                first = last
         return made
 
     def _rounded(self, values: torch.Tensor, arena: Arena) -> torch.Tensor:
@@ -173,7 +175,7 @@ class Bands(GridSources):
         )
         grid = ScaledGrid(after.view(-1), scales, zeros, levels, self._run)
         values, n_clipped = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
-        stored = torch.cat([words for words, *_ in parts], dim=1) ^ matrix.words(before.bitwise_xor_(after))
+        stored = turned(torch.cat([words for words, *_ in parts]) ^ matrix.words(before.bitwise_xor_(after)))
         count, n_words = stored.shape
         buffer[: 4 * stored.numel()].copy_(stored.view(torch.uint8).view(-1))
         first, of_row = rows.start // matrix.unit, self.spec.shape[0] // matrix.unit
@@ -186,19 +188,16 @@ class Bands(GridSources):
         for number, (window, part) in enumerate(windows):
             raw = tile.raw[number * n_tensors : (number + 1) * n_tensors]
             at = range(part.start - window.start, part.stop - window.start)
-            words = arena.place(raw[0][:, at.start // matrix.unit : at.stop // matrix.unit])
-            scales, zeros = (
-                self._by_runs(numbers, f"bands.runs.{number}.{place}", arena)
-                for place, numbers in enumerate(matrix.numbers(raw, at, arena))
+            words, *numbers = matrix.by_outputs(raw, at, arena)
+            scales, *zeros = (
+                self._by_runs(of_groups, f"bands.runs.{number}.{place}", arena)
+                for place, of_groups in enumerate(numbers)
             )
-            assert scales is not None
-            yield _Part(words, matrix.codes(words), scales, zeros)
+            yield _Part(words, matrix.codes(words), scales, zeros[0] if zeros else None)
 
-    def _by_runs(self, numbers: torch.Tensor | None, name: str, arena: Arena) -> torch.Tensor | None:
+    def _by_runs(self, numbers: torch.Tensor, name: str, arena: Arena) -> torch.Tensor:
         """float32, 1-D: the number of each run, of numbers [outputs, groups]; in scratch, since with
         act-order they are as many as elements."""
-        if numbers is None:
-            return None
         groups = self._matrix.group_of
         if isinstance(groups, int):
             starts = torch.arange(0, self.spec.shape[1], self._run, dtype=torch.int64, device=numbers.device)
@@ -236,6 +235,7 @@ def scale(
             subtract_zeros(values, zeros, group_of)
         scale_blocks(values, scales, group_of)
         return values
+    group_of = group_of.long()  # which torch takes half as long to select by
     if zeros is not None:
         values.sub_(zeros.index_select(1, group_of))
     return values.mul_(scales.index_select(1, group_of))

@@ -14,7 +14,7 @@ from lorafuse.arithmetic.word_columns import columns_as_rows, gptq_zeros, rows_a
 from lorafuse.codecs.bands import CHUNK_NBYTES_PER_ELEMENT, dtypes_of, scale
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
 from lorafuse.codecs.encoder import FinishedTile
-from lorafuse.codecs.held import read_runs
+from lorafuse.codecs.held import read_runs, read_turned
 from lorafuse.codecs.own_grid import GridSources, Recoded
 from lorafuse.codecs.scaled_grid import ScaledGrid, levels_of
 from lorafuse.codecs.sources import Raw, Scheme
@@ -55,11 +55,11 @@ class GptqMatrix:
         of_zeros = -(-n_outputs * self.bits // 32) * 4 + n_outputs
         return 4 * self.n_word_rows * n_outputs + self.n_groups * (n_outputs * self.itemsize + of_zeros)
 
-    def read(self, outputs: range) -> Raw:
-        """Words int32 [word rows, outputs], scales [groups, outputs], zeros uint8 [groups, outputs]."""
+    def read(self, outputs: range, arena: Arena) -> Raw:
+        """Words int32 [outputs, word rows], scales [groups, outputs], zeros uint8 [groups, outputs]."""
         n_outputs, width = self.spec.shape[0], len(outputs)
         starts = [(row * n_outputs + outputs.start) * 4 for row in range(self.n_word_rows)]
-        words = read_runs(self.store, self.names[0], starts, 4 * width).view(torch.int32)
+        words = read_turned(self.store, self.names[0], starts, width, arena)
         return (words, *self.read_groups(range(self.n_groups), outputs))
 
     def read_groups(self, groups: range, outputs: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,33 +74,34 @@ class GptqMatrix:
         zeros = gptq_zeros(stored, self.bits, less_one=self.less_one)
         return scales.view(getattr(torch, DTYPES[self.scales_dtype][1])), zeros[:, :width]
 
-    def decode(self, raw: Raw, at: range, arena: Arena) -> torch.Tensor:
-        words, scales, zeros = (arena.place(tensor[:, at.start : at.stop]) for tensor in raw)
-        group_of = self.group_of if isinstance(self.group_of, int) else arena.place(self.group_of)
-        return self.values(words, scales, zeros, self.spec.shape[1], group_of, arena)
+    def by_outputs(self, raw: Raw, at: range, arena: Arena) -> Raw:
+        numbers = (arena.place(tensor[:, at.start : at.stop]).T.float().contiguous() for tensor in raw[1:])
+        return arena.place(raw[0][at.start : at.stop]), *numbers
 
-    def numbers(self, raw: Raw, at: range, arena: Arena) -> tuple[torch.Tensor, torch.Tensor | None]:
-        scales, zeros = (arena.place(tensor[:, at.start : at.stop]).T.float() for tensor in raw[1:])
-        return scales, zeros
+    def decode(self, by_outputs: Raw, at: range, arena: Arena) -> torch.Tensor:
+        words, scales, zeros = (tensor[at.start : at.stop] for tensor in by_outputs)
+        group_of = self.group_of if isinstance(self.group_of, int) else arena.place(self.group_of)
+        return self.values(words.view(torch.uint8), scales, zeros, self.spec.shape[1], group_of, arena)
 
     def codes(self, words: torch.Tensor) -> torch.Tensor:
-        return unpack(columns_as_rows(words), self.bits, self.spec.shape[1])
+        return unpack(words.view(torch.uint8), self.bits, self.spec.shape[1])
 
     def words(self, codes: torch.Tensor) -> torch.Tensor:
-        return rows_as_columns(pack(codes, self.bits, 4 * self.n_word_rows))
+        return pack(codes, self.bits, 4 * self.n_word_rows).view(torch.int32)
 
     def values(
         self,
-        words: torch.Tensor,
+        rows: torch.Tensor,
         scales: torch.Tensor,
         zeros: torch.Tensor,
         n_inputs: int,
         group_of: torch.Tensor | int,
         arena: Arena,
     ) -> torch.Tensor:
-        """float32 [outputs, n_inputs], of words [word rows, outputs] and what `read_groups` returned."""
-        values = unpack_floats(columns_as_rows(words), self.bits, n_inputs, arena).view(-1, n_inputs)
-        return scale(values, scales.T.float(), zeros.T.float(), group_of)
+        """float32 [outputs, n_inputs], of the bytes of each output's words, and scales and zero points
+        (float32 [outputs, groups])."""
+        values = unpack_floats(rows, self.bits, n_inputs, arena).view(-1, n_inputs)
+        return scale(values, scales, zeros, group_of)
 
 
 class GptqRows(GridSources):
@@ -148,14 +149,16 @@ class GptqRows(GridSources):
     def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
         rows, n_outputs = self._rows(box), self.spec.shape[1]
         made = arena.get("gptq.made", box.numel, getattr(torch, self.spec.torch_name))
-        words, scales, zeros = (arena.place(tensor) for tensor in raw)
+        words, *numbers = (arena.place(tensor) for tensor in raw)
+        scales, zeros = (of_groups.T.float().contiguous() for of_groups in numbers)
         group_of = self._group_of(arena)
         via = getattr(torch, DTYPES[self._matrix.scales_dtype][1])
         for chunk, part in self._chunks(rows):
             first = (chunk.start - rows.start // WORDS * WORDS) // WORDS * self._matrix.bits
             last = first + -(-len(chunk) * self._matrix.bits // 32)
             groups = group_of[chunk.start : chunk.stop]
-            values = self._matrix.values(words[first:last], scales, zeros, len(chunk), groups, arena)
+            columns = columns_as_rows(words[first:last])
+            values = self._matrix.values(columns, scales, zeros, len(chunk), groups, arena)
             wanted = values[:, part.start - chunk.start :].T.to(via)
             made.view(-1, n_outputs)[part.start - rows.start : part.stop - rows.start].copy_(wanted)
         return made

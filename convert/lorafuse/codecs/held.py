@@ -1,9 +1,9 @@
 """What sources hold for more than one tile: values that are computed once, and windows that are read once.
 Any worker may ask. The first worker that asks makes the values; the others wait for them."""
 
+import mmap
 from collections.abc import Callable, Iterator
 from functools import partial
-from mmap import mmap
 from threading import Lock
 
 import torch
@@ -16,6 +16,10 @@ from lorafuse.files.stores import Store
 N_WINDOWS_HELD = 2
 # Bytes of all windows that are held: more would mean fewer and longer reads.
 WINDOWS_NBYTES = 16_000_000
+TURNED_NBYTES = 1 << 20  # of a window, transposed at a time
+# Pages of its own, all there at once where the system can do that: a fault for each takes longer than
+# reading.
+_OWN_PAGES = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
 
 
 class ComputedOnce:
@@ -82,16 +86,38 @@ def read_runs(store: Store, name: str, starts: list[int], nbytes: int) -> torch.
     """uint8 [len(starts), nbytes]: of each byte in `starts`, the `nbytes` of a stored tensor from there on;
     zeros beyond its end."""
     runs = mapped(len(starts), nbytes)
-    view, end = host_view(runs.view(-1)), store.tensors[name].spec.nbytes
-    if starts == list(range(starts[0], starts[0] + len(starts) * nbytes, nbytes)):  # they are one run
-        store.read_into(name, starts[0], view[: end - starts[0]])
-        return runs
-    for number, start in enumerate(starts):
-        store.read_into(name, start, view[number * nbytes : (number + 1) * nbytes][: end - start])
+    _read_into(runs, store, name, starts)
     return runs
+
+
+def read_turned(store: Store, name: str, starts: list[int], n_words: int, arena: Arena) -> torch.Tensor:
+    """int32 [n_words, len(starts)]: of each byte in `starts`, so many words from there on, transposed. The
+    arena's scratch takes 2 · TURNED_NBYTES, or what a run has."""
+    made = mapped(n_words, 4 * len(starts)).view(torch.int32)
+    step = max(TURNED_NBYTES // (4 * n_words), 1)
+    for first in range(0, len(starts), step):
+        part = starts[first : first + step]
+        rows = arena.host.get("held.rows", 4 * n_words * len(part), torch.uint8).view(len(part), -1)
+        _read_into(rows, store, name, part)
+        # As a whole, which torch turns in blocks that fit in cache.
+        turned = arena.host.get("held.turned", n_words * len(part), torch.int32).view(n_words, -1)
+        turned.copy_(rows.view(torch.int32).T)
+        made[:, first : first + len(part)].copy_(turned)
+    return made
 
 
 def mapped(n_rows: int, nbytes: int) -> torch.Tensor:
     """uint8 [n_rows, nbytes]: zeros. Not by malloc, which keeps what is freed, some megabytes in the arena of
     every thread that asked for them."""
-    return torch.frombuffer(mmap(-1, n_rows * nbytes), dtype=torch.uint8).view(n_rows, nbytes)
+    pages = mmap.mmap(-1, n_rows * nbytes, flags=_OWN_PAGES)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(n_rows, nbytes)
+
+
+def _read_into(runs: torch.Tensor, store: Store, name: str, starts: list[int]) -> None:
+    nbytes = runs.shape[1]
+    view, end = host_view(runs.view(-1)), store.tensors[name].spec.nbytes
+    if starts == list(range(starts[0], starts[0] + len(starts) * nbytes, nbytes)):  # they are one run
+        store.read_into(name, starts[0], view[: end - starts[0]])
+        return
+    for number, start in enumerate(starts):
+        store.read_into(name, start, view[number * nbytes : (number + 1) * nbytes][: end - start])

@@ -51,19 +51,23 @@ class Layout:
         wrapped = first + n - self.n_groups
         return [(first, first + n)] if wrapped <= 0 else [(first, self.n_groups), (0, wrapped)]
 
-    def of_elements(self, numbers: torch.Tensor, run: range, part: range) -> torch.Tensor:
-        """Of each element of `part`, the number of its group; `numbers` are those that `groups` gives for
+    def spread(self, numbers: torch.Tensor, run: range, part: range) -> Iterator[tuple[range, torch.Tensor]]:
+        """(some elements of `part`, counted from its first; their numbers, [n, 1] where they are n groups,
+        else [1, a number for each of as many elements]). `numbers` are those that `groups` gives for
         `run`."""
-        if not self.by_columns:
-            first, skipped = part.start // self.group_size, part.start % self.group_size
-            last = -(-part.stop // self.group_size)
-            before = run.start // self.group_size
-            spread = numbers[first - before : last - before].repeat_interleave(self.group_size)
-            return spread[skipped : skipped + len(part)]
-        if len(run) < self.n_groups:
-            return numbers[part.start - run.start : part.stop - run.start]
-        places = torch.arange(part.start, part.stop, dtype=torch.int64, device=numbers.device)
-        return numbers[places.remainder_(self.n_groups)]
+        if self.by_columns and len(run) < self.n_groups:
+            yield range(len(part)), numbers[None, part.start - run.start : part.stop - run.start]
+            return
+        period = self.n_groups if self.by_columns else self.group_size
+        head = min(-(-part.start // period) * period, part.stop)
+        tail = max(part.stop // period * period, head)
+        for start, stop in ((part.start, head), (head, tail), (tail, part.stop)):
+            if start == stop:
+                continue
+            first, n = start // period - run.start // period, -(-(stop - start) // period)
+            at = slice(start % period, start % period + min(stop - start, period))
+            of_these = numbers[None, at] if self.by_columns else numbers[first : first + n, None]
+            yield range(start - part.start, stop - part.start), of_these
 
 
 class PackedUnits(Sources):
@@ -114,21 +118,33 @@ class PackedUnits(Sources):
             for start in range(begin + first, begin + last, CHUNK_NUMEL):
                 part = range(start, min(start + CHUNK_NUMEL, begin + last))
                 at = slice(part.start - begin - first, part.stop - begin - first)
-                codes = self._codes(tensor, place, at)
+                codes = self._codes(tensor, place, at, arena)
                 values = arena.get(DECODED_FP32, len(part), torch.float32).copy_(codes)
-                self._round(values.sub_(layout.of_elements(zeros, run, part).float()))
-                self._round(values.mul_(layout.of_elements(scales, run, part).float()))
+                for some, numbers in layout.spread(zeros, run, part):
+                    _as_matrix(values, some, numbers).sub_(numbers.float())
+                self._round(values)
+                for some, numbers in layout.spread(scales, run, part):
+                    _as_matrix(values, some, numbers).mul_(numbers.float())
+                if self._dtype != made.dtype:
+                    self._round(values)
                 made[part.start - run.start : part.stop - run.start].copy_(values)
         return made
 
-    def _codes(self, units: torch.Tensor, place: int, at: slice) -> torch.Tensor:
+    def _codes(self, units: torch.Tensor, place: int, at: slice, arena: Arena) -> torch.Tensor:
         bits, n_codes, nbytes = self._layout.packing
         chosen = (units.view(torch.int32) if nbytes == 4 else units)[at]
         if n_codes == 1:
             return chosen
-        shift = bits * (n_codes - 1 - place)
-        return (chosen >> shift).bitwise_and_((1 << bits) - 1)
+        codes = arena.get("hqq.codes", len(chosen), chosen.dtype)
+        torch.bitwise_right_shift(chosen, bits * (n_codes - 1 - place), out=codes)
+        return codes.bitwise_and_((1 << bits) - 1)
 
     def _round(self, values: torch.Tensor) -> None:
         if self._dtype != torch.float32:
             values.copy_(values.to(self._dtype))
+
+
+def _as_matrix(values: torch.Tensor, some: range, numbers: torch.Tensor) -> torch.Tensor:
+    """Some of the values, in the shape that their numbers are broadcast to."""
+    n_rows = len(numbers) if numbers.shape[1] == 1 else -1
+    return values[some.start : some.stop].view(n_rows, -1 if n_rows > 0 else numbers.shape[1])

@@ -74,7 +74,8 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
 class Experts(GridSources):
     """A stack of experts; all rows are counted through it."""
 
-    grid_rows, scattered = GROUP, True
+    grid_rows = rows_at_once = GROUP
+    scattered = True
     grid_nbytes_per_element = 28  # of recode: transposed base and sums, draws, codes before and after, gaps
 
     def __init__(self, names: tuple[str, ...], spec: TensorSpec, store: Store) -> None:
@@ -129,14 +130,16 @@ class Experts(GridSources):
         for number, (window, part) in enumerate(self._windows.around(rows)):
             codes, scales = raw[2 * number : 2 * number + 2]
             at = slice(part.start - rows.start, part.stop - rows.start)
-            inside = range(part.start - window.start, part.stop - window.start)
-            step = max(CHUNK_NUMEL // (len(part) + 2 * GROUP), 1)
+            start, stop = part.start - window.start, part.stop - window.start
+            groups = range(start // GROUP, -(-stop // GROUP))
+            inside = slice(start - groups.start * GROUP, stop - groups.start * GROUP)
+            step = max(CHUNK_NUMEL // (len(groups) * GROUP), 1)
             for first in range(0, width, step):
                 chunk = slice(first, min(first + step, width))
-                values = self._columns(codes[chunk], scales[chunk], inside, arena)
-                # Transposed in a buffer of its own: into part of a tile, torch copies element by element.
+                values = self._columns(codes[chunk], scales[chunk], groups, arena)
+                # Whole matrices, which torch turns in blocks; into part of a tile, it copies single elements.
                 turned = arena.get("mxfp4.turned", values.numel(), torch.float32).view(values.shape[::-1])
-                tile[at, chunk].copy_(turned.copy_(values.T))
+                tile[at, chunk].copy_(turned.copy_(values.T)[inside])
         return made
 
     def codes_nbytes(self, n: int) -> int:
@@ -166,15 +169,16 @@ class Experts(GridSources):
             runs.append(Run(place, start, nbytes, width, self._height // 2))
         return Recoded(tuple(runs), values.view(-1), n_clipped)
 
-    def _columns(self, codes: torch.Tensor, scales: torch.Tensor, cols: range, arena: Arena) -> torch.Tensor:
-        """fp32 [stored rows, columns] of some columns of what was read."""
-        first, last = cols.start // GROUP, -(-cols.stop // GROUP)
-        packed = arena.place(codes[:, first * GROUP_NBYTES : last * GROUP_NBYTES].contiguous())
+    def _columns(
+        self, codes: torch.Tensor, scales: torch.Tensor, groups: range, arena: Arena
+    ) -> torch.Tensor:
+        """fp32 [stored rows, columns] of some groups of columns of what was read."""
+        packed = arena.place(codes[:, groups.start * GROUP_NBYTES : groups.stop * GROUP_NBYTES].contiguous())
         values = arena.get("mxfp4.values", 2 * packed.numel(), torch.float32)
         look_up(packed.view(-1), e2m1_pairs(), values, arena)
         matrix = values.view(len(codes), -1)
-        scale_blocks(matrix, e8m0(arena.place(scales[:, first:last])), GROUP)
-        return matrix[:, cols.start - first * GROUP : cols.stop - first * GROUP]
+        scale_blocks(matrix, e8m0(arena.place(scales[:, groups.start : groups.stop])), GROUP)
+        return matrix
 
 
 def _recoded(

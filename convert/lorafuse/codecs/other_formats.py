@@ -107,6 +107,16 @@ _WAYS_OUT = {
     "gguf": "transformers loads it with `gguf_file=`: save that, and merge into it.",
     "higgs": "Dequantize it with transformers (`model.dequantize()`), or merge into the full-precision "
     "checkpoint.",
+    "quanto": "Load it with optimum-quanto, save `weight.dequantize()` of each layer, and merge into that.",
+    "modelopt after awq or smoothquant": "The stored weight is the model's divided by `pre_quant_scale`: "
+    "multiply its columns by that first, or merge into the full-precision checkpoint.",
+    "metal (mlx's layout)": "Convert the full-precision checkpoint with mlx-lm, or merge into that.",
+    f"{_CT} (sparse)": "Decompress it with compressed-tensors first, or merge into the full-precision "
+    "checkpoint.",
+    **dict.fromkeys(
+        ("vptq", "spqr", "quark", "sinq", "hqq or sinq", "fp-quant", "fp_quant"),
+        "Its own library dequantizes it: save that, or merge into the full-precision checkpoint.",
+    ),
 }
 _WORDS = frozenset({"I16", "I32", "U32"})
 # Ends of names that only quantized weights have, and those that others may have too unless they are bytes.

@@ -67,6 +67,7 @@ class Sources(Protocol):
     `nbytes`: host bytes that a worker holds while it decodes a tile, beyond what is proportional to the tile.
     `held_nbytes`: host bytes held from prepare to release.
     `window_nbytes`: host bytes that the tiles in the making hold together, however many they are.
+    `rows_at_once`: rows that are decoded together, of whose multiples a tile is best made.
     """
 
     __slots__ = ()
@@ -80,6 +81,7 @@ class Sources(Protocol):
     nbytes: int = 0
     held_nbytes: int = 0
     window_nbytes: int = 0
+    rows_at_once: int = 1
 
     def prepare(self, arena: Arena) -> None:
         """Compute what decoding needs of the whole weight. Any thread may call it, at any time before it is

@@ -67,7 +67,10 @@ class Step:
 
     @property
     def _row_multiple(self) -> int:
-        return math.lcm(self.encoder.row_multiple, *(patch.needs.row_multiple for patch in self.patches))
+        needed = math.lcm(self.encoder.row_multiple, *(patch.needs.row_multiple for patch in self.patches))
+        wanted = math.lcm(needed, self.sources.rows_at_once)
+        fits = (self.row_numel,) == self.spec.shape[-1:] and wanted * self.row_numel <= TILE_NUMEL
+        return wanted if fits else needed
 
     @property
     def cut(self) -> tuple[int, bool] | None:
