@@ -10,7 +10,7 @@ from typing import Any
 from lorafuse.errors import UsageError, shown
 
 DTYPE_CHOICES = ("auto", "float32", "float16", "bfloat16")
-FORMAT_CHOICES = ("dense", "base", "mixed", "nf4", "fp4", "int8", "fp8", "w8a16", "w4a16")
+FORMAT_CHOICES = ("dense", "base", "light", "mixed", "nf4", "fp4", "int8", "fp8", "w8a16", "w4a16")
 QUANTIZING_FORMATS = ("nf4", "fp4", "int8")
 ROUNDING_CHOICES = ("unbiased", "nearest")
 AUTO = "auto"  # as --base-quant: what the files beside the adapter say

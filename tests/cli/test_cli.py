@@ -271,9 +271,11 @@ def test_help(run: Cli, flag: str) -> None:
 
 
 def test_version(run: Cli) -> None:
-    """--version prints the version."""
+    """--version prints the version, and which kernel is used."""
     assert run("--version") == 0
-    assert run.out == f"lorafuse, version {__version__}\n"
+    version, kernel = run.out.splitlines()
+    assert version == f"lorafuse, version {__version__}"
+    assert kernel in {f"compiled kernel: {word}" for word in ("none", "baseline", "avx2", "avx512")}
 
 
 # ---- exit code 2, and starting without torch
@@ -577,7 +579,7 @@ def test_python_m_lorafuse_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lorafuse", "--version"], env=env, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip().endswith(lorafuse.__version__)
+    assert done.stdout.startswith(f"lorafuse, version {lorafuse.__version__}\n")
 
 
 def test_the_public_names_are_there_and_all_that_dir_shows() -> None:

@@ -78,10 +78,8 @@ def batch(
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
     )  # fmt: skip
     chosen = Chosen(share, index, of, overwrite, restart, dry_run)
-    out = as_typed(out_root)
-    kind_of(out)  # before it is looked at as a folder: the scheme must be known
     base, listed_in = directory_as_typed(ckpt), Path(as_typed(jobs))
-    return _batch(base, listed_in, open_folder(out), settings, chosen, on_event)
+    return _batch(base, listed_in, as_typed(out_root), settings, chosen, on_event)
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,11 @@ class Chosen:
 
 
 def _batch(
-    ckpt: str, jobs: Path, root: Folder, settings: Settings, chosen: Chosen, on_event: OnEvent
+    ckpt: str, jobs: Path, out_root: str, settings: Settings, chosen: Chosen, on_event: OnEvent
 ) -> list[JobState]:
     """The same with checked settings."""
+    kind_of(out_root)  # before it is looked at as a folder: the scheme must be known
+    root = open_folder(out_root)
     if chosen.share not in SHARE_CHOICES:
         raise UsageError(f"share is {shown(chosen.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
     number, n_workers = checked_share(chosen.index, chosen.of, os.environ)

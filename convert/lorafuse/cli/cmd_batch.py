@@ -9,10 +9,16 @@ from typing import Any
 
 import click
 
-from lorafuse._version import __version__
 from lorafuse.batching.jobs import checked_share, read_jobs
 from lorafuse.cli.exits import exit_codes
-from lorafuse.cli.options import CONTEXT, base_options, check_base_options, output_options, run_options
+from lorafuse.cli.options import (
+    CONTEXT,
+    base_options,
+    check_base_options,
+    output_options,
+    run_options,
+    version_option,
+)
 from lorafuse.cli.streams import say, tell
 from lorafuse.errors import BatchError, shown
 from lorafuse.events import Event, JobEvent, PassEvent, PlanEvent, ResumedEvent
@@ -50,7 +56,7 @@ from lorafuse.settings import Settings
 )
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also which jobs share a pass.")
-@click.version_option(__version__, prog_name="lorafuse")
+@version_option
 def batch(
     ckpt: str,
     jobs: str,

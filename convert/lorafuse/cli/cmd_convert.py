@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from lorafuse._version import __version__
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import (
     CONTEXT,
@@ -15,6 +14,7 @@ from lorafuse.cli.options import (
     output_options,
     push_option,
     run_options,
+    version_option,
     weighted,
 )
 from lorafuse.cli.show import Show, plan_text, summary_text, weights_text
@@ -57,7 +57,7 @@ from lorafuse.settings import THE_BASE, Settings
 @click.option("--card", is_flag=True, help="Write a model card, README.md; --push-to-hub does.")
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also what happens to each weight that changes.")
-@click.version_option(__version__, prog_name="lorafuse")
+@version_option
 def convert(
     ckpt: str,
     adapter: str,

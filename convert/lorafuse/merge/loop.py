@@ -61,7 +61,7 @@ def _deliver(output: Destination, variant: Variant, made: Made, buffer: torch.Te
         output.outcome.measures[variant.step.name] = variant.measures
     view = host_view(buffer)
     for piece in made.pieces:
-        output.write(piece.tensor, piece.at, view[piece.start : piece.start + piece.nbytes])
+        output.write(piece.tensor, piece.at, piece.bytes_of(view))
 
 
 def _complaint(variant: Variant, allow_nonfinite: bool) -> ResultError | None:

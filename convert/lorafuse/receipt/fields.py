@@ -6,12 +6,13 @@ SCHEMA = 1
 
 
 class Tool(TypedDict):
-    """What made the result."""
+    """What made the result. `kernel`: the level of the compiled kernel, or "none"."""
 
     name: str
     version: str
     torch: str
     python: str
+    kernel: str
 
 
 class InputEntry(TypedDict):
