@@ -233,7 +233,7 @@ def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(
     for name, settings in KINDS.items():
         adapter("nf4_dq", name=f"jobs/{name}", **settings)
     paths, n_decoded = [], 0
-    hash_file, decode = hashes.hash_file, FourBitSources.decode
+    hash_file, decode = hashes.checked_hash, FourBitSources.decode
 
     def count(self, raw, box, arena):
         nonlocal n_decoded
@@ -243,7 +243,7 @@ def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(
     for module in (hashes, inputs):
         monkeypatch.setattr(
             module,
-            "hash_file",
+            "checked_hash",
             lambda folder, name, *go_on: paths.append(Path(folder / name)) or hash_file(folder, name, *go_on),
         )
     monkeypatch.setattr(FourBitSources, "decode", count)
