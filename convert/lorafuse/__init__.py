@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorafuse.batching.jobs import JobState
     from lorafuse.inspection import inspect
     from lorafuse.pipeline import convert
+    from lorafuse.reporting import report
     from lorafuse.verification.verify import verify
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "batch",
     "convert",
     "inspect",
+    "report",
     "verify",
 ]
 
@@ -54,6 +56,7 @@ _LATER = {
     "batch": "lorafuse.batching.batch",
     "convert": "lorafuse.pipeline",
     "inspect": "lorafuse.inspection",
+    "report": "lorafuse.reporting",
     "verify": "lorafuse.verification.verify",
 }
 

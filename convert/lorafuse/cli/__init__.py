@@ -8,11 +8,12 @@ from lorafuse._version import __version__
 from lorafuse.cli.cmd_batch import batch
 from lorafuse.cli.cmd_convert import convert
 from lorafuse.cli.cmd_inspect import inspect
+from lorafuse.cli.cmd_report import report
 from lorafuse.cli.cmd_verify import verify
 from lorafuse.cli.options import CONTEXT
 from lorafuse.cli.streams import make_usable
 
-__all__ = ["batch", "convert", "inspect", "lorafuse", "main", "main_convert", "verify"]
+__all__ = ["batch", "convert", "inspect", "lorafuse", "main", "main_convert", "report", "verify"]
 
 
 @click.group(context_settings=CONTEXT)
@@ -24,6 +25,7 @@ def lorafuse() -> None:
 lorafuse.add_command(convert)
 lorafuse.add_command(batch)
 lorafuse.add_command(inspect)
+lorafuse.add_command(report)
 lorafuse.add_command(verify)
 
 

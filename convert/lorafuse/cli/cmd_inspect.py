@@ -8,9 +8,9 @@ import click
 
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import CONTEXT
-from lorafuse.cli.show import percent, too_little_text
 from lorafuse.errors import listed, shown
 from lorafuse.inspection import inspect as run
+from lorafuse.receipt.in_words import percent, too_little_text
 
 Facts = dict[str, Any]
 Lines = Iterator[tuple[str, str]]  # label, text

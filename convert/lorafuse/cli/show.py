@@ -1,14 +1,14 @@
 """What people see: progress and warnings, plans, summaries."""
 
 import json
-import math
 import sys
 from typing import Any
 
 from lorafuse.cli.streams import say, tell
 from lorafuse.errors import listed, shown
 from lorafuse.events import Event
-from lorafuse.receipt.read import ENOUGH_KEPT, kept_in_sum, sizes_in_sum
+from lorafuse.receipt.in_words import percent, too_little_text
+from lorafuse.receipt.read import kept_in_sum, sizes_in_sum
 
 
 class Show:
@@ -115,21 +115,3 @@ def summary_text(receipt: dict[str, Any], ckpt: str, adapters: list[str]) -> str
         f"{receipt['peak_rss'] / 1e6:,.0f} MB."
     )
     return "\n".join([line, *too_little_text(update)])
-
-
-def too_little_text(update: dict[str, Any]) -> list[str]:
-    """Where less than enough of an update is kept, or much noise is added to it, a line that says so, and
-    what helps."""
-    remedy = f": {update['remedy']}" if update["remedy"] else ""
-    if update["n_below"]:
-        weights = "1 weight keeps" if update["n_below"] == 1 else f"{update['n_below']} weights keep"
-        least = f"{shown(update['least_in'])} the least ({percent(update['least'])})"
-        return [f"{weights} less than {ENOUGH_KEPT:.0%} of the update, {least}{remedy}."]
-    if update["n_noisy"]:
-        return [f"Rounding adds noise of {update['noise']:.2g} times the size of the update{remedy}."]
-    return []
-
-
-def percent(share: float) -> str:
-    """A share of the update, rounded down, so that 100% is all of it."""
-    return f"{math.floor(share * 1000) / 10:.1f}%"

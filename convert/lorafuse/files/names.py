@@ -6,6 +6,7 @@ import re
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 RECEIPT = "lorafuse_receipt.json"  # of a checkpoint that lorafuse wrote
+REPORT = "lorafuse_report.html"  # about that
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _LEADING_ZERO = re.compile(r"(?<![0-9])0[0-9]")
 
