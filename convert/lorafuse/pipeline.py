@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
+from lorafuse.batching.answers import add_answers, refuse_full, speeds_of
 from lorafuse.batching.one_pass import Pass, PlannedJob
 from lorafuse.events import DoneEvent, OnEvent, PlanEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
@@ -106,8 +107,12 @@ def _convert(
         warnings, planned = announced(plan, dry_run=dry_run)
         for warning in warnings:
             on_event(warning)
+        if dry_run:
+            add_answers(planned, plan, base, adapters, settings, out_dir)
+            planned["estimate"] = speeds_of(plan, base, out_dir, device).estimate(plan.shards)
         on_event(planned)
         if dry_run:
+            refuse_full(out_dir, planned["disk"])
             return planned
         files = UnchangedInputs(base, adapters)
         files.refuse_nonfinite()

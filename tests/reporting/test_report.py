@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 import lorafuse
 from lorafuse import cli
 from lorafuse.errors import ResultError, sized
-from lorafuse.reporting.figures import MAX_CELLS, grids_of, place_of
+from lorafuse.files.names import place_of
+from lorafuse.reporting.figures import MAX_CELLS, grids_of
 
 HOSTILE = 'x"><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J'
 ELEMENTS = {

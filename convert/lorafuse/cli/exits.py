@@ -5,7 +5,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from lorafuse.cli.streams import finish, say
+from lorafuse.cli.streams import finish, say, styled
 from lorafuse.errors import LorafuseError, out_of_memory, shown
 from lorafuse.outdir.interrupts import UNINTERRUPTED
 
@@ -52,6 +52,6 @@ def _interrupt(number: int, _: object) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    say(f"Error: {message}")
+    say(f"{styled('Error:', 'red')} {message}")
     finish()
     sys.exit(code)

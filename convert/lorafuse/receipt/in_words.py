@@ -6,6 +6,15 @@ from typing import Any
 from lorafuse.errors import shown
 from lorafuse.receipt.read import ENOUGH_KEPT
 
+# What happens to a weight.
+ACTIONS = {
+    "copied": "bit for bit",
+    "decoded": "not changed, stored in another way than in the base",
+    "merged": "changed by an update",
+    "replaced": "saved whole by the adapter",
+    "added": "not in the base",
+}
+
 
 def percent(share: float) -> str:
     """A share of the update, rounded down, so that 100% is all of it."""

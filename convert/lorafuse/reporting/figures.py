@@ -1,39 +1,17 @@
 """The weights of a receipt in groups: by module, and by layer and module. Experts of a layer are one group.
 
-A name such as model.layers.3.mlp.experts.7.up_proj.weight has three parts: the stack `model.layers`, the
-layer 3, and the module `mlp.experts.*.up_proj`, in which a star stands for further numbers. The figures of a
-group are those of one long vector of all its weights.
+The figures of a group are those of one long vector of all its weights.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lorafuse.files.names import natural_key
+from lorafuse.files.names import Place, natural_key, place_of
 from lorafuse.receipt.read import Entries, delta_rel_in_sum, kept_in_sum
 
 MAX_CELLS = 3600  # of all grids, so that a page has few megabytes whatever the model is
 MAX_COLUMNS, MAX_ROWS = 128, 40
-_NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")  # a whole part of a name
-
-
-class Place(NamedTuple):
-    """Where a weight is in the model; `layer` is None for a weight that is in no layer."""
-
-    stack: str
-    layer: int | None
-    module: str
-
-
-def place_of(name: str) -> Place:
-    """The parts of a weight's name."""
-    path = name.removesuffix(".weight")
-    number = _NUMBER.search(path)
-    if not number:
-        return Place("", None, path)
-    stack, module = path[: number.start()].removesuffix("."), path[number.end() :].removeprefix(".")
-    return Place(stack, int(number[0]), _NUMBER.sub("*", module))
 
 
 class Figures(NamedTuple):
@@ -72,8 +50,7 @@ def modules_of(tensors: Entries) -> list[Module]:
     layers: dict[str, set[int | None]] = {}
     for name, entry in tensors.items():
         place = place_of(name)
-        numbered = () if place.layer is None else (place.stack, "*")
-        key = ".".join(filter(None, (*numbered, place.module)))
+        key = place.kind
         modules.setdefault(key, Module(key)).weights[name] = entry
         layers.setdefault(key, set()).add(place.layer)
     for key, module in modules.items():

@@ -13,7 +13,7 @@ ROW, GAP, AXIS, CHARACTER = 18, 2, 20, 7.0  # pixels; the width of a character o
 WIDTH, NARROWEST, WIDEST = 860, 6, 30  # of all columns, and of one
 LONGEST_LABEL = 36
 N_SHADES = 7
-TICK_WIDTH = 34
+TICK_WIDTH = 28
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorafuse.errors import sized
 from lorafuse.receipt.fields import Receipt
-from lorafuse.receipt.in_words import percent, too_little_text
+from lorafuse.receipt.in_words import ACTIONS, percent, too_little_text
 from lorafuse.receipt.no_update import no_update
 from lorafuse.receipt.read import (
     ENOUGH_KEPT,
@@ -24,13 +24,6 @@ from lorafuse.reporting.reproduce import convert_command, left_out, verify_comma
 from lorafuse.reporting.tables import code, command, facts, folded, rest, section, table
 
 MOST_WORST, MOST_MODULES, MOST_GRIDS = 20, 300, 12
-ACTIONS = {
-    "copied": "bit for bit as in the base",
-    "decoded": "not changed by the adapter, stored in another way than in the base",
-    "merged": "changed by an update",
-    "replaced": "saved whole by the adapter",
-    "added": "not in the base: an output embedding that was tied, or a task head",
-}
 MEASURES = ("‖Δ‖ / ‖W‖", "kept", "noise")
 
 
