@@ -72,8 +72,8 @@ def test_checkpoint_text(monkeypatch):
         "checkpoint: fixtures/llama-nf4\n"
         "  model         llama (LlamaForCausalLM), vocabulary 96, embeddings not tied\n"
         "  size          98,624 parameters, 87.2 KB in 2 files\n"
-        "  weights       14 NF4, double-quantized, block size 64, bfloat16: 86,016 parameters, 0.1 MB\n"
-        "  weights       7 dense, bfloat16: 12,608 parameters, 0.0 MB\n"
+        "  weights       14 NF4, double-quantized, block size 64, bfloat16: 86,016 parameters, 62.0 KB\n"
+        "  weights       7 dense, bfloat16: 12,608 parameters, 25.2 KB\n"
         "  --dtype auto  writes bfloat16\n"
     )
 

@@ -95,5 +95,5 @@ def refuse_full(out_dir: str, disk: Disk) -> None:
     if needed > free:
         raise StorageError(
             f"{shown(out_dir)}: {sized(needed)} are needed and {sized(free)} are free; "
-            f"{sized(needed - free)} are missing."
+            f"it lacks {sized(needed - free)}."
         )

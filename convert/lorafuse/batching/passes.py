@@ -111,7 +111,7 @@ class Batch:
         """Say what became of all jobs. Raises StorageError."""
         states = dict(Counter(state.state for state in self.states.values()))
         said: TotalEvent = {"event": "total", "states": states, "nbytes": self._nbytes,
-                            "wall_s": round(time.perf_counter() - self._began, 4)}  # fmt: skip
+                            "wall_s": time.perf_counter() - self._began}  # fmt: skip
         if self.rehearsal:
             said |= {"disk": self.rehearsal.disk(), "estimate": self.rehearsal.estimate()}
             said["nbytes"] = self.rehearsal.nbytes

@@ -2,9 +2,10 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
-from lorafuse.cli.streams import say
+from lorafuse.cli.streams import say, tell
 from lorafuse.errors import sized
 
 HEARTBEAT_S = 30.0
@@ -52,7 +53,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(nbytes)
             if self._done >= self._total:
-                self._bar.set_description(f"{self._label}, finishing")
+                self._bar.set_description_str(f"{self._label}, finishing")
         elif self._total and not self._quiet and time.monotonic() - self._said >= HEARTBEAT_S:
             self._said = time.monotonic()
             say(self._heartbeat())
@@ -68,9 +69,16 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line on stderr, above the bar."""
+        self._above_the_bar(say, text)
+
+    def tell(self, text: str | bytes) -> None:
+        """A line on stdout, which may be the same terminal."""
+        self._above_the_bar(tell, text)
+
+    def _above_the_bar(self, print_line: Callable[[Any], None], text: str | bytes) -> None:
         if self._bar is not None:
             self._bar.clear()
-        say(text)
+        print_line(text)
         if self._bar is not None:
             self._bar.refresh()
 
@@ -87,5 +95,5 @@ def lasting(seconds: float) -> str:
         return "less than a second"
     if seconds < 99.5:
         return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
+    minutes = int(seconds + 30) // 60
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -7,7 +7,7 @@ import click
 
 from lorafuse.cli.plan_text import plan_text
 from lorafuse.cli.progress import Progress
-from lorafuse.cli.streams import styled, tell
+from lorafuse.cli.streams import styled
 from lorafuse.errors import listed, shown, sized
 from lorafuse.events import Event, PlanEvent
 from lorafuse.receipt.in_words import ACTIONS, percent, too_little_text
@@ -29,7 +29,7 @@ class Show:
 
     def __call__(self, event: Event) -> None:
         if self._as_json and event["event"] != "progress":
-            tell(json.dumps(event))
+            self._progress.tell(json.dumps(event))
         if event["event"] == "plan":
             self._plan(event)
         elif event["event"] == "resumed":

@@ -10,7 +10,7 @@ import click
 from lorafuse.cli.plan_text import changes_text, disk_text, n_changed_text, time_text
 from lorafuse.cli.progress import Progress, lasting
 from lorafuse.cli.show import warning_text
-from lorafuse.cli.streams import styled, tell
+from lorafuse.cli.streams import styled
 from lorafuse.errors import shown, sized
 from lorafuse.events import Event, JobEvent, PassEvent, PlanEvent, ResumedEvent, TotalEvent
 from lorafuse.receipt.in_words import percent, too_little_text
@@ -30,7 +30,7 @@ class ShowBatch:
 
     def __call__(self, event: Event) -> None:
         if self._as_json and event["event"] != "progress":
-            tell(json.dumps(event))
+            self._progress.tell(json.dumps(event))
         if event["event"] == "warning":
             self._warn(event["message"], event.get("job"))
         elif event["event"] == "plan":
@@ -65,7 +65,7 @@ class ShowBatch:
         plan = self._plans.pop(name, None)
         if state == "planned" and plan:
             if not self._as_json:
-                tell(f"{shown(name)}: {self._planned(plan)}")
+                self._progress.tell(f"{shown(name)}: {self._planned(plan)}")
         elif state == "failed":  # with --quiet too
             told = f"failed with exit code {event['exit_code']}: {event['error']}"
             self._progress.say(f"{shown(name)}: {_coloured(told, state)}")
@@ -74,7 +74,7 @@ class ShowBatch:
         else:
             self._done(event)
         if state in ("done", "skipped") and not self._as_json:
-            tell(os.fsencode(event["out_dir"]))
+            self._progress.tell(os.fsencode(event["out_dir"]))
 
     def _planned(self, plan: PlanEvent) -> str:
         """A job of a dry run, in a line."""

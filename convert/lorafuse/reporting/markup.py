@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorafuse.errors import shown
 
@@ -10,10 +10,10 @@ MOST_CHARACTERS = 400  # of a name from a file
 VOID = {"meta", "rect"}  # elements that hold nothing
 
 
-class Markup(str):
+class Markup(NamedTuple):
     """Text that is HTML already."""
 
-    __slots__ = ()
+    html: str
 
 
 Child = Any  # text, a number, Markup, None for nothing, or an iterable of these
@@ -29,7 +29,7 @@ def element(name: str, *children: Child, **attributes: object) -> Markup:
     )
     if name in VOID and not children:
         return Markup(f"<{name}{written}/>")
-    return Markup(f"<{name}{written}>{join(children)}</{name}>")
+    return Markup(f"<{name}{written}>{join(children).html}</{name}>")
 
 
 def join(children: Iterable[Child]) -> Markup:
@@ -41,7 +41,7 @@ def _text(child: Child) -> str:
     if child is None:
         return ""
     if isinstance(child, Markup):
-        return child
+        return child.html
     if isinstance(child, str | int | float):
         return escape(shown(child, MOST_CHARACTERS))
-    return join(child)
+    return join(child).html

@@ -50,7 +50,7 @@ def page(receipt: Receipt, config: Mapping[str, Any], out_dir: str) -> str:
         element("style", style),
     ]
     html = element("html", element("head", head), element("body", body), lang="en")
-    return f"<!DOCTYPE html>\n{html}\n"
+    return f"<!DOCTYPE html>\n{html.html}\n"
 
 
 def _short(path: str) -> str:
