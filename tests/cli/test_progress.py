@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def on_a_terminal(*args, interrupt=False, **environment):
         stderr=theirs, env=os.environ | environment, start_new_session=True,
     )  # fmt: skip
     os.close(theirs)
+    last_resort = threading.Timer(60, child.kill)
+    last_resort.start()
     printed = b""
     while True:
         try:
@@ -55,6 +58,7 @@ def on_a_terminal(*args, interrupt=False, **environment):
         if not data:
             break
     os.close(ours)
+    last_resort.cancel()
     return child.wait(timeout=60), printed.decode()
 
 

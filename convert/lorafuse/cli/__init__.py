@@ -10,6 +10,7 @@ from lorafuse.cli.cmd_convert import convert
 from lorafuse.cli.cmd_inspect import inspect
 from lorafuse.cli.cmd_report import report
 from lorafuse.cli.cmd_verify import verify
+from lorafuse.cli.exits import INTERRUPTED, leave
 from lorafuse.cli.options import CONTEXT
 from lorafuse.cli.streams import make_usable
 
@@ -32,7 +33,12 @@ lorafuse.add_command(verify)
 def _entry(command: click.Command, name: str) -> Callable[[], None]:
     def main() -> None:
         make_usable()
-        command.main(prog_name=name)
+        try:
+            command.main(prog_name=name)
+        except SystemExit as e:
+            if e.code in INTERRUPTED:
+                leave(e.code)
+            raise
 
     return main
 

@@ -34,6 +34,7 @@ class Progress:
         if sys.stderr.isatty() and not self._quiet:
             from tqdm import tqdm
 
+            tqdm.monitor_interval = 0  # a thread, which would wait for a lock that an interruption left taken
             self._bar = tqdm(
                 total=nbytes, unit="B", unit_scale=True, dynamic_ncols=True, desc=label, leave=False,
                 bar_format=BAR,
