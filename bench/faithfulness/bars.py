@@ -88,7 +88,8 @@ class Point:
     y: float
 
 
-PANEL = 220  # px: the height of a panel of the scatter plot
+PANEL = 260  # px: the height of a panel of the scatter plot
+LABEL, LABEL_LINE = 130, 13  # px: the size of its labels
 
 
 def scatter(title: str, panels: Mapping[str, Sequence[Point]]) -> str:
@@ -105,11 +106,30 @@ def scatter(title: str, panels: Mapping[str, Sequence[Point]]) -> str:
             y = bottom - (PANEL - 30) * (power - first) / (last - first)
             out.append(f'<line x1="{VALUES}" y1="{y:.1f}" x2="{WIDTH - 16}" y2="{y:.1f}"/>')
             out.append(f'<text class="small end" x="{VALUES - 6}" y="{y + 4:.1f}">1e{power}</text>')
-        for point in points:
-            x = VALUES + (WIDTH - VALUES - 120) * point.x / right
-            y = bottom - (PANEL - 30) * (math.log10(point.y) - first) / (last - first)
-            out.append(f'<circle class="light" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-            label = f"{point.label}, {point.x:.0f} MB"
-            out.append(f'<text class="small" x="{x + 8:.1f}" y="{y + 4:.1f}">{escape(label)}</text>')
+        placed = {
+            point: (
+                VALUES + (WIDTH - VALUES - 120) * point.x / right,
+                bottom - (PANEL - 30) * (math.log10(point.y) - first) / (last - first),
+            )
+            for point in sorted(points, key=lambda point: -point.y)
+        }
+        out += [f'<circle class="light" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in placed.values()]
+        out += _labels(placed)
         top = bottom + 30
     return _page(title, out, top)
+
+
+def _labels(placed: Mapping[Point, tuple[float, float]]) -> list[str]:
+    """Beside each point, the highest first: on its left where another point is in the way, and lower where a
+    label is."""
+    out, boxes = [], list[tuple[float, float]]()  # left end and height of labels
+    for point, (x, y) in placed.items():
+        hidden = any(0 < at - x < LABEL and abs(height - y) < LABEL_LINE for at, height in placed.values())
+        left, low = x - 8 - LABEL if hidden else x + 8, y + 4
+        for at, height in boxes:
+            if abs(at - left) < LABEL and abs(height - low) < LABEL_LINE:
+                low = height + LABEL_LINE
+        boxes.append((left, low))
+        where = f'class="small end" x="{x - 8:.1f}"' if hidden else f'class="small" x="{left:.1f}"'
+        out.append(f'<text {where} y="{low:.1f}">{escape(point.label)}, {point.x:.0f} MB</text>')
+    return out

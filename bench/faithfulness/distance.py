@@ -139,24 +139,35 @@ def measure(path: Path, stored: Path, work: Work, adapter: Adapter) -> Row:
     return Row(
         *compare(load(path), unmerged(work, adapter)),
         *kept_and_noise(path, work.decoded(adapter.base), adapter),
-        sum(file.stat().st_size for file in stored.glob("*.safetensors")),
+        nbytes_of(stored),
     )
+
+
+def nbytes_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def figures(row: Row) -> list[str]:
     return [f"{row.kl:.1e}", f"{row.loss:.4f}", f"{row.top1:.2%}", f"{row.kept:.3f}", f"{row.noise:.3g}"]
 
 
+def megabytes(row: Row) -> str:
+    return f"{row.nbytes / 1e6:.0f}"
+
+
 def size(row: Row) -> list[str]:
-    return [f"{8 * row.nbytes / N_PARAMETERS:.1f}", f"{row.nbytes / 1e6:.0f}"]
+    return [f"{8 * row.nbytes / N_PARAMETERS:.1f}", megabytes(row)]
 
 
 HEADER = ["KL to unmerged", "loss", "top-1", "kept", "noise"]
 SIZE_HEADER = ["bits a weight", "MB"]
 
 
-def versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def versions(*more: str) -> str:
+    return ", ".join(f"{name} {version(name)}" for name in (*LIBRARIES, *more))
 
 
 def around_block(path: Path, word: str) -> tuple[str, str]:

@@ -4,8 +4,9 @@ large.
 The second tables of docs/accuracy.md, and their plot:
     python -m bench.faithfulness.light --work DIR [--docs docs/accuracy.md]
 
-smollm2.py says what the inputs are and how each row is merged, distance.py what is measured. Results that are
-quantized are loaded by transformers with bitsandbytes, which decodes them.
+smollm2.py says what the inputs are, ways.py how each row is merged, distance.py what is measured. Results
+that are quantized are loaded by transformers with bitsandbytes or compressed-tensors, which decode them. No
+row rounds activations.
 """
 
 import argparse
@@ -17,29 +18,34 @@ import torch
 from bench.faithfulness.accuracy import commands, measured
 from bench.faithfulness.bars import Point, scatter
 from bench.faithfulness.distance import HEADER, SIZE_HEADER, Row, around_block, figures, size, versions
-from bench.faithfulness.smollm2 import ADAPTERS, Adapter, Work, titles
+from bench.faithfulness.smollm2 import ADAPTERS, Adapter, Work
+from bench.faithfulness.ways import LIGHT, SAME, titles
 from bench.support.measure import table
 
-ROWS = ["none", "base-nearest", "base", "base-v", "mixed", "bfloat16"]
+ROWS = ["none", *LIGHT, "bfloat16"]
 
 
-def section(adapter: Adapter, found: dict[str, Row]) -> str:
+def section(adapter: Adapter, found: dict[str, Row], sentence: str) -> str:
     names = titles(adapter.base)
     lines = [[f"`{row}`", names[row], *figures(figure), *size(figure)] for row, figure in found.items()]
     return "\n\n".join(
         [
             f"### Light results: {adapter.what} (`fixtures/{adapter.name}/`)",
             table(["row", "what is loaded", *HEADER, *SIZE_HEADER], lines, n_words=2),
+            sentence,
             commands(adapter, found),
         ]
     )
 
 
 def curve(results: dict[Adapter, dict[str, Row]]) -> str:
+    """Without rows that stand for the same model as another one."""
     return scatter(
         "KL divergence from the unmerged model against the size of the result",
         {
-            adapter.what: [Point(row, figure.nbytes / 1e6, figure.kl) for row, figure in found.items()]
+            adapter.what: [
+                Point(row, figure.nbytes / 1e6, figure.kl) for row, figure in found.items() if row not in SAME
+            ]
             for adapter, found in results.items()
         },
     )
@@ -60,12 +66,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     before, after = around_block(args.docs, "light") if args.docs else ("", "")
-    work, results = Work(args.work), {}
+    work, results, sections = Work(args.work), {}, []
     for adapter in ADAPTERS:
-        results[adapter], _ = measured(work, adapter, ROWS)
-        print(section(adapter, results[adapter]), file=sys.stderr)
-    sections = [section(adapter, found) for adapter, found in results.items()]
-    block = "\n\n".join([*sections, f"SmolLM2-135M-Instruct; 40 × 128 held-out tokens; {versions()}."])
+        results[adapter], sentence = measured(work, adapter, ROWS)
+        sections.append(section(adapter, results[adapter], sentence))
+        print(sections[-1], file=sys.stderr)
+    which = versions("compressed-tensors")
+    block = "\n\n".join([*sections, f"SmolLM2-135M-Instruct; 40 × 128 held-out tokens; {which}."])
     print(block)
     if args.docs:
         args.docs.write_text(f"{before}{block}{after}")

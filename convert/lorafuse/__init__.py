@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorafuse.inspection import inspect
     from lorafuse.pipeline import convert
     from lorafuse.reporting import report
+    from lorafuse.settings import Push
     from lorafuse.verification.verify import verify
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "JobState",
     "LorafuseError",
     "OutDirError",
+    "Push",
     "ResultError",
     "StorageError",
     "UsageError",
@@ -53,6 +55,7 @@ __all__ = [
 # shows its help without it.
 _LATER = {
     "JobState": "lorafuse.batching.jobs",
+    "Push": "lorafuse.settings",
     "batch": "lorafuse.batching.batch",
     "convert": "lorafuse.pipeline",
     "inspect": "lorafuse.inspection",

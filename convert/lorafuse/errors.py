@@ -18,9 +18,14 @@ class LorafuseError(Exception):
 
 
 class UsageError(LorafuseError):
-    """The settings are impossible, whatever the inputs (a memory limit that nothing fits into)."""
+    """The settings are impossible, whatever the inputs (a memory limit that nothing fits into), or,
+    `unquantized`, a file that should say how training quantized the base says that it did not."""
 
     exit_code = 2
+
+    def __init__(self, message: str, *, unquantized: bool = False) -> None:
+        super().__init__(message)
+        self.unquantized = unquantized
 
 
 class CheckpointError(LorafuseError):

@@ -57,6 +57,7 @@ class Estimate(TypedDict):
 class PlanEvent(TypedDict):
     """What is going to happen. `weights`: the number of weights by action; `decoded`: the number of elements
     by how they are stored, where they are quantized; `held_whole`: the weights that are held in memory whole;
+    `notes`: what to ask oneself, though nothing is wrong;
     `job`: of a batch. The fields after it are those of a dry run: the bytes of all weights in each
     format that the base allows; the inputs; the weights that change, by name and as a number for each kind of
     module; the memory limit; the disk; and the time, None where nobody can tell. A verification says `nbytes`
@@ -73,6 +74,7 @@ class PlanEvent(TypedDict):
     config_changes: NotRequired[dict[str, Any]]
     side_files: NotRequired[PlannedSideFiles]
     held_whole: NotRequired[list[str]]
+    notes: NotRequired[list[str]]
     job: NotRequired[str]
     formats: NotRequired[dict[str, int]]
     inputs: NotRequired[list[PlannedInput]]
@@ -100,6 +102,15 @@ class ProgressEvent(TypedDict):
     job: NotRequired[str]
 
 
+class FetchedEvent(TypedDict):
+    """A file of the base is on this machine, and is what the hub lists."""
+
+    event: Literal["fetched"]
+    file: str
+    nbytes: int
+    job: NotRequired[str]
+
+
 class ShardEvent(TypedDict):
     """A file of weights is complete."""
 
@@ -111,7 +122,8 @@ class ShardEvent(TypedDict):
 
 
 class DoneEvent(TypedDict):
-    """The result has its name. The figures of time are those of the receipt's `timing`."""
+    """The result has its name. The figures of time are those of the receipt's `timing`. `url`: of the commit
+    or pull request on the hub, and `kept_here`: whether OUT_DIR is there too."""
 
     event: Literal["done"]
     out_dir: str
@@ -123,6 +135,8 @@ class DoneEvent(TypedDict):
     read_s: float
     write_s: float
     peak_rss: int
+    url: NotRequired[str]
+    kept_here: NotRequired[bool]
 
 
 class PassEvent(TypedDict):
@@ -165,6 +179,7 @@ Event = (
     | PlanEvent
     | ResumedEvent
     | ProgressEvent
+    | FetchedEvent
     | ShardEvent
     | DoneEvent
     | PassEvent

@@ -1,67 +1,71 @@
 """The whole tool on one screen: read this first."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from os import fspath
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, cast
+
+import torch
 
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.answers import add_answers, refuse_full, speeds_of
 from lorafuse.batching.one_pass import Pass, PlannedJob
+from lorafuse.batching.publication import Publication, publication_of
+from lorafuse.errors import UsageError, shown
 from lorafuse.events import DoneEvent, OnEvent, PlanEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.folder import Folder
+from lorafuse.files.folders import open_folder
+from lorafuse.files.hub import as_named
+from lorafuse.files.local_folder import as_typed, directory_as_typed
+from lorafuse.files.names import scheme_of
 from lorafuse.inputs.hashes import InputHashes
-from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, named_weight, opened
+from lorafuse.inputs.located import (
+    Name,
+    checkpoint_folder,
+    located_adapter,
+    named_base,
+    named_weight,
+    opened,
+)
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.planning.announce import announced
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import kept_in_sum
-from lorafuse.settings import Settings, parse_nbytes
+from lorafuse.settings import Push, Settings, parse_nbytes
+from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
 
 @own_torch_state()
 def convert(
-    ckpt: Name,
-    adapter: Name,
-    out_dir: Name,
-    *,
+    ckpt: Name, adapter: Name, out_dir: Name, *,
     adapters: Sequence[Name | tuple[Name, float]] = (),
-    dtype: str = "auto",
-    format: str = "dense",
-    keep_dense: Sequence[str] = (),
-    rounding: str | None = None,
-    max_shard_size: str | int = "5GB",
-    device: str = "auto",
-    memory_limit: str | int = "100MB",
-    adapter_scale: float = 1.0,
-    adapter_name: str | None = None,
-    base_quant: str = "none",
-    double_quant: bool = True,
-    quant_blocksize: int = 64,
-    quant_skip: Sequence[str] = (),
-    quant_experts: bool = False,
-    base_quant_from: Name | None = None,
-    allow_nonfinite: bool = False,
-    overwrite: bool = False,
-    restart: bool = False,
-    dry_run: bool = False,
+    dtype: str = "auto", format: str = "dense", keep_dense: Sequence[str] = (), rounding: str | None = None,
+    max_shard_size: str | int = "5GB", device: str = "auto", memory_limit: str | int = "100MB",
+    adapter_scale: float = 1.0, adapter_name: str | None = None,
+    base_quant: str = "none", double_quant: bool = True, quant_blocksize: int = 64,
+    quant_skip: Sequence[str] = (), quant_experts: bool = False, base_quant_from: Name | None = None,
+    allow_nonfinite: bool = False, overwrite: bool = False, restart: bool = False, dry_run: bool = False,
+    stream: bool = False, push_to_hub: str | Push | None = None, card: bool = False,
     on_event: OnEvent = ignore,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Merge a PEFT or MLX-LM adapter into a checkpoint and write the result to `out_dir`.
 
-    `ckpt` and `adapter` are directories or hub ids `org/name[@revision]`; `adapter_name` chooses a sub-folder
-    of `adapter`. `adapters`: further ones, or pairs (adapter, weight), to be added in any order;
-    `adapter_scale`: the weight of `adapter`, whose tokenizer is taken. `base_quant` and the five after it:
-    how training quantized this full-precision base (`trained_base.options.chosen_base_quant`).
-    `allow_nonfinite` keeps such values of the base. Returns the receipt, or with `dry_run` the plan.
-    `on_event` gets a dict for each "event": "warning", "plan", "resumed", "progress", "shard" or "done".
-    Raises a LorafuseError or an OSError; then `out_dir` is as it was, and after an I/O error or an
-    interruption the same call goes on, unless `restart`.
+    `ckpt` and `adapter` are directories, hub ids `org/name[/folder][@revision]` or their URLs; `ckpt` may be
+    "auto", the base that the adapter's config names. `adapter_name` chooses a sub-folder of `adapter`.
+    `adapters`: further ones, or pairs (adapter, weight); `adapter_scale`: the weight of `adapter`, whose
+    tokenizer is taken. `base_quant` and the five after it: how training quantized this full-precision base
+    (`trained_base.options.chosen_base_quant`). `stream`: a base on the hub is fetched ahead of the merge, and
+    removed behind it. `push_to_hub`: a repository, or a Push with more details, that gets the result; with
+    `stream` no weights stay here, and `out_dir` is not made. `card`: write README.md. Returns the receipt, or
+    with `dry_run` the plan. `on_event` gets a dict for each "event" (`events.py`). Raises a LorafuseError or
+    an OSError; then `out_dir` is as it was, and after an I/O error or an interruption the same call goes on,
+    unless `restart`.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
@@ -71,9 +75,10 @@ def convert(
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
-    named = [(fspath(adapter), settings.adapter_scale), *map(named_weight, adapters)]
-    writing = Writing(fspath(out_dir), overwrite, restart, dry_run)
-    return cast(dict[str, Any], _convert(fspath(ckpt), named, writing, settings, on_event))
+    named = [named_weight((adapter, settings.adapter_scale)), *map(named_weight, adapters)]
+    push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
+    writing = Writing(as_typed(out_dir), overwrite, restart, dry_run, stream, push, card or bool(push))
+    return cast(dict[str, Any], _convert(directory_as_typed(ckpt), named, writing, settings, on_event))
 
 
 class Writing(NamedTuple):
@@ -83,6 +88,9 @@ class Writing(NamedTuple):
     overwrite: bool
     restart: bool
     dry_run: bool
+    stream: bool
+    push: Push | None
+    card: bool
 
 
 def _convert(
@@ -93,40 +101,65 @@ def _convert(
     on_event: OnEvent,
 ) -> Receipt | PlanEvent:
     """The same with checked options. `named`: (adapter, weight) of all adapters."""
-    began, (out_dir, overwrite, restart, dry_run) = time.perf_counter(), writing
-    device, ckpt_folder = pick_device(settings.device), checkpoint_folder(ckpt)
+    began, device, check = time.perf_counter(), pick_device(settings.device), partial(_check_out_dir, writing)
+    check(map(open_folder, [ckpt, *(name for name, _ in named)]))  # before anything is fetched
     folder_names = [settings.adapter_name, *[None] * (len(named) - 1)]
     located = [
         located_adapter(name, weight, folder_name, on_event)
         for (name, weight), folder_name in zip(named, folder_names, strict=True)
     ]
-    inputs = [ckpt_folder, *(adapter.root for adapter in located)]
-    kind_of(out_dir).check_out_dir(out_dir, inputs, overwrite=overwrite)
-    with closing(Checkpoint(ckpt_folder)) as base, opened(located) as adapters:
-        plan = make_plan(base, adapters, settings, each_format=dry_run)
-        warnings, planned = announced(plan, dry_run=dry_run)
-        for warning in warnings:
-            on_event(warning)
-        if dry_run:
-            add_answers(planned, plan, base, adapters, settings, out_dir)
-            planned["estimate"] = speeds_of(plan, base, out_dir, device).estimate(plan.shards)
-        on_event(planned)
-        if dry_run:
-            refuse_full(out_dir, planned["disk"])
-            return planned
-        files = UnchangedInputs(base, adapters)
-        files.refuse_nonfinite()
-        attempt = files.attempt(plan, settings)
-        job = PlannedJob(out_dir, out_dir, settings, plan, files, attempt, on_event)
-        receipts: list[Receipt] = []
-        with InputHashes(base, ckpt, []) as hashes:
-            one_pass = Pass(
-                base, hashes.result, device, overwrite, restart,
-                on_done=lambda made, receipt: receipts.append(receipt), on_failed=_raise,
+    with opened(located) as adapters:
+        ckpt = named_base(ckpt, adapters[0].adapter)
+        ckpt_folder = checkpoint_folder(ckpt)
+        check([ckpt_folder, *(adapter.root for adapter in located)])
+        with closing(Checkpoint(ckpt_folder)) as base:
+            settings = settled(settings, base, [folder for each in located for folder in each.folders])
+            plan = make_plan(base, adapters, settings, each_format=writing.dry_run)
+            warnings, planned = announced(plan, dry_run=writing.dry_run)
+            for warning in warnings:
+                on_event(warning)
+            if writing.dry_run:
+                add_answers(planned, plan, base, adapters, settings, writing.out_dir)
+                speeds = speeds_of(plan, base, writing.out_dir, device)
+                planned["estimate"] = speeds.estimate(plan.shards)
+            on_event(planned)
+            if writing.dry_run:
+                if not writing.push:  # then little of the result need be here at once
+                    refuse_full(writing.out_dir, planned["disk"])
+                return planned
+            files = UnchangedInputs(base, adapters)
+            files.refuse_nonfinite()
+            publication = publication_of(writing.push, as_named(ckpt), base, adapters, stream=writing.stream)
+            attempt = files.attempt(plan, settings)
+            if not publication.keeps:  # what an earlier run finished lies there
+                attempt.command["push_to_hub"] = str(writing.push)
+            job = PlannedJob(
+                writing.out_dir, writing.out_dir, settings, plan, files, attempt, on_event,
+                publication=publication if writing.card else None,
             )  # fmt: skip
-            one_pass.run([job], plan.memory, began)
+            receipt = _made(job, as_named(ckpt), base, device, writing, began)
+            on_event(done_event(writing.out_dir, receipt, publication))
+            return receipt
+
+
+def _check_out_dir(writing: Writing, inputs: Iterable[Folder]) -> None:
+    if writing.push and scheme_of(writing.out_dir):
+        raise UsageError(f"{shown(writing.out_dir)}: push_to_hub needs a directory of this machine.")
+    kind_of(writing.out_dir).check_out_dir(writing.out_dir, inputs, overwrite=writing.overwrite)
+
+
+def _made(
+    job: PlannedJob, ckpt: str, base: Checkpoint, device: torch.device, writing: Writing, began: float
+) -> Receipt:
+    """Carry it out. Returns the receipt."""
+    receipts: list[Receipt] = []
+    with InputHashes(base, ckpt, []) as hashes:
+        one_pass = Pass(
+            base, hashes.result, device, writing.overwrite, writing.restart,
+            on_done=lambda made, receipt: receipts.append(receipt), on_failed=_raise, stream=writing.stream,
+        )  # fmt: skip
+        one_pass.run([job], job.plan.memory, began)
     [receipt] = receipts
-    on_event(done_event(out_dir, receipt))
     return receipt
 
 
@@ -134,13 +167,11 @@ def _raise(job: PlannedJob, error: Exception) -> NoReturn:
     raise error
 
 
-def done_event(out_dir: str, receipt: Receipt) -> DoneEvent:
+def done_event(out_dir: str, receipt: Receipt, publication: Publication | None = None) -> DoneEvent:
     """What the receipt says in sum, and what it cost."""
-    return {
-        "event": "done",
-        "out_dir": out_dir,
-        "base_semantics": receipt["base_semantics"],
-        "update": kept_in_sum(receipt["tensors"]),
-        **receipt["timing"],
-        "peak_rss": receipt["peak_rss"],
-    }
+    said = {"event": "done", "out_dir": out_dir, "base_semantics": receipt["base_semantics"]}
+    update = kept_in_sum(receipt["tensors"])
+    done = cast(DoneEvent, {**said, "update": update, **receipt["timing"], "peak_rss": receipt["peak_rss"]})
+    if publication and publication.upload:
+        done["url"], done["kept_here"] = publication.upload.url, publication.keeps
+    return done

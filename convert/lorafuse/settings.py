@@ -10,13 +10,20 @@ from typing import Any
 from lorafuse.errors import UsageError, shown
 
 DTYPE_CHOICES = ("auto", "float32", "float16", "bfloat16")
-FORMAT_CHOICES = ("dense", "base", "mixed", "nf4", "fp4", "int8", "fp8", "w8a16", "w4a16")
+FORMAT_CHOICES = ("dense", "base", "light", "mixed", "nf4", "fp4", "int8", "fp8", "w8a16", "w4a16")
 QUANTIZING_FORMATS = ("nf4", "fp4", "int8")
 ROUNDING_CHOICES = ("unbiased", "nearest")
-BASE_QUANT_CHOICES = ("none", "nf4", "fp4", "int8")
+AUTO = "auto"  # as --base-quant: what the files beside the adapter say
+BASE_QUANT_CHOICES = ("none", AUTO, "nf4", "fp4", "int8")
 QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 functional.py, quantize_4bit
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+THE_BASE = ("auto", "-")  # for CKPT: the base that the adapter's config names
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{i}B": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for i, base in (("", 1000), ("I", 1024))
+}
+_BARE = 1000  # a smaller number without a unit was meant with one
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +102,25 @@ class BaseQuant:
         )
 
 
+@dataclass(frozen=True)
+class Push:
+    """Where on the hub a result goes: a repository, which is made if it is not there, and a branch of it.
+    Raises UsageError."""
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.repo):
+            raise UsageError(
+                f"push_to_hub is {shown(self.repo)!r}; expected a repository on the hub, such as me/merged."
+            )
+        if self.revision and self.create_pr:
+            raise UsageError("create_pr asks for a branch of its own; it does not go with revision.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Options of a conversion. `dtype`, `format`, `max_shard_nbytes`, `adapter_scale` and `base_quant` decide
@@ -116,6 +142,7 @@ class Settings:
     n_threads: int = 0  # 0: as many as this process may use
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_named(self.dtype))
         if self.dtype not in DTYPE_CHOICES:
             raise UsageError(f"dtype is {shown(self.dtype)}; expected one of {', '.join(DTYPE_CHOICES)}.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -209,14 +236,21 @@ def checked_weight(path: object, weight: float) -> float:
     return float(weight)
 
 
+def dtype_named(dtype: Any) -> Any:
+    """`dtype` by the name that torch has for it, where it is a short one."""
+    return _SHORT.get(dtype, dtype) if isinstance(dtype, str) else dtype
+
+
 def parse_nbytes(text: str | int) -> int:
-    """`5GB` → 5·10⁹. Decimal units, as everywhere in the Hugging Face libraries. Raises UsageError."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?B?)\s*", str(text).upper())
+    """`5GB` → 5·10⁹, as everywhere in the Hugging Face libraries; `5GiB` → 5·2³⁰. Raises UsageError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?B?)\s*", str(text).upper())
     if not match or match[2] not in _UNITS:
         raise UsageError(
             f"{shown(text)!r} is no size; expected a number with a decimal unit, such as 100MB or 5GB."
         )
     nbytes = float(match[1]) * _UNITS[match[2]]
+    if not match[2] and 1 <= nbytes < _BARE and isinstance(text, str):
+        raise UsageError(f"{shown(text)!r} is so many bytes; did you mean {match[1]}MB or {match[1]}GB?")
     if not 1 <= nbytes < 2**63:
         raise UsageError(f"{shown(text)!r} is no size; expected at least 1 byte and less than 2^63.")
     return int(nbytes)

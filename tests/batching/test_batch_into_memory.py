@@ -9,7 +9,7 @@ from scenario import Bucket, content
 
 import lorafuse
 from lorafuse.errors import OutDirError, UsageError
-from lorafuse.files.hashing import FileHash
+from lorafuse.files.folder import FileHash
 from lorafuse.outdir.folder_file import FolderFile
 
 ROOT = "memory://root"

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from build import adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint
+from build import adapter_tensors, checkpoint_tensors, files_of, write_checkpoint, write_told_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +36,8 @@ def test_lines(tmp_path):
         {"adapter": "here", "name": "a"},
         {"adapter": "/abs/olute", "name": "b", "scale": 1},
         {"adapter": "org/name@v2", "name": "c", "dtype": "float16"},
-        {"adapter": "no/such/dir", "name": "d"},
+        {"adapter": "here/such/dir", "name": "d"},
+        {"adapter": "me/tuned/checkpoint-4", "name": "e"},
     ]
     path = tmp_path / "jobs.jsonl"
     path.write_text("\n" + "\n".join(map(json.dumps, lines)) + "\n\n")
@@ -44,7 +45,8 @@ def test_lines(tmp_path):
         Job(str(tmp_path / "here"), "a"),
         Job("/abs/olute", "b", 1.0),
         Job("org/name@v2", "c", None, "float16"),
-        Job(str(tmp_path / "no/such/dir"), "d"),
+        Job(str(tmp_path / "here/such/dir"), "d"),
+        Job("me/tuned/checkpoint-4", "e"),  # a folder of a repository
     ]
 
 
@@ -57,6 +59,13 @@ def test_a_relative_path_never_starts_at_the_working_directory(tmp_path, monkeyp
     assert read_jobs(path) == [Job(str(tmp_path / "lists/org/name"), "a")]
 
 
+def test_a_job_without_a_name_is_called_as_its_adapter(tmp_path):
+    path = tmp_path / "jobs.jsonl"
+    lines = [{"adapter": "runs/first/"}, {"adapter": "org/second@v2"}, {"adapter": "/abs/third/."}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert [job.name for job in read_jobs(path)] == ["first", "second", "third"]
+
+
 GOOD = {"adapter": "x", "name": "n"}
 NAME = "expected the name of a directory in OUT_ROOT, not hidden and no path"
 
@@ -66,8 +75,9 @@ NAME = "expected the name of a directory in OUT_ROOT, not hidden and no path"
     [
         ("not json", "is not valid JSON: Expecting value"),
         ("[" * 10**5, "RecursionError|recursion"),
-        ("[]", 'is not an object with "adapter" and "name"'),
-        ({"adapter": "x"}, 'is not an object with "adapter" and "name"'),
+        ("[]", 'is not an object with "adapter"'),
+        ({"name": "x"}, 'is not an object with "adapter"'),
+        ({"adapter": "/"}, "expected the name of a directory"),
         (
             GOOD | {"rank": 4, "alpha": 1},
             "has the unknown key alpha, rank; known are adapter, name, scale, dtype",
@@ -193,7 +203,7 @@ def inputs(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     write_checkpoint(tmp_path / "ckpt")
     for name in ("good", "other"):
-        write_adapter(tmp_path / "jobs" / name, adapter_tensors(checkpoint_tensors()))
+        write_told_adapter(tmp_path / "jobs" / name)
     return [tmp_path / "ckpt", tmp_path / "jobs", tmp_path / "out"]
 
 
@@ -252,7 +262,7 @@ def test_nothing_is_said_to_be_complete_that_is_not(inputs, run):
 def test_updates_that_are_lost_are_warned_of(inputs, run):
     """As convert does."""
     tensors = adapter_tensors(checkpoint_tensors(), 0.01)
-    write_adapter(inputs[1] / "tiny", tensors)
+    write_told_adapter(inputs[1] / "tiny", tensors)
     code, _, stderr = run(*inputs)
     assert code == 0
     (warning,) = [line for line in stderr.splitlines() if line.startswith("Warning: ")]

@@ -5,7 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from build import CONFIG, adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint
+from build import CONFIG, adapter_tensors, checkpoint_tensors, files_of, write_checkpoint, write_told_adapter
 from click.testing import CliRunner
 
 import lorafuse
@@ -17,7 +17,7 @@ from lorafuse.outdir.probe import write_rate
 
 @pytest.fixture
 def inputs(tmp_path):
-    return write_checkpoint(tmp_path / "ckpt"), write_adapter(tmp_path / "adapter"), tmp_path / "out"
+    return write_checkpoint(tmp_path / "ckpt"), write_told_adapter(tmp_path / "adapter"), tmp_path / "out"
 
 
 def disk_of(monkeypatch, free):
@@ -78,7 +78,7 @@ def test_it_does_not_fit(inputs, monkeypatch):
 def test_a_batch_that_does_not_fit_in_sum(inputs, monkeypatch, tmp_path):
     """Two jobs fit alone, and not together; what they share counts once."""
     for name in ("one", "two"):
-        write_adapter(tmp_path / "jobs" / name)
+        write_told_adapter(tmp_path / "jobs" / name)
     args = ("batch", "--dry-run", "--max-shard-size", "3KB", inputs[0], tmp_path / "jobs", tmp_path / "root")
     disk_of(monkeypatch, 10**9)
     events = []
@@ -121,7 +121,7 @@ def test_the_probe_is_short(tmp_path, monkeypatch):
     """Of a weight that takes long it makes some tiles, and of a disk it leaves no file."""
     tensors = checkpoint_tensors(hidden=1024, n_layers=1)
     ckpt = write_checkpoint(tmp_path / "ckpt", tensors, config=CONFIG | {"vocab_size": 2048})
-    adapter = write_adapter(tmp_path / "adapter", adapter_tensors(tensors))
+    adapter = write_told_adapter(tmp_path / "adapter", adapter_tensors(tensors))
     made = []
     real = probe._Stopwatch.write
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
+from build import adapter_tensors, checkpoint_tensors, write_checkpoint, write_told_adapter
 
 from lorafuse import cli
 from lorafuse.cli import progress
@@ -75,7 +75,7 @@ def screen(printed):
 
 @pytest.fixture
 def inputs(tmp_path):
-    return write_checkpoint(tmp_path / "ckpt"), write_adapter(tmp_path / "adapter"), tmp_path / "out"
+    return write_checkpoint(tmp_path / "ckpt"), write_told_adapter(tmp_path / "adapter"), tmp_path / "out"
 
 
 def test_a_bar_with_label_rate_and_time_left_that_leaves_a_clean_line(inputs):
@@ -97,7 +97,7 @@ def test_what_is_said_meanwhile_has_lines_of_its_own(inputs, tmp_path):
     """A batch with a warning: no rest of the bar is before or after it."""
     tensors = adapter_tensors(checkpoint_tensors(), 0.01)
     for name in ("one", "two"):
-        write_adapter(tmp_path / "jobs" / name, tensors)
+        write_told_adapter(tmp_path / "jobs" / name, tensors)
     code, printed = on_a_terminal("batch", inputs[0], tmp_path / "jobs", tmp_path / "root")
     assert code == 0
     lines = screen(printed)
@@ -116,7 +116,7 @@ def test_files_that_two_results_share_count_once(inputs, tmp_path):
     import lorafuse
 
     for name in ("one", "two"):
-        write_adapter(tmp_path / "jobs" / name)
+        write_told_adapter(tmp_path / "jobs" / name)
     events = []
     lorafuse.batch(
         inputs[0], tmp_path / "jobs", tmp_path / "root", max_shard_size="3KB", on_event=events.append

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from build import write_adapter, write_checkpoint
+from build import write_checkpoint, write_told_adapter
 
 CONVERT = [sys.executable, "-m", "lorafuse", "convert"]
 
@@ -15,7 +15,7 @@ CONVERT = [sys.executable, "-m", "lorafuse", "convert"]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     path = tmp_path_factory.mktemp("inputs")
-    return write_checkpoint(path / "ckpt"), write_adapter(path / "adapter")
+    return write_checkpoint(path / "ckpt"), write_told_adapter(path / "adapter")
 
 
 @pytest.fixture(scope="module")

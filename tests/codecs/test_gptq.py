@@ -116,10 +116,36 @@ def test_without_g_idx(further, shape, size):
     check_decoding(stored, quantization(**further), numbers, dtype="float16")
 
 
+@pytest.mark.parametrize(
+    ("further", "size"),
+    [
+        ({"group_size": 64, "dynamic": {"+:.*k_proj": {"group_size": 48}}}, 64),
+        ({"group_size": 64, "dynamic": {"+:.*up_proj": {"group_size": 48}}}, 48),
+        ({"group_size": 64, "dynamic": {r"model\.layers\.0\.": {"group_size": 48}}}, 48),
+        (
+            {"group_size": 64, "dynamic": {"up_proj": {"group_size": 48}}},
+            64,
+        ),  # names are matched from the start
+        ({"group_size": 64, "dynamic": {".*up": {"bits": 4}, ".*up_proj": {"group_size": 48}}}, 64),
+        ({"group_size": 48, "dynamic": {"-:.*up": {}, ".*up_proj": {"group_size": 64}}}, 48),
+        ({"group_size": 64, "dynamic": {"(": {"group_size": 48}, ".*": {"group_size": 48}}}, 48),
+        ({"group_size": 64, "extra_config": {MODULE: {"group_size": 48}, ".*": {"group_size": 64}}}, 48),
+        ({"group_size": 64, "extra_config": {"up_pro.$": {"group_size": 48}}}, 48),
+        ({"group_size": 64, "extra_config": {"mlp.up_proj": {"group_size": 48}}}, 64),
+        ({"group_size": 64, "extra_config": {"lm_head": {"group_size": 48}}}, 64),
+    ],
+)
+def test_groups_of_a_module(further, size):
+    """Two groups of 64 and 32 inputs, or of 48 each, without g_idx: the config says it of each module."""
+    stored, numbers = module((8, 96), runs(96, size), 4, g_idx=False)
+    check_decoding(stored, quantization(**further), numbers, dtype="float16")
+
+
 def test_groups_that_the_config_leaves_open():
-    """Two groups of 64 and 32 inputs, or of 48 each."""
+    """What it says of the module makes another number of groups."""
     stored, _ = module((8, 96), runs(96, 64), 4, g_idx=False)
-    text = refusal(stored, quantization(group_size=64, dynamic={"+:.*k_proj": {"group_size": 48}}))
+    others = {"+:.*k_proj": {"group_size": 48}, "+:.*v_proj": {"group_size": 64}}
+    text = refusal(stored, quantization(group_size=32, dynamic=others))
     assert text == (
         f"{WEIGHT}: 2 groups of 96 inputs, of which {MODULE}.qweight has no g_idx, may have 48 or 64 inputs "
         "each by the config's group_size."

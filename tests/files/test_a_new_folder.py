@@ -20,6 +20,8 @@ from lorafuse.files.folder import FileFacts
 
 
 class TarFolder:
+    commit, held_nbytes = None, 0
+
     def __init__(self, url, prefix=""):
         self.url, self.prefix = url, prefix
         with tarfile.open(url.removeprefix("tar://")) as archive:
@@ -51,6 +53,12 @@ class TarFolder:
 
     def facts(self, name):
         return self.open(name).facts
+
+    def is_unchecked(self, name):
+        return True
+
+    def known_hash(self, name):
+        return None
 
     def open(self, name, *, inside=False):
         if not self.exists(name):

@@ -187,13 +187,12 @@ def test_no_weights(single: Path) -> None:
     assert refused(single) == f"CKPT: holds neither {SINGLE} nor {INDEX}."
 
 
-def test_only_bin(single: Path) -> None:
-    """Weights in pickles are not read, and it is said what to do."""
+def test_only_bin_that_is_none(single: Path) -> None:
+    """Files of torch.save are read where there are no others: test_torch_file.py."""
     (single / SINGLE).rename(single / "pytorch_model.bin")
-    assert (
-        refused(single)
-        == f"CKPT: holds neither {SINGLE} nor {INDEX}. It has pytorch_model.bin: convert these to "
-        "safetensors first."
+    assert refused(single) == (
+        "CKPT/pytorch_model.bin: is no whole archive of torch.save (torch before 1.6 wrote others): File is "
+        "not a zip file. Load it with transformers and save it with save_pretrained, which makes safetensors."
     )
 
 

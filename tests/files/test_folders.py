@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from build import write_checkpoint
+from build import write_adapter, write_checkpoint
 
 import lorafuse
-from lorafuse.errors import CheckpointError
+from lorafuse.errors import AdapterError, CheckpointError
 from lorafuse.files.folder import read_fully, stream
 from lorafuse.files.folders import FOLDERS, folder_and_file, has_scheme, open_folder
 from lorafuse.files.hashing import hash_file
@@ -165,10 +165,13 @@ def test_schemes(in_memory):
     assert str(open_folder("s3://x")) == "s3:/x"
 
 
-def test_what_is_not_there_is_said_as_of_a_directory(in_memory):
-    with pytest.raises(CheckpointError) as caught:
-        lorafuse.convert("memory://nothing", "memory://nothing", "out")
-    assert str(caught.value) == "memory://nothing: no such directory."
+def test_what_is_not_there_is_said_as_of_a_directory(tmp_path, in_memory):
+    """The adapter is looked at first."""
+    lora = write_adapter(tmp_path / "lora")
+    for kind, adapter in ((AdapterError, "memory://nothing"), (CheckpointError, lora)):
+        with pytest.raises(kind) as caught:
+            lorafuse.convert("memory://nothing", adapter, "out")
+        assert str(caught.value) == "memory://nothing: no such directory."
 
 
 def test_a_tensor_is_read_in_pieces(tmp_path, in_memory):

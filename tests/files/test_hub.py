@@ -1,391 +1,354 @@
-"""Inputs by name: a local directory, else a snapshot from the hub; the hub itself is replaced by a
-function."""
+"""Inputs by name: a local directory, else a repository on the hub, which is a server on this machine."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import build
-import huggingface_hub
 import pytest
-from fake_hub import hub_error, wanted
-from huggingface_hub import errors as hub_errors
+from hub_server import HubServer
 
 import lorafuse
 from lorafuse.errors import AdapterError, CheckpointError, LorafuseError, StorageError
-from lorafuse.files.hub import folder_of
+from lorafuse.files.hub import HubName, folder_of, hub_name
 from lorafuse.files.local_folder import LocalFolder
-from lorafuse.inputs.located import CHECKPOINT_FILES, UNWANTED, adapter_files, checkpoint_folder
+from lorafuse.inputs.located import checkpoint_folder
 
-SNAPSHOT = "/cache/models--org--name/snapshots/0"
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """What snapshot_download was called with; it answers SNAPSHOT."""
-    calls = []
-
-    def snapshot_download(repo_id: str, **options: Any) -> str:
-        calls.append((repo_id, options))
-        return SNAPSHOT
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    return calls
-
-
-def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def snapshot_download(repo_id: str, **options: Any) -> str:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-
-
-def test_local_directory_wins(calls: list[Any], tmp_path: Path) -> None:
-    """A directory of that name is used, and the hub is not asked."""
-    (tmp_path / "org" / "name").mkdir(parents=True)
-    assert checkpoint_folder("org/name") == LocalFolder(Path("org/name"))
-    assert calls == []
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize(
-    ("name", "repo", "revision"),
+    ("name", "repo", "folder", "revision"),
     [
-        ("org/name", "org/name", None),
-        ("org/name@main", "org/name", "main"),
-        ("org/name@refs/pr/3", "org/name", "refs/pr/3"),
-        ("org/name@0123abc", "org/name", "0123abc"),
-        ("Org-1/Name_2.5-x", "Org-1/Name_2.5-x", None),
+        ("org/name", "org/name", None, None),
+        ("org/name@main", "org/name", None, "main"),
+        ("org/name@refs/pr/3", "org/name", None, "refs/pr/3"),
+        (f"org/name@{COMMIT}", "org/name", None, COMMIT),
+        ("Org-1/Name_2.5-x", "Org-1/Name_2.5-x", None, None),
+        ("org/name/checkpoint-4", "org/name", "checkpoint-4", None),
+        ("org/name/runs/4/@v2", "org/name", "runs/4", "v2"),
+        ("https://huggingface.co/org/name", "org/name", None, None),
+        ("https://huggingface.co/org/name/", "org/name", None, None),
+        ("https://hf.co/org/name?library=peft", "org/name", None, None),
+        ("https://huggingface.co/org/name/tree/main", "org/name", None, "main"),
+        ("https://huggingface.co/org/name/tree/v2/runs/4", "org/name", "runs/4", "v2"),
+        ("https://huggingface.co/org/name/tree/refs%2Fpr%2F3", "org/name", None, "refs/pr/3"),
+        ("https://huggingface.co/org/name/tree/refs/pr/3/a", "org/name", "a", "refs/pr/3"),
+        ("https://huggingface.co/org/name/blob/main/config.json", "org/name", None, "main"),
+        ("https://huggingface.co/org/name/resolve/v2/a/adapter_config.json", "org/name", "a", "v2"),
+        ("https://huggingface.co/org/name/discussions", "org/name", None, None),
     ],
 )
-def test_hub_id(calls: list[Any], name: str, repo: str, revision: str | None) -> None:
-    """`org/name@revision` is a repository and a revision; nothing else is asked for."""
-    assert checkpoint_folder(name) == LocalFolder(Path(SNAPSHOT), name)
-    ((repo_id, options),) = calls
-    assert (repo_id, options["revision"]) == (repo, revision)
+def test_hub_names(name: str, repo: str, folder: str | None, revision: str | None) -> None:
+    """Ids and the addresses of pages, of a repository, a folder or a file in it, with a revision."""
+    assert hub_name(name) == HubName(repo, folder, revision)
+    assert hub_name(str(hub_name(name))) == HubName(repo, folder, revision)
+
+
+NO_NAMES = [
+    *("name", "./org/name", "/org/name", "org/name@", "org/name@a@b", "-org/name", "org/", "a/b/../c"),
+    *("here/b/c", "https://example.com/org/name", "https://huggingface.co/name", "s3://org/name"),
+]
 
 
 @pytest.mark.parametrize("kind", [CheckpointError, AdapterError])
-@pytest.mark.parametrize(
-    "name", ["name", "./org/name", "/org/name", "a/b/c", "org/name@", "org/name@a@b", "-org/name", "org/"]
-)
-def test_no_hub_id(calls: list[Any], name: str, kind: type[LorafuseError]) -> None:
-    """What cannot be a hub id is a missing directory; the hub is not asked."""
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_no_hub_name(hub: HubServer, name: str, kind: type[LorafuseError]) -> None:
+    """What cannot be a repository is a missing directory, and so is what lies in a directory that is here;
+    the hub is not asked."""
+    os.mkdir("here")
     with pytest.raises(kind) as caught:
-        folder_of(name, CHECKPOINT_FILES, kind, unwanted=UNWANTED)
+        folder_of(name, kind)
     assert str(caught.value) == f"{name}: no such directory."
-    assert calls == []
+    assert hub.log == []
 
 
-def test_file_of_that_name(calls: list[Any], tmp_path: Path) -> None:
+def test_local_directory_wins(hub: HubServer) -> None:
+    """A directory of that name is used, and the hub is not asked."""
+    os.makedirs("org/name")
+    hub.add("org/name", build.write_checkpoint(Path("ckpt")))
+    assert checkpoint_folder("org/name") == LocalFolder(Path("org/name"))
+    assert hub.log == []
+
+
+def test_file_of_that_name(hub: HubServer) -> None:
     """A file where a directory is expected is said to be one."""
-    (tmp_path / "org").mkdir()
-    (tmp_path / "org" / "name").write_text("")
+    os.mkdir("org")
+    Path("org/name").write_text("")
     with pytest.raises(AdapterError) as caught:
-        folder_of("org/name", adapter_files(), AdapterError)
+        folder_of("org/name", AdapterError)
     assert str(caught.value) == "org/name: is not a directory."
-    assert calls == []
+    assert hub.log == []
 
 
-def test_name_is_escaped(calls: list[Any]) -> None:
+def test_name_is_escaped(hub: HubServer) -> None:
     """A name with terminal escapes is printed without them."""
     with pytest.raises(CheckpointError) as caught:
         checkpoint_folder("\x1b[31m")
     assert str(caught.value) == "\\x1b[31m: no such directory."
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "model-00001-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "merges.txt",
-        "chat_template.jinja",
-        "additional_chat_templates/tools.jinja",
-        "preprocessor_config.json",
-        "modeling_own.py",
-        "LICENSE",
-        "LICENSE.txt",
-    ],
-)
-def test_checkpoint_files_wanted(calls: list[Any], file: str) -> None:
-    """Of a checkpoint, everything that the result is made from is fetched."""
-    checkpoint_folder("org/name")
-    assert wanted(calls[0][1], file)
+def filled(folder: Path, names: list[str]) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():  # files of the same content are fetched once
+            path.write_text(f"x = 1  # {name}")
+    return folder
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "pytorch_model.bin",
-        "pytorch_model-00001-of-00002.bin",
-        "pytorch_model.bin.index.json",
-        "original/consolidated.00.pth",
-        "original/model.safetensors",
-        "original/tokenizer.model",
-        "consolidated.safetensors",
-        "consolidated-00001-of-00002.safetensors",
-        "onnx/model.onnx",
-        "vae/model.safetensors",
-        "examples/run.py",
-        "model.gguf",
-        "tf_model.h5",
-        "flax_model.msgpack",
-        "README.md",
-    ],
-)
-def test_checkpoint_files_unwanted(calls: list[Any], file: str) -> None:
-    """Of a checkpoint, other formats, other copies of the weights, and what lies in folders are not
-    fetched."""
-    checkpoint_folder("org/name")
-    assert not wanted(calls[0][1], file)
+KEPT = [
+    *("generation_config.json", "tokenizer.model", "special_tokens_map.json", "merges.txt"),
+    *("chat_template.jinja", "additional_chat_templates/tools.jinja", "preprocessor_config.json"),
+    *("modeling_own.py", "LICENSE", "LICENSE.txt"),
+]
+LEFT = [
+    *("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "original/consolidated.00.pth"),
+    *("original/model.safetensors", "original/tokenizer.model", "consolidated.safetensors"),
+    *("onnx/model.onnx", "vae/model.safetensors", "examples/run.py", "model.gguf", "tf_model.h5"),
+    *("flax_model.msgpack", "README.md", ".gitattributes", "optimizer.pt"),
+]
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
+@pytest.mark.parametrize("n_shards", [1, 2])
+def test_files_of_a_checkpoint(hub: HubServer, tmp_path: Path, n_shards: int) -> None:
+    """Everything that a result is made from is fetched, once. Other formats, other copies of the weights, and
+    what lies in folders are not."""
+    ckpt = filled(build.write_checkpoint(tmp_path / "ckpt", n_shards=n_shards), [*KEPT, *LEFT])
+    lora = build.write_adapter(tmp_path / "lora")
+    hub.add("org/name", ckpt)
+    lorafuse.convert("org/name", lora, tmp_path / "out")
+    shards = [path.name for path in ckpt.glob("model*.safetensors*")]
+    assert hub.fetched() == dict.fromkeys(["config.json", *KEPT, *shards], 1)
+    lorafuse.convert(ckpt, lora, tmp_path / "local")
+    assert without_inputs(tmp_path / "out") == without_inputs(tmp_path / "local")
+
+
+def without_inputs(out: Path) -> dict[str, bytes]:
+    files = build.files_of(out)
+    files.pop("lorafuse_receipt.json")
+    return files
+
+
+def test_files_of_an_adapter(hub: HubServer, tmp_path: Path) -> None:
+    """The adapter and its tokenizer are fetched; training state and intermediate checkpoints are not."""
+    lora = build.write_adapter(tmp_path / "lora")
+    build.write_adapter(lora / "checkpoint-10")
+    left = ["checkpoint-10/tokenizer.json", "checkpoint-10/optimizer.pt", "optimizer.pt", "training_args.bin"]
+    filled(lora, [*left, "0000100_adapters.safetensors", "model.safetensors", "README.md"])
+    (lora / "tokenizer.json").write_text("{}")
+    hub.add("org/name", lora)
+    lorafuse.convert(build.write_checkpoint(tmp_path / "ckpt"), "org/name", tmp_path / "out")
+    inner = "checkpoint-10/adapter_config.json"  # which tells that there is another one
+    assert hub.fetched().keys() - {inner} == {
         "adapter_config.json",
         "adapter_model.safetensors",
-        "adapter_model.safetensors.index.json",
-        "adapter_model-00001-of-00002.safetensors",
-        "adapter_model.bin",
-        "adapters.safetensors",
-        "checkpoint-10/adapter_config.json",
         "tokenizer.json",
-    ],
-)
-def test_adapter_files_wanted(calls: list[Any], file: str) -> None:
-    """Of an adapter, its config, its weights and its tokenizer are fetched, and what tells the names of
-    others."""
-    folder_of("org/name", adapter_files(), AdapterError)
-    assert wanted(calls[0][1], file)
+        "README.md",  # which may say how training loaded the base
+    }
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "checkpoint-10/adapter_model.safetensors",
-        "checkpoint-10/adapter_model-00001-of-00002.safetensors",
-        "checkpoint-10/tokenizer.json",
-        "checkpoint-10/optimizer.pt",
-        "0000100_adapters.safetensors",
-        "optimizer.pt",
-        "model.safetensors",
-        "training_args.bin",
-    ],
-)
-def test_adapter_files_unwanted(calls: list[Any], file: str) -> None:
-    """Of an adapter, training state and intermediate checkpoints are not fetched."""
-    folder_of("org/name", adapter_files(), AdapterError)
-    assert not wanted(calls[0][1], file)
-
-
-@pytest.mark.parametrize("kind", [CheckpointError, AdapterError])
-def test_missing_repository(
-    calls: list[Any], monkeypatch: pytest.MonkeyPatch, kind: type[LorafuseError]
-) -> None:
-    """A repository that is not there is the fault of the input that was named so."""
-    failing(monkeypatch, hub_error(hub_errors.RepositoryNotFoundError))
-    with pytest.raises(kind) as caught:
-        folder_of("org/name", CHECKPOINT_FILES, kind, unwanted=UNWANTED)
-    expected = (
-        "org/name: no such directory, and no such repository on the hub (or it is private: log in first)."
-    )
-    assert str(caught.value) == expected
-
-
-def test_gated_repository(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A repository whose terms were not accepted is not said to be missing."""
-    failing(monkeypatch, hub_error(hub_errors.GatedRepoError))
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint_folder("org/name")
-    assert str(caught.value) == "org/name: is gated; ask for access on its page on the hub, and log in."
-
-
-def test_missing_revision(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A revision that is not there is named."""
-    failing(monkeypatch, hub_error(hub_errors.RevisionNotFoundError))
+def test_a_folder_of_a_repository(hub: HubServer, tmp_path: Path) -> None:
+    """`org/name/checkpoint-4` is an adapter in a repository, or a checkpoint; the receipt says so."""
+    build.write_adapter(tmp_path / "repository" / "checkpoint-4")
+    build.write_checkpoint(tmp_path / "repository" / "base")
+    hub.add("org/name", tmp_path / "repository")
+    url = f"{hub.url}/org/name/tree/main/checkpoint-4"
+    for number, name in enumerate(["org/name/checkpoint-4", url]):
+        receipt = lorafuse.convert("org/name/base", name, tmp_path / f"out{number}")
+        read = "org/name/checkpoint-4" if number == 0 else "org/name/checkpoint-4@main"
+        assert [entry["path"] for entry in receipt["inputs"]] == [
+            *("org/name/base/config.json", "org/name/base/model.safetensors"),
+            *(f"{read}/adapter_config.json", f"{read}/adapter_model.safetensors"),
+        ]
     with pytest.raises(AdapterError) as caught:
-        folder_of("org/name@v9", adapter_files(), AdapterError)
-    assert str(caught.value) == "org/name: has no revision v9."
-
-
-def test_name_that_the_hub_refuses(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that looks like a hub id and is none by the hub's own rules is a missing directory."""
-    failing(monkeypatch, hub_errors.HFValidationError("Cannot have -- or .. in repo_id: 'org/a--b'."))
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint_folder("org/a--b")
-    assert str(caught.value) == "org/a--b: no such directory."
-
-
-def test_offline(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the network, nothing is said about whether the repository exists."""
-    failing(monkeypatch, hub_errors.LocalEntryNotFoundError("offline"))
-    with pytest.raises(StorageError) as caught:
-        checkpoint_folder("org/name")
-    expected = (
-        "org/name: no such directory, and the hub cannot be reached to look for a repository of that name."
-    )
-    assert str(caught.value) == expected
-
-
-def test_really_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The same with the hub's own function, told to stay offline, and an empty cache."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(StorageError, match="the hub cannot be reached"):
-        checkpoint_folder("org/name")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        hub_error(hub_errors.HfHubHTTPError, "500 Server\x1b[31m Error"),
-        OSError("500 Server\x1b[31m Error"),
-        RuntimeError(
-            "500 Server\x1b[31m Error"
-        ),  # the HTTP library's errors are OSErrors or not, by the hub's version
-    ],
-)
-def test_download_fails(calls: list[Any], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """A download that breaks off is an I/O error with the hub's words, whatever the HTTP library raises."""
-    failing(monkeypatch, error)
-    with pytest.raises(StorageError) as caught:
-        checkpoint_folder("org/name")
-    assert str(caught.value) == "org/name: downloading failed: 500 Server\\x1b[31m Error"
-
-
-@pytest.mark.parametrize(
-    ("name", "fetched", "left"),
-    [
-        (
-            "b",
-            ["b/adapter_config.json", "b/adapter_model.safetensors", "b/tokenizer.json", "tokenizer.json"],
-            ["a/adapter_model.bin"],
-        ),
-        (
-            "b",
-            ["adapter_config.json", "a/adapter_config.json"],
-            ["adapter_model.safetensors", "bb/adapter_model.safetensors"],
-        ),
-        ("x[ab]", ["x[ab]/adapter_model.safetensors"], ["xa/adapter_model.safetensors"]),
-        (
-            "default",
-            ["adapter_model.safetensors", "default/adapter_model.safetensors"],
-            ["b/adapter_model.safetensors"],
-        ),
-    ],
-)
-def test_named_adapter_files(calls: list[Any], name: str, fetched: list[str], left: list[str]) -> None:
-    """Of an adapter with a name, its own sub-folder is fetched, and of the others the configs."""
-    folder_of("org/name", adapter_files(name), AdapterError)
-    assert [file for file in [*fetched, *left] if wanted(calls[0][1], file)] == fetched
-
-
-@pytest.fixture
-def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A hub with one repository, a directory to fill; files arrive in a cache of links, as the hub's do."""
-    repository, cache = tmp_path / "repository", tmp_path / "hub" / "models--org--name"
-
-    def snapshot_download(repo_id: str, **options: Any) -> str:
-        for path in [p for p in repository.rglob("*") if p.is_file()]:
-            file = path.relative_to(repository)
-            link, blob = cache / "snapshots" / "0" / file, cache / "blobs" / str(file).replace("/", "-")
-            if wanted(options, str(file)) and not link.exists():
-                for parent in (link.parent, blob.parent):
-                    parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, blob)
-                link.symlink_to(blob)
-        return str(cache / "snapshots" / "0")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    return repository
+        lorafuse.convert("org/name/base", "org/name/checkpoint-5", tmp_path / "out3")
+    assert str(caught.value) == "org/name: has no folder checkpoint-5."
 
 
 @pytest.mark.parametrize("name", [None, "b"])
-def test_adapter_in_a_sub_folder_of_a_repository(repository: Path, tmp_path: Path, name: str | None) -> None:
+def test_adapter_in_a_sub_folder_of_a_repository(hub: HubServer, tmp_path: Path, name: str | None) -> None:
     """Only the adapter that is meant is fetched, with the tokenizer beside it; without a name, the only one
     there is."""
+    repository = tmp_path / "repository"
     ckpt, lora = build.write_checkpoint(tmp_path / "ckpt"), build.write_adapter(repository / "b")
     (lora / "tokenizer.json").write_text("b's")
     if name:
         build.write_adapter(repository / "a")
+    hub.add("org/name", repository)
     events: list[dict[str, Any]] = []
     receipt = lorafuse.convert(
         ckpt, "org/name@main", tmp_path / "out", adapter_name=name, on_event=events.append
     )
     lorafuse.convert(ckpt, lora, tmp_path / "local")
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (
-        tmp_path / "local/model.safetensors"
-    ).read_bytes()
+    assert without_inputs(tmp_path / "out") == without_inputs(tmp_path / "local")
     assert (tmp_path / "out/tokenizer.json").read_text() == "b's"
     read = [file["path"] for file in receipt["inputs"] if file["role"] == "adapter"]
     assert read == ["org/name@main/b/adapter_config.json", "org/name@main/b/adapter_model.safetensors"]
     warnings = [event["message"] for event in events if event["event"] == "warning"]
     assert warnings == ([] if name else ["org/name@main: the adapter in it, b, is taken."])
-    assert not [path for path in (tmp_path / "hub").rglob("a/*") if path.name != "adapter_config.json"]
+    assert "a/adapter_model.safetensors" not in hub.fetched()
 
 
-def test_several_adapters_in_a_repository(repository: Path, tmp_path: Path) -> None:
-    """They are named, with their configs alone fetched."""
+def test_several_adapters_in_a_repository(hub: HubServer, tmp_path: Path) -> None:
+    """They are named, with no weights fetched."""
     ckpt = build.write_checkpoint(tmp_path / "ckpt")
     for name in ("a", "b"):
-        build.write_adapter(repository / name)
+        build.write_adapter(tmp_path / "repository" / name)
+    hub.add("org/name", tmp_path / "repository")
     with pytest.raises(
         AdapterError, match=r"holds several adapters: a, b; choose one by its name \(--adapter-name\)\."
     ):
         lorafuse.convert(ckpt, "org/name", tmp_path / "out")
-    assert not list((tmp_path / "hub").rglob("*.safetensors"))
+    assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
 
 
-def test_files_that_the_first_ones_ask_for(repository: Path, tmp_path: Path) -> None:
-    """What modules.json and auto_map name is fetched of the same commit; no other weights are."""
+def test_files_that_the_first_ones_ask_for(hub: HubServer, tmp_path: Path) -> None:
+    """What modules.json and auto_map name is fetched; no other weights are."""
     config = build.CONFIG | {"auto_map": {"AutoModel": "code/modeling_own.Own"}}
-    build.write_checkpoint(repository, config=config)
-    modules = [{"path": path} for path in ("", "1_Pooling", "2_Dense", "3_Normalize")]
-    build.write_json(repository / "modules.json", modules)
-    kept = (
-        *("qwen.tiktoken", "modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"),
+    ckpt = build.write_checkpoint(tmp_path / "ckpt", config=config)
+    build.write_json(ckpt / "modules.json", [{"path": "1_Pooling"}])
+    kept = [
+        *("modules.json", "1_Pooling/config.json", "1_Pooling/model.safetensors"),
         *("code/modeling_own.py", "code/ops/norm.py", "code/ops/__init__.py"),
-    )
-    left = (
-        *("onnx/model.onnx", "model.gguf", "original/params.json", "pytorch_model.bin"),
-        *("README.md", "other/x.py"),
-    )
-    for name in (*kept, *left):
-        (repository / name).parent.mkdir(parents=True, exist_ok=True)
-        if name != "modules.json":
-            text = "from .ops.norm import x" if "modeling" in name else "x = 1"
-            (repository / name).write_text(text)
-    lora = build.write_adapter(tmp_path / "lora")
-    lorafuse.convert("org/name", lora, tmp_path / "out")
+    ]
+    left = ["onnx/model.onnx", "model.gguf", "original/params.json", "README.md", "other/x.py"]
+    filled(ckpt, [*kept, *left])
+    (ckpt / "code/modeling_own.py").write_text("from .ops.norm import x")
+    hub.add("org/name", ckpt)
+    lorafuse.convert("org/name", build.write_adapter(tmp_path / "lora"), tmp_path / "out")
     made = {"config.json", "model.safetensors", "lorafuse_receipt.json"}
     assert build.files_of(tmp_path / "out").keys() - made == set(kept)
-    fetched = {name.partition("snapshots/0/")[2] for name in build.files_of(tmp_path / "hub")}
-    assert not fetched & set(left)
+    assert not hub.fetched().keys() & set(left)
 
 
-def test_the_second_request_names_the_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """So that files of two commits are never mixed."""
-    snapshot = tmp_path / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    build.write_json(snapshot / "modules.json", [{"path": "1_Pooling"}])
-    asked = []
+def test_one_commit(hub: HubServer, tmp_path: Path) -> None:
+    """All files are of the commit that the branch named first, whatever is committed meanwhile; the receipt
+    says which."""
+    ckpt, lora = build.write_checkpoint(tmp_path / "ckpt", n_shards=2), build.write_adapter(tmp_path / "lora")
+    repo = hub.add("org/name", ckpt)
+    first = repo.refs["main"]
+    tensors = {name: -tensor for name, tensor in build.checkpoint_tensors().items()}
+    other = build.write_checkpoint(tmp_path / "other", tensors, n_shards=2)
 
-    def snapshot_download(repo_id: str, **options: Any) -> str:
-        asked.append((options["revision"], options["allow_patterns"]))
-        return str(snapshot)
+    def commits(_: Any, path: str) -> bool:
+        if "/resolve/" in path and len(repo.commits) == 1:
+            hub.add("org/name", other)
+        return False
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    checkpoint_folder("org/name@main")
-    assert asked == [("main", ["*"]), ("abc", ["1_Pooling/*"])]
+    hub.faults.append(commits)
+    receipt = lorafuse.convert("org/name", lora, tmp_path / "out")
+    assert len(repo.commits) == 2
+    assert {entry.get("commit") for entry in receipt["inputs"]} == {first, None}
+    assert all(("commit" in entry) == (entry["role"] == "checkpoint") for entry in receipt["inputs"])
+    lorafuse.convert(ckpt, lora, tmp_path / "local")
+    assert without_inputs(tmp_path / "out") == without_inputs(tmp_path / "local")
+
+
+def test_revisions(hub: HubServer, tmp_path: Path) -> None:
+    """A branch, a tag, a pull request or a commit."""
+    repo = hub.add("org/name", build.write_checkpoint(tmp_path / "ckpt"))
+    hub.add(
+        "org/name", build.write_checkpoint(tmp_path / "v2", build.checkpoint_tensors(n_layers=1)), "refs/pr/1"
+    )
+    for revision in ("refs/pr/1", repo.refs["refs/pr/1"]):
+        assert lorafuse.inspect(f"org/name@{revision}")["n_weights"] == 12
+    assert lorafuse.inspect("org/name@main")["n_weights"] == 21
+
+
+def test_cache(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was fetched before is not fetched again, and is enough without a network."""
+    hub.add("org/base", build.write_checkpoint(tmp_path / "ckpt", n_shards=2))
+    hub.add("me/tuned", build.write_adapter(tmp_path / "lora"))
+    lorafuse.convert("org/base", "me/tuned@main", tmp_path / "out")
+    n = len(hub.fetched())
+    lorafuse.convert("org/base", "me/tuned@main", tmp_path / "out2")
+    assert len(hub.fetched()) == n and not [name for name, times in hub.fetched().items() if times > 1]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.log.clear()
+    receipt = lorafuse.convert("org/base", "me/tuned@main", tmp_path / "out3")
+    assert hub.log == []
+    assert build.files_of(tmp_path / "out").keys() == build.files_of(tmp_path / "out3").keys()
+    assert without_inputs(tmp_path / "out") == without_inputs(tmp_path / "out3")
+    assert all(len(entry["commit"]) == 40 for entry in receipt["inputs"])
+
+
+def test_part_of_the_cache_without_a_network(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a dry run fetched is not enough: the file that is missing is named, by the id."""
+    hub.add("org/base", build.write_checkpoint(tmp_path / "ckpt", n_shards=2))
+    lora = build.write_adapter(tmp_path / "lora")
+    lorafuse.convert("org/base", lora, tmp_path / "out", dry_run=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(StorageError) as caught:
+        lorafuse.convert("org/base", lora, tmp_path / "out")
+    assert str(caught.value) == (
+        f"org/base/{build.shard_name(1, 2)}: is not in the hub's cache; HF_HUB_OFFLINE is set: unset it to "
+        "ask the hub."
+    )
+
+
+def test_out_dir_in_the_cache(hub: HubServer, tmp_path: Path) -> None:
+    """A result is not written into the cache of its input."""
+    hub.add("org/base", build.write_checkpoint(tmp_path / "ckpt"))
+    out = tmp_path / "home/hub/models--org--base/out"
+    lora = build.write_adapter(tmp_path / "lora")
+    lorafuse.convert("org/base", lora, tmp_path / "out", dry_run=True)
+    with pytest.raises(lorafuse.OutDirError, match="lies inside the input"):
+        lorafuse.convert("org/base", lora, out)
+
+
+def test_user_agent(hub: HubServer, tmp_path: Path) -> None:
+    """Whoever runs the hub sees that it is lorafuse, and which version."""
+    hub.add("org/base", build.write_checkpoint(tmp_path / "ckpt"))
+    lorafuse.convert("org/base", build.write_adapter(tmp_path / "lora"), tmp_path / "out")
+    agents = {headers["user-agent"].partition(";")[0] for _, path, headers in hub.log if "base" in path}
+    assert agents == {f"lorafuse/{lorafuse.__version__}"}
+
+
+def test_a_damaged_copy_in_the_cache(hub: HubServer, tmp_path: Path) -> None:
+    """It is not merged: its hash is another than the one that the hub lists."""
+    hub.add("org/base", build.write_checkpoint(tmp_path / "ckpt"))
+    lora = build.write_adapter(tmp_path / "lora")
+    lorafuse.convert("org/base", lora, tmp_path / "out")
+    [cached] = (tmp_path / "home").rglob("model.safetensors")
+    data = bytearray(cached.read_bytes())
+    data[-1] ^= 1
+    cached.resolve().write_bytes(data)
+    with pytest.raises(StorageError) as caught:
+        lorafuse.convert("org/base", lora, tmp_path / "out2")
+    assert str(caught.value).startswith(
+        "org/base/model.safetensors: the copy in the hub's cache is not the file that the hub lists: its "
+    )
+    assert not (tmp_path / "out2").exists()
+    cached.resolve().write_bytes(data[:-1])
+    with pytest.raises(StorageError, match="bytes in the hub's cache and 13000 on the hub; remove it"):
+        lorafuse.convert("org/base", lora, tmp_path / "out2")
+
+
+def test_full_disk(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the cache has no room, it is said so, with the repository."""
+    hub.add("org/base", build.write_checkpoint(tmp_path / "ckpt"))
+
+    def move(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("huggingface_hub.file_download._chmod_and_move", move)
+    with pytest.raises(StorageError) as caught:
+        lorafuse.convert("org/base", build.write_adapter(tmp_path / "lora"), tmp_path / "out")
+    assert str(caught.value) == "org/base: cannot be fetched: No space left on device."
+
+
+def test_names_of_files_that_lead_out(hub: HubServer, tmp_path: Path) -> None:
+    """An index that names a file elsewhere finds none."""
+    ckpt = build.write_checkpoint(tmp_path / "ckpt", n_shards=2)
+    hub.add("org/name", ckpt)
+    folder = checkpoint_folder("org/name").sub_folder("a")
+    assert not folder.exists("../../config.json") and folder.exists("../config.json")
+    with pytest.raises(FileNotFoundError):
+        folder.open("../../../etc/passwd")
+    shutil.rmtree(ckpt)

@@ -96,6 +96,23 @@ def one(name: str = "x", **changes: object) -> dict[str, object]:
 # ---- writing
 
 
+def test_pieces_of_columns_are_remembered_as_few(tmp_path: Path) -> None:
+    """A matrix that comes by columns has as many entries as rows, and each row one at its end."""
+    n_rows, n_cols = 40, 500
+    spec = TensorSpec("U8", (n_rows, n_cols))
+    data = bytes(i % 251 for i in range(spec.numel))
+    writer, most = writer_of(tmp_path / "x", StoredTensor("a", spec)), 0
+    for col in range(n_cols - 1, -1, -1):
+        for row in range(0, spec.numel, n_cols):
+            writer.write("a", row + col, memoryview(data[row + col : row + col + 1]))
+            most = max(most, len(writer._ahead), len(writer._starts_by_end))
+    assert most == n_rows
+    digest = writer.finish()
+    assert not writer._ahead and not writer._starts_by_end
+    assert digest == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
+    assert load((tmp_path / "x").read_bytes())["a"].numpy().tobytes() == data
+
+
 @st.composite
 def tensors_in_reference_order(draw: st.DrawFn) -> dict[str, tuple[TensorSpec, bytes]]:
     names = draw(st.lists(st.text(max_size=12) | st.sampled_from(AWKWARD), max_size=6, unique=True))

@@ -202,13 +202,13 @@ def test_wrong_wishes(base, adapter, tmp_path):
         "--format mixed leaves all that changes dense: leave --keep-dense and --rounding out."
     )
     assert refusal(nf4, lora, out, keep_dense=["*"]) == (
-        "--keep-dense is for a light --format; dense has no quantized weight."
+        "--keep-dense is for a --format of quantized weights, and dense has none."
     )
     assert refusal(nf4, lora, out, rounding="nearest") == (
-        "--rounding is for a light --format; dense has no quantized weight."
+        "--rounding is for a --format of quantized weights, and dense has none."
     )
     assert refusal(nf4, lora, out, format="gguf").startswith(
-        "format is gguf; expected one of dense, base, mixed"
+        "format is gguf; expected one of dense, base, light, mixed"
     )
 
 

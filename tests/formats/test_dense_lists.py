@@ -1,15 +1,10 @@
 """Formats that keep the quantization of a base, which bitsandbytes did not make: which modules config.json
 lists as dense, and which run-time tensors stay."""
 
-import json
-
 import pytest
 import torch
-from build import write_adapter
-from quantized_base import write
-from safetensors.torch import load_file
+from light_results import light
 
-import lorafuse
 from lorafuse.errors import UsageError
 
 LAYER = "model.layers.0"
@@ -53,25 +48,6 @@ def on_stack(*kinds):
         key += ".base_layer"
     parameters = [f"experts.{kind}_proj" for kind in kinds]
     return tensors, {"target_modules": [], "target_parameters": parameters}
-
-
-def light(tmp_path, stored, section, tensors, form="mixed", where="quantization_config", **options):
-    """(config.json, tensors, receipt) of what becomes of a base; `options` of the adapter are in `lora`."""
-    dense = {"model.embed_tokens.weight": torch.randn(8, 4).bfloat16()}
-    config = {where: section} if where != "quantization_config" else {}
-    named = section if where == "quantization_config" else None
-    base = write(
-        tmp_path / "ckpt", stored | dense, named, vocab_size=8, **config, **options.pop("config", {})
-    )
-    settings = {"r": 2, "lora_alpha": 2} | options.pop("lora", {})
-    adapter = write_adapter(tmp_path / "adapter", tensors, **settings)
-    receipt = lorafuse.convert(base, adapter, tmp_path / "out", format=form, **options)
-    lorafuse.verify(tmp_path / "out", ckpt=base, adapters=[adapter])
-    found = load_file(tmp_path / "out/model.safetensors")
-    for name in found.keys() & stored.keys():
-        if receipt["tensors"].get(name, {}).get("action") == "copied":
-            assert torch.equal(found[name].view(torch.uint8), stored[name].view(torch.uint8)), name
-    return json.loads((tmp_path / "out/config.json").read_text()), found, receipt
 
 
 HEAD = ["lm_head", "model.embed_tokens"]  # what transformers leaves dense where there is no list
@@ -190,22 +166,6 @@ def test_experts_one_by_one(tmp_path):
     section = {"quant_method": "compressed-tensors"}
     config, _, _ = light(tmp_path, stored, section, tensors)
     assert config["quantization_config"]["ignore"] == [r"re:model\.layers\.0\.mlp\.experts(\..*)?$"]
-
-
-def mlx(module):
-    return {
-        f"{module}.weight": codes(8, 16).view(torch.uint32),
-        f"{module}.scales": torch.full((8, 1), 120, dtype=torch.uint8),
-    }
-
-
-def test_mlx_has_no_list(tmp_path):
-    """Its quantization_config has no quant_method, as very old ones of bitsandbytes."""
-    section = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
-    lora = {name: torch.randn(2, 32) if "lora_A" in name else t for name, t in on_module(DOWN).items()}
-    both = {"config": {"quantization": section}}
-    with pytest.raises(UsageError, match=r"A checkpoint in MLX that is dense in part cannot be described"):
-        light(tmp_path, mlx(UP) | mlx(DOWN), section, lora, **both)
 
 
 @pytest.mark.parametrize("form", ["base", "mixed"])

@@ -255,7 +255,8 @@ def test_several_adapters(tmp_path):
     lines = text_of(tmp_path / "all").splitlines()
     assert lines[:4] == [
         f"adapters: {tmp_path}/all",
-        f"  problem       {tmp_path}/all/a: holds neither adapter_model.safetensors nor adapter_model.bin.",
+        f"  problem       {tmp_path}/all/a: holds neither adapter_model.safetensors nor adapter_model.bin: "
+        "the adapter's weights are missing. Was its upload or download cut off?",
         "",
         f"adapter: {tmp_path}/all/b",
     ]

@@ -22,7 +22,7 @@ import zipfile
 from safetensors import deserialize
 
 from lorafuse.errors import OutDirError
-from lorafuse.files.hashing import FileHash
+from lorafuse.files.folder import FileHash
 
 
 def path_of(out_dir):

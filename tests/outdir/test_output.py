@@ -120,7 +120,8 @@ def test_config_loses_quantization_and_gets_the_dtype_in_place():
     changes = {"dtype": "bfloat16", "tie_word_embeddings": False, "vocab_size": 9}
     assert output_config(before, changes, {}) == {
         "model_type": "x", "torch_dtype": "bfloat16",
-        "text_config": {"dtype": "bfloat16", "tie_word_embeddings": False, "vocab_size": 9},
+        "text_config": {"dtype": "bfloat16", "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+            "vocab_size": 9},
         "vision_config": {"vocab_size": 7, "torch_dtype": None}, "own": {"a": [1, "ü"]},
     }  # fmt: skip
     assert output_config({"a": 1}, {"dtype": "float32", "tie_word_embeddings": False}, {}) == {

@@ -7,7 +7,6 @@ import os
 import shutil
 from contextlib import suppress
 
-import huggingface_hub
 import moe_models
 import peft
 import pytest
@@ -705,18 +704,15 @@ def test_the_command_line_and_python_do_the_same(ckpt, tmp_path, capsys):
     assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "again")
 
 
-def test_an_adapter_from_the_hub_may_have_a_weight(ckpt, tmp_path, monkeypatch, capsys):
-    one, asked = whole(tmp_path / "one"), []
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda repo, revision, **_: (asked.append((repo, revision)), str(one))[1],
-    )
+def test_an_adapter_from_the_hub_may_have_a_weight(ckpt, tmp_path, hub, capsys):
+    one = whole(tmp_path / "one")
+    hub.add("some-org/name", one, "v2")
     with pytest.raises(SystemExit) as exited:
         cli.convert.main([str(ckpt), str(one), str(tmp_path / "out"), "--adapter", "some-org/name@v2:0.3"])
-    assert exited.value.code == 0 and asked == [("some-org/name", "v2")]
+    assert exited.value.code == 0
     receipt = config(tmp_path / "out", "lorafuse_receipt.json")
     assert receipt["inputs"][-1]["path"] == "some-org/name@v2/adapter_model.safetensors"
+    assert receipt["inputs"][-1]["weight"] == 0.3
 
 
 def test_the_output_may_not_touch_any_adapter(ckpt, tmp_path):

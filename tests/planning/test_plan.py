@@ -188,12 +188,14 @@ def test_a_factor_larger_than_the_limit_is_read_in_parts(tmp_path):
     ).read_bytes()
 
 
-@pytest.mark.parametrize(("text", "nbytes"), [("5GB", 5 * 10**9), ("100MB", 10**8), ("1.5kb", 1500), (7, 7)])
-def test_sizes_are_decimal(text, nbytes):
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("5GB", 5 * 10**9), ("100MB", 10**8), ("1.5kb", 1500), (7, 7), ("5GiB", 5 << 30)]
+)
+def test_sizes(text, nbytes):
     assert parse_nbytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["lots", "", "-1GB", "0", "5GiB", "nan", "1e3"])
+@pytest.mark.parametrize("text", ["lots", "", "-1GB", "0", "5XB", "10", "nan", "1e3"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UsageError):
         parse_nbytes(text)

@@ -2,6 +2,7 @@
 itself."""
 
 import re
+import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,11 +13,12 @@ from models import by_transformers, tiny_llama
 from safetensors.torch import load_file, save_file
 from unmerged import train
 
-from bench.faithfulness import light
+from bench.faithfulness import light, real
 from bench.faithfulness.accuracy import rows_of, same_weights
-from bench.faithfulness.bars import Bar, decades, svg
+from bench.faithfulness.bars import Bar, Point, decades, scatter, svg
 from bench.faithfulness.distance import around_block, kept_and_noise, merged_in_float64
-from bench.faithfulness.smollm2 import ADAPTERS, QLORA, Adapter, merges, quantize, save_decoded, titles
+from bench.faithfulness.smollm2 import ADAPTERS, QLORA, Adapter, quantize, save_decoded
+from bench.faithfulness.ways import SAME, merges, titles
 from lorafuse import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +142,23 @@ def test_a_bar_is_as_long_as_its_logarithm():
     assert {"title & more", "panel", "another", "b < 1", "1.0e-02", "1e-4", "0.0e+00"} <= set(texts)
 
 
+def test_no_label_of_a_plot_hides_another_or_a_point():
+    points = [Point("abc", 112, y) for y in (0.35, 0.34, 0.33, 1e-3)]
+    points += [Point("abc", 116, 0.34), Point("abc", 269, 0.34), Point("abc", 117, 1.1e-3)]
+    root, tag = ElementTree.fromstring(scatter("title", {"panel": points})), "{http://www.w3.org/2000/svg}"
+    boxes = []
+    for text in root.iter(f"{tag}text"):
+        if text.text.endswith(" MB"):
+            end, left = text.get("class").endswith("end"), float(text.get("x"))
+            boxes.append((left - 70 if end else left, float(text.get("y")) - 4))  # px of eleven letters
+    circles = [(float(circle.get("cx")), float(circle.get("cy"))) for circle in root.iter(f"{tag}circle")]
+    assert len(boxes) == len(circles) == len(points)
+    for i, (left, y) in enumerate(boxes):
+        assert not [x for x, height in circles if left <= x <= left + 70 and abs(height - y) < 4]
+        others = boxes[:i] + boxes[i + 1 :]
+        assert not [at for at, height in others if abs(at - left) < 70 and abs(height - y) < 12]
+
+
 def rows(text):
     """{row: cells} of the tables whose first column names a row."""
     return {match[1]: match[2] for match in re.finditer(r"^\| `([\w-]+)` \| (.*) \|$", text, re.M)}
@@ -167,23 +186,28 @@ def test_the_page_has_the_light_rows_of_every_adapter():
         have = {row: cells.split(" | ")[0] for row, cells in found[f"fixtures/{adapter.name}/"].items()}
         assert have == {row: titles(adapter.base)[row] for row in light.ROWS}, adapter.name
     plot = ElementTree.fromstring(PAGE.with_name("accuracy-size.svg").read_text(encoding="utf-8"))
-    assert len(plot.findall("{http://www.w3.org/2000/svg}circle")) == len(ADAPTERS) * len(light.ROWS)
+    plotted = [row for row in light.ROWS if row not in SAME]
+    assert len(plot.findall("{http://www.w3.org/2000/svg}circle")) == len(ADAPTERS) * len(plotted)
 
 
 def test_the_readme_shows_rows_of_the_page():
-    page = rows(sections()[0]).values()
+    assert sections()[0].startswith(QLORA.what) and QLORA.what in sections("light")[0].split("\n")[0]
+    light_rows = [cells.split(" | ") for cells in rows(sections("light")[0]).values()]
+    page = [cells.split(" | ") for cells in rows(sections()[0]).values()]
+    page += [cells[:-2] for cells in light_rows]  # without bits a weight and MB
     table = re.search(
         r"<!-- real:begin -->\n(.*?)\n\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
     )[1]
-    shown = [line.strip("| ") for line in table.splitlines()[2:]]
-    assert len(shown) == 6
-    assert set(shown) <= set(page)
-    assert sections()[0].startswith(QLORA.what)
+    shown = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert [cells[0] for cells in shown] == [titles(QLORA.base)[row] for row in real.ROWS]
+    assert all(cells[:-1] in page for cells in shown)
+    megabytes = {cells[0]: cells[-1] for cells in light_rows}
+    assert all(cells[-1] == megabytes.get(cells[0], cells[-1]) for cells in shown)
 
 
 def test_the_commands_of_the_page_are_commands_of_lorafuse():
     commands = [
-        line.split()[1:]
+        shlex.split(line)[1:]
         for line in PAGE.read_text(encoding="utf-8").splitlines()
         if line.startswith("lorafuse-convert ")
     ]

@@ -106,6 +106,20 @@ def shard_name(number: int, of: int) -> str:
     return f"model-{number:05d}-of-{of:05d}.safetensors"
 
 
+CARD_WITHOUT_QUANTIZATION = """
+The following `bitsandbytes` quantization config was used during training:
+- load_in_8bit: False
+- load_in_4bit: False
+"""
+
+
+def write_told_adapter(path: Path) -> Path:
+    """An adapter beside which stands that training did not quantize the base."""
+    write_adapter(path)
+    (path / "README.md").write_text(CARD_WITHOUT_QUANTIZATION)
+    return path
+
+
 def write_adapter(path: Path, tensors: dict[str, torch.Tensor] | None = None, **config: object) -> Path:
     """An adapter directory; keyword arguments change its config."""
     path.mkdir(parents=True)

@@ -9,6 +9,7 @@ import os
 import posixpath
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 from lorafuse.files.folder import Buffer, FileFacts
 
@@ -21,6 +22,8 @@ class MemoryFolder:
 
     store: dict[str, bytes | bytearray]
     url: str
+    commit: ClassVar[None] = None
+    held_nbytes: ClassVar[int] = 0
 
     def __str__(self) -> str:
         return self.url
@@ -56,6 +59,12 @@ class MemoryFolder:
 
     def facts(self, name: str) -> FileFacts:
         return MemoryFile(self.data(name)).facts
+
+    def is_unchecked(self, name: str) -> bool:
+        return True
+
+    def known_hash(self, name: str) -> None:
+        return None
 
     def open(self, name: str, *, inside: bool = False) -> "MemoryFile":
         return MemoryFile(self.data(name))

@@ -8,8 +8,10 @@ ones. The lock is an object that is made only if it is not there, under a lease 
 
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Self
 
 from faults import Killed
@@ -19,8 +21,9 @@ from safetensors import SafetensorError, deserialize
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.errors import HeldError, OutDirError, ResultError, StorageError, shown
 from lorafuse.events import OnEvent
-from lorafuse.files.folder import Folder
-from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.folder import FileHash, Folder
+from lorafuse.files.hashing import hash_file
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.names import RECEIPT
 from lorafuse.merge.destination import Written
 from lorafuse.outdir.folder_file import FolderFile
@@ -325,6 +328,9 @@ class MemoryOutDir:
             self.finished[written.file] = FinishedShard(written, measures)
             self._log(self._attempt)
 
+    def give_away(self, file: str) -> None:
+        raise AssertionError("what is made in memory goes nowhere else")
+
     def finished_file(self, file: str) -> FolderFile:
         url = self.name if self._committed else self.place
         return FolderFile(MemoryFolder(self._store.objects, url), file)
@@ -334,6 +340,11 @@ class MemoryOutDir:
 
     def space(self) -> Space | None:
         return self._store.space()
+
+    def scratch(self) -> LocalFolder:
+        return LocalFolder(
+            Path(tempfile.mkdtemp())
+        )  # of this machine; for the object store this is what it has not
 
     def commit(self) -> None:
         with UNINTERRUPTED:

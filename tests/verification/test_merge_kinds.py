@@ -9,10 +9,12 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from click.testing import CliRunner
 from quantized import four_bit, write
 from safetensors.torch import save_file
 
 import lorafuse
+from lorafuse import cli
 from lorafuse.verification.relations import EXPLAINED, GOOD
 
 SHAPE = (128, 256)
@@ -186,6 +188,27 @@ def test_a_merge_into_a_relative_of_the_base(kind, cases):
     assert facts[0.3]["relation"] == "other base"
     facts = cases[kind, 4].relations(relative, "bfloat16")
     assert facts[0.3]["relation"] == "other base, untouched" and facts[0.003]["relation"] not in GOOD
+
+
+def on_the_quantized_base(full, base, delta):
+    packed, state = bnb.quantize_4bit(base.to(torch.bfloat16), quant_type="nf4")
+    return bnb.dequantize_4bit(packed, state) + delta
+
+
+def test_a_merge_into_the_quantized_base_against_the_one_before(cases):
+    """An update that is small beside the error of the quantization leaves the weight on the grid."""
+    facts = cases["bfloat16", 4].relations(on_the_quantized_base, "bfloat16")
+    assert [facts[size]["relation"] for size in SIZES] == ["requantized", "other base", "other base"]
+    facts = cases["bfloat16", 4].relations(relative, "bfloat16")
+    assert facts[0.003]["relation"] == "other base, unclear"
+    cases["bfloat16", 4].relations(on_the_quantized_base, "bfloat16")
+    merged, ckpt, adapter = (str(cases["bfloat16", 4].root / name) for name in ("merged", "ckpt", "adapter"))
+    shown = CliRunner().invoke(cli.verify, [merged, "--ckpt", ckpt, "--adapter", adapter])
+    assert shown.exit_code == 8
+    assert shown.stderr.splitlines()[-1] == (
+        f"Error: {merged}: 3 of 4 weights are not base + update: this was merged into another base "
+        "(16-bit?). An update fits the weights that it was trained on: see `--base-quant`."
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

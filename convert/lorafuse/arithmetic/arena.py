@@ -2,8 +2,14 @@
 
 import torch
 
+from lorafuse.arithmetic import kernel
 from lorafuse.errors import UsageError
 from lorafuse.files.stores import Store
+
+
+def cuda_devices() -> list[str]:
+    """The names of the GPUs that torch sees."""
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def host_view(tensor: torch.Tensor) -> memoryview:
@@ -18,10 +24,12 @@ DECODED_FP32 = "decoded.fp32"
 
 class Arena:
     """Named scratch tensors of one worker, made once and grown when a larger one is asked for. `device`:
-    where arithmetic is done; `on_host`: that is the CPU, which decides the implementation."""
+    where arithmetic is done; `on_host`: that is the CPU, which decides the implementation, with `kernel`, the
+    compiled one, where it is to be used."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_host = device, device.type == "cpu"
+        self.kernel = kernel.chosen() if self.on_host else None
         self._pool: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._on_host: Arena | None = None
 
@@ -95,10 +103,13 @@ def device_kind(name: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA when torch sees it. Raises UsageError for a device that is not there."""
+    """`auto` is CUDA when torch sees it. Raises UsageError for a device that is not there, and
+    on the CPU for a compiled kernel that is not."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here.")
+    if device.type == "cpu":
+        kernel.chosen()
     return device

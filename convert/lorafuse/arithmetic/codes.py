@@ -50,11 +50,11 @@ def float8_levels(dtype: torch.dtype) -> torch.Tensor:
 
 @cache
 def _signed_bytes() -> torch.Tensor:
-    return _whole_numbers(8, 128).roll(128)
+    return whole_numbers(8, 128).roll(128)
 
 
 @cache
-def _whole_numbers(bits: int, less: int) -> torch.Tensor:
+def whole_numbers(bits: int, less: int) -> torch.Tensor:
     """Each code minus `less`."""
     return torch.arange(-less, (1 << bits) - less, dtype=torch.float32, device="cpu")
 
@@ -103,4 +103,4 @@ def packed_codes(n_cols: int, bits: int, *, padded: bool = False, offset: int | 
         values.view(n_rows, n_cols).copy_(unpack_words(raw.view(n_rows, -1), bits, n_cols))
         return values.sub_(less)
 
-    return Codes(4 * n_words, decode, bits, _whole_numbers(bits, less), padded)
+    return Codes(4 * n_words, decode, bits, whole_numbers(bits, less), padded)

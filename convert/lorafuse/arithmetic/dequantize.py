@@ -12,7 +12,8 @@ bitsandbytes itself is not imported: a 256-entry table from byte to its two valu
 
 import torch
 
-from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic import compiled
+from lorafuse.arithmetic.arena import DECODED_FP32, Arena
 
 INV_127 = 7.874015718698502e-3  # fp32(1/127), as bitsandbytes spells it
 # The scratch of the indexes, and then of the decoded weight: they never live at once, and less has to stay in
@@ -31,6 +32,33 @@ def look_up(packed: torch.Tensor, pairs: torch.Tensor, values: torch.Tensor, are
     """values[:2 * len(packed)] = the two values of each byte."""
     index = arena.get(NARROW, 2 * packed.numel(), torch.int16).view(torch.int32).copy_(packed)
     torch.index_select(arena.place(pairs), 0, index, out=values[: 2 * packed.numel()].view(torch.float64))
+
+
+def decode_four_bit(
+    packed: torch.Tensor,
+    quant_map: torch.Tensor,
+    pairs: torch.Tensor,
+    absmax: torch.Tensor,
+    blocksize: int,
+    skip: int,
+    numel: int,
+    dtype: torch.dtype,
+    arena: Arena,
+) -> torch.Tensor:
+    """Elements [skip, skip + numel) of whole blocks, in `dtype`: 1-D, and valid until the arena's next use.
+    `packed` (uint8, on the arena's device) has the codes of these blocks, the last of which may be short;
+    `absmax` (fp32) the scale of each; `pairs` is byte_pairs(quant_map)."""
+    narrow = None if dtype == torch.float32 else arena.get(NARROW, numel, torch.int16).view(dtype)
+    if arena.kernel and narrow is not None:
+        given = packed, quant_map, absmax, blocksize, skip, narrow
+        if compiled.decode_four_bit(arena.kernel, *given):
+            return narrow
+    # Room for whole blocks: the pad nibble of an odd count is decoded and cut off.
+    values = arena.get(DECODED_FP32, absmax.numel() * blocksize, torch.float32)
+    look_up(packed, pairs, values, arena)
+    values.view(-1, blocksize).mul_(absmax[:, None])
+    values = values[skip : skip + numel]
+    return values if narrow is None else narrow.copy_(values)
 
 
 def nested_absmax(

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.compiled import Seeded
 
 GAMMA = 0x9E3779B97F4A7C15
 _FACTORS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -34,28 +35,31 @@ class TileDraws(Protocol):
     def fractions(self, elements: torch.Tensor) -> torch.Tensor:
         """float64, in [0, 1): the fraction of each element, given as int64."""
 
+    def seeded(self) -> Seeded:
+        """What the compiled kernel makes the same numbers of."""
+
 
 class Draws:
     """The numbers of one weight."""
 
-    __slots__ = ("_seeds",)
+    __slots__ = ("seeds",)
 
     def __init__(self, weight: str) -> None:
         digest = hashlib.sha256(weight.encode("utf-8", "surrogatepass")).digest()
-        self._seeds = tuple(int.from_bytes(digest[at : at + 8], "little") for at in (0, 8))
+        self.seeds = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
     def bytes(self, start: int, stop: int, arena: Arena) -> torch.Tensor:
         """As of a tile, the elements being those of the weight."""
         first, last = start // 8, -(-stop // 8)
         z, scratch = (arena.get(f"draws.{name}", last - first, torch.int64) for name in ("words", "scratch"))
         torch.arange(first + 1, last + 1, out=z)
-        _mixed(z, self._seeds[0], scratch)
+        _mixed(z, self.seeds[0], scratch)
         return z.view(torch.uint8)[start - 8 * first : stop - 8 * first]
 
     def fractions(self, elements: torch.Tensor) -> torch.Tensor:
         """As of a tile, the elements being those of the weight."""
         z = elements + 1
-        _mixed(z, self._seeds[1], torch.empty_like(z))
+        _mixed(z, self.seeds[1], torch.empty_like(z))
         return z.bitwise_right_shift_(11).bitwise_and_((1 << 53) - 1).to(torch.float64).mul_(2.0**-53)
 
 
@@ -70,6 +74,9 @@ class RunDraws(TileDraws):
 
     def fractions(self, elements: torch.Tensor) -> torch.Tensor:
         return self._of_weight.fractions(elements + self._first)
+
+    def seeded(self) -> Seeded:
+        return Seeded(self._of_weight.seeds, self._first)
 
 
 class TurnedDraws(TileDraws):
@@ -88,6 +95,9 @@ class TurnedDraws(TileDraws):
         row, col = elements % self._n_rows, elements.div(self._n_rows, rounding_mode="floor")
         return self._of_weight.fractions(row.mul_(self._n_cols).add_(col).add_(self._first))
 
+    def seeded(self) -> Seeded:
+        return Seeded(self._of_weight.seeds, self._first, self._n_rows, self._n_cols, self._bytes)
+
 
 class HalfDraws(TileDraws):
     """u = 1/2 for all: to the nearest."""
@@ -97,6 +107,9 @@ class HalfDraws(TileDraws):
 
     def fractions(self, elements: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(elements), dtype=torch.float64, device=elements.device)
+
+    def seeded(self) -> Seeded:
+        return Seeded()
 
 
 def of_run(of_weight: Draws | None, first: int) -> TileDraws:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lorafuse.arithmetic import compiled
 from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.kernel import Kernel
 
 # Elements that are measured at once: their buffers fit the cache, and leave the tile's own there.
 CHUNK_NUMEL = 1 << 17
@@ -72,10 +74,27 @@ def measure_tile(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, 
 
     Overwrites `total`.
     """
+    if arena.kernel:
+        return _measured_by(arena.kernel, base, total, stored)
     measures = Measures()
     for start in range(0, total.numel(), CHUNK_NUMEL):
         chunk = slice(start, start + CHUNK_NUMEL)
         measures.add(_measure_chunk(base[chunk], total[chunk], stored[chunk], arena))
+    return measures
+
+
+def _measured_by(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor) -> Measures:
+    sums = compiled.measure_tile(kernel, base, total, stored)
+    measures = Measures(
+        numel=total.numel(),
+        base_sq=sums.base_sq,
+        delta_sq=sums.delta_sq,
+        residual_sq=sums.residual_sq,
+        residual_delta=sums.residual_delta,
+        n_changed=sums.n_changed,
+    )
+    if not math.isfinite(measures.residual_sq):
+        measures.add(count_broken(base, stored))
     return measures
 
 

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from lorafuse.arithmetic import compiled
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.draws import TileDraws
 
@@ -51,6 +52,10 @@ class Grid(Protocol):
     def write(self, elements: torch.Tensor, before: torch.Tensor, positions: torch.Tensor) -> None:
         """Change the codes, whose positions were `before`."""
 
+    def coded(self) -> compiled.Coded | None:
+        """What the compiled kernel needs; None where it does not know such a grid."""
+        return None
+
 
 def round_tile(
     grid: Grid, base: torch.Tensor, sums: torch.Tensor, draws: TileDraws, arena: Arena
@@ -58,6 +63,8 @@ def round_tile(
     """Writes the codes of `sums` (fp32, 1-D) into the grid, whose stored codes decode to `base`. Returns what
     a reader decodes, in the dtype of `base` and valid until the arena's next use, and the number of elements
     beyond the grid. The value of a sum that is not finite is the sum, so that whoever measures sees it."""
+    if arena.kernel and (coded := grid.coded()) and coded.dtype == base.dtype:
+        return compiled.round_tile(arena.kernel, coded, base, sums, draws.seeded(), arena)
     stored = arena.get("grid.stored", base.numel(), base.dtype).copy_(base)
     n_clipped, exactly = 0, _Exactly(grid, base, sums, stored, draws)
     for start, stop in _parts(grid, base.numel()):

@@ -17,6 +17,11 @@ def columns_as_rows(words: torch.Tensor) -> torch.Tensor:
     return _turned(words).view(torch.uint8)
 
 
+def rows_as_columns(rows: torch.Tensor) -> torch.Tensor:
+    """The reverse of `columns_as_rows`."""
+    return _turned(rows.view(torch.int32))
+
+
 def _turned(words: torch.Tensor) -> torch.Tensor:
     """int32 [columns, rows]. A copy also where torch holds that the transpose is contiguous."""
     return torch.empty(words.shape[::-1], dtype=torch.int32, device=words.device).copy_(words.T)
@@ -33,6 +38,17 @@ def awq_codes(words: torch.Tensor) -> torch.Tensor:
         torch.bitwise_and(plane, 15, out=codes[:, _AWQ.index(2 * byte)])
         torch.bitwise_right_shift(plane, 4, out=codes[:, _AWQ.index(2 * byte + 1)])
     return codes.view(8 * n_columns, n_rows)
+
+
+def awq_words(codes: torch.Tensor) -> torch.Tensor:
+    """The reverse of `awq_codes`."""
+    n_rows = codes.shape[1]
+    halves = codes.view(-1, 8, n_rows)
+    planes = torch.empty(len(halves), n_rows, 4, dtype=torch.uint8, device=codes.device)
+    for byte in range(4):
+        high = halves[:, _AWQ.index(2 * byte + 1)] << 4
+        torch.bitwise_or(halves[:, _AWQ.index(2 * byte)], high, out=planes[:, :, byte])
+    return rows_as_columns(planes.view(len(halves), -1))
 
 
 def gptq_zeros(words: torch.Tensor, bits: int, *, less_one: bool) -> torch.Tensor:

@@ -2,30 +2,32 @@
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from os import fspath
 from pathlib import Path
 
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.common_files import CommonFiles
 from lorafuse.batching.existing_results import ExistingResults
-from lorafuse.batching.jobs import JobState, checked_share, read_jobs, refuse_overlap, share_of
+from lorafuse.batching.jobs import Job, JobState, checked_share, left_out, read_jobs, refuse_overlap, share_of
 from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
 from lorafuse.batching.rehearsal import Rehearsal
-from lorafuse.errors import UsageError, shown
+from lorafuse.errors import LorafuseError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
+from lorafuse.files.hub import as_named
+from lorafuse.files.local_folder import as_typed, directory_as_typed
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
-from lorafuse.inputs.located import Name, checkpoint_folder
+from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.settings import Settings, parse_nbytes
+from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
 
@@ -58,17 +60,16 @@ def batch(
     dry_run: bool = False,
     on_event: OnEvent = ignore,
 ) -> list[JobState]:
-    """Merge many adapters into one checkpoint, each result in `out_root`/NAME, byte for byte what `convert`
-    makes.
+    """Merge many adapters into one checkpoint, each into `out_root`/NAME, to the byte what `convert` makes.
 
-    `jobs` is a directory whose sub-directories are adapters, or a JSONL file of {"adapter", "name", "scale"?,
-    "dtype"?, "format"?}; `index` and `of` choose a share of them (default: that of a Slurm array task or a
-    Kubernetes Indexed Job, else all). A result that is there already and was made from the same inputs with
-    the same settings is skipped. `share` says how files that no adapter changes are shared between results:
-    "reflink", "hardlink", "copy", or "auto", the first that works. The other options are those of `convert`.
-    Returns a state for each job; a failed job does not cost the others. `on_event` gets the events of
-    `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no job can go on;
-    what is finished by then stays, and the same call goes on with the rest.
+    `jobs` is a directory whose sub-directories are adapters, or a JSONL file of {"adapter", "name"?,
+    "scale"?, "dtype"?, "format"?}; `index` and `of` choose a share of them (default: that of a Slurm array
+    task or a Kubernetes Indexed Job, else all). A result that is there already and was made from the same
+    inputs with the same settings is skipped. `share` says how files that no adapter changes are shared
+    between results: "reflink", "hardlink", "copy", or "auto", the first that works. The other options are
+    those of `convert`. Returns a state for each job; a failed job does not cost the others. `on_event` gets
+    the events of `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no
+    job can go on; the same call goes on with the rest.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
@@ -78,8 +79,8 @@ def batch(
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
     )  # fmt: skip
     chosen = Chosen(share, index, of, overwrite, restart, dry_run)
-    kind_of(fspath(out_root))  # before it is looked at as a folder: the scheme must be known
-    return _batch(fspath(ckpt), Path(jobs), open_folder(fspath(out_root)), settings, chosen, on_event)
+    base, listed_in = directory_as_typed(ckpt), Path(as_typed(jobs))
+    return _batch(base, listed_in, as_typed(out_root), settings, chosen, on_event)
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,23 @@ class Chosen:
 
 
 def _batch(
-    ckpt: str, jobs: Path, root: Folder, settings: Settings, chosen: Chosen, on_event: OnEvent
+    ckpt: str, jobs: Path, out_root: str, settings: Settings, chosen: Chosen, on_event: OnEvent
 ) -> list[JobState]:
     """The same with checked settings."""
+    kind_of(out_root)  # before it is looked at as a folder: the scheme must be known
+    root = open_folder(out_root)
     if chosen.share not in SHARE_CHOICES:
         raise UsageError(f"share is {shown(chosen.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
     number, n_workers = checked_share(chosen.index, chosen.of, os.environ)
     everything = read_jobs(jobs)
+    for name in left_out(jobs):
+        on_event({"event": "warning", "message": f"{shown(jobs / name)}: holds no adapter, and is left out."})
     todo = share_of(everything, number, n_workers)
     device = pick_device(settings.device)
     ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)
-    with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, ckpt, []) as hashes:
+    with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, as_named(ckpt), []) as hashes:
+        settings = settled(settings, base, _folders(everything))
         finished = ExistingResults(root, settings, hashes.result)
         common_files = CommonFiles(finished, chosen.share)
         under_way = Batch(
@@ -119,3 +125,12 @@ def _batch(
         )  # fmt: skip
         under_way.run(one_pass)
     return [under_way.states[job.name] for job in todo]
+
+
+def _folders(jobs: Sequence[Job]) -> Iterator[Folder]:
+    """The folders of all adapters. What is wrong with an adapter is its own job's error."""
+    for job in jobs:
+        try:
+            yield from located_adapter(job.adapter, 1.0, None, ignore).folders
+        except (LorafuseError, OSError):
+            continue

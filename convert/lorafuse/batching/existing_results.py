@@ -18,8 +18,7 @@ from typing import Any
 from lorafuse._version import __version__
 from lorafuse.errors import LorafuseError, OutDirError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.folder import Folder
-from lorafuse.files.hashing import FileHash
+from lorafuse.files.folder import FileHash, Folder
 from lorafuse.files.names import RECEIPT
 from lorafuse.files.safetensors_file import Shard
 from lorafuse.files.tensors import TensorSpec

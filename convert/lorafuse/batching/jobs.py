@@ -1,7 +1,7 @@
 """The jobs of a batch: which adapters, under which names, and which of them a worker takes. Nothing here
 knows how a job is done.
 
-JOBS is a directory whose sub-directories are adapters, or a JSONL file with a {"adapter", "name", "scale"?,
+JOBS is a directory whose sub-directories are adapters, or a JSONL file with a {"adapter", "name"?, "scale"?,
 "dtype"?, "format"?} in each line.
 """
 
@@ -17,8 +17,10 @@ from typing import Any
 from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, shown
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import has_scheme, open_folder
+from lorafuse.files.hub import hub_name
+from lorafuse.files.local_folder import as_typed
 from lorafuse.outdir.apart import Id, contents_of, place_of, places_of
-from lorafuse.settings import DTYPE_CHOICES, FORMAT_CHOICES, HUB_ID, Settings
+from lorafuse.settings import DTYPE_CHOICES, FORMAT_CHOICES, Settings, dtype_named
 
 KEYS = ("adapter", "name", "scale", "dtype", "format")
 MAX_NAME_NBYTES = 200  # a directory entry has 255, and the staging directory's name is longer
@@ -65,8 +67,9 @@ class JobState:
 def read_jobs(path: Path) -> list[Job]:
     """All jobs: sub-directories by name, lines in their order. Raises UsageError, with the line's number."""
     if path.is_dir():
-        jobs = [Job(str(folder), folder.name) for folder in sorted(path.iterdir()) if _is_job(folder)]
-        empty = "has no sub-directory"
+        folders = [folder for folder in sorted(path.iterdir()) if _is_job(folder)]
+        jobs = [Job(str(folder), folder.name) for folder in folders if not _is_other(folder)]
+        empty = "has no sub-directory with an adapter" if folders else "has no sub-directory"
     else:
         jobs = _read_lines(path)
         empty = "has no line"
@@ -83,6 +86,23 @@ def _is_job(path: Path) -> bool:
     What is hidden is other programs'."""
     leads_nowhere = path.is_symlink() and not path.exists()
     return not path.name.startswith(".") and (path.is_dir() or leads_nowhere)
+
+
+def left_out(path: Path) -> list[str]:
+    """The names of the sub-directories that are no jobs: they hold something, and no file of an adapter."""
+    if not path.is_dir():
+        return []
+    return [folder.name for folder in sorted(path.iterdir()) if _is_job(folder) and _is_other(folder)]
+
+
+def _is_other(folder: Path) -> bool:
+    """Whether a directory is plainly no adapter, such as logs/. An empty one may have lost its adapter."""
+    try:
+        inside = list(folder.iterdir())
+        adapters = [*folder.glob("adapter*"), *folder.glob("*/adapter*")]
+    except OSError:  # the job's own error, later
+        return False
+    return bool(inside) and not adapters
 
 
 def _read_lines(path: Path) -> list[Job]:
@@ -113,8 +133,8 @@ def _parse(line: bytes, folder: Path) -> Job:
         entry = json.loads(line)
     except ValueError as e:
         raise ValueError(f"is not valid JSON: {e}") from None
-    if not isinstance(entry, dict) or not {"adapter", "name"} <= entry.keys():
-        raise ValueError('is not an object with "adapter" and "name"')
+    if not isinstance(entry, dict) or "adapter" not in entry:
+        raise ValueError('is not an object with "adapter"')
     if entry.keys() - set(KEYS):
         raise ValueError(
             f"has the unknown key {listed(sorted(entry.keys() - set(KEYS)))}; known are {listed(KEYS)}"
@@ -124,13 +144,20 @@ def _parse(line: bytes, folder: Path) -> Job:
         raise ValueError(f"the adapter is {shown(adapter)}; expected a directory or a hub id")
     if not (scale is None or _is_finite(scale)):
         raise ValueError(f"the scale is {shown(scale, 50)}; expected a finite number")
+    dtype = dtype_named(dtype)
     if dtype is not None and dtype not in DTYPE_CHOICES:
         raise ValueError(f"the dtype is {shown(dtype)}; expected one of {', '.join(DTYPE_CHOICES)}")
     if form is not None and form not in FORMAT_CHOICES:
         raise ValueError(f"the format is {shown(form)}; expected one of {', '.join(FORMAT_CHOICES)}")
-    return Job(
-        _located(adapter, folder), _checked_name(name), None if scale is None else float(scale), dtype, form
-    )
+    located = _located(as_typed(adapter), folder)
+    named = _checked_name(_name_of(located) if "name" not in entry else name)
+    return Job(located, named, None if scale is None else float(scale), dtype, form)
+
+
+def _name_of(adapter: str) -> str:
+    """The last part of a path or a hub id, without a revision."""
+    hub = hub_name(adapter)
+    return PurePath(os.path.normpath(str(hub).partition("@")[0] if hub else adapter)).name
 
 
 def _is_finite(scale: object) -> bool:
@@ -147,8 +174,11 @@ def _located(adapter: str, folder: Path) -> str:
     beside = str(folder / adapter)
     # A directory here, but not there, is neither. os.path.isdir: a path that is too long or may not be looked
     # at is the job's own error, later.
-    is_path = os.path.isdir(beside) or os.path.isdir(adapter) or not HUB_ID.fullmatch(adapter)
-    return beside if is_path else adapter
+    hub = hub_name(adapter)
+    is_path = os.path.isdir(beside) or os.path.isdir(adapter) or hub is None
+    # As for a name on the command line: a folder of a repository, unless a directory is called as its owner.
+    in_directory = hub and hub.folder and os.path.isdir(folder / hub.repo.partition("/")[0])
+    return beside if is_path or in_directory else adapter
 
 
 def _checked_name(name: Any) -> str:

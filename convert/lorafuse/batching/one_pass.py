@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lorafuse.batching.publication import Publication
 from lorafuse.errors import LorafuseError
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import RECEIPT
+from lorafuse.inputs.fetching import Fetching
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.merge.destination import Written
 from lorafuse.merge.loop import merge
@@ -41,7 +43,7 @@ UNREADABLE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP}
 @dataclass(frozen=True)
 class PlannedJob:
     """A result that is planned; its adapters are open. `common`: the files that other results may need too,
-    each with a key that stands for its bytes."""
+    each with a key that stands for its bytes. `publication`: what is published of it, if anything is."""
 
     name: str
     out_dir: str
@@ -51,6 +53,7 @@ class PlannedJob:
     attempt: Attempt
     on_event: OnEvent
     common: Mapping[str, str] = field(default_factory=dict)
+    publication: Publication | None = None
 
 
 @dataclass
@@ -77,7 +80,8 @@ class JobInProgress:
 @dataclass
 class Pass:
     """What all passes of a call share. `divide` decides which job makes a file that several of them need;
-    `asks_for_room`: a pass begins only where all of it fits."""
+    `asks_for_room`: a pass begins only where all of it fits. `stream`: files of a base on the hub are removed
+    behind the merge."""
 
     base: Checkpoint
     ckpt_inputs: Callable[[], list[InputEntry]]
@@ -88,6 +92,7 @@ class Pass:
     on_failed: Callable[[PlannedJob, Exception], None]
     divide: Callable[[Sequence[JobInProgress]], None] = lambda in_progress: None
     asks_for_room: bool = True
+    stream: bool = False
 
     def run(self, jobs: Sequence[PlannedJob], memory: Memory, began: float) -> list[PlannedJob]:
         """Make the results of all jobs; their receipts count time from `began`, of `time.perf_counter`. An
@@ -101,11 +106,21 @@ class Pass:
             outputs = [making.commons for making in in_progress if making.commons]
             outputs += [making.main for making in in_progress]
             side_files = [file for making in in_progress for file in copied_files(making.job.plan)]
+            fetching = self._fetching(outputs, in_progress)
             if self.asks_for_room:
-                check_room(outputs, side_files)
+                check_room(outputs, side_files, fetching.nbytes_beside)
+            fetching.refuse_full_cache()
+            allow_nonfinite = jobs[0].settings.allow_nonfinite
             with told_when_full(outputs, side_files):
-                merge(outputs, memory, self.device, allow_nonfinite=jobs[0].settings.allow_nonfinite)
+                with fetching.feed() as feed:
+                    merge(outputs, memory, self.device, allow_nonfinite=allow_nonfinite, feed=feed)
                 return [making.job for making in in_progress if not self._conclude(making, began)]
+
+    def _fetching(self, outputs: Sequence[Output], in_progress: Sequence[JobInProgress]) -> Fetching:
+        """What is fetched for the outputs; with `stream` into the place of the first result."""
+        first = in_progress[0]
+        scratch = first.result.scratch() if self.stream else None
+        return Fetching(self.base, [list(output.steps()) for output in outputs], scratch, first.job.on_event)
 
     @contextmanager
     def _staged(self, jobs: Sequence[PlannedJob]) -> Iterator[list[JobInProgress]]:
@@ -122,6 +137,8 @@ class Pass:
                     restart=self.restart,
                     on_event=job.on_event,
                 )
+                if job.publication:
+                    result = job.publication.out_dir(result, job.plan)
                 try:
                     stack.enter_context(result)
                 except LorafuseError as e:
@@ -164,4 +181,6 @@ class Pass:
         inputs = [*self.ckpt_inputs(), *job.files.adapter_inputs()]
         receipt = make_receipt(job.plan, outcome, out_dir, job.settings, inputs, time.perf_counter() - began)
         write_json(out_dir, RECEIPT, receipt)
+        if job.publication:
+            job.publication.add(out_dir, receipt, self.base.config, job.plan)
         return receipt

@@ -210,7 +210,7 @@ class Batch:
         return None if slower else memory
 
     def _held_nbytes(self, members: Sequence[Member]) -> int:
-        of_base = len(self.base.tensors) * STORED_TENSOR_NBYTES
+        of_base = len(self.base.tensors) * STORED_TENSOR_NBYTES + self.base.folder.held_nbytes
         of_jobs = self._n_jobs * JOB_NBYTES + sum(member.held_nbytes for member in members)
         return of_base + of_jobs + self.finished.nbytes
 

@@ -4,21 +4,33 @@ from collections.abc import Callable
 
 import click
 
-from lorafuse._version import __version__
 from lorafuse.cli.cmd_batch import batch
+from lorafuse.cli.cmd_completion import completion
 from lorafuse.cli.cmd_convert import convert
+from lorafuse.cli.cmd_env import env
 from lorafuse.cli.cmd_inspect import inspect
 from lorafuse.cli.cmd_report import report
 from lorafuse.cli.cmd_verify import verify
 from lorafuse.cli.exits import INTERRUPTED, leave
-from lorafuse.cli.options import CONTEXT
+from lorafuse.cli.options import CONTEXT, version_option
 from lorafuse.cli.streams import make_usable
 
-__all__ = ["batch", "convert", "inspect", "lorafuse", "main", "main_convert", "report", "verify"]
+__all__ = [
+    "batch",
+    "completion",
+    "convert",
+    "env",
+    "inspect",
+    "lorafuse",
+    "main",
+    "main_convert",
+    "report",
+    "verify",
+]
 
 
 @click.group(context_settings=CONTEXT)
-@click.version_option(__version__, prog_name="lorafuse")
+@version_option
 def lorafuse() -> None:
     """Merge LoRA and QLoRA adapters into checkpoints without loading the model."""
 
@@ -28,6 +40,8 @@ lorafuse.add_command(batch)
 lorafuse.add_command(inspect)
 lorafuse.add_command(report)
 lorafuse.add_command(verify)
+lorafuse.add_command(env)
+lorafuse.add_command(completion)
 
 
 def _entry(command: click.Command, name: str) -> Callable[[], None]:

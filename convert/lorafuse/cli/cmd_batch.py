@@ -7,12 +7,19 @@ from typing import Any
 
 import click
 
-from lorafuse._version import __version__
 from lorafuse.batching.jobs import checked_share, read_jobs
 from lorafuse.cli.exits import exit_codes
-from lorafuse.cli.options import CONTEXT, base_options, check_base_options, output_options, run_options
+from lorafuse.cli.options import (
+    CONTEXT,
+    base_options,
+    check_base_options,
+    output_options,
+    run_options,
+    version_option,
+)
 from lorafuse.cli.show_batch import ShowBatch
 from lorafuse.errors import BatchError
+from lorafuse.files.local_folder import as_typed
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import Settings
@@ -46,7 +53,7 @@ from lorafuse.settings import Settings
 )
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also which jobs share a pass.")
-@click.version_option(__version__, prog_name="lorafuse")
+@version_option
 def batch(
     ckpt: str,
     jobs: str,
@@ -73,7 +80,7 @@ def batch(
         )  # refuses them, as click does the others
         check_base_options(options)
         checked_share(options["index"], options["of"], os.environ)
-        read_jobs(Path(jobs))
+        read_jobs(Path(as_typed(jobs)))
         gc.disable()  # as for convert
         from lorafuse.batching.batch import batch as run
 

@@ -6,20 +6,21 @@ from typing import Any
 
 import click
 
-from lorafuse._version import __version__
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import (
     CONTEXT,
     base_options,
     check_base_options,
     output_options,
+    push_option,
     run_options,
+    version_option,
     weighted,
 )
 from lorafuse.cli.show import Show, summary_text, weights_text
 from lorafuse.cli.streams import say, tell
 from lorafuse.outdir.apart import refuse_nameless
-from lorafuse.settings import Settings
+from lorafuse.settings import THE_BASE, Settings
 
 
 @click.command(context_settings=CONTEXT)
@@ -44,9 +45,19 @@ from lorafuse.settings import Settings
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR, once the new one is complete.")
 @click.option("--restart", is_flag=True, help="Discard what an earlier run that was cut off has finished.")
+@click.option("--stream", is_flag=True,
+              help="Fetch a CKPT on the hub file by file ahead of the merge, and remove each file behind it: "
+                   "the disk holds the result and two files.")  # fmt: skip
+@click.option("--push-to-hub", metavar="REPO",
+              help="Upload the result to a repository on the hub while it is made, with one commit at the "
+                   "end; with --stream no weights stay here, and OUT_DIR is not made.")  # fmt: skip
+@click.option("--private", is_flag=True, help="Make that repository a private one.")
+@click.option("--revision", metavar="BRANCH", help="The branch of that repository.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request there instead.")
+@click.option("--card", is_flag=True, help="Write a model card, README.md; --push-to-hub does.")
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also what happens to each weight that changes.")
-@click.version_option(__version__, prog_name="lorafuse")
+@version_option
 def convert(
     ckpt: str,
     adapter: str,
@@ -61,8 +72,9 @@ def convert(
     """Merge ADAPTER into CKPT and write the result to OUT_DIR.
 
     CKPT is a safetensors checkpoint (bitsandbytes NF4, FP4, int8, or full precision), ADAPTER a PEFT or
-    MLX-LM adapter; each a directory or a hub id org/name[@revision]. OUT_DIR gets full-precision shards that
-    transformers, vLLM and others load, and lorafuse_receipt.json.
+    MLX-LM adapter; each a directory, a hub id org/name[/folder][@revision] or its URL. CKPT may be auto, the
+    base that the adapter's config names. OUT_DIR gets full-precision shards that transformers, vLLM and
+    others load, and lorafuse_receipt.json.
     """
     show = Show("merging", as_json=as_json, quiet=quiet, dry_run=dry_run, verbose=verbose)
     with exit_codes("OUT_DIR is as it was, and the same command goes on from what is finished"):
@@ -70,6 +82,7 @@ def convert(
         checked = ("device", "adapter_scale", "adapter_name")
         Settings(**{name: options[name] for name in checked})  # refuses them, as click does the others
         check_base_options(options)
+        options["push_to_hub"] = push_option(options)
         gc.disable()  # what importing torch makes stays: looking for garbage in it only takes time
         from lorafuse.pipeline import convert as run
 
@@ -85,6 +98,9 @@ def convert(
         if verbose and not quiet:
             say(weights_text(receipt))
         if not quiet:
-            say(summary_text(receipt, ckpt, [adapter, *(path for path, _ in options["adapters"])]))
-        if not as_json:
-            tell(os.fsencode(out_dir))  # a path is bytes, perhaps no UTF-8
+            base = receipt["inputs"][0]["path"].rpartition("/")[0] if ckpt in THE_BASE else ckpt
+            say(summary_text(receipt, base, [adapter, *(path for path, _ in options["adapters"])]))
+        if show.url and not quiet:
+            say(f"Pushed: {show.url}")
+        if not as_json:  # a path is bytes, perhaps no UTF-8
+            tell(os.fsencode(out_dir) if show.kept_here else show.url)

@@ -10,7 +10,7 @@ from lorafuse.cli.options import CONTEXT, Size
 from lorafuse.cli.show import Show
 from lorafuse.cli.streams import tell
 from lorafuse.errors import ResultError, shown, sized
-from lorafuse.verification.relations import EXPLAINED, GOOD
+from lorafuse.verification.relations import EXPLAINED, GOOD, what_is_wrong
 
 N_WORST = 20
 FIGURES = ("scale", "kept", "noise", "delta_rel", "fits")
@@ -60,11 +60,8 @@ def verify(out_dir: str, *, as_json: bool, quiet: bool, sample: int | None, **op
             tell(json.dumps({"event": "verified", "out_dir": out_dir, **checked}))
         else:
             tell(related_text(checked) if "related" in checked else verified_text(out_dir, checked))
-        lost = sum(n for kind, n in checked.get("relations", {}).items() if kind not in GOOD)
-        if lost:
-            raise ResultError(
-                f"{shown(out_dir)}: {lost} of {len(checked['related'])} weights are not base + update."
-            )
+        if wrong := what_is_wrong(checked.get("relations", {})):
+            raise ResultError(f"{shown(out_dir)}: {wrong}")
 
 
 def verified_text(out_dir: str, checked: dict[str, Any]) -> str:

@@ -6,12 +6,16 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from lorafuse._version import __version__
+from lorafuse.arithmetic import kernel
 from lorafuse.errors import UsageError
 from lorafuse.settings import (
     BASE_QUANT_CHOICES,
     DTYPE_CHOICES,
     FORMAT_CHOICES,
     ROUNDING_CHOICES,
+    Push,
+    dtype_named,
     parse_nbytes,
     parse_weighted,
 )
@@ -32,6 +36,33 @@ class Size(click.ParamType[str]):
         except UsageError as e:
             self.fail(str(e), param, ctx)
         return str(value)
+
+
+def _say_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        try:
+            click.echo(f"lorafuse, version {__version__}\ncompiled kernel: {kernel.described()}")
+        except UsageError as e:
+            raise click.UsageError(str(e)) from None
+        ctx.exit()
+
+
+version_option = click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_say_version,
+    help="Show the version and exit.",
+)  # fmt: skip
+
+
+_DTYPES = click.Choice(DTYPE_CHOICES)
+
+
+class DType(click.ParamType[str]):
+    """One of DTYPE_CHOICES, or a short name of it."""
+
+    name = f"[{'|'.join(DTYPE_CHOICES)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(_DTYPES.convert(dtype_named(value), param, ctx))
 
 
 def given(*names: str) -> list[str]:
@@ -61,20 +92,21 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 # What decides the bytes that are written, and what it costs.
 output_options = _all(
-    click.option("--dtype", type=click.Choice(DTYPE_CHOICES), default="auto", show_default=True,
+    click.option("--dtype", type=DType(), metavar=DType.name, default="auto", show_default=True,
                  help="dtype of the output's floating-point weights; auto keeps, per weight, the dtype it "
-                      "decodes to."),
+                      "decodes to. bf16, fp16 and fp32 are known too."),
     click.option("--format", type=click.Choice(FORMAT_CHOICES), default="dense", show_default=True,
-                 help="How weights are stored: in full precision; all as the base stores them, what changes "
-                      "rounded without bias onto the base's own grid; what changes in full precision and "
-                      "the rest as the base stores it; a base in full precision quantized as bitsandbytes "
-                      "does on loading (nf4, fp4, int8); or all linear layers anew as compressed-tensors "
-                      "does, for vLLM: FP8 with a scale for each row, 8-bit integers in groups of 32, 4-bit "
-                      "in groups of 128 or 32."),
+                 help="How weights are stored: in full precision (dense); all as the base stores them, what "
+                      "changes rounded without bias onto the base's own grid (base); the same, but value "
+                      "projections that change in full precision (light); all that changes in full "
+                      "precision and the rest as the base stores it (mixed); a base in full precision "
+                      "quantized as bitsandbytes does on loading (nf4, fp4, int8); or all linear layers "
+                      "anew as compressed-tensors does, for vLLM: FP8 with a scale for each row, 8-bit "
+                      "integers in groups of 32, 4-bit in groups of 128 or 32."),
     click.option("--keep-dense", multiple=True, metavar="PATTERN",
-                 help="With a light --format, changed weights of modules of this name become dense, "
-                      "'*.v_proj' for example; with fp8, w8a16 and w4a16 also unchanged ones, and what vLLM "
-                      "joins with them; repeatable."),
+                 help="Changed weights of modules of this name stay in full precision in a --format of "
+                      "quantized weights, '*.down_proj' for example; with fp8, w8a16 and w4a16 also "
+                      "unchanged ones, and what vLLM joins with them; repeatable."),
     click.option("--rounding", type=click.Choice(ROUNDING_CHOICES), default=None,
                  help="How a quantized format rounds what changes; if not given, unbiased where the weight "
                       "sat on the grid."),
@@ -109,6 +141,16 @@ base_options = _all(
                  help="Take --base-quant and its details from a config.json, BitsAndBytesConfig, training "
                       "config of axolotl, LLaMA-Factory or TRL, or README.md."),
 )  # fmt: skip
+
+
+def push_option(options: dict[str, Any]) -> Push | None:
+    """--push-to-hub and its details, which are taken out of the options. Raises UsageError."""
+    names = ("private", "revision", "create_pr")
+    details = {name: options.pop(name) for name in names}
+    repo = options["push_to_hub"]
+    if repo is None and (without := given(*names)):
+        raise UsageError(f"--{without[0].replace('_', '-')} goes with --push-to-hub REPO.")
+    return None if repo is None else Push(repo, **details)
 
 
 def check_base_options(options: dict[str, Any]) -> None:

@@ -26,11 +26,14 @@ class Show:
         self._dry_run, self._verbose = dry_run, verbose
         self._progress = Progress(quiet=quiet)
         self._n_shards = self._n_done = 0
+        self.url, self.kept_here = "", True
 
     def __call__(self, event: Event) -> None:
         if self._as_json and event["event"] != "progress":
             self._progress.tell(json.dumps(event))
-        if event["event"] == "plan":
+        if event["event"] == "done":
+            self.url, self.kept_here = event.get("url", ""), event.get("kept_here", True)
+        elif event["event"] == "plan":
             self._plan(event)
         elif event["event"] == "resumed":
             self._n_done = event["n_shards"]
@@ -42,6 +45,8 @@ class Show:
             self._progress.advance(event["nbytes"])
         elif event["event"] == "warning":
             self._say(warning_text(event["message"]))
+        elif event["event"] == "fetched" and not self._progress.is_bar:
+            self._say(f"Fetched {event['file']}: {sized(event['nbytes'])}")
         elif event["event"] == "shard":
             self._n_done += 1
             if not self._progress.is_bar:
@@ -49,6 +54,8 @@ class Show:
                 self._say(f"{event['file']}: {size} ({self._n_done} of {self._n_shards})")
 
     def _plan(self, event: PlanEvent) -> None:
+        for note in event.get("notes", []):
+            self._say(f"Note: {note}")
         self._n_shards = len(event["shards"])
         if not self._dry_run:
             self._progress.begin(self._label, event["nbytes"])

@@ -25,7 +25,7 @@ class ShowBatch:
     def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
         self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
         self._plans: dict[str, PlanEvent] = {}
-        self._n_passes = 0
+        self._n_passes, self._noted = 0, False
         self._progress = Progress(quiet=quiet)
 
     def __call__(self, event: Event) -> None:
@@ -35,6 +35,7 @@ class ShowBatch:
             self._warn(event["message"], event.get("job"))
         elif event["event"] == "plan":
             self._plans[event["job"]] = event
+            self._note(event)
         elif event["event"] == "pass":
             self._pass(event)
         elif event["event"] == "progress":
@@ -45,6 +46,13 @@ class ShowBatch:
             self._job(event)
         elif event["event"] == "total":
             self._total(event)
+
+    def _note(self, event: PlanEvent) -> None:
+        """The first of a batch: its adapters mostly come from one training."""
+        if not self._noted:
+            for note in event.get("notes", [])[:1]:
+                self._say(f"Note: {note}")
+                self._noted = True
 
     def _pass(self, event: PassEvent) -> None:
         self._n_passes += 1

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
-from lorafuse.arithmetic.word_columns import awq_codes
+from lorafuse.arithmetic.word_columns import awq_codes, awq_words
 from lorafuse.codecs.bands import Bands, scale
 from lorafuse.codecs.held import read_runs
 from lorafuse.codecs.model_dtype import out_dtype
@@ -106,11 +106,13 @@ class AwqMatrix:
     multiple: ClassVar[int] = OF_A_WORD
     unit: ClassVar[int] = OF_A_WORD
     via: ClassVar[tuple[str, ...]] = ()
+    bits: ClassVar[int] = BITS
 
     def __post_init__(self) -> None:
         scales = self.store.tensors[self.names[1]].spec
         self.n_groups, self._scales_dtype = scales.shape[0], scales.dtype
         self._itemsize = DTYPES[scales.dtype][0]
+        self.group_of = self.spec.shape[1] // self.n_groups
 
     def nbytes(self, n_outputs: int) -> int:
         n_words = n_outputs // OF_A_WORD
@@ -137,7 +139,17 @@ class AwqMatrix:
         wanted = slice(skipped, skipped + len(at))
         codes = awq_codes(arena.place(raw[0][:, words]))[wanted]
         values = arena.get(DECODED_FP32, codes.numel(), torch.float32).view(codes.shape).copy_(codes)
+        return scale(values, *self.numbers(raw, at, arena), self.group_of)
+
+    def numbers(self, raw: Raw, at: range, arena: Arena) -> tuple[torch.Tensor, torch.Tensor | None]:
         scales = arena.place(raw[1][:, at.start : at.stop]).T
         scales = scales.to(getattr(torch, self.spec.torch_name)).float()
-        zeros = [awq_codes(arena.place(stored[:, words]))[wanted].float() for stored in raw[2:]]
-        return scale(values, scales, zeros[0] if zeros else None, self.spec.shape[1] // self.n_groups)
+        words, skipped = slice(at.start // OF_A_WORD, -(-at.stop // OF_A_WORD)), at.start % OF_A_WORD
+        zeros = [awq_codes(arena.place(stored[:, words])).float() for stored in raw[2:]]
+        return scales, zeros[0][skipped : skipped + len(at)] if zeros else None
+
+    def codes(self, words: torch.Tensor) -> torch.Tensor:
+        return awq_codes(words)
+
+    def words(self, codes: torch.Tensor) -> torch.Tensor:
+        return awq_words(codes)

@@ -1,16 +1,25 @@
 """Weights whose codes are stored transposed, (in, out) where the weight is (out, in): GPTQ, AWQ. A tile's own
 bytes are a few of every stored row, so a band of outputs is read at once."""
 
-from typing import Protocol
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.codes import whole_numbers
 from lorafuse.arithmetic.dequantize import NARROW
+from lorafuse.arithmetic.draws import Draws, of_run
+from lorafuse.arithmetic.on_grid import round_tile
 from lorafuse.arithmetic.scaling import round_through, scale_blocks, subtract_zeros
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
+from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import N_WINDOWS_HELD, WINDOWS_NBYTES, Windows
-from lorafuse.codecs.sources import Raw, Scheme, Sources
+from lorafuse.codecs.own_grid import GridSources, Recoded
+from lorafuse.codecs.scaled_grid import ScaledGrid, levels_of
+from lorafuse.codecs.sources import Raw, Scheme
+from lorafuse.codecs.strips import Run
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, Box, TensorSpec
 
@@ -27,6 +36,14 @@ class Turned(Protocol):
     spec: TensorSpec  # of the weight: [out, in]
 
     @property
+    def bits(self) -> int:
+        """Of a code."""
+
+    @property
+    def group_of(self) -> torch.Tensor | int:
+        """The group of each input (int32 [in]), or how many inputs in a row share one."""
+
+    @property
     def via(self) -> tuple[str, ...]:
         """The dtypes that values are rounded to before that of the weight."""
 
@@ -36,22 +53,44 @@ class Turned(Protocol):
 
     @property
     def unit(self) -> int:
-        """Chunks begin at multiples of so many outputs in a band, where they may."""
+        """A stored row has a word for so many outputs. Chunks begin at multiples of as many in a band, where
+        they may."""
 
     def nbytes(self, n_outputs: int) -> int:
         """Host bytes of what `read` returns for so many outputs."""
 
     def read(self, outputs: range) -> Raw:
-        """Returns codes, and what else they need, in tensors of their own. Raises CheckpointError,
-        StorageError."""
+        """Returns words, int32 [stored rows, words], and what else they need, in tensors of their own. Raises
+        CheckpointError, StorageError."""
 
     def decode(self, raw: Raw, at: range, arena: Arena) -> torch.Tensor:
         """Returns float32 [outputs, in] of those `at` these places in the band that `raw` is of, on the
         arena's device."""
 
+    def numbers(self, raw: Raw, at: range, arena: Arena) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns their scales and zero points, if any: float32 [outputs, groups]."""
 
-class Bands(Sources):
+    def codes(self, words: torch.Tensor) -> torch.Tensor:
+        """Returns uint8 [outputs, in], of words of whole units of outputs."""
+
+    def words(self, codes: torch.Tensor) -> torch.Tensor:
+        """Returns the reverse; bits of no code are 0."""
+
+
+class _Part(NamedTuple):
+    """Some outputs: words (int32 [stored rows, words]), codes (uint8 [outputs, in]), and scales and zero
+    points of each run of codes (float32, 1-D)."""
+
+    words: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+
+class Bands(GridSources):
     """A weight by rows, of what is stored by columns."""
+
+    scattered = True
 
     def __init__(self, matrix: Turned) -> None:
         self._matrix = matrix
@@ -63,6 +102,11 @@ class Bands(Sources):
         self.window_nbytes = self._windows.n_held * matrix.nbytes(width)
         # A row is decoded whole, and so is a unit of rows.
         self.nbytes = max(CHUNK_NUMEL, 2 * matrix.unit * n_inputs) * CHUNK_NBYTES_PER_ELEMENT
+        self.grid_rows = matrix.unit
+        size = matrix.group_of
+        self._run = math.gcd(size, n_inputs) if isinstance(size, int) else 1
+        # Codes before and after, their change, and the gap of each; scales and zero points of each run.
+        self.grid_nbytes_per_element = 16 + 16 // self._run
 
     def _outputs_of_a_band(self) -> int:
         """All where they may be held, else as many as two bands may have."""
@@ -113,6 +157,69 @@ class Bands(Sources):
             narrow = arena.get(NARROW, values.numel(), torch.int16)
             round_through(values.view(-1), [*dtypes, torch.float32], narrow)
         return values
+
+    def codes_nbytes(self, n: int) -> int:
+        stored = self.store.tensors[self.names[0]].spec.nbytes
+        return -(-n * stored // self.spec.numel)
+
+    def recode(self, tile: FinishedTile, draws: Draws | None, buffer: torch.Tensor, arena: Arena) -> Recoded:
+        rows, matrix, parts = self._rows(tile.box), self._matrix, list(self._parts(tile, arena))
+        before, scales, zeros = (_joined(of_parts) for of_parts in zip(*(p[1:] for p in parts), strict=True))
+        assert before is not None
+        assert scales is not None
+        after = before.clone()
+        levels = levels_of(whole_numbers(matrix.bits, 0), dtypes_of(matrix), zeros=zeros is not None).on(
+            arena
+        )
+        grid = ScaledGrid(after.view(-1), scales, zeros, levels, self._run)
+        values, n_clipped = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
+        stored = torch.cat([words for words, *_ in parts], dim=1) ^ matrix.words(before.bitwise_xor_(after))
+        count, n_words = stored.shape
+        buffer[: 4 * stored.numel()].copy_(stored.view(torch.uint8).view(-1))
+        first, of_row = rows.start // matrix.unit, self.spec.shape[0] // matrix.unit
+        return Recoded((Run(4 * first, 0, 4 * n_words, count, 4 * of_row),), values, n_clipped)
+
+    def _parts(self, tile: FinishedTile, arena: Arena) -> Iterator[_Part]:
+        """Of each band that the tile touches."""
+        matrix, windows = self._matrix, list(self._windows.around(self._rows(tile.box)))
+        n_tensors = len(tile.raw) // len(windows)
+        for number, (window, part) in enumerate(windows):
+            raw = tile.raw[number * n_tensors : (number + 1) * n_tensors]
+            at = range(part.start - window.start, part.stop - window.start)
+            words = arena.place(raw[0][:, at.start // matrix.unit : at.stop // matrix.unit])
+            scales, zeros = (
+                self._by_runs(numbers, f"bands.runs.{number}.{place}", arena)
+                for place, numbers in enumerate(matrix.numbers(raw, at, arena))
+            )
+            assert scales is not None
+            yield _Part(words, matrix.codes(words), scales, zeros)
+
+    def _by_runs(self, numbers: torch.Tensor | None, name: str, arena: Arena) -> torch.Tensor | None:
+        """float32, 1-D: the number of each run, of numbers [outputs, groups]; in scratch, since with
+        act-order they are as many as elements."""
+        if numbers is None:
+            return None
+        groups = self._matrix.group_of
+        if isinstance(groups, int):
+            starts = torch.arange(0, self.spec.shape[1], self._run, dtype=torch.int64, device=numbers.device)
+            groups = starts.div_(groups, rounding_mode="floor")
+        made = arena.get(name, len(numbers) * len(groups), torch.float32)
+        torch.index_select(numbers, 1, groups.to(numbers.device), out=made.view(-1, len(groups)))
+        return made
+
+
+def dtypes_of(matrix: Turned) -> tuple[torch.dtype, ...]:
+    """What values are rounded to in turn."""
+    via = [dtype for dtype in matrix.via if dtype not in ("F32", matrix.spec.dtype)]
+    return tuple(getattr(torch, DTYPES[dtype][1]) for dtype in (*via, matrix.spec.dtype))
+
+
+def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """One behind another, where there are any."""
+    there = [part for part in parts if part is not None]
+    if len(there) == 1:
+        return there[0]
+    return torch.cat(there) if there else None
 
 
 def scale(

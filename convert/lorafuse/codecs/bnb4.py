@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from lorafuse.arithmetic.arena import DECODED_FP32, Arena
-from lorafuse.arithmetic.dequantize import NARROW, byte_pairs, look_up, nested_absmax
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.dequantize import byte_pairs, decode_four_bit, look_up, nested_absmax
 from lorafuse.arithmetic.draws import Draws, of_run
 from lorafuse.arithmetic.on_grid import round_tile
 from lorafuse.codecs.bnb4_grid import FourBitGrid, levels_of
@@ -26,6 +26,7 @@ from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import read_runs
 from lorafuse.codecs.own_grid import GridSources, Recoded
 from lorafuse.codecs.sources import Claims, Raw, Scheme, Sources
+from lorafuse.codecs.strips import Run
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import read_all
@@ -139,17 +140,11 @@ class FourBitSources(RecodedByColumns, GridSources):
         start, stop = box.run
         first, last = self._blocks(box)
         absmax = self._absmax(raw, first, last, arena)
-        blocksize = self._state.blocksize
-        # Room for whole blocks: the last one may be short, and the pad nibble of an odd count is decoded and
-        # cut off.
-        values = arena.get(DECODED_FP32, (last - first) * blocksize, torch.float32)
-        look_up(packed, self._pairs, values, arena)
-        values.view(-1, blocksize).mul_(absmax[:, None])
-        values = values[start - first * blocksize : stop - first * blocksize]
-        if self._state.dtype == "F32":
-            return values
-        narrow = arena.get(NARROW, stop - start, torch.int16).view(getattr(torch, self.spec.torch_name))
-        return narrow.copy_(values)
+        skip, dtype = start - first * self._state.blocksize, getattr(torch, self.spec.torch_name)
+        quant_map, blocksize = _floats(self._quant_map), self._state.blocksize
+        return decode_four_bit(
+            packed, quant_map, self._pairs, absmax, blocksize, skip, stop - start, dtype, arena
+        )
 
     def _absmax(self, raw: Raw, first: int, last: int, arena: Arena) -> torch.Tensor:
         """float32 [last - first], the scale of each block."""
@@ -175,7 +170,7 @@ class FourBitSources(RecodedByColumns, GridSources):
         grid = self.grid_of(packed, scales, self._state.blocksize, skip, arena)
         values, n_clipped = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
         arena.bring_back(packed, codes)
-        return Recoded(((tile.start // 2, 0, nbytes),), values, n_clipped)
+        return Recoded((Run(tile.start // 2, 0, nbytes),), values, n_clipped)
 
     def grid_of(
         self, codes: torch.Tensor, scales: torch.Tensor, run: int, skip: int, arena: Arena

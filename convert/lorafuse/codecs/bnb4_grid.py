@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.compiled import Coded
 from lorafuse.arithmetic.on_grid import Grid
 
 # Rounded to a narrow dtype, a value moves by at most so much of itself; float16 has less precision below
@@ -99,3 +100,11 @@ class FourBitGrid(Grid):
         # What is added to a byte changes one of its codes alone, so that both of them may change.
         change = torch.sub(*codes).bitwise_left_shift_((elements & 1 ^ 1).to(torch.uint8) << 2)
         self._packed.index_add_(0, elements >> 1, change)
+
+    def coded(self) -> Coded:
+        levels = self._levels
+        tables = levels.ascending, levels.codes, levels.places.to(torch.uint8)
+        bound = 256, levels.least, ROUNDED[levels.dtype][1]
+        return Coded(
+            self._packed, self._scales.contiguous(), tables, bound, levels.dtype, self.run, self.skip
+        )

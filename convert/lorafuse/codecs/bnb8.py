@@ -21,6 +21,7 @@ from lorafuse.codecs.held import read_runs
 from lorafuse.codecs.model_dtype import model_dtype
 from lorafuse.codecs.own_grid import GridSources, Recoded
 from lorafuse.codecs.sources import Claims, Raw, Scheme, Sources
+from lorafuse.codecs.strips import Run
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import read_all
@@ -108,7 +109,7 @@ class Int8Sources(RecodedByColumns, GridSources):
             Int8Grid(recoded, scb), tile.base, tile.values, of_run(draws, tile.start), arena
         )
         arena.bring_back(recoded, codes)
-        return Recoded(((tile.start, 0, q.numel()),), values, n_clipped)
+        return Recoded((Run(tile.start, 0, q.numel()),), values, n_clipped)
 
     def codes_of_columns(
         self, raw: Raw, window: range, cols: range, arena: Arena

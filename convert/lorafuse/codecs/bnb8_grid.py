@@ -2,9 +2,12 @@
 
 import torch
 
+from lorafuse.arithmetic.compiled import Coded
 from lorafuse.arithmetic.dequantize import INV_127, decode_int8
 from lorafuse.arithmetic.on_grid import Grid
 
+# fp32 rounds a value to 2^-24 of itself, 128 times the distance of two: 1.001 is more than enough.
+NUMERATOR = 1.001 * 256 / INV_127
 LOWEST = -128  # bitsandbytes makes -127 to 127; a reader decodes every code
 
 
@@ -30,8 +33,7 @@ class Int8Grid(Grid):
 
     def bound(self, sizes: torch.Tensor, first_run: int) -> None:
         rows = sizes.view(-1, self.run)
-        # fp32 rounds a value to 2^-24 of itself, 128 times the distance of two: 1.001 is more than enough.
-        rows.mul_((1.001 * 256 / INV_127 / self._scb[first_run : first_run + len(rows)].abs())[:, None])
+        rows.mul_((NUMERATOR / self._scb[first_run : first_run + len(rows)].abs())[:, None])
 
     def limits(self, first_run: int, last_run: int) -> tuple[torch.Tensor, torch.Tensor]:
         scb = self._scb[first_run:last_run]
@@ -40,3 +42,7 @@ class Int8Grid(Grid):
 
     def write(self, elements: torch.Tensor, before: torch.Tensor, positions: torch.Tensor) -> None:
         self._q.index_copy_(0, elements, (positions + LOWEST).to(torch.int8))
+
+    def coded(self) -> Coded:
+        bound = NUMERATOR, 1, 0
+        return Coded(self._q, self._scb.contiguous(), None, bound, torch.float32, self.run, self.skip)

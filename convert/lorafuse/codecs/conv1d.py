@@ -13,6 +13,7 @@ from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import N_WINDOWS_HELD, WINDOWS_NBYTES, Windows
 from lorafuse.codecs.own_grid import GridSources, Recoded
 from lorafuse.codecs.sources import Raw, Sources
+from lorafuse.codecs.strips import Run
 from lorafuse.files.tensors import Box, TensorSpec
 
 # Modules of class transformers.pytorch_utils.Conv1D, whose weight is (in, out). bitsandbytes stores these as
@@ -135,11 +136,9 @@ class Transposed(GridSources):
         values, n_clipped = round_tile(grid, base, sums, drawn, arena)
         base.view(len(rows), n_cols).copy_(values.view(n_cols, len(rows)).T)
         buffer[: codes.numel()].copy_(codes.view(-1))
-        nbytes, n_rows = codes.shape[1], self.spec.shape[0]
-        runs = (
-            ((col * n_rows + rows.start) * nbytes // len(rows), col * nbytes, nbytes) for col in range(n_cols)
-        )
-        return Recoded(tuple(runs), base, n_clipped)
+        nbytes, of_row = codes.shape[1], self.spec.shape[0] * codes.shape[1] // len(rows)
+        run = Run(rows.start * nbytes // len(rows), 0, nbytes, n_cols, of_row)
+        return Recoded((run,), base, n_clipped)
 
     def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
         rows, n_cols = self._rows(box), self.spec.n_cols

@@ -33,13 +33,18 @@ class FinishedTile(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Bytes [start, start + nbytes) of a tile's buffer, and where they belong: byte `at` of the stored
-    tensor `tensor`."""
+    """Bytes [start, start + nbytes) of a tile's buffer, or of `source`, and where they belong: byte `at` of
+    the stored tensor `tensor`."""
 
     tensor: str
     at: int
     start: int
     nbytes: int
+    source: memoryview | None = None
+
+    def bytes_of(self, buffer: memoryview) -> memoryview:
+        """The bytes, of a piece of a tile in that buffer."""
+        return (self.source or buffer)[self.start : self.start + self.nbytes]
 
 
 class Encoded(NamedTuple):

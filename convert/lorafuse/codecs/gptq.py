@@ -20,6 +20,7 @@ from lorafuse.codecs.bands import Bands
 from lorafuse.codecs.conv1d import is_conv1d
 from lorafuse.codecs.gptq_matrix import GptqMatrix, GptqRows
 from lorafuse.codecs.model_dtype import out_dtype
+from lorafuse.codecs.module_settings import group_size_of
 from lorafuse.codecs.other_formats import quantizations
 from lorafuse.codecs.sources import Claims, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
@@ -68,7 +69,7 @@ def scheme(names: tuple[str, ...], stored: Mapping[str, TensorInfo], config: Map
     codes, zeros, scales = (stored[name].spec for name in names[:3])
     bits = _bits(zeros, scales)
     n_inputs = int(32 * codes.shape[0] / bits) if bits else 0
-    sizes = _fitting_groups(n_inputs, scales.shape[0], config)
+    sizes = _fitting_groups(names[0].removesuffix(".qweight"), n_inputs, scales.shape[0], config)
     return _scheme(int(bits), sizes[0] if len(sizes) == 1 else 0, bits)
 
 
@@ -79,11 +80,14 @@ def _scheme(bits: int, group_size: int, codes_of: Fraction) -> Scheme:
     )
 
 
-def _fitting_groups(n_inputs: int, n_groups: int, config: Mapping[str, Any]) -> list[int]:
-    """Sizes of groups that make so many of the inputs: those that the config names anywhere, else the size
-    that makes equal groups."""
+def _fitting_groups(module: str, n_inputs: int, n_groups: int, config: Mapping[str, Any]) -> list[int]:
+    """Sizes of groups that make so many of the inputs: what the config says of the module, else those that
+    the config names anywhere, else the size that makes equal groups."""
     sizes = set()
     for section in quantizations(config):
+        said = group_size_of(module, section)
+        if type(said) is int and said > 0 and -(-n_inputs // said) == n_groups:
+            return [said]
         of_modules = (part for name in ("dynamic", "extra_config") for part in _dicts(section.get(name)))
         for part in (section, *of_modules):
             size = part.get("group_size")
@@ -129,7 +133,7 @@ def _matrix(names: tuple[str, ...], ckpt: Checkpoint) -> GptqMatrix:
 
 def _equal_groups(codes: str, n_inputs: int, n_groups: int, ckpt: Checkpoint) -> int:
     told = ckpt.config | {"compression_config": ckpt.quantize_config}
-    sizes = _fitting_groups(n_inputs, n_groups, told)
+    sizes = _fitting_groups(codes.removesuffix(".qweight"), n_inputs, n_groups, told)
     if len(sizes) != 1:
         raise ValueError(
             f"{n_groups} groups of {n_inputs} inputs, of which {shown(codes)} has no g_idx, may have "

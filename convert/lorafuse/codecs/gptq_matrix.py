@@ -6,12 +6,19 @@ from typing import ClassVar
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.arithmetic.bit_stream import unpack_floats
-from lorafuse.arithmetic.word_columns import columns_as_rows, gptq_zeros
-from lorafuse.codecs.bands import CHUNK_NBYTES_PER_ELEMENT, scale
+from lorafuse.arithmetic.bit_stream import pack, unpack, unpack_floats
+from lorafuse.arithmetic.codes import whole_numbers
+from lorafuse.arithmetic.draws import Draws, of_run
+from lorafuse.arithmetic.on_grid import round_tile
+from lorafuse.arithmetic.word_columns import columns_as_rows, gptq_zeros, rows_as_columns
+from lorafuse.codecs.bands import CHUNK_NBYTES_PER_ELEMENT, dtypes_of, scale
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
+from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import read_runs
-from lorafuse.codecs.sources import Raw, Scheme, Sources
+from lorafuse.codecs.own_grid import GridSources, Recoded
+from lorafuse.codecs.scaled_grid import ScaledGrid, levels_of
+from lorafuse.codecs.sources import Raw, Scheme
+from lorafuse.codecs.strips import Run
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, Box, TensorSpec
 
@@ -72,6 +79,16 @@ class GptqMatrix:
         group_of = self.group_of if isinstance(self.group_of, int) else arena.place(self.group_of)
         return self.values(words, scales, zeros, self.spec.shape[1], group_of, arena)
 
+    def numbers(self, raw: Raw, at: range, arena: Arena) -> tuple[torch.Tensor, torch.Tensor | None]:
+        scales, zeros = (arena.place(tensor[:, at.start : at.stop]).T.float() for tensor in raw[1:])
+        return scales, zeros
+
+    def codes(self, words: torch.Tensor) -> torch.Tensor:
+        return unpack(columns_as_rows(words), self.bits, self.spec.shape[1])
+
+    def words(self, codes: torch.Tensor) -> torch.Tensor:
+        return rows_as_columns(pack(codes, self.bits, 4 * self.n_word_rows))
+
     def values(
         self,
         words: torch.Tensor,
@@ -86,8 +103,11 @@ class GptqMatrix:
         return scale(values, scales.T.float(), zeros.T.float(), group_of)
 
 
-class GptqRows(Sources):
+class GptqRows(GridSources):
     """The weight of an HF Conv1D, (in, out): its rows are rows of what is stored."""
+
+    grid_rows = WORDS
+    grid_nbytes_per_element = 32  # codes before and after, their change, gaps, scales and zero points
 
     def __init__(self, matrix: GptqMatrix) -> None:
         self._matrix = matrix
@@ -126,15 +146,10 @@ class GptqRows(Sources):
         return (words.view(torch.int32).view(-1, n_outputs), *groups)
 
     def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
-        rows, (n_inputs, n_outputs) = self._rows(box), self.spec.shape
+        rows, n_outputs = self._rows(box), self.spec.shape[1]
         made = arena.get("gptq.made", box.numel, getattr(torch, self.spec.torch_name))
         words, scales, zeros = (arena.place(tensor) for tensor in raw)
-        size = self._matrix.group_of
-        group_of = arena.place(
-            torch.arange(n_inputs, dtype=torch.int32, device="cpu").div_(size, rounding_mode="floor")
-            if isinstance(size, int)
-            else size
-        )
+        group_of = self._group_of(arena)
         via = getattr(torch, DTYPES[self._matrix.scales_dtype][1])
         for chunk, part in self._chunks(rows):
             first = (chunk.start - rows.start // WORDS * WORDS) // WORDS * self._matrix.bits
@@ -144,3 +159,38 @@ class GptqRows(Sources):
             wanted = values[:, part.start - chunk.start :].T.to(via)
             made.view(-1, n_outputs)[part.start - rows.start : part.stop - rows.start].copy_(wanted)
         return made
+
+    def _group_of(self, arena: Arena) -> torch.Tensor:
+        """int32 [in]."""
+        size = self._matrix.group_of
+        if not isinstance(size, int):
+            return arena.place(size)
+        inputs = torch.arange(self.spec.shape[0], dtype=torch.int32, device="cpu")
+        return arena.place(inputs.div_(size, rounding_mode="floor"))
+
+    def codes_nbytes(self, n: int) -> int:
+        n_words = -(-n // self.spec.shape[1] * self._matrix.bits // 32)
+        return 4 * n_words * self.spec.shape[1]
+
+    def recode(self, tile: FinishedTile, draws: Draws | None, buffer: torch.Tensor, arena: Arena) -> Recoded:
+        rows, n_outputs, bits = self._rows(tile.box), self.spec.shape[1], self._matrix.bits
+        words, *numbers = (arena.place(tensor) for tensor in tile.raw)
+        groups = self._group_of(arena)[rows.start : rows.stop]
+        scales, zeros = (of_groups.float().index_select(0, groups).view(-1) for of_groups in numbers)
+        columns = columns_as_rows(words)
+        before = unpack(columns, bits, len(rows)).T.contiguous()
+        after = before.clone()
+        dtypes = dtypes_of(self._matrix)
+        levels = levels_of(whole_numbers(bits, 0), dtypes, zeros=True).on(arena)
+        values, n_clipped = round_tile(
+            ScaledGrid(after.view(-1), scales, zeros, levels, 1),
+            tile.base,
+            tile.values,
+            of_run(draws, tile.start),
+            arena,
+        )
+        change = before.bitwise_xor_(after).T.contiguous()
+        stored = words ^ rows_as_columns(pack(change, bits, columns.shape[1]))
+        buffer[: 4 * stored.numel()].copy_(stored.view(torch.uint8).view(-1))
+        first = rows.start // WORDS * bits
+        return Recoded((Run(4 * first * n_outputs, 0, 4 * stored.numel()),), values, n_clipped)

@@ -81,8 +81,7 @@ class Windows:
 def read_runs(store: Store, name: str, starts: list[int], nbytes: int) -> torch.Tensor:
     """uint8 [len(starts), nbytes]: of each byte in `starts`, the `nbytes` of a stored tensor from there on;
     zeros beyond its end."""
-    # Not by malloc, which keeps what is freed, a window or two in the arena of every thread that read one.
-    runs = torch.frombuffer(mmap(-1, len(starts) * nbytes), dtype=torch.uint8).view(len(starts), nbytes)
+    runs = mapped(len(starts), nbytes)
     view, end = host_view(runs.view(-1)), store.tensors[name].spec.nbytes
     if starts == list(range(starts[0], starts[0] + len(starts) * nbytes, nbytes)):  # they are one run
         store.read_into(name, starts[0], view[: end - starts[0]])
@@ -90,3 +89,9 @@ def read_runs(store: Store, name: str, starts: list[int], nbytes: int) -> torch.
     for number, start in enumerate(starts):
         store.read_into(name, start, view[number * nbytes : (number + 1) * nbytes][: end - start])
     return runs
+
+
+def mapped(n_rows: int, nbytes: int) -> torch.Tensor:
+    """uint8 [n_rows, nbytes]: zeros. Not by malloc, which keeps what is freed, some megabytes in the arena of
+    every thread that asked for them."""
+    return torch.frombuffer(mmap(-1, n_rows * nbytes), dtype=torch.uint8).view(n_rows, nbytes)

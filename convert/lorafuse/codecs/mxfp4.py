@@ -26,6 +26,7 @@ from lorafuse.codecs.model_dtype import out_dtype
 from lorafuse.codecs.own_grid import GridSources, Recoded
 from lorafuse.codecs.scaled_grid import ScaledGrid, levels_of
 from lorafuse.codecs.sources import Claims, Raw, Scheme, Sources
+from lorafuse.codecs.strips import Run
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import Store
@@ -73,7 +74,7 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
 class Experts(GridSources):
     """A stack of experts; all rows are counted through it."""
 
-    grid_rows = GROUP
+    grid_rows, scattered = GROUP, True
     grid_nbytes_per_element = 28  # of recode: transposed base and sums, draws, codes before and after, gaps
 
     def __init__(self, names: tuple[str, ...], spec: TensorSpec, store: Store) -> None:
@@ -145,7 +146,7 @@ class Experts(GridSources):
         """In the order in which codes are stored, in which those of a tile are some of each stored row's."""
         rows, width, n_clipped = self._rows(tile.box), self._width, 0
         values = arena.get("mxfp4.recoded", tile.base.numel(), tile.base.dtype).view(len(rows), width)
-        runs: list[tuple[int, int, int]] = []
+        runs: list[Run] = []
         for number, (window, part) in enumerate(self._windows.around(rows)):
             at = slice(part.start - rows.start, part.stop - rows.start)
             groups = slice(*((row - window.start) // GROUP for row in (part.start, part.stop)))
@@ -161,9 +162,8 @@ class Experts(GridSources):
             start, nbytes, n_clipped = at.start * width // 2, len(part) // 2, n_clipped + beyond
             buffer[start : start + len(stored)].copy_(stored)
             expert, row = divmod(part.start, self._height)
-            for col in range(width):
-                place = ((expert * width + col) * self._height + row) // 2
-                runs.append((place, start + col * nbytes, nbytes))
+            place = (expert * width * self._height + row) // 2
+            runs.append(Run(place, start, nbytes, width, self._height // 2))
         return Recoded(tuple(runs), values.view(-1), n_clipped)
 
     def _columns(self, codes: torch.Tensor, scales: torch.Tensor, cols: range, arena: Arena) -> torch.Tensor:

@@ -7,14 +7,16 @@ interleaved, as both have them. The output has the names of the stacks, since tr
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
 
 from lorafuse.arithmetic.arena import Arena, host_view
 from lorafuse.codecs.conv1d import ReadByColumns, Transposed
+from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import read_runs
+from lorafuse.codecs.own_grid import GridSources
 from lorafuse.codecs.sources import Raw, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -75,6 +77,23 @@ class Stacked(Sources):
         # Tiles come in order, so those in the making are in one member, or in two next to each other.
         self.window_nbytes = 2 * max(member.window_nbytes for member in members)
         self._dtype = getattr(torch, self.spec.torch_name)
+
+    @property
+    def on_grids(self) -> list[GridSources]:
+        """The members, where the codes of all of them can be written anew; else none."""
+        members = [member for member in self._members if isinstance(member, GridSources) and member.grid_rows]
+        return members if len(members) == len(self._members) and not self._vectors else []
+
+    def tiles(self, tile: FinishedTile) -> Iterator[tuple[int, FinishedTile]]:
+        """(the number of a member, its tile, whose elements are counted through the stack) of each member
+        that a tile touches."""
+        counts, rest, start = tile.raw[0].tolist(), tile.raw[1:], tile.start
+        for (_, part), count in zip(self._parts(tile.box), counts, strict=True):
+            of_part = slice(start - tile.start, start - tile.start + part.numel)
+            values, base = tile.values[of_part], tile.base[of_part]
+            number = start // self._members[0].spec.numel
+            yield number, FinishedTile(start, start + part.numel, values, base, rest[:count], part)
+            rest, start = rest[count:], start + part.numel
 
     def _parts(self, box: Box) -> list[tuple[Sources, Box]]:
         """The members that the box touches, each with its own part, as rows of its last dimension."""

@@ -128,7 +128,7 @@ class QuantizingEncoder(Encoder):
         if self._base is None:
             values, found = host.here(tile.values, "quantizing.values", self._dtype), self._found
         else:
-            values, *of_base = self._base.loaded(tile, host)
+            values, *of_base = self._base.loaded(tile, arena)
             found = tuple(of_base)
         values = self._in_stored_order(values, "values", host)
         grid, stored, pieces = self._quantizer.quantize(values, tile.start, found, buffer, host)

@@ -20,6 +20,7 @@ from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.own_grid import GridSources, Recoded
 from lorafuse.codecs.scaled_grid import ScaledGrid, levels_of
 from lorafuse.codecs.sources import Raw, Scheme
+from lorafuse.codecs.strips import Run
 from lorafuse.codecs.swizzled import SwizzledScales
 from lorafuse.files.stores import Store
 from lorafuse.files.tensors import DTYPES, FLOATS, Box, TensorSpec
@@ -159,7 +160,7 @@ class ScaledRows(GridSources):
         self._dtypes = [getattr(torch, DTYPES[dtype][1]) for dtype in (*via, spec.dtype) if dtype]
         width, n_cols = recipe.scales.width, spec.shape[-1]
         self._run = 1 if recipe.groups else math.gcd(width, n_cols) if recipe.scales.n_cols > 1 else n_cols
-        self.grid_rows = 0 if recipe.zeros_are_biases else 1  # biases are rounded to another grid
+        self.grid_rows = 1
         # Codes before and after, and the index and the gap of each; scales and zero points of each run.
         self.grid_nbytes_per_element = 12 + 16 // self._run
 
@@ -241,12 +242,21 @@ class ScaledRows(GridSources):
             for numbers in self._numbers(stored, rest, rows, arena)
         )
         assert scales is not None
-        levels = levels_of(codes.levels, tuple(self._dtypes), zeros=zeros is not None).on(arena)
         after = before.clone()
-        grid = ScaledGrid(after, scales, zeros, levels, self._run)
+        grid = self._grid(after, scales, zeros, arena)
         values, n_clipped = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
         buffer[: raw.numel()].copy_(codes.changed(raw, before, after))
-        return Recoded(((rows.start * codes.row_nbytes, 0, raw.numel()),), values, n_clipped)
+        return Recoded((Run(rows.start * codes.row_nbytes, 0, raw.numel()),), values, n_clipped)
+
+    def _grid(
+        self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, arena: Arena
+    ) -> ScaledGrid:
+        of_codes, dtypes = self._recipe.codes.levels, tuple(self._dtypes)
+        if self._recipe.zeros_are_biases:
+            levels = levels_of(of_codes, (dtypes[-1], torch.float32, dtypes[-1]), zeros=False)
+            return ScaledGrid(codes, scales, None, levels.on(arena), self._run, biases=zeros)
+        levels = levels_of(of_codes, dtypes, zeros=zeros is not None)
+        return ScaledGrid(codes, scales, zeros, levels.on(arena), self._run)
 
     def _by_runs(self, numbers: torch.Tensor, n_rows: int) -> torch.Tensor:
         """fp32, 1-D: what each run of these rows has, of numbers [rows or 1, blocks or groups]."""

@@ -60,8 +60,9 @@ def levels_of(levels: torch.Tensor, dtypes: tuple[torch.dtype, ...], *, zeros: b
 
 
 class ScaledGrid(Grid):
-    """`codes`: those of whole runs, uint8 (1-D), which `write` changes; `scales` and `zeros`: float32 [runs].
-    Everything is on one device."""
+    """`codes`: those of whole runs, uint8 (1-D), which `write` changes; `scales`, `zeros` and `biases`:
+    float32 [runs]; biases are added to the products, which are float32 again (`levels` of three dtypes: what
+    products are rounded to, float32, what sums are rounded to). Everything is on one device."""
 
     skip = 0
 
@@ -72,7 +73,9 @@ class ScaledGrid(Grid):
         zeros: torch.Tensor | None,
         levels: Levels,
         run: int,
+        biases: torch.Tensor | None = None,
     ) -> None:
+        self._biases = biases
         self._codes, self._scales, self._zeros, self._levels, self.run = codes, scales, zeros, levels, run
         self.n_positions = len(levels.ascending)
         self._any_below = bool((scales < 0).any())
@@ -93,8 +96,14 @@ class ScaledGrid(Grid):
         if self._zeros is not None:
             levels.sub_(self._zeros.index_select(0, runs))
         levels.mul_(self._scales.index_select(0, runs))
-        scratch = torch.empty(len(levels), dtype=torch.int16, device=levels.device)
-        return round_through(levels, list(self._levels.dtypes), scratch)
+        scratch, dtypes = (
+            torch.empty(len(levels), dtype=torch.int16, device=levels.device),
+            self._levels.dtypes,
+        )
+        if self._biases is None:
+            return round_through(levels, list(dtypes), scratch)
+        products = round_through(levels, list(dtypes[:-1]), scratch)
+        return round_through(products.add_(self._biases.index_select(0, runs)), [dtypes[-1]], scratch)
 
     def positions(self, elements: torch.Tensor) -> torch.Tensor:
         codes = self._codes.index_select(0, elements).to(torch.int64)
@@ -110,8 +119,16 @@ class ScaledGrid(Grid):
         gaps = self._levels.gaps.index_select(0, codes).view(n_runs, self.run)
         scales = self._scales[first_run : first_run + n_runs].abs()
         # What is not known to be apart, NaN too, is looked at one by one.
-        gaps.mul_(scales[:, None]).sub_(self._levels.least).clamp_(min=0.0)
+        gaps.mul_(scales[:, None]).sub_(self._least(first_run, n_runs)).clamp_(min=0.0)
         sizes.view(n_runs, self.run).mul_(256).div_(gaps)
+
+    def _least(self, first_run: int, n_runs: int) -> torch.Tensor | float:
+        """How much less than gap times scale two values of these runs may be apart; of each: [runs, 1]."""
+        if self._biases is None:
+            return self._levels.least
+        share = 2.02 * (_MOVES[torch.float32][0] + _MOVES[self._levels.dtypes[-1]][0])
+        biases = self._biases[first_run : first_run + n_runs].abs()
+        return biases.mul_(share).add_(self._levels.least)[:, None]
 
     def limits(self, first_run: int, last_run: int) -> tuple[torch.Tensor, torch.Tensor]:
         runs = torch.arange(first_run, last_run, dtype=torch.int64, device=self._scales.device)

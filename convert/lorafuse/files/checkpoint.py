@@ -1,17 +1,18 @@
-"""A directory of safetensors files as {name: TensorInfo} with ranged reads, and the checkpoint's config.
+"""A directory of files of weights as {name: TensorInfo} with ranged reads, and the checkpoint's config.
 
-Only files that the index names are read: a stale `model.safetensors` beside an index is refused, `.bin` files
-are ignored.
+Only files that the index names are read: a stale `model.safetensors` beside an index is refused. `.bin` files
+are read where there are no safetensors files.
 """
 
 from collections import Counter
 from functools import cached_property
 from typing import Any
 
-from lorafuse.errors import CheckpointError, StorageError, listed, shown
+from lorafuse.errors import CheckpointError, StorageError, shown
 from lorafuse.files.folder import Folder
+from lorafuse.files.instead import instead_of_checkpoint, instead_of_safetensors
 from lorafuse.files.json_yaml import read_json_dict
-from lorafuse.files.names import INDEX, SINGLE
+from lorafuse.files.names import INDEX, SINGLE, TORCH_SINGLE
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.stores import ShardedStore
 from lorafuse.files.tensors import FLOATS
@@ -29,11 +30,11 @@ class Checkpoint(ShardedStore):
         try:
             self.config = read_json_dict(folder, "config.json")
             _check_types(self.config, folder)
-            _refuse_other_formats(folder)
-            super().__init__(folder, SINGLE)
+            super().__init__(folder, weights_of(folder))
         except (FileNotFoundError, NotADirectoryError) as e:
             raise CheckpointError(
                 f"{e.filename}: not found; {shown(folder)} is no complete checkpoint."
+                f"{instead_of_checkpoint(folder)}"
             ) from None
         except (FormatError, ValueError) as e:
             raise CheckpointError(str(e)) from None
@@ -78,14 +79,11 @@ def _check_types(config: dict[str, Any], folder: Folder) -> None:
             raise ValueError(f"{folder / 'config.json'}: {name} is {shown(value)}; expected {kind.__name__}.")
 
 
-def _refuse_other_formats(folder: Folder) -> None:
-    if not folder.exists(SINGLE) and not folder.exists(INDEX):
-        others, hint = folder.names("*.bin"), ""
-        if others:
-            hint = f" It has {listed(others)}: convert these to safetensors first."
-        elif ggufs := folder.names("*.gguf"):
-            hint = (
-                f" It has {listed(ggufs)}: load that with `gguf_file=` in transformers and save it, which "
-                "makes safetensors."
-            )
-        raise CheckpointError(f"{shown(folder)}: holds neither {SINGLE} nor {INDEX}.{hint}")
+def weights_of(folder: Folder) -> str:
+    """The file of all weights, or of which there is an index: of safetensors, else of torch.save. Raises
+    CheckpointError."""
+    for single in (SINGLE, TORCH_SINGLE):
+        if folder.exists(single) or folder.exists(f"{single}.index.json"):
+            return single
+    hint = instead_of_safetensors(folder)
+    raise CheckpointError(f"{shown(folder)}: holds neither {SINGLE} nor {INDEX}.{hint}")

@@ -15,6 +15,13 @@ Buffer = bytearray | memoryview
 Identity = tuple[int | str, ...]
 
 
+class FileHash(NamedTuple):
+    """What a receipt says about a file."""
+
+    size: int
+    sha256: str
+
+
 class FileFacts(NamedTuple):
     """What is known of a file without reading it. `version` also tells what `identity` may miss, but changes
     with mode and links too, so that it counts within one run alone."""
@@ -57,6 +64,14 @@ class Folder(Protocol):
     def local_path(self) -> Path | None:
         """Where the folder lies in this machine's file system, if it does: an output must not lie there."""
 
+    @property
+    def commit(self) -> str | None:
+        """The commit that all files are of, where the place has such."""
+
+    @property
+    def held_nbytes(self) -> int:
+        """Host bytes that reading from it takes, beyond those that are read."""
+
     def is_there(self) -> bool:
         """Whether there is such a folder."""
 
@@ -74,6 +89,12 @@ class Folder(Protocol):
 
     def facts(self, name: str) -> FileFacts:
         """What is known of a file. Raises OSError."""
+
+    def is_unchecked(self, name: str) -> bool:
+        """Whether a copy of it lies here that nobody has compared with its `known_hash`."""
+
+    def known_hash(self, name: str) -> FileHash | None:
+        """What the place itself says that a file holds; None where it says nothing. Raises OSError."""
 
     def open(self, name: str, *, inside: bool = False) -> OpenFile:
         """A file. With `inside` a link that leads out of the folder is refused with a CheckpointError. Raises

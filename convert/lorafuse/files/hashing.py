@@ -3,18 +3,11 @@
 import hashlib
 from collections.abc import Callable
 from contextlib import closing
-from typing import NamedTuple
 
-from lorafuse.files.folder import Folder
+from lorafuse.errors import StorageError, shown
+from lorafuse.files.folder import FileHash, Folder
 
 READ_NBYTES = 1 << 20
-
-
-class FileHash(NamedTuple):
-    """What a receipt says about a file."""
-
-    size: int
-    sha256: str
 
 
 def hash_file(folder: Folder, name: str, on_nbytes: Callable[[int], object] = lambda n: None) -> FileHash:
@@ -28,3 +21,19 @@ def hash_file(folder: Folder, name: str, on_nbytes: Callable[[int], object] = la
             nbytes += n
             on_nbytes(n)
     return FileHash(nbytes, digest.hexdigest())
+
+
+def checked_hash(folder: Folder, name: str, on_nbytes: Callable[[int], object] = lambda n: None) -> FileHash:
+    """The same. What was compared, or is not on this machine, is not read: the place says what it holds.
+    Raises StorageError when a copy on this machine is another file."""
+    known = folder.known_hash(name)
+    if known and not folder.is_unchecked(name):
+        return known
+    hashed = hash_file(folder, name, on_nbytes)
+    if known and hashed != known:
+        raise StorageError(
+            f"{shown(folder / name)}: the copy in the hub's cache is not the file that the hub lists: its "
+            f"sha256 is {hashed.sha256}, expected {known.sha256}. Remove it from the cache (`hf cache rm`), "
+            "and run again."
+        )
+    return hashed

@@ -1,132 +1,98 @@
-"""CKPT and ADAPTER by hub id `org/name[@revision]`: the files that are needed, in the hub's own cache, or
-headers alone."""
+"""Names of repositories on the hub: ids and URLs, and the folders that they stand for."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
-from lorafuse.errors import CheckpointError, LorafuseError, StorageError, shown
+from lorafuse.errors import LorafuseError, shown
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
-from lorafuse.files.local_folder import LocalFolder
-from lorafuse.files.names import SINGLE
-from lorafuse.files.tensors import DTYPES, TensorInfo, TensorSpec
-from lorafuse.settings import HUB_ID
+from lorafuse.files.hub_folder import HubFolder
+from lorafuse.files.hub_repo import HubRepo
+from lorafuse.files.names import stays_inside
+
+_HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<folder>[\w.-][^@]*))?(@(?P<revision>[^@]+))?"
+)
+_URL = re.compile(r"https?://", re.IGNORECASE)
+_PAGES = ("tree", "blob", "resolve")
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
 
-def folder_of(
-    name: str,
-    patterns: Sequence[str],
-    kind: type[LorafuseError],
-    *,
-    unwanted: Sequence[str] = (),
-    further: Callable[[Folder], Sequence[str]] = lambda _: (),
-) -> Folder:
-    """The folder of that name, else a snapshot of the repository of that id: the files that match `patterns`
-    and not `unwanted`, then those that match the patterns that `further` returns when it sees the first.
-    Raises `kind` when there is neither."""
+class HubName(NamedTuple):
+    """A repository, one of its folders, and a branch, tag or commit. `str()` is the id."""
+
+    repo: str
+    folder: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        folder = f"/{self.folder}" if self.folder else ""
+        return f"{self.repo}{folder}" + (f"@{self.revision}" if self.revision else "")
+
+
+def hub_name(name: str) -> HubName | None:
+    """What `org/name[/folder][@revision]`, or the URL of a repository's page, stands for; None for what can
+    only be a path."""
+    if _URL.match(name):
+        return _of_url(name)
+    match = _HUB_ID.fullmatch(name)
+    if match is None:
+        return None
+    folder = match["folder"]
+    # A path with a typo in it, as a rule, where its beginning is a directory here.
+    if folder is not None and (Path(match["repo"]).parent.exists() or not stays_inside(folder)):
+        return None
+    return HubName(match["repo"], folder.rstrip("/") if folder else None, match["revision"])
+
+
+def _of_url(url: str) -> HubName | None:
+    parts = urlsplit(url)
+    if parts.hostname not in (*_HOSTS, _own_host()):
+        return None
+    org, name, *rest = [unquote(part) for part in parts.path.strip("/").split("/")] + [""] * 2
+    repo, inside = f"{org}/{name}", [part for part in rest if part]
+    if not _HUB_ID.fullmatch(repo):
+        return None
+    if not inside or inside[0] not in _PAGES or len(inside) == 1:
+        return HubName(repo)
+    page, *inside = inside
+    # A pull request is the only revision whose name has slashes that a URL keeps.
+    n = 3 if inside[:2] == ["refs", "pr"] else 1
+    revision, folder = "/".join(inside[:n]), inside[n:]
+    if page != "tree":  # a file: its folder
+        folder = folder[:-1]
+    return HubName(repo, "/".join(folder) or None, revision)
+
+
+def _own_host() -> str | None:
+    from huggingface_hub import constants
+
+    return urlsplit(constants.ENDPOINT).hostname
+
+
+def as_named(name: str) -> str:
+    """What messages and receipts call an input: a URL of the hub as the id that it stands for."""
+    found = hub_name(name) if _URL.match(name) else None
+    return str(found) if found else name
+
+
+def folder_of(name: str, kind: type[LorafuseError], *, whole: bool = False) -> Folder:
+    """The folder of that name, else that of the repository of that id, at one commit. `whole`: its files are
+    fetched when they are opened, the large ones too, instead of read from afar. Raises `kind` where there is
+    neither, StorageError."""
     folder = open_folder(name)
     if folder.is_there():
         return folder
-    match = HUB_ID.fullmatch(name)
-    if not match or folder.exists(""):
+    found = hub_name(name)
+    if found is None or folder.exists(""):
         what = "is not a directory" if folder.exists("") else "no such directory"
         raise kind(f"{shown(name)}: {what}.")
-    snapshot = _snapshot(match, match["revision"], kind, patterns, unwanted)
-    folder, fetched = LocalFolder(snapshot, name), set[str]()
-    while more := sorted(set(further(folder)) - fetched):
-        # The same commit, whatever happens on the hub meanwhile.
-        folder = LocalFolder(_snapshot(match, snapshot.name, kind, more), name)
-        fetched.update(more)
-    return folder
-
-
-def _snapshot(
-    match: re.Match[str],
-    revision: str | None,
-    kind: type[LorafuseError],
-    patterns: Sequence[str],
-    unwanted: Sequence[str] = (),
-) -> Path:
-    """Where the hub's library put the files. Raises `kind`, StorageError."""
-    with _hub_errors(match["repo"], match["revision"], kind):
-        # Imported here: it costs as much as the rest of the start-up, and most runs have local inputs.
-        from huggingface_hub import snapshot_download
-
-        snapshot = snapshot_download(
-            match["repo"],
-            revision=revision,
-            allow_patterns=list(patterns),
-            ignore_patterns=list(unwanted),
-        )
-        return Path(snapshot)
-
-
-def remote_tensors(name: str) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of each shard of a checkpoint on the hub, by the headers alone; `offset` is not known.
-    Raises CheckpointError, StorageError."""
-    match = HUB_ID.fullmatch(name)
-    assert match
-    with _hub_errors(match["repo"], match["revision"], CheckpointError):
-        from huggingface_hub import get_safetensors_metadata
-
-        metadata = get_safetensors_metadata(match["repo"], revision=match["revision"]).files_metadata
-    return {
-        file: {
-            tensor: TensorInfo(_spec(name, tensor, info.dtype, info.shape), number, 0)
-            for tensor, info in part.tensors.items()
-        }
-        for number, (file, part) in enumerate(sorted(metadata.items()))
-    }
-
-
-def _spec(name: str, tensor: str, dtype: Any, shape: Any) -> TensorSpec:
-    """What the hub's library read in a header, and does not check."""
-    known = isinstance(dtype, str) and dtype in DTYPES and isinstance(shape, list)
-    if not known or not all(type(n) is int and n >= 0 for n in shape):
-        raise CheckpointError(
-            f"{name}: {shown(tensor)} is {shown(dtype)} {shown(shape)}, which is not known here."
-        )
-    return TensorSpec(dtype, tuple(shape))
-
-
-@contextmanager
-def _hub_errors(repo: str, revision: str | None, kind: type[LorafuseError]) -> Iterator[None]:
-    """Turns what the hub's library raises into errors of `kind`, or StorageError."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        SafetensorsParsingError,
-    )
-
-    try:
-        yield
-    except HFValidationError:
-        raise kind(f"{shown(repo)}: no such directory.") from None
-    except GatedRepoError:
-        raise kind(f"{repo}: is gated; ask for access on its page on the hub, and log in.") from None
-    except RepositoryNotFoundError:
-        raise kind(
-            f"{repo}: no such directory, and no such repository on the hub (or it is private: log in first)."
-        ) from None
-    except RevisionNotFoundError:
-        raise kind(f"{repo}: has no revision {shown(revision)}.") from None
-    except NotASafetensorsRepoError:
-        raise kind(f"{repo}: holds neither {SINGLE} nor {SINGLE}.index.json.") from None
-    except SafetensorsParsingError as e:
-        raise kind(f"{repo}: {shown(e)}") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise StorageError(
-            f"{repo}: no such directory, and the hub cannot be reached to look for a repository of that name."
-        ) from None
-    except Exception as e:
-        # Everything, since the HTTP library behind the hub changes, and only some have errors that are
-        # OSErrors.
-        raise StorageError(f"{repo}: downloading failed: {shown(e)}") from None
+    root = HubFolder(HubRepo.at(found.repo, found.revision, kind), whole=whole)
+    if found.folder is None:
+        return root
+    inside = root.sub_folder(found.folder)
+    if not inside.is_there():
+        raise kind(f"{shown(root)}: has no folder {shown(found.folder)}.")
+    return inside

@@ -3,7 +3,7 @@
 Patterns are those of fnmatch on names in lower case; a `*` matches a slash too.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from lorafuse.files.names import REPORT
@@ -63,25 +63,3 @@ def is_weights(name: str) -> bool:
 
 def is_training_state(name: str) -> bool:
     return matches(name, TRAINING_STATE)
-
-
-def any_case(pattern: str) -> str:
-    """A pattern that says the same where upper and lower case differ."""
-    inside, letters = False, []
-    for letter in pattern:
-        inside = letter == "[" or (inside and letter != "]")
-        letters.append(f"[{letter}{letter.upper()}]" if letter.isalpha() and not inside else letter)
-    return "".join(letters)
-
-
-def in_other_folders(folders: Sequence[str]) -> tuple[str, ...]:
-    """Patterns that together match every name in a sub-folder, at any depth, but those in `folders`. No
-    pattern says that it excludes another, so each says at which letter a name is another's."""
-    wanted = [f"{folder}/" for folder in folders]
-    patterns = []
-    for start in sorted({name[:n] for name in wanted for n in range(len(name))}):
-        next_letters = sorted({name[len(start)] for name in wanted if name.startswith(start)} | {"/"})
-        patterns.append(f"{start}[!{''.join(next_letters)}]*/*")
-        if start and start not in folders:
-            patterns.append(f"{start}/*")
-    return tuple(patterns)

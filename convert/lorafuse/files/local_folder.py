@@ -9,7 +9,9 @@ import os
 import stat
 from dataclasses import dataclass
 from io import FileIO
+from os import PathLike, fspath
 from pathlib import Path
+from typing import ClassVar
 
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.folder import Buffer, FileFacts
@@ -18,10 +20,11 @@ from lorafuse.files.safetensors_file import FormatError
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """The directory `path`. `named`: what the user called it where that was no directory, but a hub id."""
+    """The directory `path`."""
 
     path: Path
-    named: str | None = None
+    commit: ClassVar[None] = None
+    held_nbytes: ClassVar[int] = 0
 
     @classmethod
     def at(cls, name: str) -> "LocalFolder":
@@ -36,8 +39,8 @@ class LocalFolder:
 
     @property
     def address(self) -> str:
-        """The real path, or the hub id, which stays whatever the repository's newest commit is."""
-        return os.path.realpath(self.path) if self.named is None else self.named
+        """The real path."""
+        return os.path.realpath(self.path)
 
     @property
     def local_path(self) -> Path:
@@ -58,10 +61,16 @@ class LocalFolder:
         return sorted(path.name for path in self.path.glob("*") if path.is_dir())
 
     def sub_folder(self, name: str) -> "LocalFolder":
-        return LocalFolder(self.path / name, self.named)
+        return LocalFolder(self.path / name)
 
     def facts(self, name: str) -> FileFacts:
         return _facts(os.stat(self / name))
+
+    def is_unchecked(self, name: str) -> bool:
+        return True
+
+    def known_hash(self, name: str) -> None:
+        """A file system says nothing of contents."""
 
     def open(self, name: str, *, inside: bool = False) -> "LocalFile":
         if inside:
@@ -125,3 +134,22 @@ def _refuse_escape(source: Path, root: Path) -> None:
         raise CheckpointError(
             f"{shown(source)}: is a link to {shown(real)}, outside its directory; replace it by the file."
         )
+
+
+# Whoever names one of these means the directory that it lies in.
+SUFFIXES = (".safetensors", ".json", ".bin", ".gguf")
+
+
+def as_typed(name: str | PathLike[str]) -> str:
+    """A path with the home directory in place of `~`, which a shell leaves alone in quotes. What is called so
+    wins."""
+    path = fspath(name)
+    return os.path.expanduser(path) if path.startswith("~") and not os.path.lexists(path) else path
+
+
+def directory_as_typed(name: str | PathLike[str]) -> str:
+    """The same; of a file of weights, of a config or of an index, the directory that it lies in."""
+    path = as_typed(name)
+    if path.endswith(SUFFIXES) and os.path.isfile(path):
+        return os.path.dirname(path) or "."
+    return path

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
+TORCH_SINGLE = "pytorch_model.bin"  # of torch.save
+TORCH_INDEX = f"{TORCH_SINGLE}.index.json"
 RECEIPT = "lorafuse_receipt.json"  # of a checkpoint that lorafuse wrote
 REPORT = "lorafuse_report.html"  # about that
 _NUMBER = re.compile(r"[0-9]{1,18}")

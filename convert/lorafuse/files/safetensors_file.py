@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -30,23 +30,49 @@ class FormatError(LorafuseError):
     says so."""
 
 
-class Shard:
-    """The safetensors file `name` of a folder, open for ranged reads. `tensors` maps names to specs in file
-    order; `facts` are the file's when it was opened; `label` is what messages call it."""
+class Header(NamedTuple):
+    """The hash of the bytes that say what a file holds, its metadata, and its tensors in the order of the
+    file."""
 
-    def __init__(self, folder: Folder, name: str, number: int = 0, files: FewOpen | None = None) -> None:
+    sha256: str
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]
+
+
+ReadHeader = Callable[[OpenFile, int, str, int], Header]
+"""(file, its size, what messages call it, its number in its store) → header. Raises FormatError, OSError."""
+
+
+def read_header(file: OpenFile, nbytes: int, path: str, number: int) -> Header:
+    """That of a safetensors file. Raises FormatError, OSError."""
+    header, data_start = _read_header(file, nbytes, path)
+    sha256 = hashlib.sha256(header).hexdigest()
+    parsed = _parse_json(header, path)
+    del header  # tens of megabytes for a model of many experts
+    metadata = _check_metadata(_dict_of(parsed.pop("__metadata__", None)), path)
+    return Header(sha256, metadata, _check_entries(parsed, data_start, nbytes, number, path))
+
+
+class Shard:
+    """The file `name` of a folder, open for ranged reads: a safetensors file, unless `read` says otherwise.
+    `tensors` maps names to specs in file order; `facts` are the file's when it was opened; `label` is what
+    messages call it."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        name: str,
+        number: int = 0,
+        files: FewOpen | None = None,
+        read: ReadHeader = read_header,
+    ) -> None:
         self.name, self.label = name, folder / name
         self._files = files or FewOpen(folder)
         try:
             with self._files.opened(name) as file:
                 self.facts = file.facts
                 self.nbytes = self.facts.nbytes
-                header, data_start = _read_header(file, self.nbytes, self.label)
-            self.header_sha256 = hashlib.sha256(header).hexdigest()
-            parsed = _parse_json(header, self.label)
-            del header  # tens of megabytes for a model of many experts
-            self.metadata = _check_metadata(_dict_of(parsed.pop("__metadata__", None)), self.label)
-            self.tensors = _check_entries(parsed, data_start, self.nbytes, number, self.label)
+                self.header_sha256, self.metadata, self.tensors = read(file, self.nbytes, self.label, number)
         except BaseException:
             self.close()
             raise

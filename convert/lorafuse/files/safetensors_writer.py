@@ -45,7 +45,9 @@ class ShardWriter:
             self._expected += tensor.nbytes
         self.nbytes = 0
         self._hashed = 0  # bytes from the start
-        self._ahead: dict[int, int] = {}  # start → end of what was written further on
+        # Start → end of what was written further on, without gaps, and the reverse.
+        self._ahead: dict[int, int] = {}
+        self._starts_by_end: dict[int, int] = {}
         try:
             self._put(0, header)
         except BaseException:
@@ -60,16 +62,22 @@ class ShardWriter:
         self._file.write(start, data)
         self.nbytes += len(data)
         if start != self._hashed:
-            self._ahead[start] = start + len(data)
+            self._remember(start, start + len(data))
             return
         self._sha256.update(data)
         self._hashed += len(data)
-        while self._hashed in self._ahead:
-            end = self._ahead.pop(self._hashed)
-            while self._hashed < end:
-                data = self._file.read(self._hashed, min(READ_NBYTES, end - self._hashed))
-                self._sha256.update(data)
-                self._hashed += len(data)
+        end = self._ahead.pop(self._hashed, self._hashed)
+        self._starts_by_end.pop(end, None)
+        while self._hashed < end:
+            data = self._file.read(self._hashed, min(READ_NBYTES, end - self._hashed))
+            self._sha256.update(data)
+            self._hashed += len(data)
+
+    def _remember(self, start: int, end: int) -> None:
+        """One entry for bytes without a gap: a matrix may come in hundreds of thousands of pieces."""
+        start = self._starts_by_end.pop(start, start)
+        end = self._ahead.pop(end, end)
+        self._ahead[start], self._starts_by_end[end] = end, start
 
     @property
     def is_complete(self) -> bool:

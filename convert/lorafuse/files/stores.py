@@ -9,8 +9,9 @@ from lorafuse.files.few_open import FewOpen
 from lorafuse.files.folder import Buffer, Folder
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.names import stays_inside
-from lorafuse.files.safetensors_file import FormatError, Shard
+from lorafuse.files.safetensors_file import FormatError, Shard, read_header
 from lorafuse.files.tensors import TensorInfo
+from lorafuse.files.torch_file import read_torch_header
 
 
 class Store(Protocol):
@@ -33,8 +34,12 @@ def read_all(store: Store, name: str) -> bytearray:
     return buffer
 
 
+READERS = {".safetensors": read_header, ".bin": read_torch_header}
+
+
 class ShardedStore:
-    """`single`, or the safetensors files that its index (`single` + ".index.json") names, as one Store.
+    """`single`, or the files that its index (`single` + ".index.json") names, as one Store: safetensors
+    files, or those of torch.save, by the suffix.
 
     Index and files must agree: a name in two files, in the wrong file or in only one of index and files is
     refused, and so is a `single` that its index does not name. Raises FormatError, ValueError for an index
@@ -58,7 +63,7 @@ class ShardedStore:
             raise
 
     def _add(self, folder: Folder, file: str, number: int) -> None:
-        shard = Shard(folder, file, number, self._files)
+        shard = Shard(folder, file, number, self._files, READERS[posixpath.splitext(file)[1]])
         self.shards.append(shard)
         both = self.tensors.keys() & shard.tensors.keys()
         if both:
@@ -97,9 +102,10 @@ def _weight_map(content: dict[str, Any] | None, folder: Folder, single: str) -> 
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: has no weight_map.")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors") or not stays_inside(file):
+        suffix = posixpath.splitext(single)[1]
+        if not isinstance(file, str) or not file.endswith(suffix) or not stays_inside(file):
             raise FormatError(
-                f"{index}: maps {shown(name)} to {shown(file)}, which is no safetensors file of this "
+                f"{index}: maps {shown(name)} to {shown(file)}, which is no {suffix[1:]} file of this "
                 "directory."
             )
     if single not in weight_map.values() and folder.exists(single):
@@ -130,7 +136,7 @@ def _wrong_total(
     metadata = content.get("metadata") if content else None
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     nbytes = sum(info.spec.nbytes for info in store.tensors.values())
-    if said is None or said == nbytes:
+    if said is None or said == nbytes or not single.endswith(".safetensors"):  # tied tensors lie in .bin once
         return []
     where = folder / f"{single}.index.json"
     return [

@@ -11,6 +11,7 @@ from lorafuse.formats.format import MakeFormat
 FORMATS: dict[str, MakeFormat] = {
     "dense": dense.Dense,
     "base": as_stored.base,
+    "light": as_stored.light,
     "mixed": as_stored.mixed,
     **dict.fromkeys(PRESETS, CompressedTensors),
     "nf4": quantized.Quantized,

@@ -1,9 +1,10 @@
 """The formats that keep what the base stores.
 
     base    every weight is stored as the base stores it; what changes is rounded onto the base's own grid
+    light   the same, but value projections that change are dense: a little larger, and much nearer the sum
     mixed   what changes is dense, the rest is stored as it was
 
-With both, an adapter's replacement of a weight is dense.
+With all of them, an adapter's replacement of a weight is dense.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from lorafuse.codecs.per_expert import Stacked
 from lorafuse.codecs.plain import PlainEncoder
 from lorafuse.codecs.run_time import serves
 from lorafuse.codecs.sources import Sources
+from lorafuse.codecs.stack_encoder import StackEncoder
 from lorafuse.codecs.stored import StoredEncoder, stored_names
 from lorafuse.errors import UsageError, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -30,7 +32,14 @@ def base(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -
     `--keep-dense` names modules that become dense."""
     if settings.base_quant:
         return on_simulated_base(ckpt, settings, weights)
-    return AsStored(ckpt, settings, weights, settings.keep_dense)
+    return AsStored(ckpt, settings, weights, KeepDense.asked_for(settings, ckpt.config))
+
+
+def light(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> Format:
+    """Raises UsageError for a base in full precision without `--base-quant`."""
+    if not settings.base_quant:
+        _refuse_full_precision(ckpt, settings, weights)
+    return base(ckpt, settings, weights)
 
 
 def mixed(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> Format:
@@ -44,29 +53,33 @@ def mixed(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) 
             "--format mixed keeps what the base stores, which is full precision where --base-quant is given: "
             "leave --format out, or choose --format base."
         )
+    _refuse_full_precision(ckpt, settings, weights)
+    return AsStored(ckpt, settings, weights, KeepDense(("*",)))
+
+
+def _refuse_full_precision(ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> None:
     if all(sources.as_stored for sources in weights.values()):
         raise UsageError(
-            f"{shown(ckpt.folder)}: no weight of it is quantized, so that --format mixed would keep nothing: "
-            "leave --format out."
+            f"{shown(ckpt.folder)}: no weight of it is quantized, so that --format {settings.format} would "
+            "keep nothing: leave --format out."
         )
-    return AsStored(ckpt, settings, weights, ("*",))
 
 
 class AsStored(Format):
-    """Quantized weights that nothing changes are copied, with their companions; of those that change, modules
-    that match a pattern of `dense` become dense."""
+    """Quantized weights that nothing changes are copied, with their companions; of those that change, some
+    become dense."""
 
     def __init__(
         self,
         ckpt: Checkpoint,
         settings: Settings,
         weights: Mapping[str, Sources],
-        dense: tuple[str, ...],
+        keep_dense: KeepDense,
     ) -> None:
         word = settings.format
         if settings.dtype != "auto":
             raise UsageError(f"--format {word} keeps the base's own dtypes: leave --dtype out.")
-        self._config, self._weights, self._keep_dense = ckpt.config, weights, KeepDense(dense)
+        self._config, self._weights, self._keep_dense = ckpt.config, weights, keep_dense
         self._unbiased, self._word = settings.rounding != "nearest", word
         self._of_base: dict[int, str] = {}
         self._quantized: set[str] = set()  # weights of the output
@@ -84,21 +97,30 @@ class AsStored(Format):
             [name] = self._names(weight.name, base)
             return PlainEncoder(name, weight.spec)
         if isinstance(base, Stacked):
-            raise UsageError(
-                f"--format {self._word}: {shown(weight.name)} is made from several weights of the base, "
-                "which keeps them apart: leave --format out."
-            )
+            return self._in_stack(weight, base)
         if weight.sources is not base or self._keep_dense.names(weight.name):
             self._dense.add(weight.name)
             return PlainEncoder(weight.name, weight.spec)
         self._quantized.add(weight.name)
         return self._on_grid(weight.name, base)
 
+    def _in_stack(self, weight: WeightToStore, base: Stacked) -> Encoder:
+        dense = weight.sources is not base or self._keep_dense.names(weight.name)
+        if dense or not base.on_grids:
+            raise UsageError(
+                f"--format {self._word}: {shown(weight.name)} is made from several weights of the base, "
+                "which keeps them apart, and would be dense as a whole: leave --format out, or choose "
+                "--format base without --keep-dense."
+            )
+        self._quantized.add(weight.name)
+        names = self._names(weight.name, base)
+        return StackEncoder(weight.name, names, base, unbiased=self._unbiased)
+
     def _on_grid(self, name: str, base: Sources) -> Encoder:
         if not isinstance(base, GridSources) or not base.grid_rows:
             raise UsageError(
-                f"--format base: {shown(name)} is stored in {base.scheme}, whose codes cannot be written "
-                "anew: --format mixed leaves what changes dense."
+                f"--format {self._word}: {shown(name)} is stored in {base.scheme}, whose codes cannot be "
+                "written anew: --format mixed leaves what changes dense."
             )
         return OwnGridEncoder(name, self._names(name, base), base, unbiased=self._unbiased)
 

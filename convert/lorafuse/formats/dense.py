@@ -27,7 +27,7 @@ class Dense(Format):
     def __init__(self, ckpt: Checkpoint, settings: Settings, weights: Mapping[str, Sources]) -> None:
         for option, given in (("--keep-dense", settings.keep_dense), ("--rounding", settings.rounding)):
             if given:
-                raise UsageError(f"{option} is for a light --format; dense has no quantized weight.")
+                raise UsageError(f"{option} is for a --format of quantized weights, and dense has none.")
 
     def encoder_of(self, weight: WeightToStore) -> Encoder:
         return dense_encoder(weight)

@@ -10,15 +10,14 @@ memory differs from that on disk, both are listed. compressed-tensors reads an e
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lorafuse.codecs.other_formats import quantizations
 from lorafuse.codecs.sources import Sources
 from lorafuse.errors import UsageError, shown
-from lorafuse.files.names import natural_key
-from lorafuse.naming.names import Names
-from lorafuse.naming.table import Renames
+from lorafuse.formats.modules import EXPERTS, Modules, Parts, catching_nothing_else
+from lorafuse.formats.own_words import auto_round, gptq, mlx
 
 _ANNOUNCING = ("quantization_config", "compression_config", "_load_in_4bit", "_load_in_8bit")
 
@@ -43,15 +42,21 @@ LISTS = {
     "bitsandbytes": _AS_TRANSFORMERS._replace(fields=("llm_int8_skip_modules",), one_by_one=True),
     "fp8": _AS_TRANSFORMERS._replace(fields=("modules_to_not_convert", "ignored_layers")),
     "fbgemm_fp8": _AS_TRANSFORMERS,
+    "awq": _AS_TRANSFORMERS._replace(implied=False),
     "mxfp4": _AS_TRANSFORMERS._replace(implied=False),
     "compressed-tensors": DenseList(("ignore",), marked=True),
     "modelopt": _MODELOPT,
     "modelopt_fp4": _MODELOPT,
 }
+# quant_method → what says it otherwise than by a list of what is dense.
+OWN_WORDS: dict[str, Callable[[dict[str, Any], Parts], dict[str, Any]]] = {
+    "gptq": gptq,
+    "auto-round": auto_round,
+    "intel/auto-round": auto_round,
+    "MLX": mlx,
+}
 _IN_HEADERS = ("torchao",)
 _SECTIONS = ("quantization_config", "compression_config", "quantization")
-_EXPERTS = re.compile(r"(.*\.experts)\..+")
-FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 
 
 def announces(name: str, value: object) -> bool:
@@ -91,8 +96,9 @@ def with_dense_modules(
             "copied: leave --format out."
         )
     if no_longer:
-        names = _Modules(config, weights)
-        _extend(fields, _Parts(names, names.of(no_longer), names.of(quantized)))
+        names = Modules(config, weights)
+        on_disk = [name.removesuffix(".weight") for name in no_longer]
+        _extend(fields, Parts(names, names.of(no_longer), names.of(quantized), on_disk))
     return fields
 
 
@@ -104,50 +110,31 @@ def dense_modules(
 ) -> list[str]:
     """The list of an output whose weights are all quantized here or dense: the modules of the weights
     `dense`, and the output embedding, which readers leave dense only where there is no list."""
-    names = _Modules(config, weights)
+    names = Modules(config, weights)
     modules = names.of([*dense, names.head])
-    return _catching_nothing_else(names.fused(modules), names.of(quantized))
+    return catching_nothing_else(names.fused(modules), names.of(quantized))
 
 
-class _Parts(NamedTuple):
-    """Modules of an output: those that are quantized no longer, and those that are."""
-
-    names: "_Modules"
-    dense: list[str]
-    quantized: list[str]
-
-    def entries(self, kind: DenseList) -> list[str]:
-        """What the list of a quantization has to have for those that are not."""
-        dense = self.dense
-        if not kind.one_by_one:
-            self._refuse_parts_of_experts()
-            dense = list(dict.fromkeys(_with_experts(name, kind) for name in dense))
-        if not kind.expressions:
-            return dense
-        return _catching_nothing_else(self.names.fused(dense), self.quantized)
-
-    def _refuse_parts_of_experts(self) -> None:
-        dense, quantized = (
-            {match[1]: name for name in modules if (match := _EXPERTS.fullmatch(name))}
-            for modules in (self.dense, self.quantized)
-        )
-        for experts in sorted(dense.keys() & quantized.keys(), key=natural_key):
-            raise UsageError(
-                f"{shown(dense[experts])} becomes dense and {shown(quantized[experts])} does not: this "
-                f"quantization has all experts of {shown(experts)} in one form. --format base without "
-                "--keep-dense keeps all of them quantized."
-            )
+def _entries(parts: Parts, kind: DenseList) -> list[str]:
+    """What the list of a quantization has to have for the modules that are quantized no longer."""
+    dense = parts.dense
+    if not kind.one_by_one:
+        parts.refuse_parts_of_experts()
+        dense = list(dict.fromkeys(_with_experts(name, kind) for name in dense))
+    if not kind.expressions:
+        return dense
+    return catching_nothing_else(parts.names.fused(dense), parts.quantized)
 
 
 def _with_experts(module: str, kind: DenseList) -> str:
     """The entry for a module: experts are listed together."""
-    experts = _EXPERTS.fullmatch(module)
+    experts = EXPERTS.fullmatch(module)
     if not experts:
         return module
     return f"re:{re.escape(experts[1])}(\\..*)?$" if kind.marked else experts[1]
 
 
-def _extend(fields: dict[str, Any], parts: _Parts) -> None:
+def _extend(fields: dict[str, Any], parts: Parts) -> None:
     """Replaces each part of a config that lists modules, wherever it stands, by a copy with more of them."""
     for name, value in fields.items():
         if name in _SECTIONS and isinstance(value, dict):
@@ -159,7 +146,9 @@ def _extend(fields: dict[str, Any], parts: _Parts) -> None:
             _extend(value, parts)
 
 
-def _of_section(section: dict[str, Any], method: str, parts: _Parts) -> dict[str, Any]:
+def _of_section(section: dict[str, Any], method: str, parts: Parts) -> dict[str, Any]:
+    if method in OWN_WORDS:
+        return OWN_WORDS[method](section, parts)
     if method not in LISTS:
         raise UsageError(
             f"A checkpoint in {shown(method)} that is dense in part cannot be described in config.json by "
@@ -172,52 +161,11 @@ def _of_section(section: dict[str, Any], method: str, parts: _Parts) -> dict[str
     return _with_entries(section, kind, parts)
 
 
-def _with_entries(section: dict[str, Any], kind: DenseList, parts: _Parts) -> dict[str, Any]:
-    names, entries = parts.names, parts.entries(kind)
+def _with_entries(section: dict[str, Any], kind: DenseList, parts: Parts) -> dict[str, Any]:
+    names, entries = parts.names, _entries(parts, kind)
     listing = [field for field in kind.fields if section.get(field) is not None]
     before = [] if listing or not kind.implied else names.of(names.dense_matrices())
     return section | {
         field: list(dict.fromkeys([*(section.get(field) or before), *entries]))
         for field in listing or kind.fields[:1]
     }
-
-
-class _Modules:
-    """The modules of a checkpoint by the names that lists use."""
-
-    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Sources]) -> None:
-        self._weights, self._renames = weights, Renames(dict(config))
-        self.head = Names(weights, dict(config)).head or "lm_head.weight"
-
-    def of(self, weights: Iterable[str]) -> list[str]:
-        """Their modules, by their names on disk and in memory, sorted."""
-        names: set[str] = set()
-        for weight in weights:
-            in_memory = (name for name, _ in self._renames.memory_names(weight))
-            names.update(name.removesuffix(".weight") for name in (weight, *in_memory))
-        return sorted(names, key=natural_key)
-
-    def dense_matrices(self) -> list[str]:
-        """Without a list, a reader leaves the output embedding dense, and what is tied; both are dense here,
-        if they are stored."""
-        dense = [
-            name
-            for name, sources in self._weights.items()
-            if sources.as_stored and len(sources.spec.shape) == 2 and name.endswith(".weight")
-        ]
-        return [*dense, self.head]
-
-    def fused(self, modules: list[str]) -> list[str]:
-        """The same, with the name of each module that vLLM makes of several, where all of them are there."""
-        there, fused = set(modules), []
-        for parts, whole in FUSED.items():
-            parents = {name.removesuffix(parts[0]) for name in modules if name.endswith(f".{parts[0]}")}
-            fused += [parent + whole for parent in parents if all(parent + part in there for part in parts)]
-        return [*modules, *sorted(fused, key=natural_key)]
-
-
-def _catching_nothing_else(entries: list[str], quantized: list[str]) -> list[str]:
-    """Entries that are the end of a quantized module's name become expressions for a name of their own."""
-    lengths = {len(entry) for entry in entries}
-    ends = {module[-n:] for module in quantized for n in lengths if n < len(module)}
-    return [f"{re.escape(entry)}$" if entry in ends else entry for entry in entries]

@@ -3,13 +3,13 @@ result when it loads it, or, of a base that training saw quantized so, the grid 
 
     nf4, fp4, int8   the weights that transformers 5 quantizes on loading, in bitsandbytes' layout
     base             the same as the kind of --base-quant
+    light            the same, but value projections that change are dense
 """
 
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from lorafuse.arithmetic.arena import device_kind
 from lorafuse.codecs.bnb4_quantizer import FourBitRows
 from lorafuse.codecs.bnb8_quantizer import Int8Rows
 from lorafuse.codecs.columns_quantizers import FourBitColumns, Int8Columns
@@ -48,7 +48,7 @@ class Quantized(Format):
         self._ckpt, self._settings, self._weights = ckpt, settings, weights
         self._quant = quant or settings.quantization
         self._own_grid = settings.base_quant is not None and settings.base_quant.kind == self._quant.kind
-        self._keep_dense, self._warnings = KeepDense(settings.keep_dense), list[str]()
+        self._keep_dense, self._warnings = KeepDense.asked_for(settings, ckpt.config), list[str]()
         self._refuse()
         self._chosen = {id(weights[name]) for name in self._on_load()}
         self._outputs: dict[str, Sources] = {}  # weights of the output
@@ -69,8 +69,6 @@ class Quantized(Format):
             )
         if self._own_grid and settings.dtype != "auto":
             raise UsageError(f"{word} keeps the dtypes that training saw: leave --dtype out.")
-        if self._own_grid and device_kind(settings.device) != "cpu":
-            raise UsageError(f"{word} with --base-quant is computed on the CPU: choose --device cpu.")
 
     def _on_load(self) -> list[str]:
         """The weights of the base that transformers quantizes on loading."""

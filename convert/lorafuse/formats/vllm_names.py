@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from lorafuse.codecs.sources import Sources
 from lorafuse.files.names import natural_key
-from lorafuse.formats.not_converted import FUSED
+from lorafuse.formats.modules import FUSED
 from lorafuse.trained_base.linear_layers import LinearLayers
 
 _IN_LAYER = re.compile(r"\.\d+\.")

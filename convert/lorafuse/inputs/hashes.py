@@ -4,11 +4,11 @@ import posixpath
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from threading import Event
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.folder import Folder
-from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.folder import FileHash, Folder
+from lorafuse.files.hashing import checked_hash
 from lorafuse.receipt.fields import InputEntry
 
 if TYPE_CHECKING:
@@ -26,16 +26,13 @@ class InputFile(NamedTuple):
 
     def entry(self, hashed: FileHash) -> InputEntry:
         """What a receipt says of it."""
-        size, sha256 = hashed
-        if self.weight is None:
-            return {"role": self.role, "path": self.path, "size": size, "sha256": sha256}
-        return {
-            "role": self.role,
-            "path": self.path,
-            "weight": self.weight,
-            "size": size,
-            "sha256": sha256,
-        }
+        entry: dict[str, Any] = {"role": self.role, "path": self.path}
+        if self.weight is not None:
+            entry["weight"] = self.weight
+        entry |= {"size": hashed.size, "sha256": hashed.sha256}
+        if self.folder.commit is not None:
+            entry["commit"] = self.folder.commit
+        return cast(InputEntry, entry)
 
 
 class InputHashes:
@@ -64,7 +61,7 @@ class InputHashes:
         return self._future.result()
 
     def _hashed(self, file: InputFile) -> FileHash:
-        return hash_file(file.folder, file.name, self._go_on)
+        return checked_hash(file.folder, file.name, self._go_on)
 
     def _go_on(self, _: int) -> None:
         if self._stop.is_set():

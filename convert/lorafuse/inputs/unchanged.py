@@ -11,8 +11,8 @@ from lorafuse.adapters.reading.check_tensors import refuse_nonfinite
 from lorafuse.arithmetic.arena import device_kind
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.folder import Folder
-from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.folder import FileHash, Folder
+from lorafuse.files.hashing import checked_hash
 from lorafuse.files.stores import ShardedStore
 from lorafuse.inputs.hashes import adapter_hashes
 from lorafuse.outdir.journal import Attempt
@@ -58,7 +58,7 @@ class UnchangedInputs:
         """Of a file, which is read once."""
         label = folder / name
         if label not in self._hashes:
-            self._hashes[label] = hash_file(folder, name)
+            self._hashes[label] = checked_hash(folder, name)
         return self._hashes[label]
 
     def adapter_inputs(self) -> list[InputEntry]:

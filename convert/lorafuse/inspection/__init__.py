@@ -5,13 +5,14 @@ Headers, configs and small tensors are read, no weight. Of a hub id, the files o
 checkpoint only its config and the headers of its shards.
 """
 
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 from lorafuse.errors import CheckpointError, shown
-from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
-from lorafuse.files.names import INDEX, RECEIPT, SINGLE
+from lorafuse.files.hub import as_named, folder_of
+from lorafuse.files.local_folder import directory_as_typed
+from lorafuse.files.names import INDEX, RECEIPT, SINGLE, TORCH_INDEX, TORCH_SINGLE
 from lorafuse.inspection.merged import inspect_merged
 
 __all__ = ["inspect"]
@@ -23,10 +24,11 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
     "problems". Raises CheckpointError, AdapterError or, for a damaged receipt, ResultError where there is
     nothing that could be shown, and StorageError.
     """
-    name = fspath(path)
+    name = directory_as_typed(path)
     folder = open_folder(name)
-    is_whole = folder.is_there()  # of a hub id only some files are fetched
-    folder = folder if is_whole else _configs_of(name)
+    is_local = folder.is_there()
+    folder = folder if is_local else folder_of(name, CheckpointError)
+    name = as_named(name)
     if folder.exists(RECEIPT):
         return inspect_merged(folder, name)
     # These import torch.
@@ -38,19 +40,12 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
     with own_torch_state():
         at_root, names = adapters_in(folder)
         has_config = folder.exists("config.json")
-        has_weights = any(folder.exists(file) for file in (SINGLE, INDEX))
-        if at_root or (names and not (has_weights if is_whole else has_config)):
+        has_weights = any(folder.exists(file) for file in (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX))
+        if at_root or (names and not has_weights):
             return inspect_adapters(name, [None] if at_root else names)
         if has_config or has_weights:
-            return inspect_checkpoint(folder, name) if is_whole else inspect_remote(folder, name)
+            return inspect_checkpoint(folder, name) if is_local else inspect_remote(folder, name)
     raise CheckpointError(
         f"{shown(name)}: holds no checkpoint (config.json, {SINGLE}), no adapter (adapter_config.json) and "
         f"no result of a merge ({RECEIPT})."
     )
-
-
-def _configs_of(name: str) -> Folder:
-    from lorafuse.files.hub import folder_of
-    from lorafuse.inputs.located import KIND_FILES
-
-    return folder_of(name, KIND_FILES, CheckpointError)

@@ -12,7 +12,6 @@ from lorafuse.adapters.reading.directory import adapters_in, is_mlx
 from lorafuse.adapters.reading.keys import unusual_prefixes
 from lorafuse.errors import AdapterError
 from lorafuse.files.hub import folder_of
-from lorafuse.inputs.located import adapter_files
 
 # Fields that have entries of their own, or that only training or loading needs.
 _ELSEWHERE = (
@@ -51,7 +50,7 @@ def inspect_adapters(name: str, folders: Sequence[str | None]) -> dict[str, Any]
 
 
 def _inspect(name: str, folder: str | None) -> dict[str, Any]:
-    root = folder_of(name, adapter_files(folder), AdapterError)
+    root = folder_of(name, AdapterError, whole=True)
     where = name if folder is None else f"{name.rstrip('/')}/{folder}"
     with closing(AdapterDir(root, folder, where)) as adapter:
         return _facts(adapter) | {

@@ -11,11 +11,10 @@ from typing import Any
 
 from lorafuse.codecs import Scheme, Sources, claims, open_weights, refuse_unknown_quantization
 from lorafuse.errors import CheckpointError
-from lorafuse.files.checkpoint import CONFIG_TYPES, Checkpoint
+from lorafuse.files.checkpoint import CONFIG_TYPES, Checkpoint, weights_of
 from lorafuse.files.folder import Folder
-from lorafuse.files.hub import remote_tensors
+from lorafuse.files.hub_folder import HubFolder
 from lorafuse.files.json_yaml import read_json_dict
-from lorafuse.files.names import SINGLE
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.stores import ShardedStore
 from lorafuse.files.tensors import DTYPES, FLOATS, TensorInfo
@@ -44,8 +43,8 @@ def inspect_checkpoint(folder: Folder, name: str) -> dict[str, Any]:
     except CheckpointError as e:
         problem = e
     try:
-        store = ShardedStore(folder, SINGLE)
-    except (FormatError, ValueError, OSError):
+        store = ShardedStore(folder, weights_of(folder))
+    except (CheckpointError, FormatError, ValueError, OSError):
         raise problem from None
     with closing(store):
         return _facts(
@@ -54,18 +53,24 @@ def inspect_checkpoint(folder: Folder, name: str) -> dict[str, Any]:
 
 
 def inspect_remote(folder: Folder, name: str) -> dict[str, Any]:
-    """Of a hub id whose config is in `folder`. Raises CheckpointError, StorageError."""
-    if folder.names("*.safetensors"):
-        with suppress(CheckpointError):  # all of it may have been fetched before, or a part
-            return inspect_checkpoint(folder, name)
-    files = remote_tensors(name)
-    tensors = {tensor: info for part in files.values() for tensor, info in part.items()}
-    config, problems = _config(folder), []
+    """Of a hub id, of which config and headers are read; all that a directory tells, where the files were
+    fetched before. Raises CheckpointError, StorageError."""
     try:
-        refuse_unknown_quantization(config, folder, tensors)
-    except CheckpointError as e:
-        problems.append(str(e))
-    return _facts(name, config, tensors, list(files), {}, problems)
+        store = ShardedStore(folder, weights_of(folder))
+    except (FormatError, ValueError) as e:
+        raise CheckpointError(str(e)) from None
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{e.filename}: not found; {folder} is no complete checkpoint.") from None
+    config, problems = _config(folder), []
+    with closing(store):
+        if isinstance(folder, HubFolder) and all(folder.is_here(shard.name) for shard in store.shards):
+            with suppress(CheckpointError):
+                return inspect_checkpoint(folder, name)
+        try:
+            refuse_unknown_quantization(config, folder, store.tensors)
+        except CheckpointError as e:
+            problems.append(str(e))
+        return _facts(name, config, store.tensors, [shard.name for shard in store.shards], {}, problems)
 
 
 def _config(folder: Folder) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lorafuse.arithmetic.arena import host_view
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.errors import ResultError, shown
 from lorafuse.merge.destination import Destination
+from lorafuse.merge.feed import EVERYTHING_HERE, Feed
 from lorafuse.merge.tile import Made
 from lorafuse.merge.workers import TileWorkers
 from lorafuse.planning.plan import Memory
@@ -19,14 +20,19 @@ from lorafuse.planning.shared_weights import SharedWeights, Variant
 
 
 def merge(
-    outputs: Sequence[Destination], memory: Memory, device: torch.device, *, allow_nonfinite: bool = False
+    outputs: Sequence[Destination],
+    memory: Memory,
+    device: torch.device,
+    *,
+    allow_nonfinite: bool = False,
+    feed: Feed = EVERYTHING_HERE,
 ) -> None:
     """Make what the outputs need. Errors of reading and writing pass through; what is wrong with one output
     alone ends up in its `error`, and when nothing else is left, ends the loop. Wrong are values that are not
     finite, also the base's own in weights that are not copied bit for bit, unless `allow_nonfinite`."""
     planned = SharedWeights([output.steps() for output in outputs])
     try:
-        with own_torch_state(), TileWorkers(planned, memory, device) as workers:
+        with own_torch_state(), TileWorkers(planned, memory, device, feed) as workers:
             for tile in workers.tiles(outputs):
                 for variant, made, buffer in zip(tile.weight.variants, tile.made, tile.buffers, strict=True):
                     if made.measures:
@@ -55,7 +61,7 @@ def _deliver(output: Destination, variant: Variant, made: Made, buffer: torch.Te
         output.outcome.measures[variant.step.name] = variant.measures
     view = host_view(buffer)
     for piece in made.pieces:
-        output.write(piece.tensor, piece.at, view[piece.start : piece.start + piece.nbytes])
+        output.write(piece.tensor, piece.at, piece.bytes_of(view))
 
 
 def _complaint(variant: Variant, allow_nonfinite: bool) -> ResultError | None:

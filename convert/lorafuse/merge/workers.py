@@ -18,6 +18,7 @@ from lorafuse.arithmetic.torch_state import one_thread_here
 from lorafuse.codecs import Arena, Sources
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.merge.destination import Destination
+from lorafuse.merge.feed import EVERYTHING_HERE, Feed
 from lorafuse.merge.tile import Made, make_tile, prepare, release
 from lorafuse.planning.plan import Memory
 from lorafuse.planning.shared_weights import SharedWeight, SharedWeights
@@ -37,13 +38,15 @@ class Tile:
 class TileWorkers:
     """Worker threads, their scratch memory, and a pool of buffers for finished tiles."""
 
-    def __init__(self, planned: SharedWeights, memory: Memory, device: torch.device) -> None:
-        self._planned, self._memory, self._device = planned, memory, device
+    def __init__(
+        self, planned: SharedWeights, memory: Memory, device: torch.device, feed: Feed = EVERYTHING_HERE
+    ) -> None:
+        self._planned, self._memory, self._device, self._feed = planned, memory, device, feed
         self._executor = ThreadPoolExecutor(memory.n_workers, "tile", initializer=self._start_worker)
         self._local = local()
         # Last in, first out: the buffer that was written last is still in cache.
         self._buffers: queue.LifoQueue[torch.Tensor] = queue.LifoQueue()
-        self._pending: deque[tuple[SharedWeight, bool, Future[Tile]]] = deque()
+        self._pending: deque[tuple[SharedWeight, int | None, Future[Tile]]] = deque()
         self._held_nbytes = 0  # by weights that are prepared and not released
         self._loader = Arena(device)
 
@@ -69,7 +72,7 @@ class TileWorkers:
 
     def tiles(self, outputs: Sequence[Destination]) -> Iterator[Tile]:
         """Finished tiles, weight by weight; none for outputs that were given up meanwhile."""
-        for whole, following in pairwise(chain(self._planned, [None])):
+        for n, (whole, following) in enumerate(pairwise(chain(self._planned, [None]))):
             assert whole is not None
             weight = whole.only({number for number, output in enumerate(outputs) if output.error is None})
             if not weight.variants:
@@ -80,11 +83,12 @@ class TileWorkers:
                 or self._shares_patch(weight)
             ):
                 yield self._take()
+            yield from self._until_ready(n)
             weight = self._prepared(weight, outputs)
             if not weight.variants:
                 continue
             self._held_nbytes += weight.resident_nbytes
-            if following and following.needs_values:
+            if following and following.needs_values and self._feed.is_ready(n + 1):
                 # A pass over the next weight, if it needs one, beside the making of this one; tiles report
                 # its errors.
                 self._executor.submit(self._prepare, following.sources)
@@ -94,9 +98,18 @@ class TileWorkers:
                 weight.will_need(start, stop)
                 buffers = [self._buffers.get() for _ in weight.variants]
                 future = self._executor.submit(self._make, weight, start, stop, buffers)
-                self._pending.append((weight, stop == weight.size, future))
+                self._pending.append((weight, n if stop == weight.size else None, future))
         while self._pending:
             yield self._take()
+
+    def _until_ready(self, n: int) -> Iterator[Tile]:
+        """Finished tiles of the weights before the one of that number, while what it is made from is not
+        here."""
+        while self._pending and not self._feed.is_ready(n):
+            yield self._take()
+        if not self._pending:
+            self._feed.made(n - 1)
+        self._feed.wait(n)
 
     def _prepared(self, weight: SharedWeight, outputs: Sequence[Destination]) -> SharedWeight:
         """The weight with its patches prepared, less the outputs whose patches cannot be."""
@@ -122,9 +135,10 @@ class TileWorkers:
         )
 
     def _take(self) -> Tile:
-        weight, last, future = self._pending.popleft()
+        weight, number, future = self._pending.popleft()
         tile = future.result()
-        if last:
+        if number is not None:
+            self._feed.made(number)
             for variant in weight.variants:
                 release(variant.step)
             if weight.needs_values:

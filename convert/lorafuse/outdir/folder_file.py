@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorafuse.files.folder import Folder, stream
-from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.folder import FileHash, Folder, stream
+from lorafuse.files.hashing import hash_file
 
 READ_NBYTES = 1 << 20
 

@@ -21,13 +21,15 @@ FIXED_NBYTES = 200_000
 N_FIXED_FILES = 8
 
 
-def check_room(outputs: Sequence[Output], side_files: Sequence[tuple[Folder, str]]) -> None:
+def check_room(
+    outputs: Sequence[Output], side_files: Sequence[tuple[Folder, str]], nbytes_beside: int = 0
+) -> None:
     """Raises StorageError unless there is room for what the outputs lack and for the files that are copied:
-    pairs of a folder and a name in it."""
+    pairs of a folder and a name in it. `nbytes_beside`: what lies there for a while."""
     space, place = outputs[0].out_dir.space(), shown(common_place(outputs))
     if space is None:
         return
-    needed, free = _needed(outputs, side_files), space.free_nbytes
+    needed, free = _needed(outputs, side_files) + nbytes_beside, space.free_nbytes
     if free is not None and needed > free:
         raise StorageError(
             f"{place}: {needed} bytes are needed and {free} are free; {needed - free} are missing. "

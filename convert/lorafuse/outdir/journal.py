@@ -34,10 +34,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """A shard that is complete, and the measures of its merged weights."""
+    """A shard that is complete, and the measures of its merged weights. `elsewhere`: it is where it was
+    wanted, and not here any more."""
 
     written: Written
     measures: dict[str, Measures]
+    elsewhere: bool = False
 
 
 @dataclass
@@ -122,7 +124,8 @@ def _read_line(line: Any, record: Record) -> None:
         if os.path.basename(written.file) != written.file:
             raise ValueError(written.file)
         measures = {name: Measures(**sums) for name, sums in line["finished"]["measures"].items()}
-        record.finished[written.file] = FinishedShard(written, measures)
+        elsewhere = bool(line["finished"].get("elsewhere", False))
+        record.finished[written.file] = FinishedShard(written, measures, elsewhere)
     else:
         record.moving = [os.path.basename(name) for name in line["moving"]]
 

@@ -11,8 +11,8 @@ from typing import Protocol, Self
 
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.events import OnEvent
-from lorafuse.files.folder import Folder
-from lorafuse.files.hashing import FileHash
+from lorafuse.files.folder import FileHash, Folder
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_writer import OutFile
 from lorafuse.merge.destination import Written
 from lorafuse.outdir.journal import Attempt, FinishedShard
@@ -65,6 +65,10 @@ class OutDir(Protocol):
     def put(self, file: str, chunks: Iterable[bytes]) -> None:
         """A small file, which may lie in a sub-folder, durable at once."""
 
+    def scratch(self) -> LocalFolder:
+        """A folder of this machine for what is needed while the result is made. What lies in it is there for
+        a run that goes on, and is removed with the result's place."""
+
     def files(self) -> list[str]:
         """The names of all files that are complete, sorted."""
 
@@ -76,6 +80,9 @@ class OutDir(Protocol):
 
     def record(self, written: Written, measures: dict[str, Measures]) -> None:
         """A shard is complete, and need not be made again."""
+
+    def give_away(self, file: str) -> None:
+        """A shard that is recorded lies elsewhere now: remove it, and remember that it is complete."""
 
     def finished_file(self, file: str) -> FinishedFile:
         """A complete file, for other results; under its final name once it is committed."""

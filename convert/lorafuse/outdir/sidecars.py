@@ -12,6 +12,7 @@ from lorafuse.files.tensors import FLOATS
 from lorafuse.formats.not_converted import announces
 from lorafuse.planning.plan import Plan
 from lorafuse.side_files.checked import refuse_large
+from lorafuse.side_files.older_readers import with_older_fields
 
 READ_NBYTES = 1 << 20
 JSON_NBYTES = 1 << 16
@@ -44,7 +45,7 @@ def output_config(
 ) -> dict[str, Any]:
     """The checkpoint's config without quantization and with `changes`, each set where the config has the
     field, else at the top, and a path with dots in that section; then what readers need for the tensors as
-    they are `stored`."""
+    they are `stored`, and the fields that older readers look for."""
     result = {name: _without_quantization(value) for name, value in _without_quantization(config).items()}
     text = result.get("text_config") if isinstance(result.get("text_config"), dict) else None
     if "dtype" in changes:
@@ -61,7 +62,7 @@ def output_config(
         inner = result.get(name)
         inside = isinstance(inner, dict) and not announces(name, value)
         result[name] = inner | value if inside else value
-    return result
+    return with_older_fields(result)
 
 
 def _in_section(config: dict[str, Any], path: list[str]) -> dict[str, Any]:
@@ -106,6 +107,11 @@ def write_json(out_dir: TakesFiles, file: str, value: Any) -> None:
     """Pretty-printed JSON. As transformers writes it: ASCII, so that any path or string can be
     spelled, and with Infinity and NaN, which some configs hold (Mamba's time_step_limit)."""
     out_dir.put(file, _json_chunks(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """The same, at once."""
+    return b"".join(_json_chunks(value))
 
 
 def _json_chunks(value: Any) -> Iterator[bytes]:

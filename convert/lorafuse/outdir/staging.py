@@ -1,8 +1,9 @@
 """Results in directories of this machine. A result is made in a hidden directory until it becomes OUT_DIR.
 
 `<hidden>/out` becomes OUT_DIR (`commit.py` says where it lies); `<hidden>/journal.jsonl` lists its finished
-shards. When a run is cut off, the next run of the same command takes the hidden directory over, under a name
-of its own, and goes on. The checks of OUT_DIR itself are here too.
+shards; `<hidden>/base` has files of a base that is streamed. When a run is cut off, the next run of the same
+command takes the hidden directory over, under a name of its own, and goes on. The checks of OUT_DIR itself
+are here too.
 """
 
 import errno
@@ -18,7 +19,8 @@ from typing import Self
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.errors import OutDirError, listed, shown
 from lorafuse.events import OnEvent
-from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.folder import FileHash
+from lorafuse.files.hashing import hash_file
 from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.sharing import share_file
@@ -32,6 +34,8 @@ from lorafuse.outdir.lock import Lock
 from lorafuse.outdir.out_dir import FinishedFile, Space
 from lorafuse.outdir.read_back import read_shapes
 from lorafuse.outdir.resume import goes_on, leaves_work
+
+SCRATCH = "base"
 
 
 def refuse_filled(place: StagingPlace, out_dir: Path, overwrite: bool) -> None:
@@ -116,7 +120,9 @@ class LocalOutDir:
             self._folder.chmod(0o700)
             self.finished = left[taken].finished
             self.finished = {
-                file: shard for file, shard in self.finished.items() if self._is_whole(shard.written)
+                file: shard
+                for file, shard in self.finished.items()
+                if shard.elsewhere or self._is_whole(shard.written)
             }
             self._clear()
         if self._attempt:
@@ -194,6 +200,11 @@ class LocalOutDir:
             f.flush()
             os.fsync(f.fileno())
 
+    def scratch(self) -> LocalFolder:
+        folder = self._folder / SCRATCH
+        folder.mkdir(exist_ok=True)
+        return LocalFolder(folder)
+
     def files(self) -> list[str]:
         files = (path for path in self.path.rglob("*") if path.is_file() and path.suffix != ".part")
         return sorted(path.relative_to(self.path).as_posix() for path in files)
@@ -224,6 +235,13 @@ class LocalOutDir:
             shard = FinishedShard(written, measures)
             self._journal.finished(shard)
             self.finished[written.file] = shard
+
+    def give_away(self, file: str) -> None:
+        if self._journal:
+            shard = replace(self.finished[file], elsewhere=True)
+            self._journal.finished(shard)
+            self.finished[file] = shard
+        (self.path / file).unlink()
 
     def commit(self) -> None:
         """Sync the directory and give it its name, in place of what is there if that is to be overwritten."""

@@ -38,6 +38,7 @@ def plan_event(plan: Plan) -> PlanEvent:
             "tokenizer": plan.side_files.tokenizer,
             "chat_template": plan.side_files.chat_template,
         },
+        "notes": plan.notes,
         "held_whole": [
             step.name for step in steps if any(patch.needs.holds_weight for patch in step.patches)
         ],

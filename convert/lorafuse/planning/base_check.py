@@ -27,6 +27,7 @@ from lorafuse.files.names import RECEIPT
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.naming import Names
 from lorafuse.patches.patch import Base
+from lorafuse.trained_base.beside_adapter import base_of_card, not_told, said_beside
 from lorafuse.trained_base.model_names import is_named, quantized_by_name
 
 # At most as many as torch's ops take in one thread: more threads would bring stacks and arenas of their own.
@@ -141,6 +142,25 @@ def _other_quantization(
         )
 
 
+def notes(weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]) -> Iterator[str]:
+    """What to ask about adapters of a base in full precision, where no file tells how training loaded it."""
+    for adapter in adapters if all(sources.as_stored for sources in weights.values()) else ():
+        if _quantized_base(adapter) is None and not said_beside(*_folders_of(adapter)):
+            yield not_told(adapter.name)
+
+
+def _folders_of(adapter: AdapterDir) -> tuple[Folder, ...]:
+    """Where files about the adapter may lie."""
+    return (adapter.folder,) if adapter.sub_folder is None else (adapter.folder, adapter.root)
+
+
+def _quantized_base(adapter: AdapterDir) -> str | None:
+    """The base that the adapter's config names, else that of its card, if the name says that it is
+    quantized."""
+    named = adapter.base_name
+    return named if quantized_by_name(named) else base_of_card(adapter.folder)
+
+
 def _other_precision(
     ckpt: Folder, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
 ) -> Iterator[str]:
@@ -150,14 +170,23 @@ def _other_precision(
         yield from _other_quantization(ckpt, weights, adapters)
         return
     for adapter in adapters:
-        kind = quantized_by_name(adapter.base_name)
-        if kind is None:
-            continue
-        base, merged = shown(adapter.base_name), f"{shown(ckpt)} is in full precision"
+        named = _quantized_base(adapter)
+        kind = quantized_by_name(named)
+        merged = f"{shown(ckpt)} is in full precision"
         lost = (
             "the update was trained on rounded weights, so on these the result is not the model that was "
             "trained"
         )
+        if kind is None:
+            quantized = (said for said in said_beside(*_folders_of(adapter)) if said.quant is not None)
+            yield from (
+                f"{said.file}: says that training quantized the base ({said.quant}), but {merged}: {lost}. "
+                f"Take --base-quant-from {said.file}, or --base-quant auto, which takes what the files "
+                "beside the adapter say."
+                for said in quantized
+            )
+            continue
+        base = shown(named)
         if kind in ("nf4", "fp4", "int8"):
             yield (
                 f"{adapter.file}: was trained on {base}, whose weights are quantized ({kind}), but {merged}: "

@@ -23,7 +23,7 @@ from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, StoredTens
 from lorafuse.formats import FORMATS
 from lorafuse.formats.format import Format, MakeFormat, WeightToStore
 from lorafuse.naming import Names
-from lorafuse.planning.base_check import base_copies, base_warnings, naming_the_base
+from lorafuse.planning.base_check import base_copies, base_warnings, naming_the_base, notes
 from lorafuse.planning.by_format import sizes_by_format
 from lorafuse.planning.combine import AdapterSays, WeightedAdapter, combine, common_model, in_order
 from lorafuse.planning.edits import own_edits
@@ -80,10 +80,7 @@ def make_plan(
         raise CheckpointError(f"{shown(ckpt.folder)}: holds no weight.")
     shards = split_shards(steps, settings.max_shard_nbytes)
     n_entries = len(ckpt.tensors) + max(len(steps) - len(weights), 0)
-    held_nbytes = n_entries * STORED_TENSOR_NBYTES + sum(
-        weighted.adapter.nbytes + len(weighted.adapter.store.tensors) * ADAPTER_TENSOR_NBYTES
-        for weighted in adapters
-    )
+    held_nbytes = _held_nbytes(ckpt, adapters, n_entries)
     memory = fit_memory(SharedWeights([steps]), held_nbytes, settings, len(steps) * RECEIPT_ENTRY_NBYTES)
     config_changes = model.changes | _config_changes(names, steps, untied, files)
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
@@ -92,9 +89,19 @@ def make_plan(
     warnings += [*how.warnings(), *side_files.warnings]
     return Plan(
         shards, plan_id, memory, held_nbytes, config_changes, how.config(), used, ignored,
-        dict(how.left_out(run_time)), warnings, copies, side_files,
+        dict(how.left_out(run_time)), warnings, list(notes(weights, [each.adapter for each in summed])),
+        copies, side_files,
         sizes_by_format(ckpt, settings, weights, stored_so) if each_format else {},
     )  # fmt: skip
+
+
+def _held_nbytes(ckpt: Checkpoint, adapters: Sequence[WeightedAdapter], n_entries: int) -> int:
+    """By the tables of so many tensors, by adapters, and by the place that the checkpoint is read from."""
+    of_adapters = sum(
+        weighted.adapter.nbytes + len(weighted.adapter.store.tensors) * ADAPTER_TENSOR_NBYTES
+        for weighted in adapters
+    )
+    return n_entries * STORED_TENSOR_NBYTES + of_adapters + ckpt.folder.held_nbytes
 
 
 def _side_files(

@@ -164,6 +164,7 @@ class Plan:
     ignored: dict[str, str]
     dropped: dict[str, str]  # stored tensors of the checkpoint that are no weights → why
     warnings: list[str]
+    notes: list[str]  # what to ask oneself about a merge in which nothing is wrong
     copies: list[BaseCopy]  # compared with the checkpoint before the merge
     side_files: SideFiles
     sizes: dict[str, int]  # bytes of all weights in each format that the base allows, where that was asked

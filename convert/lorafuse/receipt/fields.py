@@ -6,22 +6,25 @@ SCHEMA = 1
 
 
 class Tool(TypedDict):
-    """What made the result."""
+    """What made the result. `kernel`: the level of the compiled kernel, or "none"."""
 
     name: str
     version: str
     torch: str
     python: str
+    kernel: str
 
 
 class InputEntry(TypedDict):
-    """A file that was read. `weight`: of its adapter, where there were several."""
+    """A file that was read. `weight`: of its adapter, where there were several. `commit`: of the repository
+    on the hub that it is from."""
 
     role: Literal["checkpoint", "adapter"]
     path: str
     size: int
     sha256: str
     weight: NotRequired[float]
+    commit: NotRequired[str]
 
 
 class OutputEntry(TypedDict):

@@ -10,7 +10,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
 from lorafuse._version import __version__
-from lorafuse.files.hashing import FileHash
+from lorafuse.arithmetic import kernel
+from lorafuse.files.folder import FileHash
 from lorafuse.receipt.fields import (
     SCHEMA,
     InputEntry,
@@ -48,6 +49,7 @@ def make_receipt(
             "version": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "kernel": kernel.described(),
         },
         "settings": settings.that_decide_bytes,
         "plan_id": plan.plan_id,

@@ -45,18 +45,6 @@ def with_imports(folder: Folder, files: list[str]) -> list[str]:
     return sorted(found)
 
 
-def missing_code(folder: Folder, files: list[str]) -> list[str]:
-    """Patterns of what `files` and their imports may need and `folder` lacks, with what lies beside it."""
-    missing = [file.removesuffix(".py") for file in files if not folder.exists(file)]
-    for file in with_imports(folder, files):
-        modules = imported(folder, file)
-        missing += [
-            module for module in modules if not (folder.exists(f"{module}.py") or folder.exists(module))
-        ]
-    patterns = {pattern for module in missing for pattern in (f"{module}.py", f"{module}/*.py")}
-    return sorted(patterns | {f"{module.rpartition('/')[0]}/*.py" for module in missing if "/" in module})
-
-
 def imported(folder: Folder, file: str) -> Iterator[str]:
     """The modules that the relative imports of a file name, as paths without a suffix. None for a file that
     cannot be read as Python: a loader will say more than a copy could."""

@@ -49,7 +49,9 @@ def from_bnb(config: Config, where: str, version: object = None) -> BaseQuant:
     if four and eight:
         raise UsageError(f"{where}: load_in_4bit and load_in_8bit are both set; which is meant?")
     if not four and not eight:
-        raise UsageError(f"{where}: quantizes nothing: neither load_in_4bit nor load_in_8bit is set.")
+        raise UsageError(
+            f"{where}: quantizes nothing: neither load_in_4bit nor load_in_8bit is set.", unquantized=True
+        )
     if eight and half:
         raise UsageError(
             f"{where}: llm_int8_has_fp16_weight is set, which keeps 16-bit weights: merge without "

@@ -6,7 +6,7 @@ from os import PathLike
 from typing import Any, TypedDict
 
 from lorafuse.errors import UsageError
-from lorafuse.settings import QUANTIZING_FORMATS, BaseQuant
+from lorafuse.settings import AUTO, QUANTIZING_FORMATS, BaseQuant
 from lorafuse.trained_base.trainer_configs import read_base_quant
 
 # As every command and function has them.
@@ -74,12 +74,10 @@ def chosen_quants(
     return {"base_quant": of_base, "quant_anew": None}
 
 
-def refuse_beside_file(options: Iterable[str]) -> None:
+def refuse_beside_file(options: Iterable[str], file: str = "base_quant_from") -> None:
     """Raises UsageError for options that say what the file says."""
     for name in options:
-        raise UsageError(
-            f"base_quant_from and {name} both say how the base was quantized; give one of the two."
-        )
+        raise UsageError(f"{file} and {name} both say how the base was quantized; give one of the two.")
 
 
 def _by_options(
@@ -87,6 +85,9 @@ def _by_options(
 ) -> BaseQuant | None:
     """What the options of a conversion ask for; None for "none". Raises UsageError for details without a
     kind."""
+    if kind == AUTO:
+        said = {"no_double_quant": not double_quant, "quant_skip": bool(skip)}
+        refuse_beside_file((name for name, given in said.items() if given), "base_quant auto")
     if kind != "none":
         return BaseQuant(
             kind=kind,

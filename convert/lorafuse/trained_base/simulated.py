@@ -41,7 +41,9 @@ class Simulated(QuantizedOnLoad):
         self.nbytes, self.held_nbytes = on_host.nbytes, on_host.held_nbytes
 
     def loaded(self, tile: FinishedTile, arena: Arena) -> Raw:
-        return self._on_host.loaded(tile.raw, tile.box, arena)
+        """What is stored is made on the host, of a weight on a GPU too."""
+        raw = tile.raw if arena.on_host else self._on_host.fetch(tile.box, arena.host)
+        return self._on_host.loaded(raw, tile.box, arena.host)
 
     def _where(self, arena: Arena) -> Sources:
         return self._on_host if arena.on_host else self._on_gpu

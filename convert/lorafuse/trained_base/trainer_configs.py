@@ -49,7 +49,11 @@ _YAML_BLOCK = re.compile(r"^```ya?ml\n(.*?)^```", re.M | re.S)
 def read_base_quant(path: str | PathLike[str]) -> BaseQuant:
     """What the file says of the base's quantization. Raises UsageError for a file that says nothing,
     contradicts itself, or has a setting whose effect on the weights is not known."""
-    folder, name = folder_and_file(fspath(path))
+    return read_of_folder(*folder_and_file(fspath(path)))
+
+
+def read_of_folder(folder: Folder, name: str) -> BaseQuant:
+    """`read_base_quant` of a file in a folder."""
     where = shown(folder / name)
     try:
         return _read(folder, name, where)
@@ -178,7 +182,7 @@ def _llama_factory(config: Config, where: str) -> BaseQuant:
         raise says_nothing(where)
     bits = plain_value(config["quantization_bit"])
     if bits in ("null", "none", ""):
-        raise UsageError(f"{where}: quantizes nothing: quantization_bit is not set.")
+        raise UsageError(f"{where}: quantizes nothing: quantization_bit is not set.", unquantized=True)
     method = config.get("quantization_method") or "bnb"
     if method not in BNB:
         raise UsageError(f"{where}: quantization_method is {plain_value(method)}; {ONLY_BNB}")
@@ -206,7 +210,7 @@ def _llama_factory_1(config: Config, where: str) -> BaseQuant:
     refuse_quantized(config, "model", where)
     inside, where = config["quant_config"], f"{where}: quant_config"
     if inside is None:
-        raise UsageError(f"{where}: quantizes nothing: it is null.")
+        raise UsageError(f"{where}: quantizes nothing: it is null.", unquantized=True)
     if not isinstance(inside, dict) or inside.get("name") not in ("bnb", "auto"):
         named = inside.get("name") if isinstance(inside, dict) else inside
         raise UsageError(f"{where}: its name is {plain_value(named)}; {ONLY_BNB}")

@@ -10,8 +10,8 @@ from typing import Any
 
 from lorafuse.errors import CheckpointError, ResultError, StorageError, shown
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.folder import Folder
-from lorafuse.files.hashing import FileHash, hash_file
+from lorafuse.files.folder import FileHash, Folder
+from lorafuse.files.hashing import hash_file
 from lorafuse.files.names import RECEIPT, stays_inside
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.formats.not_converted import quantization_of

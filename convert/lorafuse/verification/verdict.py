@@ -196,7 +196,7 @@ def _on_another_base(seen: Evidence) -> Verdict | None:
         return None
     sure = "certain" if full else "likely"
     if chance > CHANCE_OF_SHARE:
-        return Verdict("unclear", "likely") if full else None
+        return Verdict("other base, unclear", "likely")
     if abs(share - 1) <= slack:
         return Verdict("other base", sure)
     return Verdict("other base, untouched", sure) if abs(share) <= slack else None

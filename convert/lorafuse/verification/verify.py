@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any, NamedTuple
 
 from lorafuse.arithmetic.arena import pick_device
@@ -13,8 +13,10 @@ from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
+from lorafuse.files.local_folder import directory_as_typed
 from lorafuse.files.names import RECEIPT
 from lorafuse.formats.dense import Values
+from lorafuse.inputs.fetching import fetch_shards
 from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, opened
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
@@ -52,7 +54,7 @@ def verify(
             "A checkpoint without an adapter, or the other way round, says nothing of a merge; give both or "
             "neither."
         )
-    folder = open_folder(fspath(out_dir))
+    folder = open_folder(directory_as_typed(out_dir))
     if not folder.is_there():
         raise ResultError(f"{shown(folder)}: is no directory.")
     receipt = read_receipt(folder)
@@ -65,8 +67,10 @@ def verify(
     checked = {"files": 0, "nbytes": 0, "weights": 0} | _against_receipt(folder, receipt, on_event)
     if ckpt is None:
         return checked
-    located = [located_adapter(fspath(adapter), 1.0, None, on_event) for adapter in adapters]
-    with closing(Checkpoint(checkpoint_folder(fspath(ckpt)))) as base, opened(located) as given:
+    located = [located_adapter(directory_as_typed(adapter), 1.0, None, on_event) for adapter in adapters]
+    ckpt_name = directory_as_typed(ckpt)
+    with opened(located) as given, closing(Checkpoint(checkpoint_folder(ckpt_name))) as base:
+        fetch_shards(base)
         inputs = MergeInputs(base, given)
         if receipt:
             return checked | _against_inputs(folder, receipt, inputs, settings, sample, on_event)

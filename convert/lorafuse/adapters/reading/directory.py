@@ -12,6 +12,7 @@ from lorafuse.adapters.reading.beside import Stores, trained_beside
 from lorafuse.adapters.reading.module_patterns import ModulePatterns
 from lorafuse.errors import AdapterError, StorageError, listed, shown
 from lorafuse.files.folder import Buffer, Folder, stream
+from lorafuse.files.instead import instead_of_adapter
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.safetensors_file import LFS_HINT, LFS_MAGIC, FormatError
 from lorafuse.files.stores import ShardedStore, Store
@@ -96,11 +97,16 @@ class AdapterDir:
                 self.store = BinStore(folder, BIN)
                 self.nbytes = folder.facts(BIN).nbytes
             else:
-                raise AdapterError(f"{shown(folder)}: holds neither {SAFETENSORS} nor {BIN}.")
+                raise AdapterError(
+                    f"{shown(folder)}: holds neither {SAFETENSORS} nor {BIN}: the adapter's weights are "
+                    "missing. Was its upload or download cut off?"
+                )
             self._own_store = self.store
             self._open_beside()
         except FileNotFoundError as e:
-            raise AdapterError(f"{e.filename}: not found; {shown(folder)} is no PEFT adapter.") from None
+            raise AdapterError(
+                f"{e.filename}: not found; {shown(folder)} is no PEFT adapter.{instead_of_adapter(folder)}"
+            ) from None
         except (FormatError, ValueError) as e:
             raise AdapterError(str(e)) from None
         except OSError as e:

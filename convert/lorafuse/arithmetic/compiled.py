@@ -1,0 +1,134 @@
+"""Calls of the compiled kernel: tensors in, tensors out. Every one has a twin in torch, which says what it
+does; all tensors are on the host, and contiguous."""
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.kernel import Kernel
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+class Coded(NamedTuple):
+    """A grid that the kernel knows: `codes` (uint8 or int8, 1-D) are written; `scales` (fp32) are those of
+    the runs. Of 4 bits: `levels` (fp32 [16], ascending), the code of each (uint8), and the place of each code
+    (uint8); of int8 none. `bound`: numerator, least and smallest, of which a run of scale s has the bound
+    |Δ| · (numerator / (|s| · least)), where |s| is at least the smallest."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    levels: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    bound: tuple[float, float, float]
+    dtype: torch.dtype
+    run: int
+    skip: int
+
+
+class Seeded(NamedTuple):
+    """Draws that the kernel can make: those of a weight with these seeds, from element `first` on, or of the
+    transpose of its rows [n_rows, n_cols] from there on, `bytes` (uint8) being given then. Without seeds
+    u = 1/2 for all."""
+
+    seeds: tuple[int, int] | None = None
+    first: int = 0
+    n_rows: int = 0
+    n_cols: int = 0
+    bytes: torch.Tensor | None = None
+
+
+class _OnGrid(ctypes.Structure):
+    """`struct on_grid` of kernel.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("base", "sums", "stored", "codes")),
+        *((name, ctypes.c_void_p) for name in ("scales", "levels", "codes_of", "places_of", "bytes")),
+        *((name, ctypes.c_uint64) for name in ("seed_of_bytes", "seed_of_fractions")),
+        *((name, ctypes.c_int64) for name in ("numel", "run", "skip", "first", "n_rows", "n_cols")),
+        *((name, ctypes.c_float) for name in ("numerator", "least", "smallest")),
+        *((name, ctypes.c_int32) for name in ("dtype", "kind", "draws", "level")),
+    )
+
+
+def round_tile(
+    kernel: Kernel, grid: Coded, base: torch.Tensor, sums: torch.Tensor, draws: Seeded, arena: Arena
+) -> tuple[torch.Tensor, int]:
+    """on_grid.round_tile."""
+    stored = arena.get("grid.stored", base.numel(), base.dtype)
+    levels, codes_of, places_of = grid.levels or (None, None, None)
+    seed_of_bytes, seed_of_fractions = draws.seeds or (0, 0)
+    numerator, least, smallest = grid.bound
+    call = _OnGrid(
+        base=_address(base), sums=_address(sums), stored=_address(stored), codes=_address(grid.codes),
+        scales=_address(grid.scales), levels=_address(levels), codes_of=_address(codes_of),
+        places_of=_address(places_of), bytes=_address(draws.bytes),
+        seed_of_bytes=seed_of_bytes, seed_of_fractions=seed_of_fractions,
+        numel=base.numel(), run=grid.run, skip=grid.skip,
+        first=draws.first, n_rows=draws.n_rows, n_cols=draws.n_cols,
+        numerator=numerator, least=least, smallest=smallest,
+        dtype=DTYPES[base.dtype], kind=0 if grid.levels else 1, draws=1 if draws.seeds else 0,
+        level=kernel.level,
+    )  # fmt: skip
+    return stored, kernel.round_tile(ctypes.byref(call))
+
+
+class _Packed(ctypes.Structure):
+    """`struct packed` of kernel.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "map", "scales", "values")),
+        *((name, ctypes.c_int64) for name in ("numel", "blocksize", "skip")),
+        *((name, ctypes.c_int32) for name in ("dtype", "level")),
+    )
+
+
+def decode_four_bit(
+    kernel: Kernel,
+    packed: torch.Tensor,
+    quant_map: torch.Tensor,
+    scales: torch.Tensor,
+    blocksize: int,
+    skip: int,
+    values: torch.Tensor,
+) -> bool:
+    """dequantize.decode_four_bit, into `values`. False where it is left to torch: bits of NaN are its own."""
+    call = _Packed(
+        codes=_address(packed), map=_address(quant_map), scales=_address(scales), values=_address(values),
+        numel=values.numel(), blocksize=blocksize, skip=skip,
+        dtype=DTYPES[values.dtype], level=kernel.level,
+    )  # fmt: skip
+    return bool(kernel.decode(ctypes.byref(call)))
+
+
+class Sums(ctypes.Structure):
+    """`struct measured` of kernel.c."""
+
+    base_sq: float
+    delta_sq: float
+    residual_sq: float
+    residual_delta: float
+    n_changed: int
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("base", "stored", "total")),
+        ("numel", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("base_sq", "delta_sq", "residual_sq", "residual_delta")),
+        ("n_changed", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("base_dtype", "stored_dtype", "level")),
+    )
+
+
+def measure_tile(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor) -> Sums:
+    """The sums of measure.measure_tile."""
+    call = Sums(
+        base=_address(base), total=_address(total), stored=_address(stored), numel=total.numel(),
+        base_dtype=DTYPES[base.dtype], stored_dtype=DTYPES[stored.dtype], level=kernel.level,
+    )  # fmt: skip
+    kernel.measure(ctypes.byref(call))
+    return call
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    assert tensor is None or (tensor.is_contiguous() and tensor.device.type == "cpu")
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,558 @@
+/* The compiled kernel: on_grid.py's pass over a tile, once more.
+
+   The torch code beside it defines the bytes, and says why. Nothing here may differ from it in a bit: floats
+   are IEEE, never contracted, never reordered (setup.py has the options). The caller checks sizes and types.
+
+   Each pass is written once, as an inline function whose `dtype` and `kind` are constants wherever it is
+   called, and compiled for each level of the processor. */
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#if defined(__FAST_MATH__) || (defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0)
+#error "the bytes need IEEE arithmetic in the types as written"
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "bytes of a number are taken to be the lowest first"
+#endif
+#if !defined(__GNUC__)
+#error "written for gcc and clang"
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#define SHUFFLES /* the compiler has __builtin_shuffle */
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
+
+enum { INTERFACE = 1 }; /* of kernel.py: another number, another kernel */
+enum { BFLOAT16, FLOAT16, FLOAT32 };
+enum { FOUR_BIT, INT8 };
+enum { BASELINE, AVX2, AVX512 };
+
+#if defined(__x86_64__)
+#define X86 1
+#define LEVELS(X) X(_avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))) \
+    X(_avx2, __attribute__((target("avx2")))) X(_baseline, )
+#define AT_LEVEL(level, name, ...) \
+    ((level) == AVX512 ? name##_avx512(__VA_ARGS__) \
+     : (level) == AVX2 ? name##_avx2(__VA_ARGS__) : name##_baseline(__VA_ARGS__))
+#else
+#define X86 0
+#define LEVELS(X) X(_baseline, )
+#define AT_LEVEL(level, name, ...) ((void)(level), name##_baseline(__VA_ARGS__))
+#endif
+
+EXPORT int lorafuse_interface(void) { return INTERFACE; }
+
+/* The best level of this processor. */
+EXPORT int lorafuse_level(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return AVX512;
+    if (__builtin_cpu_supports("avx2"))
+        return AVX2;
+#endif
+    return BASELINE;
+}
+
+/* Numbers */
+
+INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+/* `condition` (0 or 1) ? a : b, which the compiler might make a branch of. */
+INLINE uint32_t pick(int condition, uint32_t a, uint32_t b) { return b ^ ((a ^ b) & -(uint32_t)condition); }
+
+INLINE float of_half(uint32_t half) {
+    uint32_t bits = (half & 0x7FFF) << 13, exponent = bits & 0x0F800000;
+    float small = as_float(bits + 0x38800000) - as_float(0x38800000); /* subnormal: without the leading 1 */
+    bits += 0x38000000 + pick(exponent == 0x0F800000, 0x38000000, 0);
+    return as_float(pick(exponent != 0, bits, as_bits(small)) | (half & 0x8000) << 16);
+}
+
+/* To nearest even; NaN stays one. */
+INLINE uint32_t to_half(float x) {
+    uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
+    uint32_t normal = (size + 0xC8000FFF + (size >> 13 & 1)) >> 13;
+    uint32_t small = as_bits(as_float(size) + 0.5f) - 0x3F000000; /* the sum rounds to multiples of 2^-24 */
+    uint32_t large = pick(size > 0x7F800000, 0x7E00, 0x7C00);
+    return sign | pick(size >= 0x47800000, large, pick(size < 0x38800000, small, normal));
+}
+
+INLINE uint32_t to_bfloat(float x) {
+    uint32_t bits = as_bits(x);
+    return pick((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float read_at(const void *values, int64_t i, int dtype) {
+    if (dtype == FLOAT32)
+        return ((const float *)values)[i];
+    uint32_t bits = ((const uint16_t *)values)[i];
+    return dtype == BFLOAT16 ? as_float(bits << 16) : of_half(bits);
+}
+
+INLINE void write_at(void *values, int64_t i, float x, int dtype) {
+    if (dtype == FLOAT32)
+        ((float *)values)[i] = x;
+    else
+        ((uint16_t *)values)[i] = (uint16_t)(dtype == BFLOAT16 ? to_bfloat(x) : to_half(x));
+}
+
+INLINE float rounded_to(float x, int dtype) {
+    return dtype == FLOAT32 ? x : dtype == BFLOAT16 ? as_float(to_bfloat(x) << 16) : of_half(to_half(x));
+}
+
+/* draws.py */
+
+#define GAMMA 0x9E3779B97F4A7C15u
+
+INLINE uint64_t mixed(uint64_t z) {
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+/* on_grid.py */
+
+enum { CHUNK = 1024, SEGMENT = 64 };
+enum { HALF, SEEDED }; /* u = 1/2 for all; or that of the weight's elements */
+
+/* A tile: `scales` of each run; 16 `levels`, ascending, `codes_of` each place and `places_of` each code, of 4
+   bits. The bound of 256 p is |update| * (numerator / (|scale| * least)), infinite where the scale is below
+   `smallest`. `bytes`: of the draws, or null where the elements are those of a weight from `first` on; else
+   the tile is the transpose of n_rows rows from there on. */
+struct on_grid {
+    const void *base;
+    const float *sums;
+    void *stored;
+    uint8_t *codes;
+    const float *scales, *levels;
+    const uint8_t *codes_of, *places_of, *bytes;
+    uint64_t seed_of_bytes, seed_of_fractions;
+    int64_t numel, run, skip, first, n_rows, n_cols;
+    float numerator, least, smallest;
+    int32_t dtype, kind, draws, level;
+};
+
+/* Of 4 bits, where the scale is not below 0: the levels, what is where, and of each code the level and the code
+   above it (at 16 + code) and below it, or its own at the ends. */
+struct tables {
+    float levels[16], next_levels[32];
+    uint8_t codes_of[16], places_of[16], next_codes[32];
+};
+
+/* What holds in one run. */
+struct run {
+    const struct tables *tables; /* turned around where the scale is below 0 */
+    float scale, factor, lowest, highest;
+};
+
+/* Elements of a chunk of which the byte does not say that they stay, with their sums and bases; the level, the
+   code and the value of the neighbour, and the scale; and what becomes of them. `share`: 256 p, or not a number
+   <= 256 where the sum is not between the base and the neighbour. */
+struct looked_at {
+    double share[CHUNK];
+    float x[CHUNK], w[CHUNK], level[CHUNK], scale[CHUNK], neighbour[CHUNK];
+    int32_t i[CHUNK], byte[CHUNK], state[CHUNK];
+    uint8_t code[CHUNK];
+    int32_t n;
+};
+
+enum { STAYS, MOVES, UNDECIDED };
+
+INLINE float scaled(float level, float scale, int dtype, int kind) {
+    return kind == INT8 ? level * scale * 7.874015718698502e-3f : rounded_to(level * scale, dtype);
+}
+
+INLINE float value_of(const struct run *run, int place, int dtype, int kind) {
+    return scaled(kind == INT8 ? (float)(place - 128) : run->tables->levels[place], run->scale, dtype, kind);
+}
+
+INLINE uint8_t code_of(const struct run *run, int place, int kind) {
+    return kind == INT8 ? (uint8_t)(place - 128) : run->tables->codes_of[place];
+}
+
+INLINE int four_bits(const struct on_grid *t, int64_t i) { return t->codes[i >> 1] >> ((~i & 1) << 2) & 15; }
+
+INLINE int place_of(const struct run *run, const struct on_grid *t, int64_t i, int kind) {
+    return kind == INT8 ? (int8_t)t->codes[i] + 128 : run->tables->places_of[four_bits(t, i)];
+}
+
+INLINE void put_code(const struct on_grid *t, int64_t i, uint8_t code, int kind) {
+    int shift = (~i & 1) << 2;
+    t->codes[kind == INT8 ? i : i >> 1] =
+        kind == INT8 ? code : (uint8_t)((t->codes[i >> 1] & 0xF0 >> shift) | code << shift);
+}
+
+INLINE void begin_run(
+    struct run *run, const struct on_grid *t, const struct tables *tables, int64_t number, int dtype, int kind) {
+    float scale = run->scale = t->scales[number], size = __builtin_fabsf(scale), distance = size * t->least;
+    run->factor = 1 / (distance <= 0 || size < t->smallest ? 0 : distance) * t->numerator;
+    run->tables = tables + (scale < 0);
+    float low = value_of(run, 0, dtype, kind), high = value_of(run, kind == INT8 ? 255 : 15, dtype, kind);
+    run->lowest = low <= high ? low : high <= low ? high : low + high; /* NaN where either is */
+    run->highest = low <= high ? high : high <= low ? low : low + high;
+}
+
+INLINE double fraction_of(const struct on_grid *t, int64_t i) {
+    if (t->draws == HALF)
+        return 0;
+    int64_t element = t->first + (t->bytes ? i % t->n_rows * t->n_cols + i / t->n_rows : i);
+    return (double)(mixed(t->seed_of_fractions + ((uint64_t)element + 1) * GAMMA) >> 11) * 0x1p-53;
+}
+
+/* round_tile's _settle_far */
+INLINE void settle_far(
+    const struct run *run, const struct on_grid *t, int64_t i, int byte, int dtype, int kind) {
+    int last = kind == INT8 ? 255 : 15, before = place_of(run, t, i, kind), at = before;
+    double x = t->sums[i], original = value_of(run, before, dtype, kind);
+    double value = original, following = original;
+    int finite = x - x == 0, step = finite ? (x > value) - (x < value) : 0;
+    while (step) {
+        int to = at + step;
+        if (to < 0 || to > last) {
+            following = __builtin_inf();
+            break;
+        }
+        double beyond = value_of(run, to, dtype, kind);
+        if (!((x - beyond) * step >= 0)) {
+            following = beyond;
+            break;
+        }
+        at = to, value = beyond;
+    }
+    double share = (x - value) / (following - value) * 256.0;
+    share = share != share ? 0 : share < 0 ? -share : share;
+    double whole = share < 0x1p52 ? (double)(int64_t)share : share;
+    if (byte < whole || (byte == whole && fraction_of(t, i) < share - whole))
+        at += step, value = following;
+    put_code(t, i, code_of(run, value == original ? before : at, kind), kind);
+    write_at(t->stored, i, finite ? (float)value : (float)x, dtype);
+}
+
+/* Bit j is that of flags[j], which are 0 or 255. */
+INLINE uint64_t mask_of(const uint8_t *flags) {
+    uint64_t mask = 0;
+#if defined(__SSE2__)
+    for (int j = 0; j < SEGMENT; j += 16) {
+        __m128i some = _mm_loadu_si128((const __m128i *)(flags + j));
+        mask |= (uint64_t)(uint32_t)_mm_movemask_epi8(some) << j;
+    }
+#else
+    for (int j = 0; j < SEGMENT; j += 8) {
+        uint64_t some;
+        memcpy(&some, flags + j, 8);
+        mask |= (some & 0x0101010101010101u) * 0x0102040810204080u >> 56 << j;
+    }
+#endif
+    return mask;
+}
+
+/* Looks at elements [i, i + n), n <= SEGMENT, of one run. Returns how many are beyond the grid. */
+INLINE int64_t look_at(
+    struct looked_at *found, const struct run *run, const struct on_grid *t, int64_t i, int n,
+    const uint8_t *bytes, int dtype, int kind) {
+    const float *sums = t->sums + i;
+    uint8_t may_move[SEGMENT] = {0};
+    float factor = run->factor, lowest = run->lowest, highest = run->highest;
+    int32_t beyond = 0, at = found->n;
+    for (int j = 0; j < n; j++) {
+        float x = sums[j], size = __builtin_fabsf(x - read_at(t->base, i + j, dtype));
+        may_move[j] = size * factor <= (float)bytes[j] ? 0 : 255; /* NaN is among them */
+        beyond += (x > highest) | (x < lowest);
+    }
+    for (uint64_t mask = mask_of(may_move); mask; mask &= mask - 1, at++) {
+        int j = __builtin_ctzll(mask);
+        float x = sums[j], w = read_at(t->base, i + j, dtype);
+        int up = x > w;
+        __asm__("" : "+r"(up)); /* else the compiler makes a branch of it */
+        if (kind == FOUR_BIT) {
+            int next = (up << 4) + four_bits(t, i + j);
+            found->level[at] = run->tables->next_levels[next];
+            found->code[at] = run->tables->next_codes[next];
+        } else {
+            int q = (int8_t)t->codes[i + j] + (up << 1) - 1;
+            q = q < -128 ? -128 : q > 127 ? 127 : q;
+            found->level[at] = (float)q;
+            found->code[at] = (uint8_t)q;
+        }
+        found->x[at] = x;
+        found->w[at] = w;
+        found->scale[at] = run->scale;
+        found->i[at] = (int32_t)(i % CHUNK) + j;
+        found->byte[at] = bytes[j];
+    }
+    found->n = at;
+    return beyond;
+}
+
+/* round_tile's _settle_near, and the rest by settle_far. Nothing branches by chance: mispredicted branches
+   would cost as much as all else. */
+INLINE void settle(
+    struct looked_at *found, const struct on_grid *t, const struct tables *tables, int64_t start, int dtype,
+    int kind) {
+    int32_t moving[CHUNK], undecided[CHUNK], n_moving = 0, n_undecided = 0, n = found->n;
+    for (int k = 0; k < (n + 15) / 16 * 16; k++) {
+        found->neighbour[k] = scaled(found->level[k], found->scale[k], dtype, kind);
+        double x = found->x[k], w = found->w[k], neighbour = found->neighbour[k];
+        double share = found->share[k] = __builtin_fabs((x - w) / (neighbour - w) * 256.0);
+        int between = share <= 256, whole = (int)(between ? share : 0.0), byte = found->byte[k];
+        found->state[k] = !between || byte == whole ? UNDECIDED : byte < whole ? MOVES : STAYS;
+    }
+    for (int k = 0; k < n; k++) {
+        moving[n_moving] = undecided[n_undecided] = k;
+        n_moving += found->state[k] == MOVES;
+        n_undecided += found->state[k] == UNDECIDED;
+    }
+    for (int at = 0; at < n_undecided; at++) {
+        int k = undecided[at];
+        int64_t i = start + found->i[k];
+        if (found->share[k] <= 256) {
+            moving[n_moving] = k;
+            n_moving += fraction_of(t, i) < found->share[k] - found->byte[k];
+        } else {
+            struct run run;
+            begin_run(&run, t, tables, (t->skip + i) / t->run, dtype, kind);
+            settle_far(&run, t, i, found->byte[k], dtype, kind);
+        }
+    }
+    for (int at = 0; at < n_moving; at++) {
+        int k = moving[at];
+        put_code(t, start + found->i[k], found->code[k], kind);
+        write_at(t->stored, start + found->i[k], found->neighbour[k], dtype);
+    }
+}
+
+INLINE void fill_tables(struct tables *tables, const struct on_grid *t, int turned) {
+    for (int i = 0; i < 16; i++) {
+        int from = turned ? 15 - i : i;
+        tables->levels[i] = t->levels[from];
+        tables->codes_of[i] = t->codes_of[from];
+        tables->places_of[i] = (uint8_t)(turned ? 15 - t->places_of[i] : t->places_of[i]);
+    }
+    for (int i = 0; i < 32; i++) {
+        int to = tables->places_of[i & 15] + (i < 16 ? -1 : 1);
+        to = to < 0 ? 0 : to > 15 ? 15 : to;
+        tables->next_levels[i] = tables->levels[to];
+        tables->next_codes[i] = tables->codes_of[to];
+    }
+}
+
+/* The bytes of the draws of elements [start, start + CHUNK) of the tile. */
+INLINE const uint8_t *drawn(const struct on_grid *t, int64_t start, uint64_t *words) {
+    if (t->bytes)
+        return t->bytes + start;
+    if (t->draws == HALF)
+        return memset(words, 128, CHUNK);
+    uint64_t first = (uint64_t)(t->first + start) / 8;
+    for (int k = 0; k < CHUNK / 8 + 1; k++)
+        words[k] = mixed(t->seed_of_bytes + (first + (uint64_t)k + 1) * GAMMA);
+    return (const uint8_t *)words + (t->first + start) % 8;
+}
+
+INLINE int64_t round_as(const struct on_grid *t, int dtype, int kind) {
+    uint64_t words[CHUNK / 8 + 1];
+    struct tables tables[2];
+    struct looked_at found = {.n = 0};
+    struct run run = {.tables = tables};
+    int64_t n_beyond = 0, itemsize = dtype == FLOAT32 ? 4 : 2, number = 0, end = 0; /* of the run */
+    for (int turned = 0; turned < (kind == FOUR_BIT ? 2 : 0); turned++)
+        fill_tables(tables + turned, t, turned);
+    for (int64_t start = 0; start < t->numel; start += CHUNK) {
+        int64_t stop = start + CHUNK < t->numel ? start + CHUNK : t->numel;
+        const uint8_t *bytes = drawn(t, start, words);
+        memcpy((char *)t->stored + start * itemsize, (const char *)t->base + start * itemsize,
+               (size_t)((stop - start) * itemsize));
+        found.n = 0;
+        for (int64_t i = start, n; i < stop; i += n) {
+            if (i == end) {
+                begin_run(&run, t, tables, number++, dtype, kind);
+                end = number * t->run - t->skip;
+            }
+            n = (end < stop ? end : stop) - i;
+            const uint8_t *of_segment = bytes + (i - start);
+            if (n >= SEGMENT)
+                n_beyond += look_at(&found, &run, t, i, (int)(n = SEGMENT), of_segment, dtype, kind);
+            else
+                n_beyond += look_at(&found, &run, t, i, (int)n, of_segment, dtype, kind);
+        }
+        settle(&found, t, tables, start, dtype, kind);
+    }
+    return n_beyond;
+}
+
+#define ROUND(level, target) \
+    target static int64_t round##level(const struct on_grid *t) { \
+        switch (t->dtype) { \
+        case BFLOAT16: return t->kind == INT8 ? round_as(t, BFLOAT16, INT8) : round_as(t, BFLOAT16, FOUR_BIT); \
+        case FLOAT16: return t->kind == INT8 ? round_as(t, FLOAT16, INT8) : round_as(t, FLOAT16, FOUR_BIT); \
+        default: return t->kind == INT8 ? round_as(t, FLOAT32, INT8) : round_as(t, FLOAT32, FOUR_BIT); \
+        } \
+    }
+LEVELS(ROUND)
+
+/* round_tile: writes codes and what they stand for. Returns how many elements are beyond the grid. */
+EXPORT int64_t lorafuse_round(const struct on_grid *t) { return AT_LEVEL(t->level, round, t); }
+
+/* dequantize.py */
+
+/* Elements [skip, skip + numel) of packed codes: map[code] * scale of its block, rounded to the dtype. */
+struct packed {
+    const uint8_t *codes;
+    const float *map, *scales;
+    uint16_t *values;
+    int64_t numel, blocksize, skip;
+    int32_t dtype, level;
+};
+
+#if defined(SHUFFLES)
+
+/* Two values for each of n bytes, the high nibble's first: 16 bytes at a time by shuffles, of which `table` is
+   looked up in two halves. */
+INLINE void look_up(uint16_t *values, const uint8_t *codes, int64_t n, const uint32_t *table) {
+    typedef uint8_t bytes __attribute__((vector_size(16)));
+    const bytes first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, last = first + 8;
+    const bytes first_two = {0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23}, last_two = first_two + 8;
+    const bytes lowest = {0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29};
+    const bytes eight = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    int64_t k = 0;
+    bytes quarter[4];
+    memcpy(quarter, table, 64);
+    /* Of 8 values each the low bytes, then the high ones. */
+    bytes left = __builtin_shuffle(quarter[0], quarter[1], lowest);
+    bytes right = __builtin_shuffle(quarter[2], quarter[3], lowest);
+    bytes low = __builtin_shuffle(left, right, eight), high = __builtin_shuffle(left, right, eight + 8);
+    for (; k + 16 <= n; k += 16) {
+        bytes both, halves[2], made[4];
+        memcpy(&both, codes + k, 16);
+        bytes even = both >> 4, odd = both & 15;
+        bytes even_low = __builtin_shuffle(low, even), even_high = __builtin_shuffle(high, even);
+        bytes odd_low = __builtin_shuffle(low, odd), odd_high = __builtin_shuffle(high, odd);
+        for (int half = 0; half < 2; half++) {
+            halves[0] = __builtin_shuffle(even_low, even_high, half ? last : first);
+            halves[1] = __builtin_shuffle(odd_low, odd_high, half ? last : first);
+            made[2 * half] = __builtin_shuffle(halves[0], halves[1], first_two);
+            made[2 * half + 1] = __builtin_shuffle(halves[0], halves[1], last_two);
+        }
+        memcpy(values + 2 * k, made, 64);
+    }
+    for (; k < n; k++) {
+        values[2 * k] = (uint16_t)table[codes[k] >> 4];
+        values[2 * k + 1] = (uint16_t)table[codes[k] & 15];
+    }
+}
+
+/* Returns 0 where a scale is not finite: what bits NaN has is torch's to say. */
+INLINE int decode_as(const struct packed *p, int dtype) {
+    for (int64_t i = 0, end, block = 0; i < p->numel; i = end, block++) {
+        uint32_t table[16];
+        float scale = p->scales[block];
+        if (scale - scale != 0)
+            return 0;
+        for (int code = 0; code < 16; code++) {
+            float value = p->map[code] * scale;
+            table[code] = dtype == BFLOAT16 ? to_bfloat(value) : to_half(value);
+        }
+        end = (block + 1) * p->blocksize - p->skip;
+        end = end < p->numel ? end : p->numel;
+        const uint8_t *codes = p->codes + ((p->skip + i) >> 1);
+        if ((p->skip + i) & 1)
+            p->values[i++] = (uint16_t)table[*codes++ & 15];
+        look_up(p->values + i, codes, (end - i) >> 1, table);
+        if ((end - i) & 1)
+            p->values[end - 1] = (uint16_t)table[codes[(end - i) >> 1] >> 4];
+    }
+    return 1;
+}
+
+#define DECODE(level, target) \
+    target static int decode##level(const struct packed *p) { \
+        return p->dtype == BFLOAT16 ? decode_as(p, BFLOAT16) : decode_as(p, FLOAT16); \
+    }
+LEVELS(DECODE)
+
+#endif
+
+/* decode_four_bit; 0 where it is not done: without shuffles torch is faster. */
+EXPORT int32_t lorafuse_decode(const struct packed *p) {
+#if defined(SHUFFLES)
+    int level = p->level == AVX512 ? AVX2 : p->level; /* shuffles of longer vectors wait for the table */
+    if (!X86 || level > BASELINE)
+        return AT_LEVEL(level, decode, p);
+#endif
+    (void)p;
+    return 0;
+}
+
+/* measure.py */
+
+enum { LANES = 16, SUMMED = 512 };
+
+struct measured {
+    const void *base, *stored;
+    const float *total;
+    int64_t numel;
+    double base_sq, delta_sq, residual_sq, residual_delta;
+    int64_t n_changed;
+    int32_t base_dtype, stored_dtype, level;
+};
+
+/* Sums of at most SUMMED elements in fp32, in lanes, so that they are the same at all levels; they are added up
+   in float64. */
+INLINE void sum_some(struct measured *m, int64_t start, int64_t n, int base_dtype, int stored_dtype) {
+    float base_sq[LANES] = {0}, delta_sq[LANES] = {0}, residual_sq[LANES] = {0}, residual_delta[LANES] = {0};
+    int32_t changed[LANES] = {0};
+    for (int64_t k = start; k < start + n; k += LANES) {
+        int lanes = start + n - k < LANES ? (int)(start + n - k) : LANES;
+        for (int j = 0; j < lanes; j++) {
+            float w = read_at(m->base, k + j, base_dtype), s = read_at(m->stored, k + j, stored_dtype);
+            float residual = s - m->total[k + j], delta = m->total[k + j] - w;
+            base_sq[j] += w * w;
+            delta_sq[j] += delta * delta;
+            residual_sq[j] += residual * residual;
+            residual_delta[j] += residual * delta;
+            changed[j] += s != w;
+        }
+    }
+    for (int j = 0; j < LANES; j++) {
+        m->base_sq += base_sq[j];
+        m->delta_sq += delta_sq[j];
+        m->residual_sq += residual_sq[j];
+        m->residual_delta += residual_delta[j];
+        m->n_changed += changed[j];
+    }
+}
+
+INLINE void measure_as(struct measured *m, int base_dtype, int stored_dtype) {
+    for (int64_t at = 0; at < m->numel; at += SUMMED)
+        sum_some(m, at, m->numel - at < SUMMED ? m->numel - at : SUMMED, base_dtype, stored_dtype);
+}
+
+INLINE void measure_base(struct measured *m, int base_dtype) {
+    switch (m->stored_dtype) {
+    case BFLOAT16: measure_as(m, base_dtype, BFLOAT16); break;
+    case FLOAT16: measure_as(m, base_dtype, FLOAT16); break;
+    default: measure_as(m, base_dtype, FLOAT32);
+    }
+}
+
+#define MEASURE(level, target) \
+    target static void measure##level(struct measured *m) { \
+        switch (m->base_dtype) { \
+        case BFLOAT16: measure_base(m, BFLOAT16); break; \
+        case FLOAT16: measure_base(m, FLOAT16); break; \
+        default: measure_base(m, FLOAT32); \
+        } \
+    }
+LEVELS(MEASURE)
+
+/* measure_tile, but for what is not finite. */
+EXPORT void lorafuse_measure(struct measured *m) { AT_LEVEL(m->level, measure, m); }

@@ -1,0 +1,59 @@
+"""Quantizations whose configs have no list of what is dense, but other words for it. Each function returns
+the section of an output, of that of its base.
+
+    GPTQ         `modules_in_block_to_quantize` lists what is quantized: transformers (optimum) compares the
+                 end of a module's name, vLLM any part of it. gptqmodel knows `dynamic` instead: "-:" and an
+                 expression, matched from the start of a name, for what is dense; the first match counts.
+    auto-round   `extra_config` has what is true of a module under its name; 16 bits are none of its codes
+    MLX          false under a module's name
+"""
+
+import re
+from functools import cache
+from typing import Any
+
+from lorafuse.formats.modules import EXPERTS, Parts
+
+_BLOCK = re.compile(r"(?:.*?\.)?\d+\.(.+)")  # the name in the layer
+
+
+def gptq(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
+    """Raises UsageError where some experts of a layer are dense, and others are not."""
+    parts.refuse_parts_of_experts()
+    before = section.get("dynamic")
+    named = parts.names.fused(parts.dense)
+    excluded: dict[str, object] = {f"-:{_expression(name)}": {} for name in named}
+    words: dict[str, object] = {
+        "modules_in_block_to_quantize": [_quantized(parts)],
+        "dynamic": excluded | (before if isinstance(before, dict) else {}),
+    }
+    if parts.names.head.removesuffix(".weight") in parts.dense:
+        words["lm_head"] = False
+    return section | words
+
+
+def _quantized(parts: Parts) -> list[str]:
+    """What is quantized: names in a layer, or whole names where a module in another layer is dense."""
+    dense = [*parts.dense, *parts.names.of(parts.names.dense_matrices())]
+    everywhere = cache(lambda name: not any(name in other for other in dense))
+    named = ((name, _BLOCK.fullmatch(name)) for name in parts.quantized)
+    return list(dict.fromkeys(found[1] if found and everywhere(found[1]) else name for name, found in named))
+
+
+def _expression(module: str) -> str:
+    """Of a dense module; the experts of a layer have one."""
+    experts = EXPERTS.fullmatch(module)
+    return rf"{re.escape(experts[1])}(\..*)?$" if experts else f"{re.escape(module)}$"
+
+
+def auto_round(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
+    """Raises UsageError where some experts of a layer are dense, and others are not."""
+    parts.refuse_parts_of_experts()
+    before = section.get("extra_config")
+    dense = {name: {"bits": 16, "data_type": "float"} for name in parts.dense}
+    return section | {"extra_config": (before if isinstance(before, dict) else {}) | dense}
+
+
+def mlx(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
+    """MLX has the names that are on disk."""
+    return section | dict.fromkeys(parts.on_disk, False)

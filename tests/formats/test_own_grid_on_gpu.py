@@ -1,0 +1,63 @@
+"""A base that training saw quantized, stored on its own grid by a run on a GPU: bitsandbytes' kernels make
+what the sums start from, the host makes what is stored. Kernels and host agree bit for bit on a CPU, where
+the same code is run here."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lorafuse
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.trained_base.on_gpu import ByKernels
+
+LLAMA = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+GPT2 = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+
+
+def stored(folder):
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """as_on_a_gpu() → runs take the code for a GPU from now on, with the CPU as their device."""
+    device, make = torch.device("cpu", 0), Arena.__init__
+
+    def init(arena, of):
+        make(arena, of)
+        arena.on_host = of != device
+
+    def begin():
+        monkeypatch.setattr(Arena, "__init__", init)
+        monkeypatch.setattr("lorafuse.pipeline.pick_device", lambda name: device)
+
+    return begin
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "options"),
+    [
+        ("bf16", LLAMA, {"base_quant": "nf4", "format": "base"}),
+        ("bf16", LLAMA, {"base_quant": "fp4", "double_quant": False, "format": "light"}),
+        ("bf16_odd", LLAMA, {"base_quant": "int8", "format": "base"}),
+        ("gpt2_bf16", GPT2, {"base_quant": "nf4", "format": "base"}),
+        ("gpt2_bf16", GPT2, {"base_quant": "int8", "format": "base", "rounding": "nearest"}),
+    ],
+)
+def test_bytes_are_those_of_the_host(kind, lora, options, base, adapter, tmp_path, monkeypatch, as_on_a_gpu):
+    inputs = base(kind), adapter(kind, **lora)
+    monkeypatch.setattr("lorafuse.planning.plan.TILE_NUMEL", 1 << 11)  # several tiles to a weight
+    of_host = lorafuse.convert(*inputs, tmp_path / "host", **options)
+    as_on_a_gpu()
+    by_kernels = []
+    monkeypatch.setattr(
+        "lorafuse.trained_base.on_gpu.ByKernels._quantized",
+        lambda self, weight, really=ByKernels._quantized: by_kernels.append(1) or really(self, weight),
+    )
+    of_gpu = lorafuse.convert(*inputs, tmp_path / "gpu", **options)
+    found, expected = stored(tmp_path / "gpu"), stored(tmp_path / "host")
+    assert found.keys() == expected.keys() and by_kernels
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype
+        assert torch.equal(tensor.view(-1).view(torch.uint8), found[name].view(-1).view(torch.uint8)), name
+    assert of_gpu["tensors"] == of_host["tensors"]
