@@ -10,7 +10,6 @@ from pathlib import Path
 from random import Random
 
 import build
-import huggingface_hub
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -372,16 +371,14 @@ def test_what_is_refused(merged, tmp_path):
     assert not (merged / "lorafuse_report.html").exists()
 
 
-def test_a_hub_id(merged, monkeypatch, tmp_path):
+def test_a_hub_id(hub, tmp_path):
     """Only the receipt and the config are fetched, and the page is written here."""
-
-    def snapshot_download(repo_id, *, allow_patterns, **options):
-        assert (repo_id, sorted(allow_patterns)) == ("org/name", ["config.json", "lorafuse_receipt.json"])
-        return str(merged)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    ckpt, adapter = build.write_checkpoint(tmp_path / "ckpt"), build.write_adapter(tmp_path / "adapter")
+    lorafuse.convert(ckpt, adapter, tmp_path / "merged")
+    hub.add("org/name", tmp_path / "merged")
     assert run("report", "org/name").output == "lorafuse_report.html\n"
     assert "org/name" in Path("lorafuse_report.html").read_text(encoding="utf-8")
+    assert hub.fetched().keys() == {"config.json", "lorafuse_receipt.json"}
 
 
 def test_torch_is_not_imported(merged):
