@@ -37,7 +37,7 @@ class Progress:
             tqdm.monitor_interval = 0  # a thread, which would wait for a lock that an interruption left taken
             self._bar = tqdm(
                 total=nbytes, unit="B", unit_scale=True, dynamic_ncols=True, desc=label, leave=False,
-                bar_format=BAR, delay=1e-9,  # it is shown when it is known here, so that an interruption removes it
+                bar_format=BAR, delay=1e-9,  # shown below, when `end` can remove it
             )  # fmt: skip
             self._bar.refresh()
 
