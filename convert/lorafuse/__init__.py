@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorafuse.batching.jobs import JobState
     from lorafuse.inspection import inspect
     from lorafuse.pipeline import convert
+    from lorafuse.reporting import report
     from lorafuse.settings import Push
     from lorafuse.verification.verify import verify
 
@@ -46,6 +47,7 @@ __all__ = [
     "batch",
     "convert",
     "inspect",
+    "report",
     "verify",
 ]
 
@@ -57,6 +59,7 @@ _LATER = {
     "batch": "lorafuse.batching.batch",
     "convert": "lorafuse.pipeline",
     "inspect": "lorafuse.inspection",
+    "report": "lorafuse.reporting",
     "verify": "lorafuse.verification.verify",
 }
 

@@ -110,6 +110,17 @@ def listed(names: Iterable[object], most: int = 5) -> str:
     return ", ".join(everything[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def sized(nbytes: float) -> str:
+    """A number of bytes for people: three digits and a decimal unit."""
+    if nbytes < 1000:
+        return f"{nbytes:.0f} byte" + ("s" if nbytes != 1 else "")
+    units = ["KB", "MB", "GB", "TB", "PB"]
+    value, unit = nbytes / 1000, units.pop(0)
+    while value >= 999.5 and units:
+        value, unit = value / 1000, units.pop(0)
+    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+
+
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
     """The candidates closest to `name`, for "did you mean" in a refusal; empty when none is close."""
     # A difflib ratio costs far more than a suffix test, and names of the same module are what people look

@@ -30,12 +30,38 @@ class PlannedSideFiles(TypedDict):
     chat_template: str | None
 
 
+class PlannedInput(TypedDict):
+    """What is read, and what kind of checkpoint or adapter it is, in words."""
+
+    role: Literal["checkpoint", "adapter"]
+    path: str
+    kind: str
+
+
+class Disk(TypedDict):
+    """What is going to be written, and what is free; None where nobody can tell."""
+
+    needed_nbytes: int
+    free_nbytes: int | None
+
+
+class Estimate(TypedDict):
+    """How long it may take, in seconds, by a probe of half a second: in all, to compute all tiles, and to
+    hash and write the result."""
+
+    wall_s: float
+    compute_s: float
+    write_s: float
+
+
 class PlanEvent(TypedDict):
     """What is going to happen. `weights`: the number of weights by action; `decoded`: the number of elements
     by how they are stored, where they are quantized; `held_whole`: the weights that are held in memory whole;
     `notes`: what to ask oneself, though nothing is wrong;
-    `formats`: of a dry run, the bytes of all weights in each format that the base allows. A verification says
-    `nbytes` and no shards."""
+    `job`: of a batch. The fields after it are those of a dry run: the bytes of all weights in each
+    format that the base allows; the inputs; the weights that change, by name and as a number for each kind of
+    module; the memory limit; the disk; and the time, None where nobody can tell. A verification says `nbytes`
+    and no shards."""
 
     event: Literal["plan"]
     nbytes: int
@@ -49,8 +75,14 @@ class PlanEvent(TypedDict):
     side_files: NotRequired[PlannedSideFiles]
     held_whole: NotRequired[list[str]]
     notes: NotRequired[list[str]]
-    formats: NotRequired[dict[str, int]]
     job: NotRequired[str]
+    formats: NotRequired[dict[str, int]]
+    inputs: NotRequired[list[PlannedInput]]
+    changes: NotRequired[dict[str, int]]
+    changed: NotRequired[list[str]]
+    memory_nbytes: NotRequired[int]
+    disk: NotRequired[Disk]
+    estimate: NotRequired[Estimate | None]
 
 
 class ResumedEvent(TypedDict):
@@ -108,15 +140,16 @@ class DoneEvent(TypedDict):
 
 
 class PassEvent(TypedDict):
-    """A pass over the base begins."""
+    """A pass over the base begins. `nbytes`: of weights that it is going to write, shared files once."""
 
     event: Literal["pass"]
     jobs: list[str]
+    nbytes: int
     n_workers: int
 
 
 class JobEvent(TypedDict):
-    """What became of a job of a batch."""
+    """What became of a job of a batch. `update`: how much of it was kept, as in DoneEvent."""
 
     event: Literal["job"]
     job: str
@@ -126,6 +159,19 @@ class JobEvent(TypedDict):
     exit_code: NotRequired[int]
     wall_s: NotRequired[float]
     nbytes: NotRequired[int]
+    update: NotRequired[dict[str, Any]]
+
+
+class TotalEvent(TypedDict):
+    """A batch is over. `states`: the number of jobs by what became of them; `nbytes`: of all files of the
+    results that were made, or are planned. A dry run says disk and time, too."""
+
+    event: Literal["total"]
+    states: dict[str, int]
+    nbytes: int
+    wall_s: float
+    disk: NotRequired[Disk]
+    estimate: NotRequired[Estimate | None]
 
 
 Event = (
@@ -138,6 +184,7 @@ Event = (
     | DoneEvent
     | PassEvent
     | JobEvent
+    | TotalEvent
 )
 OnEvent = Callable[[Event], None]
 

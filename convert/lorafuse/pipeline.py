@@ -11,6 +11,7 @@ import torch
 from lorafuse.arguments import checked
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
+from lorafuse.batching.answers import add_answers, refuse_full, speeds_of
 from lorafuse.batching.one_pass import Pass, PlannedJob
 from lorafuse.batching.publication import Publication, publication_of
 from lorafuse.errors import UsageError, shown
@@ -119,8 +120,14 @@ def _convert(
             warnings, planned = announced(plan, dry_run=writing.dry_run)
             for warning in warnings:
                 on_event(warning)
+            if writing.dry_run:
+                add_answers(planned, plan, base, adapters, settings, writing.out_dir)
+                speeds = speeds_of(plan, base, writing.out_dir, device)
+                planned["estimate"] = speeds.estimate(plan.shards)
             on_event(planned)
             if writing.dry_run:
+                if not writing.push:  # then little of the result need be here at once
+                    refuse_full(writing.out_dir, planned["disk"])
                 return planned
             files = UnchangedInputs(base, adapters)
             files.refuse_nonfinite()

@@ -128,7 +128,7 @@ def test_killed_before_any_call(ckpt, jobs, object_store, tmp_path):
 def test_no_room(ckpt, jobs, object_store):
     """Of what the root has left, before the first byte."""
     object_store.capacity = 10
-    with pytest.raises(Exception, match=r"^memory://root: 0 MB are needed for a, 0 MB are free\.$"):
+    with pytest.raises(Exception, match=r"^memory://root: 10.9 KB are needed for a, 10 bytes are free\.$"):
         batch(ckpt, jobs, ROOT)
     assert not object_store.objects
 

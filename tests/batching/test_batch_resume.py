@@ -191,7 +191,7 @@ def test_space_that_a_call_left_counts_as_free(inputs, clean, tmp_path, monkeypa
     call(inputs, out)
     check(out, clean)
     shutil.rmtree(out)
-    with pytest.raises(StorageError, match="MB are needed for"):
+    with pytest.raises(StorageError, match="KB are needed for"):
         call(inputs, out)
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from build import files_of, write_checkpoint, write_told_adapter
+from build import adapter_tensors, checkpoint_tensors, files_of, write_checkpoint, write_told_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -226,24 +227,48 @@ def run(capsys):
     return call
 
 
-def test_results_on_stdout_and_the_table_on_stderr(inputs, run):
+def test_results_on_stdout_and_a_line_for_each_job_on_stderr(inputs, run):
+    """What was kept, each failure once, and the sum."""
     out = inputs[2]
-    assert run(*inputs) == (
-        0,
-        f"{out}/good\n{out}/other\n",
-        "good   done     0.0 MB\nother  done     0.0 MB\n",
-    )
+    code, stdout, stderr = run(*inputs)
+    assert (code, stdout) == (0, f"{out}/good\n{out}/other\n")
+    kept = r"99\.\d% of the update kept, 99\.\d% where it is least"
+    done = rf"(good|other): done, {kept}; 13\.\d KB in \d\.\d s\n"
+    assert re.fullmatch(rf"({done}){{2}}In all: 2 done; 26\.\d KB in \d?.*\.\n", stderr), stderr
     (inputs[1] / "bad").mkdir()
     code, stdout, stderr = run(*inputs)
     assert (code, stdout) == (9, f"{out}/good\n{out}/other\n")
     config = inputs[1] / "bad" / "adapter_config.json"
-    why = f"{config}: not found; {inputs[1] / 'bad'} is no PEFT adapter."
-    rows = (
-        f"bad    failed   exit code 4: {why}\ngood   skipped  was there already\nother  skipped  was there "
-        "already\n"
+    why = f"bad: failed with exit code 4: {config}: not found; {inputs[1] / 'bad'} is no PEFT adapter.\n"
+    there = "".join(f"{name}: skipped, its result is there already\n" for name in ("good", "other"))
+    error = "Error: 1 of 3 jobs failed; the others are complete.\n"
+    assert stderr == f"{why}{there}In all: 1 failed, 2 skipped.\n{error}"
+    assert run("-q", *inputs)[2] == why + error
+
+
+def test_nothing_is_said_to_be_complete_that_is_not(inputs, run):
+    """When all jobs fail, and when nothing ran."""
+    (inputs[1] / "bad").mkdir()
+    code, stdout, stderr = run("--dry-run", *inputs)
+    assert (code, stderr.splitlines()[-1]) == (9, "Error: 1 of 3 jobs would fail; nothing was written.")
+    assert stdout.splitlines()[-1].startswith("In all: 1 failed, 2 planned; writes 21.8 KB; disk ")
+    for name in ("good", "other"):
+        shutil.rmtree(inputs[1] / name)
+    code, stdout, stderr = run(*inputs)
+    assert (code, stdout) == (9, "")
+    assert stderr.splitlines()[-1] == "Error: 1 of 1 jobs failed; none is complete."
+
+
+def test_updates_that_are_lost_are_warned_of(inputs, run):
+    """As convert does."""
+    tensors = adapter_tensors(checkpoint_tensors(), 0.01)
+    write_told_adapter(inputs[1] / "tiny", tensors)
+    code, _, stderr = run(*inputs)
+    assert code == 0
+    (warning,) = [line for line in stderr.splitlines() if line.startswith("Warning: ")]
+    assert re.match(
+        r"Warning: tiny: \d weights keep less than 97% of the update, .* --dtype float16", warning
     )
-    assert stderr == f"bad: {why}\n{rows}Error: 1 of 3 jobs failed; the others are complete.\n"
-    assert run("-q", *inputs)[2] == f"bad: {why}\nError: 1 of 3 jobs failed; the others are complete.\n"
 
 
 def test_events(inputs, run):
@@ -256,14 +281,16 @@ def test_events(inputs, run):
         ("good", "done"),
         ("other", "done"),
     ]
-    assert {e["event"] for e in events} == {"plan", "pass", "shard", "job"}
+    assert {e["event"] for e in events} == {"plan", "pass", "shard", "job", "total"}
 
 
 def test_dry_run(inputs, run):
     before = files_of(inputs[0].parent)
-    assert run("--dry-run", "-q", *inputs) == (
-        0, "good: pass 1, 0.0 MB in 1 shards\nother: pass 1, 0.0 MB in 1 shards\n", ""
-    )  # fmt: skip
+    code, stdout, stderr = run("--dry-run", "-q", *inputs)
+    assert (code, stderr) == (0, "")
+    disk = r"disk \d+ KB needed, [\d,.]+ [GT]B free; less than a second"
+    one = rf"changes 4 of 21 weights; writes 10\.9 KB; {disk}; pass 1"
+    assert re.fullmatch(rf"good: {one}\nother: {one}\nIn all: 2 planned; writes 21\.8 KB; {disk}\n", stdout)
     assert files_of(inputs[0].parent) == before and not inputs[2].exists()
 
 
@@ -352,7 +379,7 @@ def test_a_job_in_a_directory_that_may_not_be_entered_fails_alone(inputs, run, m
     (jobs.with_name("jobs.jsonl")).write_text("\n".join(map(json.dumps, lines)))
     code, stdout, stderr = run("-q", ckpt, jobs.with_name("jobs.jsonl"), out)
     assert (code, stdout) == (9, f"{out}/y\n")
-    assert stderr.startswith(f"x: {locked}: Permission denied.\n")
+    assert stderr.startswith(f"x: failed with exit code 5: {locked}: Permission denied.\n")
 
 
 # ---- docs

@@ -71,9 +71,9 @@ def test_checkpoint_text(monkeypatch):
     assert text_of("fixtures/llama-nf4") == (
         "checkpoint: fixtures/llama-nf4\n"
         "  model         llama (LlamaForCausalLM), vocabulary 96, embeddings not tied\n"
-        "  size          98,624 parameters, 0.1 MB in 2 files\n"
-        "  weights       14 NF4, double-quantized, block size 64, bfloat16: 86,016 parameters, 0.1 MB\n"
-        "  weights       7 dense, bfloat16: 12,608 parameters, 0.0 MB\n"
+        "  size          98,624 parameters, 87.2 KB in 2 files\n"
+        "  weights       14 NF4, double-quantized, block size 64, bfloat16: 86,016 parameters, 62.0 KB\n"
+        "  weights       7 dense, bfloat16: 12,608 parameters, 25.2 KB\n"
         "  --dtype auto  writes bfloat16\n"
     )
 
@@ -158,7 +158,7 @@ def test_adapter_text(monkeypatch):
         "adapter: fixtures/llama-adapter\n"
         "  type          LORA of PEFT for CAUSAL_LM\n"
         "  trained on    llama-nf4\n"
-        "  size          28 tensors, 8,960 parameters, 0.0 MB float32\n"
+        "  size          28 tensors, 8,960 parameters, 35.8 KB float32\n"
         "  rank, scale   4, 2 (14 updates)\n"
         "  targets       q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj\n"
         "  config        bias none, init_lora_weights true, lora_alpha 8, r 4\n"
@@ -279,7 +279,7 @@ def test_merged_text(merged):
         "  checkpoint    ckpt (stored in full precision)",
         "  adapter       merged-adapter",
         "  settings      dtype auto, max_shard_size 5000000000, adapter_scale 1.0",
-        "  size          5,456 parameters, 0.0 MB bfloat16 in 1 file",
+        "  size          5,456 parameters, 13.0 KB bfloat16 in 1 file",
         "  weights       17 copied, 4 merged",
         lines[7],
     ]

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = """
     _version, errors < settings, events < arguments < files < arithmetic < codecs < patches < adapters, naming
     < structure, trained_base, side_files < formats < planning < merge < outdir < receipt < inputs < batching
-    < pipeline, verification, inspection < cli < __main__
+    < pipeline, verification, inspection, reporting < cli < __main__
 """
 RANK = {room.strip(): rank for rank, floor in enumerate(FLOORS.split("<")) for room in floor.split(",")}
 ARCHITECTURE = Path(__file__).resolve().parents[2] / "ARCHITECTURE.md"

@@ -126,7 +126,7 @@ def test_small_update(tmp_path, dtype, remedy):
     share = f"{math.floor(merged[worst]['kept'] * 1000) / 10:.1f}%"
     assert first.startswith(
         f"Merged my-adapter into base (stored in full precision): 4 of 21 weights updated, {share} of the "
-        "update kept where it is least; 0.0 MB in "
+        "update kept where it is least; 13.3 KB in "
     )
     assert (
         second
@@ -156,7 +156,7 @@ def test_nothing_updated(tmp_path):
     build.write_adapter(tmp_path / "adapter", tensors, peft_type="LN_TUNING", target_modules=["norm"])
     receipt = lorafuse.convert(tmp_path / "ckpt", tmp_path / "adapter", tmp_path / "out")
     text = summary_text(receipt, "base", ["my-adapter"])
-    assert text.startswith("Merged my-adapter into base (stored): 0 of 21 weights updated; 0.0 MB in ")
+    assert text.startswith("Merged my-adapter into base (stored): 0 of 21 weights updated; 13.3 KB in ")
     assert "\n" not in text
 
 

@@ -113,9 +113,9 @@ The following `bitsandbytes` quantization config was used during training:
 """
 
 
-def write_told_adapter(path: Path) -> Path:
+def write_told_adapter(path: Path, tensors: dict[str, torch.Tensor] | None = None) -> Path:
     """An adapter beside which stands that training did not quantize the base."""
-    write_adapter(path)
+    write_adapter(path, tensors)
     (path / "README.md").write_text(CARD_WITHOUT_QUANTIZATION)
     return path
 

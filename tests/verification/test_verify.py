@@ -236,7 +236,7 @@ def test_the_command(merged):
     assert result.exit_code == 0
     assert (
         result.stdout
-        == f"{out}: {n_files} files, 0.2 MB, are what the receipt says.\n35 weights are what the inputs "
+        == f"{out}: {n_files} files, 157 KB, are what the receipt says.\n35 weights are what the inputs "
         "make.\n"
     )
     event = json.loads(run(cli.verify, [str(out), "--json"]).stdout)

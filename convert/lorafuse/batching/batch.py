@@ -15,6 +15,7 @@ from lorafuse.batching.existing_results import ExistingResults
 from lorafuse.batching.jobs import Job, JobState, checked_share, left_out, read_jobs, refuse_overlap, share_of
 from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
+from lorafuse.batching.rehearsal import Rehearsal
 from lorafuse.errors import LorafuseError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
@@ -118,13 +119,13 @@ def _batch(
         common_files = CommonFiles(finished, chosen.share)
         under_way = Batch(
             base, root, settings, finished, common_files, deque(todo), on_event,
-            overwrite=chosen.overwrite, dry_run=chosen.dry_run,
+            Rehearsal(base, str(root), chosen.share, device) if chosen.dry_run else None, chosen.overwrite,
         )  # fmt: skip
         one_pass = Pass(
             base, hashes.result, device, chosen.overwrite, chosen.restart, under_way.done, under_way.failed,
             common_files.divide, asks_for_room=False,  # a batch asks while it puts the pass together
         )  # fmt: skip
-        under_way.run(None if chosen.dry_run else one_pass)
+        under_way.run(one_pass)
     return [under_way.states[job.name] for job in todo]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lorafuse.batching.existing_results import ExistingResults
 from lorafuse.batching.one_pass import PlannedJob
-from lorafuse.errors import StorageError, listed, shown
+from lorafuse.errors import StorageError, listed, shown, sized
 from lorafuse.files.folder import Folder
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.planning.plan import Memory
@@ -33,17 +33,23 @@ def files_left() -> int:
     return (limit if limit != resource.RLIM_INFINITY else 1 << 30) - len(os.listdir("/proc/self/fd"))
 
 
-def disk_error(
-    jobs: Sequence[PlannedJob], root: Folder, share: str, finished: ExistingResults
-) -> StorageError | None:
-    """What is wrong when there is no room below `root` for what these write."""
+def wanted_nbytes(jobs: Sequence[PlannedJob], finished: ExistingResults, *, shared: bool = True) -> int:
+    """Bytes of weights that are to be written for these; `shared`: files that several of them need once, and
+    not at all where a result has them."""
     wanted: dict[str, int] = {}
     for job in jobs:
         for shard in job.plan.shards:
             key = job.common.get(shard.file)
-            content = key if key and share != "copy" else f"{job.name}/{shard.file}"
+            content = key if key and shared else f"{job.name}/{shard.file}"
             wanted[content] = 0 if key == content and finished.find(content) else shard.nbytes
-    kind, needed = kind_of(str(root)), sum(wanted.values())
+    return sum(wanted.values())
+
+
+def disk_error(
+    jobs: Sequence[PlannedJob], root: Folder, share: str, finished: ExistingResults
+) -> StorageError | None:
+    """What is wrong when there is no room below `root` for what these write."""
+    kind, needed = kind_of(str(root)), wanted_nbytes(jobs, finished, shared=share != "copy")
     space = kind.space_of(str(root))
     free = space.free_nbytes if space else None
     if free is not None and needed > free:  # not before: it lists OUT_ROOT for each member
@@ -51,6 +57,4 @@ def disk_error(
     if free is None or needed <= free:
         return None
     names = listed(job.name for job in jobs)
-    return StorageError(
-        f"{shown(root)}: {needed / 1e6:,.0f} MB are needed for {names}, {free / 1e6:,.0f} MB are free."
-    )
+    return StorageError(f"{shown(root)}: {sized(needed)} are needed for {names}, {sized(free)} are free.")

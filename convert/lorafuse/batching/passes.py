@@ -6,7 +6,7 @@ put together. So nothing but a line for each job grows with their number.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from os import fspath
 
 from lorafuse.adapters.reading.beside import TRAINED_BESIDE
 from lorafuse.adapters.reading.directory import BIN
+from lorafuse.batching.answers import refuse_full
 from lorafuse.batching.common_files import CommonFiles
 from lorafuse.batching.existing_results import ExistingResults, common_files_of
 from lorafuse.batching.jobs import Job, JobState
@@ -27,9 +28,11 @@ from lorafuse.batching.pass_size import (
     disk_error,
     files_left,
     speed,
+    wanted_nbytes,
 )
+from lorafuse.batching.rehearsal import Rehearsal
 from lorafuse.errors import LorafuseError, OutDirError, StorageError, as_own, shown
-from lorafuse.events import Event, JobEvent, OnEvent, of_job, warn_by
+from lorafuse.events import Event, JobEvent, OnEvent, TotalEvent, of_job, warn_by
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.inputs.located import LocatedAdapter, located_adapter, opened
@@ -41,6 +44,7 @@ from lorafuse.planning.memory import RUNTIME_NBYTES, Needs, fit_memory, within_l
 from lorafuse.planning.plan import STORED_TENSOR_NBYTES, Memory
 from lorafuse.planning.shared_weights import SharedWeights
 from lorafuse.receipt.fields import Receipt
+from lorafuse.receipt.read import kept_in_sum
 from lorafuse.settings import Settings
 from lorafuse.trained_base.base_weights import base_weights
 
@@ -70,30 +74,50 @@ class Batch:
     common_files: CommonFiles
     todo: deque[Job]
     on_event: OnEvent
+    rehearsal: Rehearsal | None  # of a dry run
     overwrite: bool
-    dry_run: bool
     states: dict[str, JobState] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights = base_weights(self.base, self.settings.base_quant, warn_by(self.on_event))
         self.kind = kind_of(str(self.root))
-        self._n_jobs = len(self.todo)
+        self._n_jobs, self._nbytes, self._began = len(self.todo), 0, time.perf_counter()
 
-    def run(self, one_pass: Pass | None) -> None:
-        """Pass after pass, until nothing is to do; without `one_pass`, plan only."""
+    @property
+    def dry_run(self) -> bool:
+        return self.rehearsal is not None
+
+    def run(self, one_pass: Pass) -> None:
+        """Pass after pass, until nothing is to do; of a dry run, plan only. Raises StorageError, of a dry run
+        where the results do not fit the disk."""
         while self.todo:
             with self._members() as (members, memory):
                 names = [member.job.name for member in members]
+                planned = [member.planned for member in members]
                 if members:
-                    self.on_event({"event": "pass", "jobs": names, "n_workers": memory.n_workers})
-                if members and one_pass:
-                    planned = [member.planned for member in members]
+                    nbytes = wanted_nbytes(planned, self.finished)
+                    self.on_event(
+                        {"event": "pass", "jobs": names, "nbytes": nbytes, "n_workers": memory.n_workers}
+                    )
+                if members and not self.rehearsal:
                     waiting = {job.name for job in one_pass.run(planned, memory, time.perf_counter())}
                     again = [member.job for member in members if member.job.name in waiting]
                     self.todo.extendleft(reversed(again))
-                elif members:
-                    for name in names:
-                        self._state(name, "planned")
+                for name in names if self.rehearsal else ():
+                    self._state(name, "planned")
+        self._total()
+
+    def _total(self) -> None:
+        """Say what became of all jobs. Raises StorageError."""
+        states = dict(Counter(state.state for state in self.states.values()))
+        said: TotalEvent = {"event": "total", "states": states, "nbytes": self._nbytes,
+                            "wall_s": time.perf_counter() - self._began}  # fmt: skip
+        if self.rehearsal:
+            said |= {"disk": self.rehearsal.disk(), "estimate": self.rehearsal.estimate()}
+            said["nbytes"] = self.rehearsal.nbytes
+        self.on_event(said)
+        if self.rehearsal:
+            refuse_full(str(self.root), self.rehearsal.disk())
 
     @contextmanager
     def _members(self) -> Iterator[tuple[list[Member], Memory]]:
@@ -113,10 +137,12 @@ class Batch:
                     if member:
                         stack.callback(member.stack.close)
                         more = self._memory([*members, member], memory)
-                        full = self._disk_error([*members, member])
+                        full = None if self.rehearsal else self._disk_error([*members, member])
                         if more is None or (full and members):
                             break
                         warnings, plan = announced(member.planned.plan, dry_run=self.dry_run)
+                        if self.rehearsal:
+                            self.rehearsal.add(plan, member.planned)
                         notes += [*warnings, plan]
                         members, memory = [*members, member], more
                 except Exception as e:
@@ -216,6 +242,8 @@ class Batch:
         if receipt:
             said["wall_s"] = receipt["timing"]["wall_s"]
             said["nbytes"] = sum(output["size"] for output in receipt["outputs"])
+            said["update"] = kept_in_sum(receipt["tensors"])
+            self._nbytes += said["nbytes"]
         if error:
             said["error"], said["exit_code"] = str(error), error.exit_code
         self.on_event(said)

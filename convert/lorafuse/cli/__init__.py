@@ -9,11 +9,24 @@ from lorafuse.cli.cmd_completion import completion
 from lorafuse.cli.cmd_convert import convert
 from lorafuse.cli.cmd_env import env
 from lorafuse.cli.cmd_inspect import inspect
+from lorafuse.cli.cmd_report import report
 from lorafuse.cli.cmd_verify import verify
+from lorafuse.cli.exits import INTERRUPTED, leave
 from lorafuse.cli.options import CONTEXT, version_option
 from lorafuse.cli.streams import make_usable
 
-__all__ = ["batch", "completion", "convert", "env", "inspect", "lorafuse", "main", "main_convert", "verify"]
+__all__ = [
+    "batch",
+    "completion",
+    "convert",
+    "env",
+    "inspect",
+    "lorafuse",
+    "main",
+    "main_convert",
+    "report",
+    "verify",
+]
 
 
 @click.group(context_settings=CONTEXT)
@@ -25,6 +38,7 @@ def lorafuse() -> None:
 lorafuse.add_command(convert)
 lorafuse.add_command(batch)
 lorafuse.add_command(inspect)
+lorafuse.add_command(report)
 lorafuse.add_command(verify)
 lorafuse.add_command(env)
 lorafuse.add_command(completion)
@@ -33,7 +47,12 @@ lorafuse.add_command(completion)
 def _entry(command: click.Command, name: str) -> Callable[[], None]:
     def main() -> None:
         make_usable()
-        command.main(prog_name=name)
+        try:
+            command.main(prog_name=name)
+        except SystemExit as e:
+            if e.code in INTERRUPTED:
+                leave(e.code)
+            raise
 
     return main
 

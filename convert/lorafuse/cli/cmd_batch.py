@@ -1,9 +1,7 @@
 """`lorafuse batch`: many adapters, one pass over the base."""
 
 import gc
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,8 @@ from lorafuse.cli.options import (
     run_options,
     version_option,
 )
-from lorafuse.cli.streams import say, tell
-from lorafuse.errors import BatchError, shown
-from lorafuse.events import Event, JobEvent, PassEvent, PlanEvent, ResumedEvent
+from lorafuse.cli.show_batch import ShowBatch
+from lorafuse.errors import BatchError
 from lorafuse.files.local_folder import as_typed
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.outdir.apart import refuse_nameless
@@ -96,94 +93,12 @@ def batch(
             show.close()
         n_failed = sum(state.state == "failed" for state in states)
         if n_failed:
-            raise BatchError(f"{n_failed} of {len(states)} jobs failed; the others are complete.")
+            raise BatchError(failed_text(n_failed, len(states), dry_run=dry_run))
 
 
-class ShowBatch:
-    """Shows events: JSON lines, or finished results, one a line, on stdout; warnings, progress and the table
-    of jobs on stderr."""
-
-    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
-        self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
-        self._plans: dict[str, PlanEvent] = {}
-        self._n_passes, self._noted = 0, False
-        self._rows: list[tuple[str, str, str]] = []
-        self._bar: Any = None
-
-    def __call__(self, event: Event) -> None:
-        if self._as_json and event["event"] != "progress":
-            tell(json.dumps(event))
-        if event["event"] == "warning" and not self._quiet:
-            whose = f"{shown(event['job'])}: " if "job" in event else ""
-            say(f"Warning: {whose}{event['message']}")
-        elif event["event"] == "plan":
-            self._plans[event["job"]] = event
-            self._note(event)
-        elif event["event"] == "pass":
-            self._pass(event)
-        elif event["event"] == "progress" and self._bar is not None:
-            self._bar.update(event["nbytes"])
-        elif event["event"] == "resumed":
-            self._resumed(event)
-        elif event["event"] == "job":
-            self._job(event)
-
-    def _note(self, event: PlanEvent) -> None:
-        """The first of a batch: its adapters mostly come from one training."""
-        if not self._quiet and not self._noted:
-            for note in event.get("notes", [])[:1]:
-                say(f"Note: {note}")
-                self._noted = True
-
-    def _pass(self, event: PassEvent) -> None:
-        self._n_passes += 1
-        names = event["jobs"]
-        nbytes = sum(self._plans[name]["nbytes"] for name in names)
-        if self._verbose and not self._quiet:
-            say(
-                f"Pass {self._n_passes}: {len(names)} jobs, {nbytes / 1e6:,.1f} MB: "
-                f"{' '.join(map(shown, names))}"
-            )
-        if sys.stderr.isatty() and not self._quiet:
-            from tqdm import tqdm
-
-            self.close_bar()
-            self._bar = tqdm(
-                total=nbytes, unit="B", unit_scale=True, dynamic_ncols=True, desc=f"pass {self._n_passes}"
-            )
-
-    def _resumed(self, event: ResumedEvent) -> None:
-        if not self._quiet:
-            done = f"{event['n_shards']} of {len(self._plans[event['job']]['shards'])} files"
-            say(f"{shown(event['job'])}: going on after {done} that an earlier call finished.")
-        if self._bar is not None:
-            self._bar.update(event["nbytes"])
-
-    def _job(self, event: JobEvent) -> None:
-        name, state = event["job"], event["state"]
-        plan = self._plans.pop(name, None)
-        if state == "planned" and plan:
-            note = f"pass {self._n_passes}, {plan['nbytes'] / 1e6:,.1f} MB in {len(plan['shards'])} shards"
-            if not self._as_json:
-                tell(f"{shown(name)}: {note}")
-        elif state == "failed":
-            note = f"exit code {event['exit_code']}: {event['error']}"
-            say(f"{shown(name)}: {event['error']}")
-        else:
-            note = f"{event['nbytes'] / 1e6:,.1f} MB" if state == "done" else "was there already"
-            if not self._as_json:
-                tell(os.fsencode(event["out_dir"]))
-        self._rows.append((shown(name), state, note))
-
-    def close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def close(self) -> None:
-        """The table of jobs."""
-        self.close_bar()
-        width = max((len(name) for name, _, _ in self._rows), default=0)
-        if not self._quiet:
-            for name, state, note in self._rows:
-                say(f"{name:{width}}  {state:7}  {note}")
+def failed_text(n_failed: int, of: int, *, dry_run: bool) -> str:
+    """What became of all jobs, where some failed."""
+    if dry_run:
+        return f"{n_failed} of {of} jobs would fail; nothing was written."
+    others = "the others are complete" if n_failed < of else "none is complete"
+    return f"{n_failed} of {of} jobs failed; {others}."

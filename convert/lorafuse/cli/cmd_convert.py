@@ -17,7 +17,7 @@ from lorafuse.cli.options import (
     version_option,
     weighted,
 )
-from lorafuse.cli.show import Show, plan_text, summary_text, weights_text
+from lorafuse.cli.show import Show, summary_text, weights_text
 from lorafuse.cli.streams import say, tell
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import THE_BASE, Settings
@@ -76,7 +76,7 @@ def convert(
     base that the adapter's config names. OUT_DIR gets full-precision shards that transformers, vLLM and
     others load, and lorafuse_receipt.json.
     """
-    show = Show(as_json=as_json, quiet=quiet)
+    show = Show("merging", as_json=as_json, quiet=quiet, dry_run=dry_run, verbose=verbose)
     with exit_codes("OUT_DIR is as it was, and the same command goes on from what is finished"):
         refuse_nameless(out_dir)
         checked = ("device", "adapter_scale", "adapter_name")
@@ -89,11 +89,11 @@ def convert(
         gc.freeze()
         gc.enable()
 
-        receipt = run(ckpt, adapter, out_dir, dry_run=dry_run, on_event=show, **options)
-        show.close()
+        try:
+            receipt = run(ckpt, adapter, out_dir, dry_run=dry_run, on_event=show, **options)
+        finally:
+            show.close()
         if dry_run:
-            if not as_json:
-                click.echo(plan_text(receipt))  # what was asked for: an error, if it cannot be printed
             return
         if verbose and not quiet:
             say(weights_text(receipt))

@@ -8,9 +8,9 @@ import click
 
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import CONTEXT
-from lorafuse.cli.show import percent, too_little_text
-from lorafuse.errors import listed, shown
+from lorafuse.errors import listed, shown, sized
 from lorafuse.inspection import inspect as run
+from lorafuse.receipt.in_words import percent, too_little_text
 
 Facts = dict[str, Any]
 Lines = Iterator[tuple[str, str]]  # label, text
@@ -138,7 +138,7 @@ def _table(weights: list[Facts], top: int) -> list[str]:
 
 
 def _size(facts: Facts, more: str = "") -> str:
-    return f"{facts['n_parameters']:,} parameters, {facts['nbytes'] / 1e6:,.1f} MB{more}"
+    return f"{facts['n_parameters']:,} parameters, {sized(facts['nbytes'])}{more}"
 
 
 def _in_files(facts: Facts) -> str:

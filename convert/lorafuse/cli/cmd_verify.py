@@ -9,7 +9,7 @@ from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import CONTEXT, Size
 from lorafuse.cli.show import Show
 from lorafuse.cli.streams import tell
-from lorafuse.errors import ResultError, shown
+from lorafuse.errors import ResultError, shown, sized
 from lorafuse.verification.relations import EXPLAINED, GOOD, what_is_wrong
 
 N_WORST = 20
@@ -48,12 +48,14 @@ def verify(out_dir: str, *, as_json: bool, quiet: bool, sample: int | None, **op
     made has no receipt: --ckpt and --adapter then show how each of its weights relates to the base and to
     base + update. OUT_DIR is not changed.
     """
-    show = Show(as_json=False, quiet=quiet)
+    show = Show("comparing", as_json=False, quiet=quiet)
     with exit_codes():
         from lorafuse.verification.verify import verify as run
 
-        checked = run(out_dir, sample=sample or 0, on_event=show, **options)
-        show.close()
+        try:
+            checked = run(out_dir, sample=sample or 0, on_event=show, **options)
+        finally:
+            show.close()
         if as_json:
             tell(json.dumps({"event": "verified", "out_dir": out_dir, **checked}))
         else:
@@ -64,8 +66,7 @@ def verify(out_dir: str, *, as_json: bool, quiet: bool, sample: int | None, **op
 
 def verified_text(out_dir: str, checked: dict[str, Any]) -> str:
     text = (
-        f"{shown(out_dir)}: {checked['files']} files, {checked['nbytes'] / 1e6:,.1f} MB, are what the "
-        "receipt says."
+        f"{shown(out_dir)}: {checked['files']} files, {sized(checked['nbytes'])}, are what the receipt says."
     )
     return text + (f"\n{checked['weights']} weights are what the inputs make." if checked["weights"] else "")
 

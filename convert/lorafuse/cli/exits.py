@@ -3,15 +3,28 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
-from lorafuse.cli.streams import finish, say
+from lorafuse.cli.streams import finish, say, styled
 from lorafuse.errors import LorafuseError, out_of_memory, shown
 from lorafuse.outdir.interrupts import UNINTERRUPTED
 
 
 class Terminated(BaseException):
     """SIGTERM, as an exception, so that what cannot be resumed is removed."""
+
+
+INTERRUPTED = (130, 143)
+
+
+def leave(code: int) -> NoReturn:
+    """End an interrupted process at once: a thread that was just being started when the signal came may
+    wait for work for ever, and Python for the thread."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 class exit_codes:  # noqa: N801 (reads as a statement)
@@ -52,6 +65,6 @@ def _interrupt(number: int, _: object) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    say(f"Error: {message}")
+    say(f"{styled('Error:', 'red')} {message}")
     finish()
     sys.exit(code)

@@ -1,90 +1,82 @@
 """What people see: progress and warnings, plans, summaries."""
 
 import json
-import math
-import sys
-from typing import Any
+from typing import Any, cast
 
-from lorafuse.cli.streams import say, tell
-from lorafuse.errors import listed, shown
-from lorafuse.events import Event
-from lorafuse.receipt.read import ENOUGH_KEPT, kept_in_sum, sizes_in_sum
+import click
+
+from lorafuse.cli.plan_text import plan_text
+from lorafuse.cli.progress import Progress
+from lorafuse.cli.streams import styled
+from lorafuse.errors import listed, shown, sized
+from lorafuse.events import Event, PlanEvent
+from lorafuse.receipt.in_words import ACTIONS, percent, too_little_text
+from lorafuse.receipt.read import kept_in_sum, sizes_in_sum
+
+FIGURES = "kept: the share of the update that is stored, 1 is all; noise: what rounding added, relative to it"
 
 
 class Show:
-    """Shows events: JSON lines on stdout, or warnings and progress on stderr."""
+    """Shows events: JSON lines or the plan of a dry run on stdout, warnings and progress on stderr."""
 
-    def __init__(self, *, as_json: bool, quiet: bool) -> None:
-        self._as_json, self._quiet = as_json, quiet
-        self._bar: Any = None
+    def __init__(
+        self, label: str, *, as_json: bool, quiet: bool, dry_run: bool = False, verbose: bool = False
+    ) -> None:
+        self._label, self._as_json, self._quiet = label, as_json, quiet
+        self._dry_run, self._verbose = dry_run, verbose
+        self._progress = Progress(quiet=quiet)
         self._n_shards = self._n_done = 0
         self.url, self.kept_here = "", True
 
     def __call__(self, event: Event) -> None:
         if self._as_json and event["event"] != "progress":
-            tell(json.dumps(event))
+            self._progress.tell(json.dumps(event))
         if event["event"] == "done":
             self.url, self.kept_here = event.get("url", ""), event.get("kept_here", True)
-        if self._quiet:
-            return
-        if event["event"] == "warning":
-            say(f"Warning: {event['message']}")
         elif event["event"] == "plan":
-            for note in event.get("notes", []):
-                say(f"Note: {note}")
-            self._n_shards = len(event["shards"])
-            self._open_bar(event["nbytes"])
+            self._plan(event)
         elif event["event"] == "resumed":
             self._n_done = event["n_shards"]
-            say(f"Going on after {self._n_done} of {self._n_shards} files that an earlier run finished.")
-            if self._bar is not None:
-                self._bar.update(event["nbytes"])
-        elif event["event"] == "progress" and self._bar is not None:
-            self._bar.update(event["nbytes"])
-        elif event["event"] == "fetched" and self._bar is None:
-            say(f"Fetched {event['file']}: {event['nbytes'] / 1e6:,.1f} MB")
-        elif event["event"] == "shard" and self._bar is None:
+            self._say(
+                f"Going on after {self._n_done} of {self._n_shards} files that an earlier run finished."
+            )
+            self._progress.skip(event["nbytes"])
+        elif event["event"] == "progress":
+            self._progress.advance(event["nbytes"])
+        elif event["event"] == "warning":
+            self._say(warning_text(event["message"]))
+        elif event["event"] == "fetched" and not self._progress.is_bar:
+            self._say(f"Fetched {event['file']}: {sized(event['nbytes'])}")
+        elif event["event"] == "shard":
             self._n_done += 1
-            say(f"{event['file']}: {event['nbytes'] / 1e6:,.1f} MB ({self._n_done} of {self._n_shards})")
+            if not self._progress.is_bar:
+                size = sized(event["nbytes"])
+                self._say(f"{event['file']}: {size} ({self._n_done} of {self._n_shards})")
 
-    def _open_bar(self, nbytes: int) -> None:
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+    def _plan(self, event: PlanEvent) -> None:
+        for note in event.get("notes", []):
+            self._say(f"Note: {note}")
+        self._n_shards = len(event["shards"])
+        if not self._dry_run:
+            self._progress.begin(self._label, event["nbytes"])
+        elif not self._as_json:  # what was asked for: an error, if it cannot be printed
+            click.echo(plan_text(cast(dict[str, Any], event), verbose=self._verbose))
 
-            self._bar = tqdm(total=nbytes, unit="B", unit_scale=True, dynamic_ncols=True)
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            self._progress.say(text)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        """Nothing more comes, at the end or after an error."""
+        self._progress.end()
 
 
-def plan_text(plan: dict[str, Any]) -> str:
-    """The plan of a dry run for people."""
-    weights = ", ".join(f"{n} {action}" for action, n in sorted(plan["weights"].items()))
-    lines = [f"{plan['nbytes'] / 1e6:,.1f} MB in {len(plan['shards'])} shards; weights: {weights}"]
-    if len(plan["formats"]) > 1:
-        sizes = (f"{word} {nbytes / 1e6:,.1f} MB" for word, nbytes in plan["formats"].items())
-        lines.append(f"--format: {', '.join(sizes)}")
-    lines += [f"  {s['file']}  {s['nbytes'] / 1e6:,.1f} MB  {s['n_weights']} weights" for s in plan["shards"]]
-    lines += [f"decoded from {shown(scheme)}: {n:,} parameters" for scheme, n in plan["decoded"].items()]
-    lines.append(
-        f"adapter tensors: {plan['adapter_tensors']['used']} used, {len(plan['adapter_tensors']['ignored'])} "
-        "ignored"
-    )
-    lines += [
-        f"  ignored {shown(key)}: {shown(reason)}"
-        for key, reason in plan["adapter_tensors"]["ignored"].items()
-    ]
-    if plan["held_whole"]:
-        lines.append(
-            f"held whole in memory, one after the other, for a decomposition: {listed(plan['held_whole'])}"
-        )
-    lines += [f"config.json: {name} = {json.dumps(value)}" for name, value in plan["config_changes"].items()]
-    return "\n".join(lines)
+def warning_text(message: str) -> str:
+    return f"{styled('Warning:', 'yellow')} {message}"
 
 
 def weights_text(receipt: dict[str, Any]) -> str:
-    """A line for each weight that is not copied or decoded."""
+    """A line for each weight that is not copied or decoded, and what the words mean."""
     lines = []
     for name, entry in receipt["tensors"].items():
         if entry["action"] in ("merged", "replaced", "added"):
@@ -96,6 +88,8 @@ def weights_text(receipt: dict[str, Any]) -> str:
             if "updates" in entry:
                 figures.insert(0, f"updates {len(entry['updates'])}")
             lines.append(f"{entry['action']:8} {shown(name)}  {'  '.join(figures)}")
+    words = sorted({entry["action"] for entry in receipt["tensors"].values()} & ACTIONS.keys())
+    lines.append("; ".join(f"{word}: {ACTIONS[word]}" for word in words) + f"; {FIGURES}.")
     return "\n".join(lines)
 
 
@@ -118,25 +112,7 @@ def summary_text(receipt: dict[str, Any], ckpt: str, adapters: list[str]) -> str
     line = (
         f"Merged {listed(adapters)} into {shown(ckpt)} ({shown(receipt['base_semantics'])}): "
         f"{n_merged} of {len(receipt['tensors'])} weights updated{share}; "
-        f"{nbytes / 1e6:,.1f} MB{light} in {receipt['timing']['wall_s']:.1f} s, peak "
-        f"{receipt['peak_rss'] / 1e6:,.0f} MB."
+        f"{sized(nbytes)}{light} in {receipt['timing']['wall_s']:.1f} s, peak "
+        f"{sized(receipt['peak_rss'])}."
     )
     return "\n".join([line, *too_little_text(update)])
-
-
-def too_little_text(update: dict[str, Any]) -> list[str]:
-    """Where less than enough of an update is kept, or much noise is added to it, a line that says so, and
-    what helps."""
-    remedy = f": {update['remedy']}" if update["remedy"] else ""
-    if update["n_below"]:
-        weights = "1 weight keeps" if update["n_below"] == 1 else f"{update['n_below']} weights keep"
-        least = f"{shown(update['least_in'])} the least ({percent(update['least'])})"
-        return [f"{weights} less than {ENOUGH_KEPT:.0%} of the update, {least}{remedy}."]
-    if update["n_noisy"]:
-        return [f"Rounding adds noise of {update['noise']:.2g} times the size of the update{remedy}."]
-    return []
-
-
-def percent(share: float) -> str:
-    """A share of the update, rounded down, so that 100% is all of it."""
-    return f"{math.floor(share * 1000) / 10:.1f}%"

@@ -37,9 +37,15 @@ def say(text: str) -> None:
 
 def _write(text: str | bytes, stream: TextIO) -> None:
     try:
-        click.echo(text, file=stream)
+        # Where the stream is no terminal, click takes colours out.
+        click.echo(text, file=stream, color=False if os.environ.get("NO_COLOR") else None)
     except OSError:  # a pipe without a reader, a full disk
         _give_up(stream)
+
+
+def styled(word: str, colour: str) -> str:
+    """A word that stands out on a terminal."""
+    return click.style(word, fg=colour, bold=True)
 
 
 def finish() -> None:

@@ -6,6 +6,8 @@ Patterns are those of fnmatch on names in lower case; a `*` matches a slash too.
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+from lorafuse.files.names import REPORT
+
 SAFETENSORS_FILES = "*.safetensors"
 # Of every format, with the index and the graph of some. Names of one model's other files may end alike: what
 # a loader needs of these is in `side_files/sets.py`.
@@ -46,7 +48,7 @@ TRAINING_STATE = (
     # MLX-LM's adapter after so many steps.
     "[0-9]*_adapters.safetensors",
 )
-CARDS = ("readme*", "model_card*", "modelcard*")
+CARDS = ("readme*", "model_card*", "modelcard*", REPORT)
 HIDDEN = (".*", "*/.*")
 
 

@@ -2,13 +2,16 @@
 order."""
 
 import re
+from typing import NamedTuple
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 TORCH_SINGLE = "pytorch_model.bin"  # of torch.save
 TORCH_INDEX = f"{TORCH_SINGLE}.index.json"
 RECEIPT = "lorafuse_receipt.json"  # of a checkpoint that lorafuse wrote
+REPORT = "lorafuse_report.html"  # about that
 _NUMBER = re.compile(r"[0-9]{1,18}")
+_WHOLE_NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")  # between dots
 _LEADING_ZERO = re.compile(r"(?<![0-9])0[0-9]")
 
 
@@ -32,6 +35,31 @@ def natural_key(name: str) -> str:
 def _by_size(number: re.Match[str]) -> str:
     digits = number[0].lstrip("0")
     return f"\0{chr(len(digits) + 1)}{digits}"
+
+
+class Place(NamedTuple):
+    """Where a weight is in the model; `layer` is None for a weight that is in no layer."""
+
+    stack: str
+    layer: int | None
+    module: str
+
+    @property
+    def kind(self) -> str:
+        """The weights of a module in all layers: `model.layers.*.mlp.up_proj`."""
+        numbered = () if self.layer is None else (self.stack, "*")
+        return ".".join(filter(None, (*numbered, self.module)))
+
+
+def place_of(name: str) -> Place:
+    """The parts of a weight's name: of model.layers.3.mlp.experts.7.up_proj.weight the stack `model.layers`,
+    the layer 3, and the module `mlp.experts.*.up_proj`, in which a star stands for further numbers."""
+    path = name.removesuffix(".weight")
+    number = _WHOLE_NUMBER.search(path)
+    if not number:
+        return Place("", None, path)
+    stack, module = path[: number.start()].removesuffix("."), path[number.end() :].removeprefix(".")
+    return Place(stack, int(number[0]), _WHOLE_NUMBER.sub("*", module))
 
 
 def scheme_of(name: str) -> str:

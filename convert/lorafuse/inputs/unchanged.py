@@ -45,6 +45,10 @@ class UnchangedInputs:
             for shard in store.shards
         }
 
+    @property
+    def adapters(self) -> Sequence[WeightedAdapter]:
+        return self._weighted
+
     def refuse_nonfinite(self) -> None:
         """Raises AdapterError for NaN and infinity in an adapter. Reads the files, in pieces."""
         for adapter in self._adapters:

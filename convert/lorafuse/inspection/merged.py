@@ -11,8 +11,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.tensors import FLOATS, SAFETENSORS_NAMES
-from lorafuse.receipt.fields import Receipt
-from lorafuse.receipt.read import kept_in_sum, read_receipt, sizes_in_sum, worst_first
+from lorafuse.receipt.read import kept_in_sum, merged_inputs, read_receipt, sizes_in_sum, worst_first
 
 _FIGURES = ("kept", "noise", "delta_rel", "delta_norm", "changed", "clipped")
 
@@ -35,8 +34,8 @@ def inspect_merged(folder: Folder, name: str) -> dict[str, Any]:
         "tool": receipt["tool"],
         "settings": receipt["settings"],
         "base_semantics": receipt["base_semantics"],
-        "checkpoint": next((entry["path"] for entry in _inputs(receipt, "checkpoint", "config.json")), None),
-        "adapters": _inputs(receipt, "adapter", "adapter_config.json"),
+        "checkpoint": next((entry["path"] for entry in merged_inputs(receipt, "checkpoint")), None),
+        "adapters": merged_inputs(receipt, "adapter"),
         "n_weights": len(tensors),
         "n_parameters": sum(math.prod(entry["shape"]) for entry in floats),
         "nbytes": sum(output["size"] for output in shards),
@@ -48,17 +47,6 @@ def inspect_merged(folder: Folder, name: str) -> dict[str, Any]:
         "sizes": sizes_in_sum(tensors),
         "weights": [_weight(weight, tensors[weight]) for weight in worst_first(tensors)],
     }
-
-
-def _inputs(receipt: Receipt, role: str, config: str) -> list[dict[str, Any]]:
-    """The inputs of a role as the user named them, each with its weight if it has one: every one has a
-    config, whose path is the input's and the file's."""
-    configs = [
-        entry for entry in receipt["inputs"] if entry["role"] == role and entry["path"].endswith(f"/{config}")
-    ]
-    return [
-        {"path": entry["path"].removesuffix(f"/{config}"), "weight": entry.get("weight")} for entry in configs
-    ]
 
 
 def _weight(name: str, entry: Mapping[str, object]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from lorafuse.errors import StorageError, shown
 from lorafuse.files.folder import Folder
 from lorafuse.files.names import scheme_of
 from lorafuse.files.safetensors_file import header_of
+from lorafuse.outdir.out_dir import Space
 from lorafuse.outdir.output import Output
-from lorafuse.planning.plan import PlannedShard
+from lorafuse.planning.plan import Plan, PlannedShard
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The index and the receipt have some 500 bytes for each weight; config.json and the journal are small.
@@ -70,18 +71,32 @@ def told_when_full(outputs: Sequence[Output], side_files: Sequence[tuple[Folder,
         raise StorageError(f"{where}: {what}. {way_on}") from e
 
 
+def planned_nbytes(plan: Plan, side_files: Sequence[tuple[Folder, str]], space: Space | None) -> int:
+    """Bytes that a result takes on disk, with everything beside its weights."""
+    return _on_disk([plan], plan.shards, side_files, space)
+
+
 def _file_nbytes(shard: PlannedShard) -> int:
     return len(header_of(list(shard.tensors))) + shard.nbytes
 
 
 def _needed(outputs: Sequence[Output], side_files: Sequence[tuple[Folder, str]]) -> int:
     """Bytes, each file rounded up to whole blocks."""
-    space = outputs[0].out_dir.space()
+    lacking = [shard for output in outputs for shard in output.lacking]
+    return _on_disk([output.plan for output in outputs], lacking, side_files, outputs[0].out_dir.space())
+
+
+def _on_disk(
+    plans: Sequence[Plan],
+    shards: Sequence[PlannedShard],
+    side_files: Sequence[tuple[Folder, str]],
+    space: Space | None,
+) -> int:
     block = space.block_nbytes if space else 1
-    fixed = [FIXED_NBYTES + NBYTES_PER_WEIGHT * sum(1 for _ in output.plan.steps) for output in outputs]
-    shards = [_file_nbytes(shard) for output in outputs for shard in output.lacking]
+    fixed = [FIXED_NBYTES + NBYTES_PER_WEIGHT * sum(1 for _ in plan.steps) for plan in plans]
     side = [folder.facts(name).nbytes for folder, name in side_files]
-    return sum(-(-nbytes // block) * block for nbytes in (*fixed, *shards, *side))
+    sizes = (*fixed, *map(_file_nbytes, shards), *side)
+    return sum(-(-nbytes // block) * block for nbytes in sizes)
 
 
 def _missing(outputs: Sequence[Output], side_files: Sequence[tuple[Folder, str]]) -> int:

@@ -6,7 +6,7 @@ of one long vector: kept = Σ kept_i ‖Δ_i‖² / Σ ‖Δ_i‖² and noise² 
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from lorafuse.errors import ResultError, shown
 from lorafuse.files.folder import Folder
@@ -27,6 +27,7 @@ REMEDIES = {
     "everything",
     "float16": "--dtype float32 keeps everything",
 }
+MOST_DIMENSIONS = 16
 _FIGURES = ("delta_norm", "delta_rel", "kept", "noise", "changed", "clipped")
 _FIELDS: dict[str, type] = {"tool": dict, "settings": dict, "inputs": list, "outputs": list, "tensors": dict}
 _FIELDS |= {"adapter_tensors": dict, "base_semantics": str}
@@ -53,6 +54,16 @@ def read_receipt(folder: Folder) -> Receipt | None:
     if broken is not None:
         raise ResultError(f"{shown(path)}: is damaged: {shown(broken)} is missing or of another kind.")
     return cast(Receipt, receipt)
+
+
+def merged_inputs(receipt: Receipt, role: Literal["checkpoint", "adapter"]) -> list[dict[str, Any]]:
+    """The inputs of a role as the user named them, `path`, each with its `weight` or None: each of them has a
+    config, whose path is the input's and the file's."""
+    config = "/config.json" if role == "checkpoint" else "/adapter_config.json"
+    configs = [
+        entry for entry in receipt["inputs"] if entry["role"] == role and entry["path"].endswith(config)
+    ]
+    return [{"path": entry["path"].removesuffix(config), "weight": entry.get("weight")} for entry in configs]
 
 
 class StoredEntry(NamedTuple):
@@ -95,7 +106,8 @@ def _is_spec(value: object) -> bool:
     return (
         isinstance(value, dict)
         and _has(value, {"dtype": str, "shape": list})
-        and all(type(n) is int and n >= 0 for n in value["shape"])
+        and len(value["shape"]) <= MOST_DIMENSIONS
+        and all(type(n) is int and 0 <= n < 2**63 for n in value["shape"])
     )
 
 
@@ -133,7 +145,11 @@ def kept_in_sum(tensors: Entries) -> dict[str, Any]:
         square * (tensors[name].get("noise") or 0.0) ** 2 for square, name in zip(squares, names, strict=True)
     )
     below = [name for name in names if tensors[name]["kept"] < _enough(tensors[name])]
-    noisy = [name for name in names if "clipped" in tensors[name] and tensors[name]["noise"] > MUCH_NOISE]
+    noisy = [
+        name
+        for name in names
+        if "clipped" in tensors[name] and (tensors[name].get("noise") or 0.0) > MUCH_NOISE
+    ]
     poor = [tensors[name] for name in (*below, *noisy)]
     written = {"quantized" if "clipped" in entry else entry["dtype"] for entry in poor}
     return {
@@ -147,11 +163,20 @@ def kept_in_sum(tensors: Entries) -> dict[str, Any]:
     }
 
 
+def delta_rel_in_sum(tensors: Entries) -> float | None:
+    """‖Δ‖ / ‖W‖ over all merged weights that have an update, as of one long vector. ‖W‖ of each follows from
+    its `delta_norm` and `delta_rel`. None where no weight has both."""
+    deltas = [(entry.get("delta_norm") or 0.0, entry.get("delta_rel") or 0.0) for entry in tensors.values()]
+    known = [(norm, norm / relative) for norm, relative in deltas if norm and relative]
+    of_base = math.hypot(*(base for _, base in known))
+    return math.hypot(*(norm for norm, _ in known)) / of_base if of_base else None
+
+
 def _enough(entry: Mapping[str, Any]) -> float:
     """Of a weight that was rounded without bias, less three times what chance makes of `kept`."""
     if "clipped" not in entry:
         return ENOUGH_KEPT
-    return ENOUGH_KEPT - 3 * (entry["noise"] or 0.0) / math.sqrt(max(math.prod(entry["shape"]), 1))
+    return ENOUGH_KEPT - 3 * (entry.get("noise") or 0.0) / math.sqrt(max(math.prod(entry["shape"]), 1))
 
 
 def sizes_in_sum(tensors: Entries) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""How fast tiles are made here: the loop makes a few of a plan, which are thrown away."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import torch
+
+from lorafuse.errors import LorafuseError
+from lorafuse.merge.destination import Outcome
+from lorafuse.merge.loop import merge
+from lorafuse.planning.plan import Plan, Step
+
+SECONDS = 0.12  # of each of the two kinds of weights
+MOST_WEIGHTS = 12  # that are looked at, spread over the model
+
+
+class _EnoughError(Exception):
+    """The probe has taken its time."""
+
+
+class _Stopwatch:
+    """A Destination that counts bytes and ends the loop after SECONDS."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.outcome = Outcome()
+        self.error: Exception | None = None
+        self._steps, self._began = steps, time.perf_counter()
+        self.nbytes, self.seconds = 0, 0.0
+
+    def steps(self) -> Sequence[Step]:
+        return self._steps
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        self.nbytes += len(data)
+        self.seconds = time.perf_counter() - self._began
+        if self.seconds > SECONDS:
+            raise _EnoughError
+
+    def finish(self) -> None:
+        """All of the few weights are made."""
+
+    def fail(self, error: Exception) -> None:
+        """What is wrong with a weight is for the merge to say."""
+        raise _EnoughError
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def tile_rates(plan: Plan, device: torch.device) -> dict[bool, float]:
+    """Bytes of the result that are read, made and measured a second, of weights that an adapter has a say in
+    (True) and of the others; a kind is missing of which there is no weight, or none that can be made."""
+    rates = {}
+    for changes in (True, False):
+        steps = [step for step in plan.steps if step.changes == changes and step.nbytes]
+        watch = _Stopwatch(steps[:: max(len(steps) // MOST_WEIGHTS, 1)])
+        with suppress(_EnoughError, OSError, LorafuseError):
+            merge([watch], plan.memory, device, allow_nonfinite=True)
+        if watch.nbytes:
+            rates[changes] = watch.nbytes / watch.seconds
+    return rates
