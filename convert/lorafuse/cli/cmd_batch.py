@@ -73,7 +73,7 @@ def batch(
     for many. One that is there already is skipped, and one that fails does not cost the others.
     """
     show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose)
-    with exit_codes("what is finished stays, and the same command goes on"):
+    with exit_codes("what is finished stays, and the same command goes on", as_json=as_json):
         refuse_nameless(out_root)
         Settings(
             **{name: options[name] for name in ("device", "adapter_scale")}

@@ -77,7 +77,9 @@ def convert(
     others load, and lorafuse_receipt.json.
     """
     show = Show("merging", as_json=as_json, quiet=quiet, dry_run=dry_run, verbose=verbose)
-    with exit_codes("OUT_DIR is as it was, and the same command goes on from what is finished"):
+    with exit_codes(
+        "OUT_DIR is as it was, and the same command goes on from what is finished", as_json=as_json
+    ):
         refuse_nameless(out_dir)
         checked = ("device", "adapter_scale", "adapter_name")
         Settings(**{name: options[name] for name in checked})  # refuses them, as click does the others
