@@ -160,7 +160,7 @@ def test_the_memory_of_a_pass_grows_with_its_outputs(together):
     one = fit_memory(SharedWeights([outputs[0].steps()]), 0, settings)
     four = fit_memory(SharedWeights([output.steps() for output in outputs]), 0, settings)
     assert (one.n_variants, four.n_variants) == (1, 4)  # q_proj: three updates, and what it is without one
-    tight = Settings(memory_nbytes=25_400_000, n_threads=1)
+    tight = Settings(memory_nbytes=RUNTIME_NBYTES + 400_000, n_threads=1)
     fit_memory(SharedWeights([outputs[0].steps()]), 0, tight)
     with pytest.raises(UsageError, match="is too small"):
         fit_memory(SharedWeights([output.steps() for output in outputs * 20]), 0, tight)
