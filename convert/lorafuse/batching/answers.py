@@ -11,6 +11,7 @@ from lorafuse.adapters.reading.directory import is_mlx
 from lorafuse.errors import StorageError, shown, sized
 from lorafuse.events import Disk, Estimate, PlanEvent, PlannedInput
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.names import place_of
 from lorafuse.merge.probe import tile_rates
 from lorafuse.outdir.free_space import planned_nbytes
@@ -47,7 +48,7 @@ class Speeds(NamedTuple):
 def speeds_of(plan: Plan, base: Checkpoint, out_dir: str, device: torch.device) -> Speeds:
     """By a probe of half a second, which reads a few weights; none are read where they are not on this
     machine."""
-    rates = tile_rates(plan, device) if base.folder.local_path else {}
+    rates = tile_rates(plan, device) if isinstance(base.folder, LocalFolder) else {}
     return Speeds(rates.get(True), rates.get(False), write_rate(out_dir))
 
 
