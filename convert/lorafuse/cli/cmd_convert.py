@@ -75,6 +75,13 @@ def convert(
     MLX-LM adapter; each a directory, a hub id org/name[/folder][@revision] or its URL. CKPT may be auto, the
     base that the adapter's config names. OUT_DIR gets full-precision shards that transformers, vLLM and
     others load, and lorafuse_receipt.json.
+
+    \b
+    Examples:
+      lorafuse-convert base-nf4 my-adapter merged
+      lorafuse-convert base-nf4 my-adapter merged --format light
+      lorafuse-convert base-16bit my-adapter merged --base-quant nf4
+      lorafuse-convert auto org/tuned merged --stream --push-to-hub me/merged
     """
     show = Show("merging", as_json=as_json, quiet=quiet, dry_run=dry_run, verbose=verbose)
     with exit_codes("OUT_DIR is as it was, and the same command goes on from what is finished"):
