@@ -1,6 +1,6 @@
-"""Every command and every piece of Python in the pages runs: page by page in a directory where the names of the
-pages are the fixtures, against a hub on this machine. Commands within lines name options that exist. docs/hub.md
-has tests of its own (test_docs_hub.py), docs/accuracy.md has them in test_faithfulness.py.
+"""Every command and every piece of Python in the pages runs: page by page, in a directory where the names of
+the pages are the fixtures, and against a hub on this machine. Commands within lines name options that exist.
+docs/hub.md has tests of its own (test_docs_hub.py), docs/accuracy.md has them in test_faithfulness.py.
 
 `python tests/project/test_docs_commands.py` writes the pages' blocks of --help.
 """
@@ -106,7 +106,9 @@ def test_commands_within_lines_exist(page):
         command: click.Command = PROGRAMS[program]
         if isinstance(command, click.Group) and not words[0].startswith("-"):
             command = command.commands[words.pop(0)]
-        known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        known = {
+            name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)
+        }
         known |= {"-h", "--help"}
         assert {word for word in words if word.startswith("-")} <= known, line
 
@@ -117,7 +119,9 @@ def help_of(command: str) -> str:
     return CliRunner().invoke(PROGRAMS[program], [*words, "--help"], prog_name=program).output
 
 
-@pytest.mark.parametrize("name", ["lorafuse-convert", *(f"lorafuse {name}" for name in cli.lorafuse.commands)])
+@pytest.mark.parametrize(
+    "name", ["lorafuse-convert", *(f"lorafuse {name}" for name in cli.lorafuse.commands)]
+)
 def test_help_is_in_the_pages_and_has_an_example(name):
     blocks = {command: text for page in PAGES for _, command, text, _ in HELP.findall(text_of(page))}
     expected = help_of(name)

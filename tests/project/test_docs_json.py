@@ -1,5 +1,5 @@
-"""docs/json.md has a table for each event and each record in it, with all fields and their kinds, as events.py
-types them. Runs say what these types say."""
+"""docs/json.md has a table for each event and each record in it, with all fields and their kinds, as in
+events.py. Runs say what these types say."""
 
 import json
 import re
@@ -18,9 +18,7 @@ PAGE = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
 WORDS = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null", Any: "any"}
 EVENTS = {get_args(get_type_hints(kind)["event"])[0]: kind for kind in get_args(events.Event)}
 RECORDS = {
-    name: kind
-    for name, kind in vars(events).items()
-    if is_typeddict(kind) and kind not in EVENTS.values()
+    name: kind for name, kind in vars(events).items() if is_typeddict(kind) and kind not in EVENTS.values()
 }
 
 

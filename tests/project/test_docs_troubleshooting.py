@@ -1,5 +1,5 @@
-"""Every message that docs/troubleshooting.md quotes is a message of the package: its words stand, in this order,
-in one string of the source. `…` on the page is what the program fills in."""
+"""Every message that docs/troubleshooting.md quotes is a message of the package: its words stand, in this
+order, in one string of the source. `…` on the page is what the program fills in."""
 
 import ast
 import re

@@ -85,11 +85,7 @@ def convert(
     """
     show = Show("merging", as_json=as_json, quiet=quiet, dry_run=dry_run, verbose=verbose)
     with exit_codes("OUT_DIR is as it was, and the same command goes on from what is finished"):
-        refuse_nameless(out_dir)
-        checked = ("device", "adapter_scale", "adapter_name")
-        Settings(**{name: options[name] for name in checked})  # refuses them, as click does the others
-        check_base_options(options)
-        options["push_to_hub"] = push_option(options)
+        _check(out_dir, options)
         gc.disable()  # what importing torch makes stays: looking for garbage in it only takes time
         from lorafuse.pipeline import convert as run
 
@@ -111,3 +107,12 @@ def convert(
             say(f"Pushed: {show.url}")
         if not as_json:  # a path is bytes, perhaps no UTF-8
             tell(os.fsencode(out_dir) if show.kept_here else show.url)
+
+
+def _check(out_dir: str, options: dict[str, Any]) -> None:
+    """Refuses what click does not, before torch is imported, and makes one option of those of
+    --push-to-hub. Raises UsageError."""
+    refuse_nameless(out_dir)
+    Settings(**{name: options[name] for name in ("device", "adapter_scale", "adapter_name")})
+    check_base_options(options)
+    options["push_to_hub"] = push_option(options)
