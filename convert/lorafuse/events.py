@@ -162,6 +162,14 @@ class JobEvent(TypedDict):
     update: NotRequired[dict[str, Any]]
 
 
+class ErrorEvent(TypedDict):
+    """The command ends with an error, whose message stands on stderr, too. In Python it is an exception."""
+
+    event: Literal["error"]
+    message: str
+    exit_code: int
+
+
 class TotalEvent(TypedDict):
     """A batch is over. `states`: the number of jobs by what became of them; `nbytes`: of all files of the
     results that were made, or are planned. A dry run says disk and time, too."""

@@ -427,9 +427,10 @@ def test_adapter_for_another_base(run: Cli, ckpt: Path, tmp_path: Path, out: Pat
 def test_error_with_json(
     run: Cli, ckpt: Path, tmp_path: Path, out: Path, untouched: None, as_json: bool
 ) -> None:
-    """An error is on stderr with --json and --quiet too, and stdout is empty."""
+    """An error is on stderr with --json and --quiet too, and stdout has nothing else."""
     assert run(ckpt, tmp_path / "none", out, "-q", *(["--json"] if as_json else [])) == 4
-    assert (run.out, run.err) == ("", f"Error: {tmp_path}/none: no such directory.\n")
+    assert run.err == f"Error: {tmp_path}/none: no such directory.\n"
+    assert [json.loads(line)["event"] for line in run.out.splitlines()] == (["error"] if as_json else [])
 
 
 def test_full_disk(
@@ -473,6 +474,17 @@ def test_out_dir_not_empty(run: Cli, ckpt: Path, adapter: Path, out: Path) -> No
         == f"Error: {out}: exists and is not empty; --overwrite replaces it once the new one is complete.\n"
     )
     assert files_of(out) == {"mine": b"mine"}
+
+
+def test_an_error_is_an_event_too(run: Cli, ckpt: Path, adapter: Path, out: Path) -> None:
+    """With --json a script learns from stdout alone how a command ended."""
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    assert run(ckpt, adapter, out, "--json") == 7
+    (event,) = map(json.loads, run.out.splitlines())
+    message = f"{out}: exists and is not empty; --overwrite replaces it once the new one is complete."
+    assert event == {"event": "error", "message": message, "exit_code": 7}
+    assert run.err == f"Error: {message}\n"
 
 
 def test_out_dir_is_a_file(run: Cli, ckpt: Path, adapter: Path, out: Path) -> None:

@@ -100,5 +100,7 @@ def test_the_largest_mixture_fits_the_default_limit(tmp_path):
     modules = shapes_of(n_layers=60, n_experts=384)
     ckpt = write_mixture(tmp_path / "ckpt", modules, n_shards=60)
     lora = write_lora(tmp_path / "lora", modules, "self_attn")
-    beyond = beyond_torch("convert", "--dry-run", "-q", ckpt, lora, tmp_path / "out")
+    no_room = 5  # here, for terabytes: a dry run says so when all is planned
+    command = ["convert", "--dry-run", "-q", ckpt, lora, tmp_path / "out"]
+    beyond = beyond_torch(*command, exit_codes=(0, no_room))
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"

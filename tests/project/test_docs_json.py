@@ -16,7 +16,8 @@ from lorafuse import cli, events
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
 WORDS = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null", Any: "any"}
-EVENTS = {get_args(get_type_hints(kind)["event"])[0]: kind for kind in get_args(events.Event)}
+KINDS = (*get_args(events.Event), events.ErrorEvent)
+EVENTS = {get_args(get_type_hints(kind)["event"])[0]: kind for kind in KINDS}
 RECORDS = {
     name: kind for name, kind in vars(events).items() if is_typeddict(kind) and kind not in EVENTS.values()
 }
@@ -75,6 +76,9 @@ def checked(event: dict[str, Any]) -> str:
 def test_what_is_printed_is_what_the_page_says(tmp_path):
     ckpt, jobs = build.write_checkpoint(tmp_path / "ckpt"), tmp_path / "jobs"
     adapter = build.write_adapter(jobs / "a")
+    wrong = ["convert", ckpt, tmp_path / "nowhere", tmp_path / "other", "--json"]
+    ran = CliRunner().invoke(cli.lorafuse, list(map(str, wrong)))
+    assert (checked(json.loads(ran.stdout)), ran.exit_code) == ("error", 4)
     calls = [
         (["convert", ckpt, adapter, tmp_path / "out", "--dry-run"], ["plan"]),
         (["convert", ckpt, adapter, tmp_path / "out"], ["plan", "shard", "done"]),

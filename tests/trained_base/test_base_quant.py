@@ -274,7 +274,7 @@ def test_without_it_nothing_about_it_is_in_the_receipt(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base_quant": "nf5"}, "base_quant is nf5; expected one of none, nf4, fp4, int8."),
+        ({"base_quant": "nf5"}, "base_quant is nf5; expected one of none, auto, nf4, fp4, int8."),
         (
             {"base_quant": "nf4", "quant_blocksize": 63},
             "quant_blocksize is 63; expected one of 32, 64, 128, 256, 512, 1024, 2048, 4096.",

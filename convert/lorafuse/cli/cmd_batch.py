@@ -79,7 +79,7 @@ def batch(
       lorafuse batch base-nf4 jobs.jsonl merged-root --dry-run
     """
     show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose)
-    with exit_codes("what is finished stays, and the same command goes on"):
+    with exit_codes("what is finished stays, and the same command goes on", as_json=as_json):
         refuse_nameless(out_root)
         Settings(
             **{name: options[name] for name in ("device", "adapter_scale")}

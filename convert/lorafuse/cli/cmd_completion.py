@@ -1,7 +1,6 @@
 """`lorafuse completion`: click's own completion of both commands."""
 
 import click
-from click.shell_completion import get_completion_class
 
 from lorafuse.cli.cmd_convert import convert
 from lorafuse.cli.options import CONTEXT
@@ -22,6 +21,8 @@ def completion(ctx: click.Context, *, shell: str) -> None:
       lorafuse completion zsh >> ~/.zshrc
       lorafuse completion fish > ~/.config/fish/completions/lorafuse.fish
     """
+    from click.shell_completion import get_completion_class  # which a merge does without
+
     made_by = get_completion_class(shell)
     assert made_by is not None and ctx.parent is not None  # click has all SHELLS
     for command, name in ((ctx.parent.command, "lorafuse"), (convert, "lorafuse-convert")):

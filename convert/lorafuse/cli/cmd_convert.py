@@ -22,6 +22,8 @@ from lorafuse.cli.streams import say, tell
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import THE_BASE, Settings
 
+WHEN_INTERRUPTED = "OUT_DIR is as it was, and the same command goes on from what is finished"
+
 
 @click.command(context_settings=CONTEXT)
 @click.argument("ckpt")
@@ -84,7 +86,7 @@ def convert(
       lorafuse-convert auto org/tuned merged --stream --push-to-hub me/merged
     """
     show = Show("merging", as_json=as_json, quiet=quiet, dry_run=dry_run, verbose=verbose)
-    with exit_codes("OUT_DIR is as it was, and the same command goes on from what is finished"):
+    with exit_codes(WHEN_INTERRUPTED, as_json=as_json):
         _check(out_dir, options)
         gc.disable()  # what importing torch makes stays: looking for garbage in it only takes time
         from lorafuse.pipeline import convert as run

@@ -10,7 +10,6 @@ from lorafuse.cli.options import CONTEXT
 from lorafuse.cli.streams import tell
 from lorafuse.errors import UsageError, shown
 from lorafuse.files.names import REPORT
-from lorafuse.reporting import report as run
 
 STDOUT = "-"
 
@@ -34,6 +33,8 @@ def report(out_dir: str, output: str | None) -> None:
       lorafuse report org/name -o name.html
     """
     with exit_codes():
+        from lorafuse.reporting import report as run  # which a merge does without
+
         file = _file(out_dir) if output is None else output
         if file != STDOUT and not file.endswith(".html"):
             raise UsageError(f"-o {shown(file)}: expected a name that ends with .html, or - for stdout.")

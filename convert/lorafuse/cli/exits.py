@@ -1,13 +1,15 @@
 """Exceptions as exit codes and one line on stderr."""
 
+import json
 import os
 import signal
 import sys
 from contextlib import suppress
 from typing import NoReturn
 
-from lorafuse.cli.streams import finish, say, styled
+from lorafuse.cli.streams import finish, say, styled, tell
 from lorafuse.errors import LorafuseError, out_of_memory, shown
+from lorafuse.events import ErrorEvent
 from lorafuse.outdir.interrupts import UNINTERRUPTED
 
 
@@ -28,11 +30,11 @@ def leave(code: int) -> NoReturn:
 
 
 class exit_codes:  # noqa: N801 (reads as a statement)
-    """Turns exceptions into the contract's exit codes and one line on stderr. Anything unforeseen keeps its
-    traceback."""
+    """Turns exceptions into the contract's exit codes and one line on stderr; with `as_json` an event on
+    stdout, too. Anything unforeseen keeps its traceback."""
 
-    def __init__(self, interrupted: str = "nothing was changed") -> None:
-        self._interrupted = interrupted
+    def __init__(self, interrupted: str = "nothing was changed", *, as_json: bool = False) -> None:
+        self._interrupted, self._as_json = interrupted, as_json
 
     def __enter__(self) -> None:
         for number in _heeded():
@@ -40,13 +42,22 @@ class exit_codes:  # noqa: N801 (reads as a statement)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, LorafuseError):
-            _fail(str(error), error.exit_code)
+            self._fail(str(error), error.exit_code)
         if isinstance(error, KeyboardInterrupt | Terminated):
-            _fail(f"interrupted; {self._interrupted}.", 130 if isinstance(error, KeyboardInterrupt) else 143)
+            code = 130 if isinstance(error, KeyboardInterrupt) else 143
+            self._fail(f"interrupted; {self._interrupted}.", code)
         if no_memory := out_of_memory(error):
-            _fail(str(no_memory), no_memory.exit_code)
+            self._fail(str(no_memory), no_memory.exit_code)
         if isinstance(error, OSError) and error.errno is not None:
-            _fail(f"{shown(error.filename or 'the output')}: {error.strerror}.", 5)
+            self._fail(f"{shown(error.filename or 'the output')}: {error.strerror}.", 5)
+
+    def _fail(self, message: str, code: int) -> NoReturn:
+        if self._as_json:
+            event: ErrorEvent = {"event": "error", "message": message, "exit_code": code}
+            tell(json.dumps(event))
+        say(f"{styled('Error:', 'red')} {message}")
+        finish()
+        sys.exit(code)
 
 
 def _heeded() -> list[signal.Signals]:
@@ -62,9 +73,3 @@ def _interrupt(number: int, _: object) -> None:
     for any_number in _heeded():
         signal.signal(any_number, lambda number, _: os._exit(128 + number))
     UNINTERRUPTED.interrupt(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    say(f"{styled('Error:', 'red')} {message}")
-    finish()
-    sys.exit(code)

@@ -8,7 +8,7 @@ from lorafuse.planning.shared_weights import SharedWeight, SharedWeights
 from lorafuse.settings import Settings
 
 # Interpreter, libraries' buffers and allocator slack beyond `import torch`, measured by bench/memory.py.
-RUNTIME_NBYTES = 25_000_000
+RUNTIME_NBYTES = 26_000_000
 LARGE_TABLES_NBYTES = 1_000_000  # with less, a refusal names a weight
 TILES_PER_WORKER = (6, 3, 1)  # the more, the longer workers go on while a write waits for the disk
 MIN_TILES_AHEAD = 2
