@@ -1,4 +1,4 @@
-"""Bad inputs, each through the whole tool: docs/reliability.md numbers them.
+"""Bad inputs, each through the whole tool: docs/tests.md numbers them.
 
 A refusal has its exit code, a printable message of one line that names the culprit, and changes nothing: no
 OUT_DIR, no staging, the inputs as they were; and without the fault the same call succeeds, with the same
@@ -187,7 +187,7 @@ OVERLAP = {
     "y": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]},
 }
 OUTSIDE = [f"{path}.safetensors" for path in ("../x", "C:\\x", "..\\x", "\\\\srv\\x", "x\0", "a/../../x")]
-# (number in docs/reliability.md, what, kind of inputs, damage, exit code, what the message names)
+# (number in docs/tests.md, what, kind of inputs, damage, exit code, what the message names)
 REFUSED = [
     (1, "empty", "whole", put(CKPT, b""), 3, CKPT),
     (1, "four bytes", "whole", put(CKPT, b"\1\0\0\0"), 3, CKPT),

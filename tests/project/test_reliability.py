@@ -1,4 +1,4 @@
-"""docs/reliability.md lists all cases, and every test that it names is there."""
+"""docs/tests.md lists all cases, and every test that it names is there."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 TESTS = {path.name: path for path in Path(__file__).parents[1].rglob("test_*.py")}
-DOC = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+DOC = (Path(__file__).parents[2] / "docs" / "tests.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \|$", DOC, re.MULTILINE)
 N_CASES = 52
 

@@ -67,10 +67,16 @@ def batch(
 ) -> None:
     """Merge many adapters into CKPT, each into a directory OUT_ROOT/NAME.
 
-    JOBS is a directory whose sub-directories are adapters, or a JSONL file of {"adapter": PATH, "name": NAME,
-    "scale"?, "dtype"?, "format"?}; relative paths start at the file. CKPT and adapters are directories or hub
-    ids org/name[@revision]. Each result is what `lorafuse convert` makes; the base is read and decoded once
-    for many. One that is there already is skipped, and one that fails does not cost the others.
+    JOBS is a directory whose sub-directories are adapters, or a JSONL file of {"adapter": PATH,
+    "name"?: NAME, "scale"?, "dtype"?, "format"?}; relative paths start at the file. CKPT and adapters are
+    directories or hub ids org/name[@revision]. Each result is what `lorafuse convert` makes; the base is read
+    and decoded once for many. One that is there already is skipped, and one that fails does not cost the
+    others.
+
+    \b
+    Examples:
+      lorafuse batch base-nf4 my-adapters merged-root
+      lorafuse batch base-nf4 jobs.jsonl merged-root --dry-run
     """
     show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose)
     with exit_codes("what is finished stays, and the same command goes on", as_json=as_json):

@@ -22,6 +22,8 @@ from lorafuse.cli.streams import say, tell
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import THE_BASE, Settings
 
+WHEN_INTERRUPTED = "OUT_DIR is as it was, and the same command goes on from what is finished"
+
 
 @click.command(context_settings=CONTEXT)
 @click.argument("ckpt")
@@ -75,16 +77,17 @@ def convert(
     MLX-LM adapter; each a directory, a hub id org/name[/folder][@revision] or its URL. CKPT may be auto, the
     base that the adapter's config names. OUT_DIR gets full-precision shards that transformers, vLLM and
     others load, and lorafuse_receipt.json.
+
+    \b
+    Examples:
+      lorafuse-convert base-nf4 my-adapter merged
+      lorafuse-convert base-nf4 my-adapter merged --format light
+      lorafuse-convert base-16bit my-adapter merged --base-quant nf4
+      lorafuse-convert auto org/tuned merged --stream --push-to-hub me/merged
     """
     show = Show("merging", as_json=as_json, quiet=quiet, dry_run=dry_run, verbose=verbose)
-    with exit_codes(
-        "OUT_DIR is as it was, and the same command goes on from what is finished", as_json=as_json
-    ):
-        refuse_nameless(out_dir)
-        checked = ("device", "adapter_scale", "adapter_name")
-        Settings(**{name: options[name] for name in checked})  # refuses them, as click does the others
-        check_base_options(options)
-        options["push_to_hub"] = push_option(options)
+    with exit_codes(WHEN_INTERRUPTED, as_json=as_json):
+        _check(out_dir, options)
         gc.disable()  # what importing torch makes stays: looking for garbage in it only takes time
         from lorafuse.pipeline import convert as run
 
@@ -106,3 +109,12 @@ def convert(
             say(f"Pushed: {show.url}")
         if not as_json:  # a path is bytes, perhaps no UTF-8
             tell(os.fsencode(out_dir) if show.kept_here else show.url)
+
+
+def _check(out_dir: str, options: dict[str, Any]) -> None:
+    """Refuses what click does not, before torch is imported, and makes one option of those of
+    --push-to-hub. Raises UsageError."""
+    refuse_nameless(out_dir)
+    Settings(**{name: options[name] for name in ("device", "adapter_scale", "adapter_name")})
+    check_base_options(options)
+    options["push_to_hub"] = push_option(options)

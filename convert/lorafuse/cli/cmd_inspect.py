@@ -30,6 +30,12 @@ def inspect(path: str, *, top: int, as_json: bool) -> None:
     PATH is a directory or a hub id org/name[@revision]. Of a checkpoint on the hub only the config and the
     headers of its files are fetched, of an adapter its files. Of a merged directory the receipt is shown:
     what was merged into what, and for each weight how much of the update was kept.
+
+    \b
+    Examples:
+      lorafuse inspect my-adapter
+      lorafuse inspect merged --top 3
+      lorafuse inspect org/name --json
     """
     with exit_codes():
         facts = run(path)

@@ -47,6 +47,11 @@ def verify(out_dir: str, *, as_json: bool, quiet: bool, sample: int | None, **op
     again, and compared instead of written. Ends with 8 at the first difference. A directory that another tool
     made has no receipt: --ckpt and --adapter then show how each of its weights relates to the base and to
     base + update. OUT_DIR is not changed.
+
+    \b
+    Examples:
+      lorafuse verify merged
+      lorafuse verify merged --ckpt base-nf4 --adapter my-adapter
     """
     show = Show("comparing", as_json=False, quiet=quiet)
     with exit_codes():
