@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 BUILD := build
 
-.PHONY: demo test soak oracle check format real faithfulness bench fixtures wheel clean
+.PHONY: demo test soak oracle check format real faithfulness bench fixtures wheel package clean
 
 demo: $(VENV)/.demo
 	rm -rf $(BUILD)/demo
@@ -52,6 +52,10 @@ fixtures: $(VENV)/.dev
 wheel: $(VENV)/bin/python
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(BUILD)/wheels .
 	LORAFUSE_PURE=1 $(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(BUILD)/wheels .
+
+# Both wheels and the source distribution, each installed in a venv of its own and tried.
+package: $(VENV)/.dev
+	.ci/package
 
 clean:
 	rm -rf $(VENV) $(BUILD)
