@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, str | PathLike) and bool(str(value))
+    return isinstance(value, str | PathLike)
 
 
 def _size(parameter: str, value: Any) -> Any:

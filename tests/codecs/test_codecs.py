@@ -232,7 +232,7 @@ def test_codes_without_companions_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("method", ["spqr", "quanto", "\x1b[31m", 5, ["bitsandbytes"]])
+@pytest.mark.parametrize("method", ["another", "\x1b[31m", 5, ["bitsandbytes"]])
 def test_unsupported_quantization(method, nested, tmp_path):
     """A checkpoint of another quantization is refused before its integers are taken for weights."""
     quantized = {"quantization_config": {"quant_method": method}}
@@ -256,6 +256,14 @@ def test_unsupported_quantization(method, nested, tmp_path):
         (
             "eetq",
             "The order of its codes is that of one kind of GPU: merge into the full-precision checkpoint.",
+        ),
+        (
+            "quanto",
+            "Load it with optimum-quanto, save `weight.dequantize()` of each layer, and merge into that.",
+        ),
+        (
+            "spqr",
+            "Its own library dequantizes it: save that, or merge into the full-precision checkpoint.",
         ),
         ("gguf", "transformers loads it with `gguf_file=`: save that, and merge into it."),
         ("higgs", "Dequantize it with transformers (`model.dequantize()`), or merge"),

@@ -12,7 +12,7 @@ from lorafuse.errors import UsageError
 WRONG = {
     "ckpt": (3, "ckpt is 3; expected a path or a hub id."),
     "adapter": (None, "adapter is None; expected a path or a hub id."),
-    "out_dir": ("", "out_dir is ''; expected a path or a hub id."),
+    "out_dir": (b"out", "out_dir is b'out'; expected a path or a hub id."),
     "adapters": ([3], "adapters is [3]; expected a list of paths, hub ids or pairs with a weight."),
     "dtype": (None, "dtype is None; expected one of auto, float32, float16, bfloat16."),
     "max_shard_size": (None, "max_shard_size: 'None' is no size; expected a number with a decimal unit, such "

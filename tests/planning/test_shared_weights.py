@@ -19,7 +19,7 @@ from lorafuse.outdir.local_file import LocalOutFile
 from lorafuse.outdir.output import Output
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
-from lorafuse.planning.memory import Needs, fit_memory, within_limit
+from lorafuse.planning.memory import RUNTIME_NBYTES, Needs, fit_memory, within_limit
 from lorafuse.planning.shared_weights import SharedWeights
 from lorafuse.settings import Settings
 
@@ -156,11 +156,11 @@ def test_files_that_are_skipped_are_not_made(together):
 
 
 def test_the_memory_of_a_pass_grows_with_its_outputs(together):
-    outputs, settings = together("nf4_dq", memory_nbytes=26_000_000, n_threads=1)
+    outputs, settings = together("nf4_dq", memory_nbytes=RUNTIME_NBYTES + 1_000_000, n_threads=1)
     one = fit_memory(SharedWeights([outputs[0].steps()]), 0, settings)
     four = fit_memory(SharedWeights([output.steps() for output in outputs]), 0, settings)
     assert (one.n_variants, four.n_variants) == (1, 4)  # q_proj: three updates, and what it is without one
-    tight = Settings(memory_nbytes=25_400_000, n_threads=1)
+    tight = Settings(memory_nbytes=RUNTIME_NBYTES + 400_000, n_threads=1)
     fit_memory(SharedWeights([outputs[0].steps()]), 0, tight)
     with pytest.raises(UsageError, match="is too small"):
         fit_memory(SharedWeights([output.steps() for output in outputs * 20]), 0, tight)

@@ -34,7 +34,7 @@ def test_data_files_of_the_package_are_installed():
     there = {
         path
         for path in (ROOT / "convert" / "lorafuse").rglob("*")
-        if path.is_file() and path.suffix in (".json", ".typed", ".c", ".h", ".css", ".html", ".js")
+        if path.is_file() and path.suffix in (".json", ".typed", ".css", ".html", ".js")
     }
     assert there <= named
 
