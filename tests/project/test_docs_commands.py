@@ -94,6 +94,20 @@ def test_the_commands_of_a_page_run(page):
             run(text)
 
 
+@pytest.mark.usefixtures("here")
+def test_what_a_batch_prints():
+    """One job is done, one fails, one was there already."""
+    for name in ("bob", "carol"):
+        shutil.copytree("adapters/alice", f"adapters/{name}")
+    config = Path("adapters/bob/adapter_config.json")
+    config.write_text(config.read_text().replace('"LORA"', '"PREFIX_TUNING"'))
+    lorafuse.convert("base-nf4", "adapters/carol", "merged/carol")
+    ran = CliRunner().invoke(cli.lorafuse, ["batch", "base-nf4", "adapters", "merged"])
+    (shown,) = re.findall(r"```\n(bob: failed.*?)```", text_of(ROOT / "docs" / "batch.md"), re.S)
+    times = re.compile(r" in [\w. ]+$", re.M)
+    assert (ran.exit_code, times.sub("", ran.stderr)) == (9, times.sub("", shown))
+
+
 def words_of(line: str) -> list[str]:
     return shlex.split(line.replace("…", "X"), comments=True)
 
