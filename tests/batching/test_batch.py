@@ -27,6 +27,7 @@ from lorafuse.inputs import hashes
 from lorafuse.inputs import unchanged as inputs
 from lorafuse.outdir.staging import LocalOutDir
 from lorafuse.patches.lowrank import LowRank
+from lorafuse.planning.memory import RUNTIME_NBYTES
 
 RECEIPT = "lorafuse_receipt.json"
 KINDS = {
@@ -162,7 +163,8 @@ def test_no_size_of_a_pass_changes_a_byte(most, ckpt, jobs, run, out, tmp_path, 
 def test_the_memory_limit_decides(ckpt, jobs, run, out, tmp_path):
     """Each job costs memory: with every step down of the limit a pass takes fewer, and at last none."""
     sizes = {}
-    for limit in range(25_600, 25_000, -10):
+    least = RUNTIME_NBYTES // 1000
+    for limit in range(least + 600, least, -10):
         run(ckpt, jobs, out, memory_limit=f"{limit}KB", dry_run=True)
         sizes[limit] = max(map(len, run.passes), default=0)
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
