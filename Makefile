@@ -67,10 +67,12 @@ $(VENV)/bin/python:
 INSTALLED := pyproject.toml setup.py convert/lorafuse/arithmetic/kernel.c .ci/constraints.txt
 
 $(VENV)/.demo: $(INSTALLED) | $(VENV)/bin/python
+	@echo 'Installing lorafuse and its libraries into $(VENV), once; this takes minutes.'
 	$(PIP) --editable '.[demo]'
 	touch $@
 
 $(VENV)/.dev: $(INSTALLED) | $(VENV)/bin/python
+	@echo 'Installing lorafuse and its libraries into $(VENV), once; this takes minutes.'
 	$(PIP) --editable '.[dev]'
 	touch $@
 
