@@ -104,6 +104,18 @@ def test_a_merge_into_it_is_that_into_safetensors(tmp_path, n_files):
     assert lorafuse.inspect(ckpt)["kind"] == "checkpoint"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_base_on_the_hub(hub, tmp_path, stream):
+    ckpt = write_bin(tmp_path / "ckpt", checkpoint_tensors(), 3)
+    hub.add("org/base", ckpt)
+    lora = write_adapter(tmp_path / "lora")
+    lorafuse.convert(ckpt, lora, tmp_path / "local")
+    lorafuse.convert("org/base", lora, tmp_path / "fetched", stream=stream)
+    local, fetched = files_of(tmp_path / "local"), files_of(tmp_path / "fetched")
+    assert local["model.safetensors"] == fetched["model.safetensors"]
+    assert lorafuse.inspect("org/base")["kind"] == "checkpoint"
+
+
 def test_safetensors_beside_it_are_taken(tmp_path):
     ckpt = write_bin(tmp_path / "ckpt", {"w": torch.zeros(2)})
     write_checkpoint(tmp_path / "other")
