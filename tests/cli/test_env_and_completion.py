@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_env_says_versions_and_the_machine_and_no_path_or_name(monkeypatch):
     assert result.exit_code == 0
     said = dict(line.split(None, 1) for line in result.stdout.splitlines())
     assert said["lorafuse"] == lorafuse.__version__
-    assert said["torch"] == torch.__version__
+    assert said["torch"] == version("torch")
     assert said["HF_HUB_OFFLINE"] == "1"
     assert said["cuda"].endswith(f"(torch for {torch.version.cuda or 'the CPU'})")
     for hidden in ("hf_secret", str(Path.home()), os.uname().nodename):
@@ -36,12 +37,12 @@ def test_env_of_a_machine_without_a_package(monkeypatch):
 
     from lorafuse.cli import cmd_env
 
-    def version(package):
+    def version_of(package):
         if package == "peft":
             raise PackageNotFoundError(package)
         return "1.0"
 
-    monkeypatch.setattr(cmd_env, "version", version)
+    monkeypatch.setattr(cmd_env, "version", version_of)
     assert json.loads(CliRunner().invoke(cli.lorafuse, ["env", "--json"]).stdout)["peft"] == "not installed"
 
 
