@@ -1,10 +1,9 @@
 """pytorch_model.bin: what is read of it is what torch.load loads, and what is no plain file of torch.save is
 refused."""
 
-import json
+import math
 import zipfile
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 import torch
@@ -193,7 +192,7 @@ def test_a_storage_that_is_shorter_than_its_tensor(tmp_path):
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_read_in_its_bounds(tmp_path_factory, data):
-    """Any byte changed, or the end cut off: a refusal, or tensors whose bytes lie in the file."""
+    """Any byte changed, or the end cut off: a refusal, or tensors all of whose bytes lie in the file."""
     path = tmp_path_factory.getbasetemp() / "damaged"
     if not path.exists():
         write_bin(path, {"a": torch.arange(20.0), "b": torch.ones(3, 2, dtype=torch.bfloat16)})
@@ -202,9 +201,13 @@ def test_a_damaged_file_is_refused_or_read_in_its_bounds(tmp_path_factory, data)
     for _ in range(data.draw(st.integers(1, 3))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(good)))
-    Path(path / "pytorch_model.bin").write_bytes(good[:cut] if data.draw(st.booleans()) else good)
+    damaged = bytes(good[:cut] if data.draw(st.booleans()) else good)
+    (path / "pytorch_model.bin").write_bytes(damaged)
     try:
-        for name, (_, shape, values) in read_whole(path).items():
-            assert json.dumps(name) and len(values) >= 0 and len(shape) >= 0
-    except CheckpointError:
-        pass
+        tensors = read_whole(path)
+    except CheckpointError as e:
+        assert str(e).startswith(f"{path}/pytorch_model.bin: ")
+        return
+    for dtype, shape, values in tensors.values():
+        assert len(values) == math.prod(shape) * getattr(torch, dtype).itemsize
+        assert values in damaged

@@ -225,10 +225,7 @@ def merged(root, case, size):
     dtype = NAMES[case.dtypes[-1]]
     ckpt = write(root / "ckpt", case.stored | dense, case.section, dtype, vocab_size=8)
     adapter = lora(root, case.scales.shape, size)
-    lorafuse.convert(ckpt, adapter, root / "sums", dtype="float32")
-    receipt = lorafuse.convert(ckpt, adapter, root / "out", format="base")
-    sums, found = (load_file(root / name / "model.safetensors") for name in ("sums", "out"))
-    return ckpt, adapter, sums[WEIGHT].double().view(-1), found, receipt["tensors"][WEIGHT]
+    return ckpt, adapter, *own_grid.merged(root, ckpt, adapter, WEIGHT)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -234,10 +234,7 @@ def merged(root, case):
     """(the base, the adapter, sums in fp32, what was written, the weight's entry in the receipt)."""
     weight = f"{case.name}.weight"
     ckpt, adapter = on_disk(root, case), lora(root / "adapter", case)
-    lorafuse.convert(ckpt, adapter, root / "sums", dtype="float32")
-    receipt = lorafuse.convert(ckpt, adapter, root / "out", format="base")
-    sums, found = (load_file(root / name / "model.safetensors") for name in ("sums", "out"))
-    return ckpt, adapter, sums[weight].double().view(-1), found, receipt["tensors"][weight]
+    return ckpt, adapter, *own_grid.merged(root, ckpt, adapter, weight)
 
 
 @pytest.mark.parametrize("case", CASES)

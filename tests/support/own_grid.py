@@ -5,6 +5,9 @@ import hashlib
 import bitsandbytes.functional as bnb
 import numpy as np
 import torch
+from safetensors.torch import load_file
+
+import lorafuse
 
 M = np.uint64(0xFFFFFFFFFFFFFFFF)
 
@@ -25,6 +28,15 @@ def uniform(weight, n):
         byte = (of_eight >> (np.uint64(8) * (i % np.uint64(8)))) & np.uint64(255)
         fraction = mix(words[1] + (i + np.uint64(1)) * gamma) >> np.uint64(11)
     return (byte.astype(np.float64) + fraction.astype(np.float64) / 2**53) / 256
+
+
+def merged(root, ckpt, adapter, weight):
+    """(sums in fp32 as float64 [numel], all that was written onto the own grid, the weight's entry in the
+    receipt), of a merge into `root`."""
+    lorafuse.convert(ckpt, adapter, root / "sums", dtype="float32")
+    receipt = lorafuse.convert(ckpt, adapter, root / "out", format="base")
+    sums, found = (load_file(root / name / "model.safetensors") for name in ("sums", "out"))
+    return sums[weight].double().view(-1), found, receipt["tensors"][weight]
 
 
 def grid_of(tensors, weight):

@@ -84,7 +84,7 @@ def test_where_nothing_tells_it_is_asked(inputs, tmp_path):
     (lora / "broken.yaml").write_text("a: [\n")
     note = (
         f"Nothing beside {lora} tells how training loaded its base. If it was in 4 bits (load_in_4bit), this "
-        "result is not the model that was trained: the option base-quant, as nf4, makes that."
+        "result is not the model that was trained: set the option base-quant to nf4."
     )
     assert said(ckpt, lora, tmp_path / "out") == [("note", note)]
     shown = CliRunner().invoke(cli.convert, [str(ckpt), str(lora), str(tmp_path / "out2")])

@@ -1,4 +1,4 @@
-/* The compiled kernel: on_grid.py's pass over a tile, once more.
+/* The compiled kernel: the passes over a tile of on_grid.py, dequantize.py and measure.py, once more.
 
    The torch code beside it defines the bytes, and says why. Nothing here may differ from it in a bit: floats
    are IEEE, never contracted, never reordered (setup.py has the options). The caller checks sizes and types.

@@ -7,7 +7,7 @@ the adapter, and the receipt of a merge.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,12 +52,12 @@ def naming_the_base(adapter: AdapterDir) -> Iterator[None]:
 
 
 def base_warnings(
-    ckpt: Folder, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
+    ckpt: Folder, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir], note: Callable[[str], None]
 ) -> Iterator[str]:
     """What to say about adapters that were trained on other weights than those of the checkpoint, or
-    on what it was before they were merged into it."""
+    on what it was before they were merged into it. `note` gets what to ask where no file tells."""
     yield from _adapters_in_base(ckpt, weights)
-    yield from _other_precision(ckpt, weights, adapters)
+    yield from _other_precision(ckpt, weights, adapters, note)
     yield from _before_the_scale(ckpt, weights, adapters)
     yield from _merged_before(ckpt, adapters)
 
@@ -142,13 +142,6 @@ def _other_quantization(
         )
 
 
-def notes(weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]) -> Iterator[str]:
-    """What to ask about adapters of a base in full precision, where no file tells how training loaded it."""
-    for adapter in adapters if all(sources.as_stored for sources in weights.values()) else ():
-        if _quantized_base(adapter) is None and not said_beside(*_folders_of(adapter)):
-            yield not_told(adapter.name)
-
-
 def _folders_of(adapter: AdapterDir) -> tuple[Folder, ...]:
     """Where files about the adapter may lie."""
     return (adapter.folder,) if adapter.sub_folder is None else (adapter.folder, adapter.root)
@@ -162,10 +155,10 @@ def _quantized_base(adapter: AdapterDir) -> str | None:
 
 
 def _other_precision(
-    ckpt: Folder, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
+    ckpt: Folder, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir], note: Callable[[str], None]
 ) -> Iterator[str]:
-    """Adapters whose base was quantized, going by its name, when the checkpoint's weights are not, nor taken
-    as if they were."""
+    """Adapters whose base was quantized, going by its name or by the files beside them, when the checkpoint's
+    weights are not, nor taken as if they were. `note` gets a question where nothing tells."""
     if any(not sources.as_stored for sources in weights.values()):
         yield from _other_quantization(ckpt, weights, adapters)
         return
@@ -178,12 +171,15 @@ def _other_precision(
             "trained"
         )
         if kind is None:
-            quantized = (said for said in said_beside(*_folders_of(adapter)) if said.quant is not None)
+            told = said_beside(*_folders_of(adapter))
+            if not told:
+                note(not_told(adapter.name))
             yield from (
                 f"{said.file}: says that training quantized the base ({said.quant}), but {merged}: {lost}. "
                 f"Take --base-quant-from {said.file}, or --base-quant auto, which takes what the files "
                 "beside the adapter say."
-                for said in quantized
+                for said in told
+                if said.quant is not None
             )
             continue
         base = shown(named)

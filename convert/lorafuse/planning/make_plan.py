@@ -23,7 +23,7 @@ from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, StoredTens
 from lorafuse.formats import FORMATS
 from lorafuse.formats.format import Format, MakeFormat, WeightToStore
 from lorafuse.naming import Names
-from lorafuse.planning.base_check import base_copies, base_warnings, naming_the_base, notes
+from lorafuse.planning.base_check import base_copies, base_warnings, naming_the_base
 from lorafuse.planning.by_format import sizes_by_format
 from lorafuse.planning.combine import AdapterSays, WeightedAdapter, combine, common_model, in_order
 from lorafuse.planning.edits import own_edits
@@ -58,10 +58,10 @@ def make_plan(
     """Decide everything. The updates of all adapters are added. Plans that get the same `weights`, those of
     `ckpt`, can be carried out together. `each_format`: say the size in each format, too. Raises
     CheckpointError, AdapterError, or UsageError when the memory limit is too small."""
-    warnings = [*ckpt.warnings]
+    warnings, notes = [*ckpt.warnings], list[str]()
     weights = weights or base_weights(ckpt, settings.base_quant, warnings.append)
     summed = in_order(adapters)
-    warnings += base_warnings(ckpt.folder, weights, [weighted.adapter for weighted in summed])
+    warnings += base_warnings(ckpt.folder, weights, [weighted.adapter for weighted in summed], notes.append)
     said = [_read(weighted, weights, ckpt.config, warnings.append) for weighted in summed]
     model = common_model(said)
     names = Names(model.weights, model.config)
@@ -89,7 +89,7 @@ def make_plan(
     warnings += [*how.warnings(), *side_files.warnings]
     return Plan(
         shards, plan_id, memory, held_nbytes, config_changes, how.config(), used, ignored,
-        dict(how.left_out(run_time)), warnings, list(notes(weights, [each.adapter for each in summed])),
+        dict(how.left_out(run_time)), warnings, notes,
         copies, side_files,
         sizes_by_format(ckpt, settings, weights, stored_so) if each_format else {},
     )  # fmt: skip

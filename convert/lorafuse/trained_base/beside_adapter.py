@@ -2,7 +2,7 @@
 merge into a base in full precision says where nothing was chosen."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lorafuse.codecs import claims, dense
@@ -21,7 +21,7 @@ SAYING = (CARD, "*.yaml", "*.yml", "*quantization_config*.json", "*bnb_config*.j
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---\s*$", re.M | re.S)
 NOT_TOLD = (
     "Nothing beside {adapter} tells how training loaded its base. If it was in 4 bits (load_in_4bit), this "
-    "result is not the model that was trained: the option base-quant, as nf4, makes that."
+    "result is not the model that was trained: set the option base-quant to nf4."
 )
 
 
@@ -42,19 +42,19 @@ def said_beside(*folders: Folder) -> list[Said]:
     said: dict[BaseQuant | None, Said] = {}
     for folder in folders:
         for name in dict.fromkeys(name for pattern in SAYING for name in folder.names(pattern)):
-            for one in _said(folder, name):
-                said.setdefault(one.quant, one)
+            if found := _said(folder, name):
+                said.setdefault(found.quant, found)
     return list(said.values())
 
 
-def _said(folder: Folder, name: str) -> Iterator[Said]:
+def _said(folder: Folder, name: str) -> Said | None:
+    """What a file says; None where that is nothing, or nothing that can be repeated here."""
     try:
-        yield Said(folder / name, read_of_folder(folder, name))
+        return Said(folder / name, read_of_folder(folder, name))
     except UsageError as e:
-        if e.unquantized:
-            yield Said(folder / name, None)
+        return Said(folder / name, None) if e.unquantized else None
     except (LorafuseError, OSError, ValueError):
-        return
+        return None
 
 
 def base_of_card(folder: Folder) -> str | None:
