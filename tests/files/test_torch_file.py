@@ -178,6 +178,18 @@ def test_a_compressed_archive(tmp_path):
     assert "is compressed; torch.save does not compress." in refusal(ckpt)
 
 
+def test_a_storage_that_ends_behind_the_file(tmp_path):
+    """The local header, which says where the data begin, is not checked by zipfile."""
+    ckpt = write_bin(tmp_path / "ckpt", {"w": torch.zeros(500)})
+    file = ckpt / "pytorch_model.bin"
+    with zipfile.ZipFile(file) as archive:
+        (entry,) = (info for info in archive.infolist() if info.filename.endswith("/data/0"))
+    data = bytearray(file.read_bytes())
+    data[entry.header_offset + 28 : entry.header_offset + 30] = b"\xff\xff"  # the length of its extra field
+    file.write_bytes(data)
+    assert refusal(ckpt) == f"{entry.filename} ends behind the end of the file."
+
+
 def test_a_storage_that_is_shorter_than_its_tensor(tmp_path):
     ckpt = write_bin(tmp_path / "ckpt", {"w": torch.zeros(500)})
     file = ckpt / "pytorch_model.bin"

@@ -56,7 +56,11 @@ def test_one_string_where_several_are_expected_is_one_of_them(tmp_path):
     lorafuse.convert(ckpt, lora, tmp_path / "two", adapters=str(lora))
     lorafuse.convert(ckpt, lora, tmp_path / "out")
     assert lorafuse.verify(tmp_path / "out", ckpt=ckpt, adapters=str(lora))["weights"]
-    lorafuse.convert(ckpt, lora, tmp_path / "nf4", format="nf4", quant_skip="q_proj", dry_run=True)
+    plans = [
+        lorafuse.convert(ckpt, lora, tmp_path / "nf4", format="nf4", quant_skip=skip, dry_run=True)
+        for skip in ("lm_head", ["lm_head"], tuple("lm_head"))
+    ]
+    assert plans[0]["plan_id"] == plans[1]["plan_id"] != plans[2]["plan_id"]
 
 
 def test_every_name_that_is_checked_is_a_parameter():
