@@ -14,8 +14,8 @@ from lorafuse.files.stores import Store
 
 # Tiles come in order, so those in the making are in one window, or in two next to each other.
 N_WINDOWS_HELD = 2
-# Bytes of all windows that are held: more would mean fewer and longer reads. While the next one is read, tiles
-# may still be made of one that is held no more: then half as many again are there.
+# Bytes of all windows that are held: more would mean fewer and longer reads. While the next window is read,
+# tiles may still be made of a window that is held no more: then half as many again are there.
 WINDOWS_NBYTES = 10_000_000
 TURNED_NBYTES = 1 << 20  # of a window, transposed at a time
 # Pages of its own, all there at once where the system can do that: a fault for each takes longer than
