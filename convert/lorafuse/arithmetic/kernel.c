@@ -8,8 +8,8 @@
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__SSE2__)
-#include <emmintrin.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 #if defined(__FAST_MATH__) || (defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0)
@@ -37,14 +37,15 @@ enum { BASELINE, AVX2, AVX512 };
 
 #if defined(__x86_64__)
 #define X86 1
-#define LEVELS(X) X(_avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))) \
-    X(_avx2, __attribute__((target("avx2")))) X(_baseline, )
+#define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define LEVELS(X) X(_avx512, AVX512, FOR_AVX512) \
+    X(_avx2, AVX2, __attribute__((target("avx2")))) X(_baseline, BASELINE, )
 #define AT_LEVEL(level, name, ...) \
     ((level) == AVX512 ? name##_avx512(__VA_ARGS__) \
      : (level) == AVX2 ? name##_avx2(__VA_ARGS__) : name##_baseline(__VA_ARGS__))
 #else
 #define X86 0
-#define LEVELS(X) X(_baseline, )
+#define LEVELS(X) X(_baseline, BASELINE, )
 #define AT_LEVEL(level, name, ...) ((void)(level), name##_baseline(__VA_ARGS__))
 #endif
 
@@ -143,16 +144,18 @@ struct on_grid {
 };
 
 /* Of 4 bits, where the scale is not below 0: the levels, what is where, and of each code the level and the code
-   above it (at 16 + code) and below it, or its own at the ends. */
+   above it (at 16 + code) and below it, at the ends infinity and its own. `other`: the next that is not equal. */
 struct tables {
-    float levels[16], next_levels[32];
+    float levels[16], next_levels[32], other_levels[32];
+    uint16_t other_codes[32];
     uint8_t codes_of[16], places_of[16], next_codes[32];
 };
 
-/* What holds in one run. */
+/* The run of a number, which ends before an element, and what holds in it. */
 struct run {
     const struct tables *tables; /* turned around where the scale is below 0 */
     float scale, factor, lowest, highest;
+    int64_t number, end;
 };
 
 /* Elements of a chunk of which the byte does not say that they stay, with their sums and bases; the level, the
@@ -194,12 +197,22 @@ INLINE void put_code(const struct on_grid *t, int64_t i, uint8_t code, int kind)
 
 INLINE void begin_run(
     struct run *run, const struct on_grid *t, const struct tables *tables, int64_t number, int dtype, int kind) {
+    run->number = number, run->end = (number + 1) * t->run - t->skip;
     float scale = run->scale = t->scales[number], size = __builtin_fabsf(scale), distance = size * t->least;
     run->factor = 1 / (distance <= 0 || size < t->smallest ? 0 : distance) * t->numerator;
     run->tables = tables + (scale < 0);
     float low = value_of(run, 0, dtype, kind), high = value_of(run, kind == INT8 ? 255 : 15, dtype, kind);
     run->lowest = low <= high ? low : high <= low ? high : low + high; /* NaN where either is */
     run->highest = low <= high ? high : high <= low ? low : low + high;
+}
+
+/* Where the run of element i, or the chunk, ends; the run is a new one where one begins. */
+INLINE int64_t end_of_part(
+    struct run *run, const struct on_grid *t, const struct tables *tables, int64_t i, int64_t stop, int dtype,
+    int kind) {
+    if (i == run->end)
+        begin_run(run, t, tables, run->number + 1, dtype, kind);
+    return run->end < stop ? run->end : stop;
 }
 
 INLINE double fraction_of(const struct on_grid *t, int64_t i) {
@@ -256,6 +269,29 @@ INLINE uint64_t mask_of(const uint8_t *flags) {
     return mask;
 }
 
+/* Element i is one of those that are settled later. */
+INLINE void note(
+    struct looked_at *found, const struct tables *tables, float scale, const struct on_grid *t, int64_t i,
+    uint8_t byte, int dtype, int kind) {
+    int at = found->n++, up = t->sums[i] > read_at(t->base, i, dtype);
+    __asm__("" : "+r"(up)); /* else the compiler makes a branch of it */
+    if (kind == FOUR_BIT) {
+        int next = (up << 4) + four_bits(t, i);
+        found->level[at] = tables->next_levels[next];
+        found->code[at] = tables->next_codes[next];
+    } else {
+        int q = (int8_t)t->codes[i] + (up << 1) - 1;
+        q = q < -128 ? -128 : q > 127 ? 127 : q;
+        found->level[at] = (float)q;
+        found->code[at] = (uint8_t)q;
+    }
+    found->x[at] = t->sums[i];
+    found->w[at] = read_at(t->base, i, dtype);
+    found->scale[at] = scale;
+    found->i[at] = (int32_t)(i % CHUNK);
+    found->byte[at] = byte;
+}
+
 /* Looks at elements [i, i + n), n <= SEGMENT, of one run. Returns how many are beyond the grid. */
 INLINE int64_t look_at(
     struct looked_at *found, const struct run *run, const struct on_grid *t, int64_t i, int n,
@@ -263,35 +299,155 @@ INLINE int64_t look_at(
     const float *sums = t->sums + i;
     uint8_t may_move[SEGMENT] = {0};
     float factor = run->factor, lowest = run->lowest, highest = run->highest;
-    int32_t beyond = 0, at = found->n;
+    int32_t beyond = 0;
     for (int j = 0; j < n; j++) {
         float x = sums[j], size = __builtin_fabsf(x - read_at(t->base, i + j, dtype));
         may_move[j] = size * factor <= (float)bytes[j] ? 0 : 255; /* NaN is among them */
         beyond += (x > highest) | (x < lowest);
     }
-    for (uint64_t mask = mask_of(may_move); mask; mask &= mask - 1, at++) {
+    for (uint64_t mask = mask_of(may_move); mask; mask &= mask - 1) {
         int j = __builtin_ctzll(mask);
-        float x = sums[j], w = read_at(t->base, i + j, dtype);
-        int up = x > w;
-        __asm__("" : "+r"(up)); /* else the compiler makes a branch of it */
-        if (kind == FOUR_BIT) {
-            int next = (up << 4) + four_bits(t, i + j);
-            found->level[at] = run->tables->next_levels[next];
-            found->code[at] = run->tables->next_codes[next];
-        } else {
-            int q = (int8_t)t->codes[i + j] + (up << 1) - 1;
-            q = q < -128 ? -128 : q > 127 ? 127 : q;
-            found->level[at] = (float)q;
-            found->code[at] = (uint8_t)q;
-        }
-        found->x[at] = x;
-        found->w[at] = w;
-        found->scale[at] = run->scale;
-        found->i[at] = (int32_t)(i % CHUNK) + j;
-        found->byte[at] = bytes[j];
+        note(found, run->tables, run->scale, t, i + j, bytes[j], dtype, kind);
     }
-    found->n = at;
     return beyond;
+}
+
+INLINE void copy_base(const struct on_grid *t, int64_t i, int64_t stop, int dtype) {
+    int64_t itemsize = dtype == FLOAT32 ? 4 : 2;
+    memcpy((char *)t->stored + i * itemsize, (const char *)t->base + i * itemsize, (size_t)((stop - i) * itemsize));
+}
+
+/* Looks at elements [i, stop) of one run, each of which has a byte. */
+INLINE int64_t look_at_part(
+    struct looked_at *found, const struct run *run, const struct on_grid *t, int64_t i, int64_t stop,
+    const uint8_t *bytes, int dtype, int kind) {
+    int64_t n_beyond = 0;
+    copy_base(t, i, stop, dtype);
+    for (; i + SEGMENT <= stop; i += SEGMENT, bytes += SEGMENT)
+        n_beyond += look_at(found, run, t, i, SEGMENT, bytes, dtype, kind);
+    return i < stop ? n_beyond + look_at(found, run, t, i, (int)(stop - i), bytes, dtype, kind) : n_beyond;
+}
+
+#if X86
+
+FOR_AVX512 static inline __mmask32 both(const __mmask16 *masks) { return _mm512_kunpackw(masks[1], masks[0]); }
+
+FOR_AVX512 static inline __m512 widened(__m256i numbers, int dtype) {
+    __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
+    return dtype == BFLOAT16 ? _mm512_castsi512_ps(high) : _mm512_cvtph_ps(numbers);
+}
+
+/* Of numbers that are not NaN. */
+FOR_AVX512 static inline __m256i narrowed(__m512 x, int dtype) {
+    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    return dtype == BFLOAT16 ? _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16))
+                             : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
+
+/* Of 16 elements: which move to the value `next`, and which stay. What is neither of these is too near to say
+   in fp32, or no number. */
+FOR_AVX512 static inline void decide(
+    __m512 x, __m512 w, __m512 next, __m128i bytes, __mmask16 *moves, __mmask16 *stays) {
+    const __m512 more = _mm512_set1_ps(256 * (1 + 0x1p-20f)), less = _mm512_set1_ps(256 * (1 - 0x1p-20f));
+    __m512 distance = _mm512_abs_ps(_mm512_sub_ps(x, w)), step = _mm512_abs_ps(_mm512_sub_ps(next, w));
+    __m512 steps = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), step);
+    *stays = _mm512_cmp_ps_mask(_mm512_mul_ps(distance, more), steps, _CMP_LT_OQ);
+    __mmask16 between = _mm512_cmp_ps_mask(distance, step, _CMP_LT_OQ);
+    *moves = _mm512_mask_cmp_ps_mask(between, _mm512_fmsub_ps(distance, less, steps), step, _CMP_GE_OQ);
+}
+
+/* Elements [i, i + 32): bit j of `mask` says that i + j is settled later. To be looked at when all of a chunk are
+   decided: a branch on what has just been computed would be mispredicted late. */
+struct left_over {
+    const struct tables *tables;
+    float scale;
+    uint32_t mask;
+    int64_t i;
+};
+
+/* Of 4 bits and a dtype of 16, elements [i, i + 32) of one run, with values and codes of the neighbours. Returns
+   the mask of those that are not settled at once. */
+FOR_AVX512 static inline uint32_t look_at_32(
+    const struct on_grid *t, int64_t i, const uint8_t *bytes, __m512i values, __m512i codes, __m512 lowest,
+    __m512 highest, int64_t *n_beyond, int dtype) {
+    const uint16_t *base = (const uint16_t *)t->base + i;
+    const __m128i low_half = _mm_set1_epi8(15);
+    __m512 x[2], w[2];
+    __mmask16 up[2], beyond[2], moves[2], stays[2];
+    __m128i packed = _mm_loadu_si128((const __m128i *)(t->codes + i / 2));
+    __m128i first = _mm_and_si128(_mm_srli_epi16(packed, 4), low_half), second = _mm_and_si128(packed, low_half);
+    __m512i code = _mm512_cvtepu8_epi16(
+        _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second)));
+    for (int k = 0; k < 2; k++) {
+        x[k] = _mm512_loadu_ps(t->sums + i + 16 * k);
+        w[k] = widened(_mm256_loadu_si256((const __m256i *)(base + 16 * k)), dtype);
+        up[k] = _mm512_cmp_ps_mask(x[k], w[k], _CMP_GT_OQ);
+        beyond[k] = _mm512_cmp_ps_mask(x[k], highest, _CMP_GT_OQ) | _mm512_cmp_ps_mask(x[k], lowest, _CMP_LT_OQ);
+    }
+    *n_beyond += __builtin_popcount(both(beyond));
+    __m512i at = _mm512_mask_add_epi16(code, both(up), code, _mm512_set1_epi16(16));
+    __m512i next = _mm512_permutexvar_epi16(at, values);
+    for (int k = 0; k < 2; k++) {
+        __m256i half = k ? _mm512_extracti64x4_epi64(next, 1) : _mm512_castsi512_si256(next);
+        __m128i byte = _mm_loadu_si128((const __m128i *)(bytes + 16 * k));
+        decide(x[k], w[k], widened(half, dtype), byte, moves + k, stays + k);
+    }
+    __m512i stored = _mm512_mask_mov_epi16(_mm512_loadu_si512(base), both(moves), next);
+    _mm512_storeu_si512((uint16_t *)t->stored + i, stored);
+    code = _mm512_mask_permutexvar_epi16(code, both(moves), at, codes);
+    code = _mm512_madd_epi16(code, _mm512_set1_epi32(0x00010010)); /* 16 times the first and the second */
+    _mm_storeu_si128((__m128i *)(t->codes + i / 2), _mm512_cvtepi32_epi8(code));
+    return ~(both(moves) | both(stays));
+}
+
+/* look_at_chunk, of 4 bits and a dtype of 16: nearly all elements are settled at once. */
+FOR_AVX512 static int64_t look_at_chunk_avx512(
+    struct looked_at *found, struct run *run, const struct on_grid *t, const struct tables *tables, int64_t start,
+    int64_t stop, const uint8_t *bytes, int dtype) {
+    int64_t n_beyond = 0;
+    struct left_over left[CHUNK / 32];
+    int n_left = 0;
+    for (int64_t i = start, end; i < stop; i = end) {
+        end = end_of_part(run, t, tables, i, stop, dtype, FOUR_BIT);
+        float size = __builtin_fabsf(run->scale);
+        if (size >= 1e-30f && size <= 1e30f && i % 2 == 0 && i + 32 <= end) { /* `decide` wants normal numbers */
+            const struct tables *of_run = run->tables;
+            __m512 scale = _mm512_set1_ps(run->scale);
+            __m512 below = _mm512_mul_ps(_mm512_loadu_ps(of_run->other_levels), scale);
+            __m512 above = _mm512_mul_ps(_mm512_loadu_ps(of_run->other_levels + 16), scale);
+            __m512i values = _mm512_inserti64x4(
+                _mm512_castsi256_si512(narrowed(below, dtype)), narrowed(above, dtype), 1);
+            __m512i codes = _mm512_loadu_si512(of_run->other_codes);
+            __m512 lowest = _mm512_set1_ps(run->lowest), highest = _mm512_set1_ps(run->highest);
+            for (; i + 32 <= end; i += 32) {
+                uint32_t mask = look_at_32(
+                    t, i, bytes + (i - start), values, codes, lowest, highest, &n_beyond, dtype);
+                left[n_left++] = (struct left_over){run->tables, run->scale, mask, i};
+            }
+        }
+        if (i < end)
+            n_beyond += look_at_part(found, run, t, i, end, bytes + (i - start), dtype, FOUR_BIT);
+    }
+    for (int k = 0; k < n_left; k++)
+        for (uint32_t mask = left[k].mask; mask; mask &= mask - 1) {
+            int64_t i = left[k].i + __builtin_ctz(mask);
+            note(found, left[k].tables, left[k].scale, t, i, bytes[i - start], dtype, FOUR_BIT);
+        }
+    return n_beyond;
+}
+
+#endif
+
+INLINE int64_t look_at_chunk(
+    struct looked_at *found, struct run *run, const struct on_grid *t, const struct tables *tables, int64_t start,
+    int64_t stop, const uint8_t *bytes, int dtype, int kind) {
+    int64_t n_beyond = 0;
+    for (int64_t i = start, end; i < stop; i = end) {
+        end = end_of_part(run, t, tables, i, stop, dtype, kind);
+        n_beyond += look_at_part(found, run, t, i, end, bytes + (i - start), dtype, kind);
+    }
+    return n_beyond;
 }
 
 /* round_tile's _settle_near, and the rest by settle_far. Nothing branches by chance: mispredicted branches
@@ -339,10 +495,13 @@ INLINE void fill_tables(struct tables *tables, const struct on_grid *t, int turn
         tables->places_of[i] = (uint8_t)(turned ? 15 - t->places_of[i] : t->places_of[i]);
     }
     for (int i = 0; i < 32; i++) {
-        int to = tables->places_of[i & 15] + (i < 16 ? -1 : 1);
-        to = to < 0 ? 0 : to > 15 ? 15 : to;
-        tables->next_levels[i] = tables->levels[to];
-        tables->next_codes[i] = tables->codes_of[to];
+        int at = tables->places_of[i & 15], step = i < 16 ? -1 : 1, next = at + step, other = next;
+        while (other >= 0 && other <= 15 && tables->levels[other] == tables->levels[at])
+            other += step;
+        tables->next_levels[i] = next < 0 || next > 15 ? __builtin_inff() : tables->levels[next];
+        tables->next_codes[i] = tables->codes_of[next < 0 || next > 15 ? at : next];
+        tables->other_levels[i] = other < 0 || other > 15 ? __builtin_inff() : tables->levels[other];
+        tables->other_codes[i] = tables->codes_of[other < 0 || other > 15 ? at : other];
     }
 }
 
@@ -358,43 +517,39 @@ INLINE const uint8_t *drawn(const struct on_grid *t, int64_t start, uint64_t *wo
     return (const uint8_t *)words + (t->first + start) % 8;
 }
 
-INLINE int64_t round_as(const struct on_grid *t, int dtype, int kind) {
+INLINE int64_t round_kind(const struct on_grid *t, int dtype, int kind, int level) {
     uint64_t words[CHUNK / 8 + 1];
     struct tables tables[2];
     struct looked_at found = {.n = 0};
-    struct run run = {.tables = tables};
-    int64_t n_beyond = 0, itemsize = dtype == FLOAT32 ? 4 : 2, number = 0, end = 0; /* of the run */
+    struct run run = {.number = -1};
+    int64_t n_beyond = 0;
     for (int turned = 0; turned < (kind == FOUR_BIT ? 2 : 0); turned++)
         fill_tables(tables + turned, t, turned);
     for (int64_t start = 0; start < t->numel; start += CHUNK) {
         int64_t stop = start + CHUNK < t->numel ? start + CHUNK : t->numel;
         const uint8_t *bytes = drawn(t, start, words);
-        memcpy((char *)t->stored + start * itemsize, (const char *)t->base + start * itemsize,
-               (size_t)((stop - start) * itemsize));
         found.n = 0;
-        for (int64_t i = start, n; i < stop; i += n) {
-            if (i == end) {
-                begin_run(&run, t, tables, number++, dtype, kind);
-                end = number * t->run - t->skip;
-            }
-            n = (end < stop ? end : stop) - i;
-            const uint8_t *of_segment = bytes + (i - start);
-            if (n >= SEGMENT)
-                n_beyond += look_at(&found, &run, t, i, (int)(n = SEGMENT), of_segment, dtype, kind);
-            else
-                n_beyond += look_at(&found, &run, t, i, (int)n, of_segment, dtype, kind);
-        }
+#if X86
+        if (level == AVX512 && kind == FOUR_BIT && dtype != FLOAT32)
+            n_beyond += look_at_chunk_avx512(&found, &run, t, tables, start, stop, bytes, dtype);
+        else
+#endif
+            n_beyond += look_at_chunk(&found, &run, t, tables, start, stop, bytes, dtype, kind);
         settle(&found, t, tables, start, dtype, kind);
     }
     return n_beyond;
 }
 
-#define ROUND(level, target) \
-    target static int64_t round##level(const struct on_grid *t) { \
+INLINE int64_t round_as(const struct on_grid *t, int dtype, int level) {
+    return t->kind == INT8 ? round_kind(t, dtype, INT8, level) : round_kind(t, dtype, FOUR_BIT, level);
+}
+
+#define ROUND(suffix, level, target) \
+    target static int64_t round##suffix(const struct on_grid *t) { \
         switch (t->dtype) { \
-        case BFLOAT16: return t->kind == INT8 ? round_as(t, BFLOAT16, INT8) : round_as(t, BFLOAT16, FOUR_BIT); \
-        case FLOAT16: return t->kind == INT8 ? round_as(t, FLOAT16, INT8) : round_as(t, FLOAT16, FOUR_BIT); \
-        default: return t->kind == INT8 ? round_as(t, FLOAT32, INT8) : round_as(t, FLOAT32, FOUR_BIT); \
+        case BFLOAT16: return round_as(t, BFLOAT16, level); \
+        case FLOAT16: return round_as(t, FLOAT16, level); \
+        default: return round_as(t, FLOAT32, level); \
         } \
     }
 LEVELS(ROUND)
@@ -473,8 +628,8 @@ INLINE int decode_as(const struct packed *p, int dtype) {
     return 1;
 }
 
-#define DECODE(level, target) \
-    target static int decode##level(const struct packed *p) { \
+#define DECODE(suffix, level, target) \
+    target static int decode##suffix(const struct packed *p) { \
         return p->dtype == BFLOAT16 ? decode_as(p, BFLOAT16) : decode_as(p, FLOAT16); \
     }
 LEVELS(DECODE)
@@ -544,8 +699,8 @@ INLINE void measure_base(struct measured *m, int base_dtype) {
     }
 }
 
-#define MEASURE(level, target) \
-    target static void measure##level(struct measured *m) { \
+#define MEASURE(suffix, level, target) \
+    target static void measure##suffix(struct measured *m) { \
         switch (m->base_dtype) { \
         case BFLOAT16: measure_base(m, BFLOAT16); break; \
         case FLOAT16: measure_base(m, FLOAT16); break; \
