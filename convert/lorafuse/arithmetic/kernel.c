@@ -154,7 +154,7 @@ struct tables {
 /* The run of a number, which ends before an element, and what holds in it. */
 struct run {
     const struct tables *tables; /* turned around where the scale is below 0 */
-    float scale, factor, lowest, highest;
+    float scale, lowest, highest;
     int64_t number, end;
 };
 
@@ -198,8 +198,7 @@ INLINE void put_code(const struct on_grid *t, int64_t i, uint8_t code, int kind)
 INLINE void begin_run(
     struct run *run, const struct on_grid *t, const struct tables *tables, int64_t number, int dtype, int kind) {
     run->number = number, run->end = (number + 1) * t->run - t->skip;
-    float scale = run->scale = t->scales[number], size = __builtin_fabsf(scale), distance = size * t->least;
-    run->factor = 1 / (distance <= 0 || size < t->smallest ? 0 : distance) * t->numerator;
+    float scale = run->scale = t->scales[number];
     run->tables = tables + (scale < 0);
     float low = value_of(run, 0, dtype, kind), high = value_of(run, kind == INT8 ? 255 : 15, dtype, kind);
     run->lowest = low <= high ? low : high <= low ? high : low + high; /* NaN where either is */
@@ -294,11 +293,11 @@ INLINE void note(
 
 /* Looks at elements [i, i + n), n <= SEGMENT, of one run. Returns how many are beyond the grid. */
 INLINE int64_t look_at(
-    struct looked_at *found, const struct run *run, const struct on_grid *t, int64_t i, int n,
+    struct looked_at *found, const struct run *run, const struct on_grid *t, int64_t i, int n, float factor,
     const uint8_t *bytes, int dtype, int kind) {
     const float *sums = t->sums + i;
     uint8_t may_move[SEGMENT] = {0};
-    float factor = run->factor, lowest = run->lowest, highest = run->highest;
+    float lowest = run->lowest, highest = run->highest;
     int32_t beyond = 0;
     for (int j = 0; j < n; j++) {
         float x = sums[j], size = __builtin_fabsf(x - read_at(t->base, i + j, dtype));
@@ -321,11 +320,13 @@ INLINE void copy_base(const struct on_grid *t, int64_t i, int64_t stop, int dtyp
 INLINE int64_t look_at_part(
     struct looked_at *found, const struct run *run, const struct on_grid *t, int64_t i, int64_t stop,
     const uint8_t *bytes, int dtype, int kind) {
+    float size = __builtin_fabsf(run->scale), distance = size * t->least;
+    float factor = 1 / (distance <= 0 || size < t->smallest ? 0 : distance) * t->numerator;
     int64_t n_beyond = 0;
     copy_base(t, i, stop, dtype);
     for (; i + SEGMENT <= stop; i += SEGMENT, bytes += SEGMENT)
-        n_beyond += look_at(found, run, t, i, SEGMENT, bytes, dtype, kind);
-    return i < stop ? n_beyond + look_at(found, run, t, i, (int)(stop - i), bytes, dtype, kind) : n_beyond;
+        n_beyond += look_at(found, run, t, i, SEGMENT, factor, bytes, dtype, kind);
+    return i < stop ? n_beyond + look_at(found, run, t, i, (int)(stop - i), factor, bytes, dtype, kind) : n_beyond;
 }
 
 #if X86
@@ -660,35 +661,54 @@ struct measured {
     int32_t base_dtype, stored_dtype, level;
 };
 
-/* Sums of at most SUMMED elements in fp32, in lanes, so that they are the same at all levels; they are added up
-   in float64. */
-INLINE void sum_some(struct measured *m, int64_t start, int64_t n, int base_dtype, int stored_dtype) {
-    float base_sq[LANES] = {0}, delta_sq[LANES] = {0}, residual_sq[LANES] = {0}, residual_delta[LANES] = {0};
-    int32_t changed[LANES] = {0};
-    for (int64_t k = start; k < start + n; k += LANES) {
-        int lanes = start + n - k < LANES ? (int)(start + n - k) : LANES;
-        for (int j = 0; j < lanes; j++) {
-            float w = read_at(m->base, k + j, base_dtype), s = read_at(m->stored, k + j, stored_dtype);
-            float residual = s - m->total[k + j], delta = m->total[k + j] - w;
-            base_sq[j] += w * w;
-            delta_sq[j] += delta * delta;
-            residual_sq[j] += residual * residual;
-            residual_delta[j] += residual * delta;
-            changed[j] += s != w;
-        }
-    }
-    for (int j = 0; j < LANES; j++) {
-        m->base_sq += base_sq[j];
-        m->delta_sq += delta_sq[j];
-        m->residual_sq += residual_sq[j];
-        m->residual_delta += residual_delta[j];
-        m->n_changed += changed[j];
+/* The sums in lanes, so that they are the same at all levels: of at most SUMMED elements in fp32, then in float64. */
+enum { BASE_SQ, DELTA_SQ, RESIDUAL_SQ, RESIDUAL_DELTA, N_SUMS };
+
+struct lanes {
+    float some[N_SUMS][LANES];
+    double all[N_SUMS][LANES];
+    int32_t changed[LANES];
+    int64_t all_changed;
+};
+
+INLINE void sum_lanes(
+    struct lanes *sums, const struct measured *m, int64_t i, int n, int base_dtype, int stored_dtype) {
+    for (int j = 0; j < n; j++) {
+        float w = read_at(m->base, i + j, base_dtype), s = read_at(m->stored, i + j, stored_dtype);
+        float residual = s - m->total[i + j], delta = m->total[i + j] - w;
+        sums->some[BASE_SQ][j] += w * w;
+        sums->some[DELTA_SQ][j] += delta * delta;
+        sums->some[RESIDUAL_SQ][j] += residual * residual;
+        sums->some[RESIDUAL_DELTA][j] += residual * delta;
+        sums->changed[j] += s != w;
     }
 }
 
+INLINE void add_up(struct lanes *sums) {
+    for (int number = 0; number < N_SUMS; number++)
+        for (int j = 0; j < LANES; j++)
+            sums->all[number][j] += sums->some[number][j], sums->some[number][j] = 0;
+    for (int j = 0; j < LANES; j++)
+        sums->all_changed += sums->changed[j], sums->changed[j] = 0;
+}
+
 INLINE void measure_as(struct measured *m, int base_dtype, int stored_dtype) {
-    for (int64_t at = 0; at < m->numel; at += SUMMED)
-        sum_some(m, at, m->numel - at < SUMMED ? m->numel - at : SUMMED, base_dtype, stored_dtype);
+    struct lanes sums;
+    memset(&sums, 0, sizeof sums);
+    for (int64_t i = 0, stop; i < m->numel; i = stop) {
+        stop = i + SUMMED < m->numel ? i + SUMMED : m->numel;
+        for (; i + LANES <= stop; i += LANES)
+            sum_lanes(&sums, m, i, LANES, base_dtype, stored_dtype);
+        sum_lanes(&sums, m, i, (int)(stop - i), base_dtype, stored_dtype);
+        add_up(&sums);
+    }
+    double made[N_SUMS] = {0};
+    for (int number = 0; number < N_SUMS; number++)
+        for (int j = 0; j < LANES; j++)
+            made[number] += sums.all[number][j];
+    m->base_sq = made[BASE_SQ], m->delta_sq = made[DELTA_SQ];
+    m->residual_sq = made[RESIDUAL_SQ], m->residual_delta = made[RESIDUAL_DELTA];
+    m->n_changed = sums.all_changed;
 }
 
 INLINE void measure_base(struct measured *m, int base_dtype) {
