@@ -102,6 +102,21 @@ def decode_four_bit(
     return bool(kernel.decode(ctypes.byref(call)))
 
 
+def nested_scales(
+    kernel: Kernel,
+    codes: torch.Tensor,
+    nested_map: torch.Tensor,
+    nested: torch.Tensor,
+    blocksize: int,
+    offset: float,
+    skip: int,
+    scales: torch.Tensor,
+) -> None:
+    """dequantize.nested_scales, into `scales`."""
+    pointers = map(_address, (codes, nested_map, nested, scales))
+    kernel.scales(*pointers, scales.numel(), blocksize, skip, offset)
+
+
 class Sums(ctypes.Structure):
     """`struct measured` of kernel.c."""
 

@@ -30,7 +30,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
-enum { INTERFACE = 1 }; /* of kernel.py: another number, another kernel */
+enum { INTERFACE = 2 }; /* of kernel.py: another number, another kernel */
 enum { BFLOAT16, FLOAT16, FLOAT32 };
 enum { FOUR_BIT, INT8 };
 enum { BASELINE, AVX2, AVX512 };
@@ -154,7 +154,7 @@ struct tables {
 /* The run of a number, which ends before an element, and what holds in it. */
 struct run {
     const struct tables *tables; /* turned around where the scale is below 0 */
-    float scale, lowest, highest;
+    float scale;
     int64_t number, end;
 };
 
@@ -196,21 +196,17 @@ INLINE void put_code(const struct on_grid *t, int64_t i, uint8_t code, int kind)
 }
 
 INLINE void begin_run(
-    struct run *run, const struct on_grid *t, const struct tables *tables, int64_t number, int dtype, int kind) {
+    struct run *run, const struct on_grid *t, const struct tables *tables, int64_t number) {
     run->number = number, run->end = (number + 1) * t->run - t->skip;
-    float scale = run->scale = t->scales[number];
-    run->tables = tables + (scale < 0);
-    float low = value_of(run, 0, dtype, kind), high = value_of(run, kind == INT8 ? 255 : 15, dtype, kind);
-    run->lowest = low <= high ? low : high <= low ? high : low + high; /* NaN where either is */
-    run->highest = low <= high ? high : high <= low ? low : low + high;
+    run->scale = t->scales[number];
+    run->tables = tables + (run->scale < 0);
 }
 
 /* Where the run of element i, or the chunk, ends; the run is a new one where one begins. */
 INLINE int64_t end_of_part(
-    struct run *run, const struct on_grid *t, const struct tables *tables, int64_t i, int64_t stop, int dtype,
-    int kind) {
+    struct run *run, const struct on_grid *t, const struct tables *tables, int64_t i, int64_t stop) {
     if (i == run->end)
-        begin_run(run, t, tables, run->number + 1, dtype, kind);
+        begin_run(run, t, tables, run->number + 1);
     return run->end < stop ? run->end : stop;
 }
 
@@ -291,18 +287,31 @@ INLINE void note(
     found->byte[at] = byte;
 }
 
+/* Of a run: its lowest and highest value, and by what an update is multiplied to bound 256 p. */
+struct limits {
+    float lowest, highest, factor;
+};
+
+INLINE struct limits limits_of(const struct run *run, const struct on_grid *t, int dtype, int kind) {
+    float size = __builtin_fabsf(run->scale), distance = size * t->least;
+    float factor = 1 / (distance <= 0 || size < t->smallest ? 0 : distance) * t->numerator;
+    float low = value_of(run, 0, dtype, kind), high = value_of(run, kind == INT8 ? 255 : 15, dtype, kind);
+    float neither = low + high; /* NaN where either is */
+    return (struct limits){low <= high ? low : high <= low ? high : neither,
+                           low <= high ? high : high <= low ? low : neither, factor};
+}
+
 /* Looks at elements [i, i + n), n <= SEGMENT, of one run. Returns how many are beyond the grid. */
 INLINE int64_t look_at(
-    struct looked_at *found, const struct run *run, const struct on_grid *t, int64_t i, int n, float factor,
-    const uint8_t *bytes, int dtype, int kind) {
+    struct looked_at *found, const struct run *run, const struct on_grid *t, int64_t i, int n,
+    struct limits limits, const uint8_t *bytes, int dtype, int kind) {
     const float *sums = t->sums + i;
     uint8_t may_move[SEGMENT] = {0};
-    float lowest = run->lowest, highest = run->highest;
     int32_t beyond = 0;
     for (int j = 0; j < n; j++) {
         float x = sums[j], size = __builtin_fabsf(x - read_at(t->base, i + j, dtype));
-        may_move[j] = size * factor <= (float)bytes[j] ? 0 : 255; /* NaN is among them */
-        beyond += (x > highest) | (x < lowest);
+        may_move[j] = size * limits.factor <= (float)bytes[j] ? 0 : 255; /* NaN is among them */
+        beyond += (x > limits.highest) | (x < limits.lowest);
     }
     for (uint64_t mask = mask_of(may_move); mask; mask &= mask - 1) {
         int j = __builtin_ctzll(mask);
@@ -320,13 +329,12 @@ INLINE void copy_base(const struct on_grid *t, int64_t i, int64_t stop, int dtyp
 INLINE int64_t look_at_part(
     struct looked_at *found, const struct run *run, const struct on_grid *t, int64_t i, int64_t stop,
     const uint8_t *bytes, int dtype, int kind) {
-    float size = __builtin_fabsf(run->scale), distance = size * t->least;
-    float factor = 1 / (distance <= 0 || size < t->smallest ? 0 : distance) * t->numerator;
+    struct limits limits = limits_of(run, t, dtype, kind);
     int64_t n_beyond = 0;
     copy_base(t, i, stop, dtype);
     for (; i + SEGMENT <= stop; i += SEGMENT, bytes += SEGMENT)
-        n_beyond += look_at(found, run, t, i, SEGMENT, factor, bytes, dtype, kind);
-    return i < stop ? n_beyond + look_at(found, run, t, i, (int)(stop - i), factor, bytes, dtype, kind) : n_beyond;
+        n_beyond += look_at(found, run, t, i, SEGMENT, limits, bytes, dtype, kind);
+    return i < stop ? n_beyond + look_at(found, run, t, i, (int)(stop - i), limits, bytes, dtype, kind) : n_beyond;
 }
 
 #if X86
@@ -373,13 +381,12 @@ FOR_AVX512 static inline uint32_t look_at_32(
     const struct on_grid *t, int64_t i, const uint8_t *bytes, __m512i values, __m512i codes, __m512 lowest,
     __m512 highest, int64_t *n_beyond, int dtype) {
     const uint16_t *base = (const uint16_t *)t->base + i;
-    const __m128i low_half = _mm_set1_epi8(15);
     __m512 x[2], w[2];
     __mmask16 up[2], beyond[2], moves[2], stays[2];
-    __m128i packed = _mm_loadu_si128((const __m128i *)(t->codes + i / 2));
-    __m128i first = _mm_and_si128(_mm_srli_epi16(packed, 4), low_half), second = _mm_and_si128(packed, low_half);
-    __m512i code = _mm512_cvtepu8_epi16(
-        _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second)));
+    __m512i byte_of_two = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(t->codes + i / 2)));
+    __m512i code = _mm512_and_si512(
+        _mm512_or_si512(_mm512_srli_epi32(byte_of_two, 4), _mm512_slli_epi32(byte_of_two, 16)),
+        _mm512_set1_epi32(0x000F000F));
     for (int k = 0; k < 2; k++) {
         x[k] = _mm512_loadu_ps(t->sums + i + 16 * k);
         w[k] = widened(_mm256_loadu_si256((const __m256i *)(base + 16 * k)), dtype);
@@ -410,7 +417,7 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
     struct left_over left[CHUNK / 32];
     int n_left = 0;
     for (int64_t i = start, end; i < stop; i = end) {
-        end = end_of_part(run, t, tables, i, stop, dtype, FOUR_BIT);
+        end = end_of_part(run, t, tables, i, stop);
         float size = __builtin_fabsf(run->scale);
         if (size >= 1e-30f && size <= 1e30f && i % 2 == 0 && i + 32 <= end) { /* `decide` wants normal numbers */
             const struct tables *of_run = run->tables;
@@ -420,7 +427,10 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
             __m512i values = _mm512_inserti64x4(
                 _mm512_castsi256_si512(narrowed(below, dtype)), narrowed(above, dtype), 1);
             __m512i codes = _mm512_loadu_si512(of_run->other_codes);
-            __m512 lowest = _mm512_set1_ps(run->lowest), highest = _mm512_set1_ps(run->highest);
+            __m512 ends = _mm512_mul_ps(_mm512_loadu_ps(of_run->levels), scale);
+            ends = widened(narrowed(ends, dtype), dtype);
+            __m512 lowest = _mm512_broadcastss_ps(_mm512_castps512_ps128(ends));
+            __m512 highest = _mm512_permutexvar_ps(_mm512_set1_epi32(15), ends);
             for (; i + 32 <= end; i += 32) {
                 uint32_t mask = look_at_32(
                     t, i, bytes + (i - start), values, codes, lowest, highest, &n_beyond, dtype);
@@ -445,7 +455,7 @@ INLINE int64_t look_at_chunk(
     int64_t stop, const uint8_t *bytes, int dtype, int kind) {
     int64_t n_beyond = 0;
     for (int64_t i = start, end; i < stop; i = end) {
-        end = end_of_part(run, t, tables, i, stop, dtype, kind);
+        end = end_of_part(run, t, tables, i, stop);
         n_beyond += look_at_part(found, run, t, i, end, bytes + (i - start), dtype, kind);
     }
     return n_beyond;
@@ -477,7 +487,7 @@ INLINE void settle(
             n_moving += fraction_of(t, i) < found->share[k] - found->byte[k];
         } else {
             struct run run;
-            begin_run(&run, t, tables, (t->skip + i) / t->run, dtype, kind);
+            begin_run(&run, t, tables, (t->skip + i) / t->run);
             settle_far(&run, t, i, found->byte[k], dtype, kind);
         }
     }
@@ -568,6 +578,19 @@ struct packed {
     int64_t numel, blocksize, skip;
     int32_t dtype, level;
 };
+
+/* Scales of blocks [skip, skip + n), of codes that count from the first block of a nested block. */
+EXPORT void lorafuse_scales(
+    const uint8_t *codes, const float *map, const float *nested, float *scales, int64_t n, int64_t blocksize,
+    int64_t skip, float offset) {
+    for (int64_t i = 0, end; i < n; i = end) {
+        float outer = nested[(skip + i) / blocksize];
+        end = ((skip + i) / blocksize + 1) * blocksize - skip;
+        end = end < n ? end : n;
+        for (int64_t k = i; k < end; k++)
+            scales[k] = map[codes[skip + k]] * outer + offset;
+    }
+}
 
 #if defined(SHUFFLES)
 
