@@ -28,6 +28,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
+#define ALIGNED _Alignas(64) /* vectors of it lie in one line of the cache */
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
 enum { INTERFACE = 2 }; /* of kernel.py: another number, another kernel */
@@ -123,7 +124,7 @@ INLINE uint64_t mixed(uint64_t z) {
 
 /* on_grid.py */
 
-enum { CHUNK = 1024, SEGMENT = 64 };
+enum { CHUNK = 1024, SEGMENT = 64, SETTLED = 256, WAITING = SETTLED + CHUNK };
 enum { HALF, SEEDED }; /* u = 1/2 for all; or that of the weight's elements */
 
 /* A tile: `scales` of each run; 16 `levels`, ascending, `codes_of` each place and `places_of` each code, of 4
@@ -158,14 +159,15 @@ struct run {
     int64_t number, end;
 };
 
-/* Elements of a chunk of which the byte does not say that they stay, with their sums and bases; the level, the
+/* Elements, until they are SETTLED or more, of which the byte does not say that they stay, with their sums and bases; the level, the
    code and the value of the neighbour, and the scale; and what becomes of them. `share`: 256 p, or not a number
    <= 256 where the sum is not between the base and the neighbour. */
 struct looked_at {
-    double share[CHUNK];
-    float x[CHUNK], w[CHUNK], level[CHUNK], scale[CHUNK], neighbour[CHUNK];
-    int32_t i[CHUNK], byte[CHUNK], state[CHUNK];
-    uint8_t code[CHUNK];
+    double share[WAITING];
+    int64_t i[WAITING];
+    float x[WAITING], w[WAITING], level[WAITING], scale[WAITING], neighbour[WAITING];
+    int32_t byte[WAITING], state[WAITING];
+    uint8_t code[WAITING];
     int32_t n;
 };
 
@@ -283,7 +285,7 @@ INLINE void note(
     found->x[at] = t->sums[i];
     found->w[at] = read_at(t->base, i, dtype);
     found->scale[at] = scale;
-    found->i[at] = (int32_t)(i % CHUNK);
+    found->i[at] = i;
     found->byte[at] = byte;
 }
 
@@ -366,15 +368,6 @@ FOR_AVX512 static inline void decide(
     *moves = _mm512_mask_cmp_ps_mask(between, _mm512_fmsub_ps(distance, less, steps), step, _CMP_GE_OQ);
 }
 
-/* Elements [i, i + 32): bit j of `mask` says that i + j is settled later. To be looked at when all of a chunk are
-   decided: a branch on what has just been computed would be mispredicted late. */
-struct left_over {
-    const struct tables *tables;
-    float scale;
-    uint32_t mask;
-    int64_t i;
-};
-
 /* Of 4 bits and a dtype of 16, elements [i, i + 32) of one run, with values and codes of the neighbours. Returns
    the mask of those that are not settled at once. */
 FOR_AVX512 static inline uint32_t look_at_32(
@@ -414,8 +407,7 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
     struct looked_at *found, struct run *run, const struct on_grid *t, const struct tables *tables, int64_t start,
     int64_t stop, const uint8_t *bytes, int dtype) {
     int64_t n_beyond = 0;
-    struct left_over left[CHUNK / 32];
-    int n_left = 0;
+    int32_t left[CHUNK + 1], n_left = 0; /* elements that are settled later */
     for (int64_t i = start, end; i < stop; i = end) {
         end = end_of_part(run, t, tables, i, stop);
         float size = __builtin_fabsf(run->scale);
@@ -434,17 +426,21 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
             for (; i + 32 <= end; i += 32) {
                 uint32_t mask = look_at_32(
                     t, i, bytes + (i - start), values, codes, lowest, highest, &n_beyond, dtype);
-                left[n_left++] = (struct left_over){run->tables, run->scale, mask, i};
+                /* Hardly ever more than one: a branch for the first would be mispredicted, and late. */
+                left[n_left] = (int32_t)(i - start) + (mask ? __builtin_ctz(mask) : 0);
+                n_left += mask != 0;
+                for (mask &= mask - 1; mask; mask &= mask - 1)
+                    left[n_left++] = (int32_t)(i - start) + __builtin_ctz(mask);
             }
         }
         if (i < end)
             n_beyond += look_at_part(found, run, t, i, end, bytes + (i - start), dtype, FOUR_BIT);
     }
-    for (int k = 0; k < n_left; k++)
-        for (uint32_t mask = left[k].mask; mask; mask &= mask - 1) {
-            int64_t i = left[k].i + __builtin_ctz(mask);
-            note(found, left[k].tables, left[k].scale, t, i, bytes[i - start], dtype, FOUR_BIT);
-        }
+    for (int k = 0; k < n_left; k++) {
+        int64_t i = start + left[k];
+        float scale = t->scales[(t->skip + i) / t->run];
+        note(found, tables + (scale < 0), scale, t, i, bytes[left[k]], dtype, FOUR_BIT);
+    }
     return n_beyond;
 }
 
@@ -464,9 +460,8 @@ INLINE int64_t look_at_chunk(
 /* round_tile's _settle_near, and the rest by settle_far. Nothing branches by chance: mispredicted branches
    would cost as much as all else. */
 INLINE void settle(
-    struct looked_at *found, const struct on_grid *t, const struct tables *tables, int64_t start, int dtype,
-    int kind) {
-    int32_t moving[CHUNK], undecided[CHUNK], n_moving = 0, n_undecided = 0, n = found->n;
+    struct looked_at *found, const struct on_grid *t, const struct tables *tables, int dtype, int kind) {
+    int32_t moving[WAITING], undecided[WAITING], n_moving = 0, n_undecided = 0, n = found->n;
     for (int k = 0; k < (n + 15) / 16 * 16; k++) {
         found->neighbour[k] = scaled(found->level[k], found->scale[k], dtype, kind);
         double x = found->x[k], w = found->w[k], neighbour = found->neighbour[k];
@@ -481,7 +476,7 @@ INLINE void settle(
     }
     for (int at = 0; at < n_undecided; at++) {
         int k = undecided[at];
-        int64_t i = start + found->i[k];
+        int64_t i = found->i[k];
         if (found->share[k] <= 256) {
             moving[n_moving] = k;
             n_moving += fraction_of(t, i) < found->share[k] - found->byte[k];
@@ -493,9 +488,10 @@ INLINE void settle(
     }
     for (int at = 0; at < n_moving; at++) {
         int k = moving[at];
-        put_code(t, start + found->i[k], found->code[k], kind);
-        write_at(t->stored, start + found->i[k], found->neighbour[k], dtype);
+        put_code(t, found->i[k], found->code[k], kind);
+        write_at(t->stored, found->i[k], found->neighbour[k], dtype);
     }
+    found->n = 0;
 }
 
 INLINE void fill_tables(struct tables *tables, const struct on_grid *t, int turned) {
@@ -529,9 +525,10 @@ INLINE const uint8_t *drawn(const struct on_grid *t, int64_t start, uint64_t *wo
 }
 
 INLINE int64_t round_kind(const struct on_grid *t, int dtype, int kind, int level) {
-    uint64_t words[CHUNK / 8 + 1];
-    struct tables tables[2];
-    struct looked_at found = {.n = 0};
+    ALIGNED uint64_t words[CHUNK / 8 + 1];
+    ALIGNED struct tables tables[2];
+    ALIGNED struct looked_at found;
+    found.n = 0;
     struct run run = {.number = -1};
     int64_t n_beyond = 0;
     for (int turned = 0; turned < (kind == FOUR_BIT ? 2 : 0); turned++)
@@ -539,14 +536,14 @@ INLINE int64_t round_kind(const struct on_grid *t, int dtype, int kind, int leve
     for (int64_t start = 0; start < t->numel; start += CHUNK) {
         int64_t stop = start + CHUNK < t->numel ? start + CHUNK : t->numel;
         const uint8_t *bytes = drawn(t, start, words);
-        found.n = 0;
 #if X86
         if (level == AVX512 && kind == FOUR_BIT && dtype != FLOAT32)
             n_beyond += look_at_chunk_avx512(&found, &run, t, tables, start, stop, bytes, dtype);
         else
 #endif
             n_beyond += look_at_chunk(&found, &run, t, tables, start, stop, bytes, dtype, kind);
-        settle(&found, t, tables, start, dtype, kind);
+        if (found.n >= SETTLED || stop == t->numel)
+            settle(&found, t, tables, dtype, kind);
     }
     return n_beyond;
 }
@@ -716,7 +713,7 @@ INLINE void add_up(struct lanes *sums) {
 }
 
 INLINE void measure_as(struct measured *m, int base_dtype, int stored_dtype) {
-    struct lanes sums;
+    ALIGNED struct lanes sums;
     memset(&sums, 0, sizeof sums);
     for (int64_t i = 0, stop; i < m->numel; i = stop) {
         stop = i + SUMMED < m->numel ? i + SUMMED : m->numel;
