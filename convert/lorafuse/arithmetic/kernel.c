@@ -137,7 +137,9 @@ struct on_grid {
     void *stored;
     uint8_t *codes;
     const float *scales, *levels;
-    const uint8_t *codes_of, *places_of, *bytes;
+    const uint8_t *codes_of;
+    const int64_t *places_of;
+    const uint8_t *bytes;
     uint64_t seed_of_bytes, seed_of_fractions;
     int64_t numel, run, skip, first, n_rows, n_cols;
     float numerator, least, smallest;

@@ -105,7 +105,7 @@ class FourBitGrid(Grid):
 
     def coded(self) -> Coded:
         levels = self._levels
-        tables = levels.ascending, levels.codes, levels.places.to(torch.uint8)
+        tables = levels.ascending, levels.codes, levels.places
         bound = 256, levels.least, ROUNDED[levels.dtype][1]
         return Coded(
             self._packed, self._scales.contiguous(), tables, bound, levels.dtype, self.run, self.skip
