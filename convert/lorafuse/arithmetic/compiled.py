@@ -117,6 +117,28 @@ def nested_scales(
     kernel.scales(*pointers, scales.numel(), blocksize, skip, offset)
 
 
+class _Stream(ctypes.Structure):
+    """`struct stream` of kernel.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("packed", "values")),
+        *((name, ctypes.c_int64) for name in ("n_rows", "row_nbytes", "n_codes")),
+        *((name, ctypes.c_int32) for name in ("bits", "less", "level")),
+    )
+
+
+def unpack_floats(
+    kernel: Kernel, packed: torch.Tensor, bits: int, n_codes: int, less: int, values: torch.Tensor
+) -> None:
+    """bit_stream.unpack_floats, into `values`; `bits` is at most 8."""
+    n_rows, row_nbytes = packed.shape
+    call = _Stream(
+        packed=_address(packed), values=_address(values), n_rows=n_rows, row_nbytes=row_nbytes,
+        n_codes=n_codes, bits=bits, less=less, level=kernel.level,
+    )  # fmt: skip
+    kernel.unpack(ctypes.byref(call))
+
+
 class Sums(ctypes.Structure):
     """`struct measured` of kernel.c."""
 

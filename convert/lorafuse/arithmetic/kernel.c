@@ -533,6 +533,7 @@ INLINE int64_t round_kind(const struct on_grid *t, int dtype, int kind, int leve
     found.n = 0;
     struct run run = {.number = -1};
     int64_t n_beyond = 0;
+    (void)level; /* where there is a single one */
     for (int turned = 0; turned < (kind == FOUR_BIT ? 2 : 0); turned++)
         fill_tables(tables + turned, t, turned);
     for (int64_t start = 0; start < t->numel; start += CHUNK) {
@@ -669,6 +670,55 @@ EXPORT int32_t lorafuse_decode(const struct packed *p) {
     (void)p;
     return 0;
 }
+
+/* bit_stream.py */
+
+/* Rows of `n_codes` codes of so many bits, one after another, in `row_nbytes` bytes: of each, code - less. */
+struct stream {
+    const uint8_t *packed;
+    float *values;
+    int64_t n_rows, row_nbytes, n_codes;
+    int32_t bits, less, level;
+};
+
+INLINE void unpack_eight(float *values, uint64_t word, int n, int bits, int less) {
+    typedef int32_t eight __attribute__((vector_size(32)));
+    typedef float floats __attribute__((vector_size(32)));
+    int32_t low = (int32_t)word, high = (int32_t)(word >> 4 * bits);
+    eight codes = {low, low, low, low, high, high, high, high};
+    const eight shifts = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
+    codes = (codes >> shifts & ((1 << bits) - 1)) - less;
+    floats made = __builtin_convertvector(codes, floats);
+    memcpy(values, &made, 4 * (size_t)n);
+}
+
+/* Eight codes are as many bytes as a code has bits. */
+INLINE void unpack_as(const struct stream *s) {
+    const int64_t n_codes = s->n_codes, row_nbytes = s->row_nbytes;
+    const int bits = s->bits, less = s->less;
+    for (int64_t row = 0; row < s->n_rows; row++) {
+        const uint8_t *packed = s->packed + row * row_nbytes;
+        float *values = s->values + row * n_codes;
+        int64_t i = 0, at = 0;
+        for (uint64_t word; i + 8 <= n_codes && at + 8 <= row_nbytes; i += 8, at += bits) {
+            memcpy(&word, packed + at, 8);
+            unpack_eight(values + i, word, 8, bits, less);
+        }
+        for (; i < n_codes; i += 8, at += bits) {
+            uint64_t word = 0;
+            for (int64_t k = at; k < at + 8 && k < row_nbytes; k++)
+                word |= (uint64_t)packed[k] << 8 * (k - at);
+            unpack_eight(values + i, word, n_codes - i < 8 ? (int)(n_codes - i) : 8, bits, less);
+        }
+    }
+}
+
+#define UNPACK(suffix, level, target) \
+    target static void unpack##suffix(const struct stream *s) { unpack_as(s); }
+LEVELS(UNPACK)
+
+/* unpack_floats. */
+EXPORT void lorafuse_unpack(const struct stream *s) { AT_LEVEL(s->level, unpack, s); }
 
 /* measure.py */
 

@@ -28,6 +28,8 @@ class Kernel:
         self.round_tile.restype, self.decode.restype = ctypes.c_int64, ctypes.c_int32
         self.measure = library.lorafuse_measure
         self.measure.restype = None
+        self.unpack = library.lorafuse_unpack
+        self.unpack.restype = None
         self.scales = library.lorafuse_scales
         self.scales.restype, self.scales.argtypes = None, _SCALES
 
