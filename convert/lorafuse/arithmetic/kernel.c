@@ -146,8 +146,9 @@ struct on_grid {
     int32_t dtype, kind, draws, level;
 };
 
-/* Of 4 bits, where the scale is not below 0: the levels, what is where, and of each code the level and the code
-   above it (at 16 + code) and below it, at the ends infinity and its own. `other`: the next that is not equal. */
+/* Of 4 bits, where the scale is not below 0: the levels, what is where, and of each code the level and the
+   code above it (at 16 + code) and below it, at the ends infinity and its own. `other`: the next that is not
+   equal. */
 struct tables {
     float levels[16], next_levels[32], other_levels[32];
     uint16_t other_codes[32];
@@ -161,9 +162,9 @@ struct run {
     int64_t number, end;
 };
 
-/* Elements, until they are SETTLED or more, of which the byte does not say that they stay, with their sums and bases; the level, the
-   code and the value of the neighbour, and the scale; and what becomes of them. `share`: 256 p, or not a number
-   <= 256 where the sum is not between the base and the neighbour. */
+/* Elements, until they are SETTLED or more, of which the byte does not say that they stay, with their sums and
+   bases; the level, the code and the value of the neighbour, and the scale; and what becomes of them. `share`:
+   256 p, or not a number <= 256 where the sum is not between the base and the neighbour. */
 struct looked_at {
     double share[WAITING];
     int64_t i[WAITING];
@@ -326,7 +327,8 @@ INLINE int64_t look_at(
 
 INLINE void copy_base(const struct on_grid *t, int64_t i, int64_t stop, int dtype) {
     int64_t itemsize = dtype == FLOAT32 ? 4 : 2;
-    memcpy((char *)t->stored + i * itemsize, (const char *)t->base + i * itemsize, (size_t)((stop - i) * itemsize));
+    const char *from = (const char *)t->base + i * itemsize;
+    memcpy((char *)t->stored + i * itemsize, from, (size_t)((stop - i) * itemsize));
 }
 
 /* Looks at elements [i, stop) of one run, each of which has a byte. */
@@ -338,12 +340,16 @@ INLINE int64_t look_at_part(
     copy_base(t, i, stop, dtype);
     for (; i + SEGMENT <= stop; i += SEGMENT, bytes += SEGMENT)
         n_beyond += look_at(found, run, t, i, SEGMENT, limits, bytes, dtype, kind);
-    return i < stop ? n_beyond + look_at(found, run, t, i, (int)(stop - i), limits, bytes, dtype, kind) : n_beyond;
+    if (i < stop)
+        n_beyond += look_at(found, run, t, i, (int)(stop - i), limits, bytes, dtype, kind);
+    return n_beyond;
 }
 
 #if X86
 
-FOR_AVX512 static inline __mmask32 both(const __mmask16 *masks) { return _mm512_kunpackw(masks[1], masks[0]); }
+FOR_AVX512 static inline __mmask32 both(const __mmask16 *masks) {
+    return _mm512_kunpackw(masks[1], masks[0]);
+}
 
 FOR_AVX512 static inline __m512 widened(__m256i numbers, int dtype) {
     __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
@@ -352,7 +358,8 @@ FOR_AVX512 static inline __m512 widened(__m256i numbers, int dtype) {
 
 /* Of numbers that are not NaN. */
 FOR_AVX512 static inline __m256i narrowed(__m512 x, int dtype) {
-    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
     return dtype == BFLOAT16 ? _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16))
                              : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
@@ -370,8 +377,8 @@ FOR_AVX512 static inline void decide(
     *moves = _mm512_mask_cmp_ps_mask(between, _mm512_fmsub_ps(distance, less, steps), step, _CMP_GE_OQ);
 }
 
-/* Of 4 bits and a dtype of 16, elements [i, i + 32) of one run, with values and codes of the neighbours. Returns
-   the mask of those that are not settled at once. */
+/* Of 4 bits and a dtype of 16, elements [i, i + 32) of one run, with values and codes of the neighbours.
+   Returns the mask of those that are not settled at once. */
 FOR_AVX512 static inline uint32_t look_at_32(
     const struct on_grid *t, int64_t i, const uint8_t *bytes, __m512i values, __m512i codes, __m512 lowest,
     __m512 highest, int64_t *n_beyond, int dtype) {
@@ -386,7 +393,8 @@ FOR_AVX512 static inline uint32_t look_at_32(
         x[k] = _mm512_loadu_ps(t->sums + i + 16 * k);
         w[k] = widened(_mm256_loadu_si256((const __m256i *)(base + 16 * k)), dtype);
         up[k] = _mm512_cmp_ps_mask(x[k], w[k], _CMP_GT_OQ);
-        beyond[k] = _mm512_cmp_ps_mask(x[k], highest, _CMP_GT_OQ) | _mm512_cmp_ps_mask(x[k], lowest, _CMP_LT_OQ);
+        beyond[k] = _mm512_cmp_ps_mask(x[k], highest, _CMP_GT_OQ);
+        beyond[k] |= _mm512_cmp_ps_mask(x[k], lowest, _CMP_LT_OQ);
     }
     *n_beyond += __builtin_popcount(both(beyond));
     __m512i at = _mm512_mask_add_epi16(code, both(up), code, _mm512_set1_epi16(16));
@@ -719,6 +727,51 @@ LEVELS(UNPACK)
 
 /* unpack_floats. */
 EXPORT void lorafuse_unpack(const struct stream *s) { AT_LEVEL(s->level, unpack, s); }
+
+/* scaling.py */
+
+/* Rows of values, in blocks of `width`, the last of which may be narrower, each with a scale and a bias. */
+struct affine {
+    float *values;
+    const float *scales, *biases;
+    int64_t n_rows, n_cols, width;
+    int32_t dtype, level;
+};
+
+INLINE void scale_block(float *values, int64_t n, float scale, float bias, int dtype) {
+    for (int64_t k = 0; k < n; k++)
+        values[k] = rounded_to(values[k] * scale, dtype) + bias;
+}
+
+INLINE void scale_as(const struct affine *a, int dtype) {
+    const int64_t n_cols = a->n_cols, width = a->width, n_blocks = (n_cols + width - 1) / width;
+    for (int64_t row = 0; row < a->n_rows; row++)
+        for (int64_t block = 0; block < n_blocks; block++) {
+            int64_t at = row * n_blocks + block, left = n_cols - block * width;
+            float *values = a->values + row * n_cols + block * width;
+            scale_block(values, left < width ? left : width, a->scales[at], a->biases[at], dtype);
+        }
+}
+
+#define SCALE(suffix, level, target) \
+    target static void scale##suffix(const struct affine *a) { \
+        switch (a->dtype) { \
+        case BFLOAT16: scale_as(a, BFLOAT16); break; \
+        case FLOAT16: scale_as(a, FLOAT16); break; \
+        default: scale_as(a, FLOAT32); \
+        } \
+    }
+LEVELS(SCALE)
+
+/* scale_and_add; 0 where it is not done, since a scale or a bias is not finite. */
+EXPORT int32_t lorafuse_scale(const struct affine *a) {
+    int64_t n = a->n_rows * ((a->n_cols + a->width - 1) / a->width);
+    for (int64_t k = 0; k < n; k++)
+        if ((a->scales[k] - a->scales[k] != 0) | (a->biases[k] - a->biases[k] != 0))
+            return 0;
+    AT_LEVEL(a->level, scale, a);
+    return 1;
+}
 
 /* measure.py */
 

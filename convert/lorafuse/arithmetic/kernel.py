@@ -30,6 +30,8 @@ class Kernel:
         self.measure.restype = None
         self.unpack = library.lorafuse_unpack
         self.unpack.restype = None
+        self.scale_and_add = library.lorafuse_scale
+        self.scale_and_add.restype = ctypes.c_int32
         self.scales = library.lorafuse_scales
         self.scales.restype, self.scales.argtypes = None, _SCALES
 
