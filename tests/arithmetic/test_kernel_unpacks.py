@@ -1,4 +1,4 @@
-"""The compiled kernel unpacks codes of a few bits, scales of scales, and scales with biases as torch does, bit for bit."""
+"""The compiled kernel unpacks codes of a few bits, scales of scales, and blocks with biases as torch does."""
 
 import pytest
 import torch

@@ -162,9 +162,9 @@ struct run {
     int64_t number, end;
 };
 
-/* Elements, until they are SETTLED or more, of which the byte does not say that they stay, with their sums and
-   bases; the level, the code and the value of the neighbour, and the scale; and what becomes of them. `share`:
-   256 p, or not a number <= 256 where the sum is not between the base and the neighbour. */
+/* Elements, until they are SETTLED or more, of which the byte does not say that they stay, with their sums
+   and bases; the level, the code and the value of the neighbour, and the scale; and what becomes of them.
+   `share`: 256 p, or not a number <= 256 where the sum is not between the base and the neighbour. */
 struct looked_at {
     double share[WAITING];
     int64_t i[WAITING];
@@ -414,14 +414,15 @@ FOR_AVX512 static inline uint32_t look_at_32(
 
 /* look_at_chunk, of 4 bits and a dtype of 16: nearly all elements are settled at once. */
 FOR_AVX512 static int64_t look_at_chunk_avx512(
-    struct looked_at *found, struct run *run, const struct on_grid *t, const struct tables *tables, int64_t start,
-    int64_t stop, const uint8_t *bytes, int dtype) {
+    struct looked_at *found, struct run *run, const struct on_grid *t, const struct tables *tables,
+    int64_t start, int64_t stop, const uint8_t *bytes, int dtype) {
     int64_t n_beyond = 0;
     int32_t left[CHUNK + 1], n_left = 0; /* elements that are settled later */
     for (int64_t i = start, end; i < stop; i = end) {
         end = end_of_part(run, t, tables, i, stop);
         float size = __builtin_fabsf(run->scale);
-        if (size >= 1e-30f && size <= 1e30f && i % 2 == 0 && i + 32 <= end) { /* `decide` wants normal numbers */
+        /* `decide` wants normal numbers. */
+        if (size >= 1e-30f && size <= 1e30f && i % 2 == 0 && i + 32 <= end) {
             const struct tables *of_run = run->tables;
             __m512 scale = _mm512_set1_ps(run->scale);
             __m512 below = _mm512_mul_ps(_mm512_loadu_ps(of_run->other_levels), scale);
@@ -457,8 +458,8 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
 #endif
 
 INLINE int64_t look_at_chunk(
-    struct looked_at *found, struct run *run, const struct on_grid *t, const struct tables *tables, int64_t start,
-    int64_t stop, const uint8_t *bytes, int dtype, int kind) {
+    struct looked_at *found, struct run *run, const struct on_grid *t, const struct tables *tables,
+    int64_t start, int64_t stop, const uint8_t *bytes, int dtype, int kind) {
     int64_t n_beyond = 0;
     for (int64_t i = start, end; i < stop; i = end) {
         end = end_of_part(run, t, tables, i, stop);
@@ -786,7 +787,8 @@ struct measured {
     int32_t base_dtype, stored_dtype, level;
 };
 
-/* The sums in lanes, so that they are the same at all levels: of at most SUMMED elements in fp32, then in float64. */
+/* The sums in lanes, so that they are the same at all levels: of at most SUMMED elements in fp32, then in
+   float64. */
 enum { BASE_SQ, DELTA_SQ, RESIDUAL_SQ, RESIDUAL_DELTA, N_SUMS };
 
 struct lanes {
