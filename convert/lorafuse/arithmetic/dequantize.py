@@ -93,8 +93,8 @@ def nested_scales(
     n: int,
     arena: Arena,
 ) -> torch.Tensor:
-    """float32 [n]: the scales of blocks [skip, skip + n), of whole nested blocks of `blocksize` codes (uint8),
-    the last of which may be short; `nested` (fp32) has the scale of each."""
+    """float32 [n]: the scales of blocks [skip, skip + n), of whole nested blocks of `blocksize` codes
+    (uint8), the last of which may be short; `nested` (fp32) has the scale of each."""
     if arena.kernel:
         scales = torch.empty(n, dtype=torch.float32, device=arena.device)
         compiled.nested_scales(arena.kernel, codes, nested_map, nested, blocksize, offset, skip, scales)
