@@ -157,7 +157,10 @@ def refuse_unknown_quantization(
             )
     setting = unread_setting(config)
     if setting is not None:
-        raise CheckpointError(f"{folder / 'config.json'}: the checkpoint has a {setting}; {way_out()}")
+        field, words = setting
+        raise CheckpointError(
+            f"{folder / 'config.json'}: the checkpoint has a {field} ({words}); {way_out(field)}"
+        )
     left = {name: stored[name] for codec, name, _ in claims(stored, config) if codec is dense}
     packed = packed_format(left)
     if packed is not None:

@@ -100,6 +100,10 @@ FORMATS: tuple[Format, ...] = (
     Format("integers or FP8 with scales", (".scales",), _codes(".weight")),
 )
 _WAY_OUT = "Dequantize it first, or merge into the full-precision checkpoint."
+_DECOMPRESS = (
+    "compressed-tensors up to 0.14 puts the zeros back: load the model with that, save it dense and merge into "
+    "the result, or merge into the full-precision checkpoint."
+)
 # What to do instead, where that is something else, by a format's title or quant_method in small letters.
 _WAYS_OUT = {
     "bitnet": "Merge into the checkpoint in bfloat16 that it was packed from.",
@@ -111,8 +115,10 @@ _WAYS_OUT = {
     "modelopt after awq or smoothquant": "The stored weight is the model's divided by `pre_quant_scale`: "
     "multiply its columns by that first, or merge into the full-precision checkpoint.",
     "metal (mlx's layout)": "Convert the full-precision checkpoint with mlx-lm, or merge into that.",
-    f"{_CT} (sparse)": "Decompress it with compressed-tensors first, or merge into the full-precision "
-    "checkpoint.",
+    f"{_CT} (sparse)": _DECOMPRESS,
+    "transform_config": "Its stored weights are rotated, and so is what runs through them; an adapter's are not: "
+    "merge into the checkpoint that was rotated, and quantize the result as that was.",
+    "sparsity_config": _DECOMPRESS,
     **dict.fromkeys(
         ("vptq", "spqr", "quark", "sinq", "hqq or sinq", "fp-quant", "fp_quant"),
         "Its own library dequantizes it: save that, or merge into the full-precision checkpoint.",
@@ -172,13 +178,13 @@ def way_out(form: object = None) -> str:
     return f"this format is not read (docs/bases.md lists those that are). {hint}"
 
 
-def unread_setting(config: Mapping[str, Any]) -> str | None:
-    """Returns what a config of compressed-tensors says that changes what the stored tensors mean; None where
-    it says nothing of the kind."""
+def unread_setting(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Returns (a field, in words) of what a config of compressed-tensors says that changes what the stored
+    tensors mean; None where it says nothing of the kind."""
     for section in quantizations(config):
         transform, sparsity = section.get("transform_config"), section.get("sparsity_config")
         if transform and not (isinstance(transform, dict) and transform.get("config_groups") == {}):
-            return "transform_config (rotations that run with the model)"
+            return "transform_config", "rotations that run with the model"
         if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
-            return "sparsity_config (weights without their zeros)"
+            return "sparsity_config", "weights without their zeros"
     return None
