@@ -266,9 +266,9 @@ def test_damaged_bytes(change, text):
     [
         (
             {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
-            "(rotations that run with the model); this format is not read (docs/bases.md lists those that are). "
-            "Its stored weights are rotated, and so is what runs through them; an adapter's are not: merge into "
-            "the checkpoint that was rotated, and quantize the result as that was.",
+            "(rotations that run with the model); this format is not read (docs/bases.md lists those that "
+            "are). Its stored weights are rotated, and so is what runs through them; an adapter's are not: "
+            "merge into the checkpoint that was rotated, and quantize the result as that was.",
         ),
         (
             {"sparsity_config": {"format": "sparse-24-bitmask"}},

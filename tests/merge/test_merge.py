@@ -183,9 +183,8 @@ def test_a_broken_scale_of_a_quantized_base_ends_the_run(base, adapter, tmp_path
     tensors[key][5] = torch.nan
     save_file(tensors, shard, {"format": "pt"})
     path = adapter("nf4", target_modules=["q_proj"])
-    with pytest.raises(
-        CheckpointError, match=rf"^{key.removesuffix('.absmax')}: 64 of 6144 values are not finite in the base"
-    ):
+    weight = key.removesuffix(".absmax")
+    with pytest.raises(CheckpointError, match=rf"^{weight}: 64 of 6144 values are not finite in the base"):
         lorafuse.convert(ckpt, path, tmp_path / "out")
 
 

@@ -132,8 +132,7 @@ def _matrix(names: tuple[str, ...], ckpt: Checkpoint) -> GptqMatrix:
 
 
 def _equal_groups(codes: str, n_inputs: int, n_groups: int, ckpt: Checkpoint) -> int:
-    told = ckpt.config | {"compression_config": ckpt.quantize_config}
-    sizes = _fitting_groups(codes.removesuffix(".qweight"), n_inputs, n_groups, told)
+    sizes = _fitting_groups(codes.removesuffix(".qweight"), n_inputs, n_groups, ckpt.config)
     if len(sizes) != 1:
         raise ValueError(
             f"{n_groups} groups of {n_inputs} inputs, of which {shown(codes)} has no g_idx, may have "
@@ -161,7 +160,7 @@ def _stored_groups(
 def _zeros_less_one(ckpt: Checkpoint) -> bool:
     """Whether zero points are stored minus 1, as the config says. Raises ValueError for layouts that are not
     read."""
-    section = next(quantizations(ckpt.config), None) or ckpt.quantize_config
+    section = next(quantizations(ckpt.config), None) or {}
     method = section.get("quant_method", "gptq")
     if method not in QUANT_METHODS:
         raise ValueError(f"its tensors are those of GPTQ, and the config says {shown(method)}.")

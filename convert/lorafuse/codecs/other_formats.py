@@ -1,5 +1,5 @@
 """Quantized formats by the tensors that they store: what a checkpoint is refused by, whatever its config
-says. A config may be silent: `hf_quant_config.json` and `quant_config.json` are read by nobody here.
+says. A config may be silent.
 
 A codec that reads a format claims its tensors before this table is looked at. The format's row stays, as
 `read`: what the codec leaves is a part of a weight whose other parts are missing or unlike what the format
@@ -101,8 +101,8 @@ FORMATS: tuple[Format, ...] = (
 )
 _WAY_OUT = "Dequantize it first, or merge into the full-precision checkpoint."
 _DECOMPRESS = (
-    "compressed-tensors up to 0.14 puts the zeros back: load the model with that, save it dense and merge into "
-    "the result, or merge into the full-precision checkpoint."
+    "compressed-tensors up to 0.14 puts the zeros back: load the model with that, save it dense and merge "
+    "into the result, or merge into the full-precision checkpoint."
 )
 # What to do instead, where that is something else, by a format's title or quant_method in small letters.
 _WAYS_OUT = {
@@ -116,8 +116,8 @@ _WAYS_OUT = {
     "multiply its columns by that first, or merge into the full-precision checkpoint.",
     "metal (mlx's layout)": "Convert the full-precision checkpoint with mlx-lm, or merge into that.",
     f"{_CT} (sparse)": _DECOMPRESS,
-    "transform_config": "Its stored weights are rotated, and so is what runs through them; an adapter's are not: "
-    "merge into the checkpoint that was rotated, and quantize the result as that was.",
+    "transform_config": "Its stored weights are rotated, and so is what runs through them; an adapter's are "
+    "not: merge into the checkpoint that was rotated, and quantize the result as that was.",
     "sparsity_config": _DECOMPRESS,
     **dict.fromkeys(
         ("vptq", "spqr", "quark", "sinq", "hqq or sinq", "fp-quant", "fp_quant"),
@@ -168,8 +168,10 @@ def packed_format(stored: Mapping[str, TensorInfo]) -> tuple[str, Format] | None
 
 def quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """What a config says of quantization, at its top and in its parts (text_config)."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        yield from (section for name in _SECTIONS if isinstance(section := part.get(name), dict))
+    yield from (section for name in _SECTIONS if isinstance(section := config.get(name), dict))
+    for name, part in config.items():
+        if isinstance(part, dict) and name not in _SECTIONS:
+            yield from quantizations(part)
 
 
 def way_out(form: object = None) -> str:
