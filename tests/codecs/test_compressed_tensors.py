@@ -303,3 +303,12 @@ def test_presets():
     """A config that names a preset says nothing of bits: they follow from the width."""
     stored, expected = int4(MODULE)
     check_decoding(stored, config() | {"config_groups": {"W4A16": ["Linear"]}}, expected)
+
+
+def test_lost_zero_points():
+    """Where every group of the config is asymmetric."""
+    stored, expected = int4(MODULE)
+    assert not any(name.endswith("zero_point") for name in stored)
+    said = {"num_bits": 4, "symmetric": False}
+    assert refusal(stored, config(said)) == f"{PACKED} lacks its weight_zero_point."
+    check_decoding(stored, config(said, said | {"symmetric": True}), expected)

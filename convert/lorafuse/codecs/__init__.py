@@ -25,10 +25,12 @@ from lorafuse.codecs import (
     torchao,
 )
 from lorafuse.codecs.other_formats import (
+    is_bare,
     is_orphan,
     is_part,
     packed_format,
     quantizations,
+    stray_part,
     unread_setting,
     way_out,
 )
@@ -188,9 +190,21 @@ def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint, quantiz
         if not sources.as_stored:
             continue
         module = name.removesuffix(".weight")
+        if weight := stray_part(name, weights):
+            raise CheckpointError(
+                f"{shown(ckpt.folder)}: {shown(name)} lies beside {shown(weight)}, which is stored in "
+                f"{weights[weight].scheme}, a format that has no such part: is it a companion under another "
+                "name?"
+            )
         is_one = is_part(name, sources.spec) or is_orphan(name, weights)
         if f"{name}.absmax" in weights or ((quantized or f"{module}.SCB" in weights) and is_one):
             raise CheckpointError(
                 f"{shown(ckpt.folder)}: {shown(name)} is quantized, but other parts of it (codes, scales, "
                 "quant_state, SCB) are missing."
+            )
+        if is_bare(name, sources.spec, weights):
+            raise CheckpointError(
+                f"{shown(ckpt.folder)}: {shown(name)} is {sources.spec}, which looks like the codes of a "
+                "quantized weight, and nothing says how they are decoded. Merge into the full-precision "
+                "checkpoint; if these numbers are the weight, save them in bfloat16 first."
             )

@@ -10,7 +10,8 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorafuse.files.tensors import TensorInfo, TensorSpec
+from lorafuse.codecs.sources import Sources
+from lorafuse.files.tensors import FLOATS, TensorInfo, TensorSpec
 
 _INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 _FP8 = re.compile(r"F8_")
@@ -125,6 +126,8 @@ _WAYS_OUT = {
     ),
 }
 _WORDS = frozenset({"I16", "I32", "U32"})
+_CODES = _WORDS | {"U8", "I8", "U16"}
+_ROUTERS = ("gate", "router")  # may hold tables of their own
 # Ends of names that only quantized weights have, and those that others may have too unless they are bytes.
 _PARTS = (
     ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", "_qdata", "._weight_scale", "_scale_inv",
@@ -137,15 +140,41 @@ _SECTIONS = ("quantization_config", "compression_config")  # where a config says
 _ENDS = tuple({form.names[0] for form in FORMATS})
 
 
+def _is_mask(spec: TensorSpec) -> bool:
+    """Of attention, as GPT-2 and others of its time stored it."""
+    return len(spec.shape) == 4 and spec.shape[:2] == (1, 1) and spec.shape[2] == spec.shape[3]
+
+
 def is_part(name: str, spec: TensorSpec) -> bool:
     """Whether a stored tensor that no codec claimed looks like a part of a quantized weight, in a checkpoint
     where others are quantized."""
     is_bytes = spec.dtype in ("U8", "I8") or spec.dtype.startswith("F8_")
     if name.endswith(_PARTS) or spec.dtype.startswith("F8_"):
         return True
+    if _is_mask(spec):
+        return False
     if name.endswith(".weight"):
         return is_bytes or spec.dtype in _WORDS
     return is_bytes and (len(spec.shape) > 1 or name.endswith(_BYTES))
+
+
+def is_bare(name: str, spec: TensorSpec, weights: Mapping[str, Sources]) -> bool:
+    """Whether a stored tensor looks like codes, wherever it stands: a matrix of small integers, or of FP8, in
+    a module that has no weight of floating-point numbers."""
+    coded = spec.dtype in _CODES or spec.dtype.startswith(("F8_", "F6_", "F4"))
+    if not coded or len(spec.shape) < 2 or _is_mask(spec):
+        return False
+    own = weights.get(f"{name.rpartition('.')[0]}.weight")
+    return not (own and own.spec.dtype in FLOATS)
+
+
+def stray_part(name: str, weights: Mapping[str, Sources]) -> str | None:
+    """Returns the quantized weight of the module in which a tensor lies that is no part of it and no bias."""
+    module, _, leaf = name.rpartition(".")
+    weight = f"{module}.weight"
+    own = weights.get(weight)
+    other = own is not None and not own.as_stored and name != weight and not leaf.endswith("bias")
+    return weight if other and not module.endswith(_ROUTERS) else None
 
 
 def is_orphan(name: str, weights: Container[str]) -> bool:
