@@ -21,6 +21,7 @@ from lorafuse.errors import (
     StorageError,
     UsageError,
 )
+from lorafuse.in_python import spoken_in_python
 
 if TYPE_CHECKING:
     from lorafuse.batching.batch import batch
@@ -62,11 +63,13 @@ _LATER = {
     "report": "lorafuse.reporting",
     "verify": "lorafuse.verification.verify",
 }
+_FUNCTIONS = ("batch", "convert", "inspect", "report", "verify")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+        found = getattr(import_module(_LATER[name]), name)
+        return spoken_in_python(found) if name in _FUNCTIONS else found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -25,6 +25,7 @@ from lorafuse.files.names import scheme_of
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import (
     Name,
+    asks_for_base,
     checkpoint_folder,
     located_adapter,
     named_base,
@@ -111,7 +112,8 @@ def _convert(
         for (name, weight), folder_name in zip(named, folder_names, strict=True)
     ]
     with opened(located) as adapters:
-        ckpt = named_base(ckpt, adapters[0].adapter)
+        if asks_for_base(ckpt):
+            ckpt = named_base(adapters[0].adapter.folder, adapters[0].adapter.config)
         ckpt_folder = checkpoint_folder(ckpt)
         check([ckpt_folder, *(adapter.root for adapter in located)])
         with closing(Checkpoint(ckpt_folder)) as base:

@@ -10,6 +10,7 @@ from pathlib import Path
 from lorafuse.arguments import checked
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
+from lorafuse.batching.base_of_all import base_of_all
 from lorafuse.batching.common_files import CommonFiles
 from lorafuse.batching.existing_results import ExistingResults
 from lorafuse.batching.jobs import Job, JobState, checked_share, left_out, read_jobs, refuse_overlap, share_of
@@ -25,7 +26,7 @@ from lorafuse.files.hub import as_named
 from lorafuse.files.local_folder import as_typed, directory_as_typed
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
-from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter
+from lorafuse.inputs.located import Name, asks_for_base, checkpoint_folder, located_adapter
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.settings import Settings, parse_nbytes
 from lorafuse.trained_base.beside_adapter import settled
@@ -60,18 +61,20 @@ def batch(
     overwrite: bool = False,
     restart: bool = False,
     dry_run: bool = False,
+    stream: bool = False,
     on_event: OnEvent = ignore,
 ) -> list[JobState]:
     """Merge many adapters into one checkpoint, each into `out_root`/NAME, to the byte what `convert` makes.
 
-    `jobs` is a directory whose sub-directories are adapters, or a JSONL file of {"adapter", "name"?,
-    "scale"?, "dtype"?, "format"?}; `index` and `of` choose a share of them (default: that of a Slurm array
-    task or a Kubernetes Indexed Job, else all). A result that is there already and was made from the same
-    inputs with the same settings is skipped. `share` says how files that no adapter changes are shared
-    between results: "reflink", "hardlink", "copy", or "auto", the first that works. The other options are
-    those of `convert`. Returns a state for each job; a failed job does not cost the others. `on_event` gets
-    the events of `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no
-    job can go on; the same call goes on with the rest.
+    `ckpt` may be "auto", the base that all adapters' configs name; `stream`: a base on the hub is fetched
+    ahead of each pass, and removed behind it. `jobs` is a directory whose sub-directories are adapters, or a
+    JSONL file of {"adapter", "name"?, "scale"?, "dtype"?, "format"?}; `index` and `of` choose a share of them
+    (default: that of a Slurm array task or a Kubernetes Indexed Job, else all). A result that is there
+    already and was made from the same inputs with the same settings is skipped. `share` says how files that
+    no adapter changes are shared between results: "reflink", "hardlink", "copy", or "auto", the first that
+    works. The other options are those of `convert`. Returns a state for each job; a failed job does not cost
+    the others. `on_event` gets the events of `convert` with a "job" more, "pass" and "job". Raises a
+    LorafuseError or an OSError when no job can go on; the same call goes on with the rest.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
@@ -80,7 +83,7 @@ def batch(
         **chosen_quants(format, base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
     )  # fmt: skip
-    chosen = Chosen(share, index, of, overwrite, restart, dry_run)
+    chosen = Chosen(share, index, of, overwrite, restart, dry_run, stream)
     base, listed_in = directory_as_typed(ckpt), Path(as_typed(jobs))
     return _batch(base, listed_in, as_typed(out_root), settings, chosen, on_event)
 
@@ -95,6 +98,7 @@ class Chosen:
     overwrite: bool
     restart: bool
     dry_run: bool
+    stream: bool
 
 
 def _batch(
@@ -111,6 +115,7 @@ def _batch(
         on_event({"event": "warning", "message": f"{shown(jobs / name)}: holds no adapter, and is left out."})
     todo = share_of(everything, number, n_workers)
     device = pick_device(settings.device)
+    ckpt = base_of_all(everything) if asks_for_base(ckpt) else ckpt
     ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)
     with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, as_named(ckpt), []) as hashes:
@@ -120,10 +125,12 @@ def _batch(
         under_way = Batch(
             base, root, settings, finished, common_files, deque(todo), on_event,
             Rehearsal(base, str(root), chosen.share, device) if chosen.dry_run else None, chosen.overwrite,
+            chosen.stream,
         )  # fmt: skip
         one_pass = Pass(
             base, hashes.result, device, chosen.overwrite, chosen.restart, under_way.done, under_way.failed,
             common_files.divide, asks_for_room=False,  # a batch asks while it puts the pass together
+            stream=chosen.stream,
         )  # fmt: skip
         under_way.run(one_pass)
     return [under_way.states[job.name] for job in todo]

@@ -35,6 +35,7 @@ from lorafuse.errors import LorafuseError, OutDirError, StorageError, as_own, sh
 from lorafuse.events import Event, JobEvent, OnEvent, TotalEvent, of_job, warn_by
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
+from lorafuse.inputs.fetching import streamed_nbytes
 from lorafuse.inputs.located import LocatedAdapter, located_adapter, opened
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.outdir.kinds import kind_of
@@ -76,6 +77,7 @@ class Batch:
     on_event: OnEvent
     rehearsal: Rehearsal | None  # of a dry run
     overwrite: bool
+    stream: bool
     states: dict[str, JobState] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -216,7 +218,8 @@ class Batch:
 
     def _disk_error(self, members: Sequence[Member]) -> StorageError | None:
         planned = [member.planned for member in members]
-        return disk_error(planned, self.root, self.common_files.share, self.finished)
+        beside = streamed_nbytes(self.base) if self.stream else 0
+        return disk_error(planned, self.root, self.common_files.share, self.finished, beside)
 
     def done(self, made: JobInProgress, receipt: Receipt) -> None:
         """The result has its name."""

@@ -48,6 +48,9 @@ from lorafuse.settings import Settings
 @click.option("--overwrite", is_flag=True,
               help="Replace results that are there but not what this call makes, once the new ones are "
                    "complete.")  # fmt: skip
+@click.option("--stream", is_flag=True,
+              help="Fetch a CKPT on the hub file by file ahead of each pass, and remove each file behind it: "
+                   "the disk holds the results and two files.")  # fmt: skip
 @click.option(
     "--restart", is_flag=True, help="Discard what earlier calls that were cut off have finished of a result."
 )
@@ -69,14 +72,15 @@ def batch(
 
     JOBS is a directory whose sub-directories are adapters, or a JSONL file of {"adapter": PATH,
     "name"?: NAME, "scale"?, "dtype"?, "format"?}; relative paths start at the file. CKPT and adapters are
-    directories or hub ids org/name[@revision]. Each result is what `lorafuse convert` makes; the base is read
-    and decoded once for many. One that is there already is skipped, and one that fails does not cost the
-    others.
+    directories or hub ids org/name[@revision]; CKPT may be auto, the base that all adapters name. Each result
+    is what `lorafuse convert` makes; the base is read and decoded once for many. One that is there already is
+    skipped, and one that fails does not cost the others.
 
     \b
     Examples:
       lorafuse batch base-nf4 my-adapters merged-root
       lorafuse batch base-nf4 jobs.jsonl merged-root --dry-run
+      lorafuse batch auto my-adapters merged-root --stream
     """
     show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose)
     with exit_codes("what is finished stays, and the same command goes on", as_json=as_json):

@@ -40,6 +40,8 @@ class ShowBatch:
             self._pass(event)
         elif event["event"] == "progress":
             self._progress.advance(event["nbytes"])
+        elif event["event"] == "fetched" and not self._progress.is_bar:
+            self._say(f"Fetched {event['file']}: {sized(event['nbytes'])}")
         elif event["event"] == "resumed":
             self._resumed(event)
         elif event["event"] == "job":

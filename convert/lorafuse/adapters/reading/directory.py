@@ -37,6 +37,12 @@ def is_mlx(config: dict[str, Any]) -> bool:
     return "peft_type" not in config and not {"fine_tune_type", "lora_parameters"}.isdisjoint(config)
 
 
+def base_name_of(config: dict[str, Any]) -> str | None:
+    """What a config calls the base that its adapter was trained on: a repository or a path, if anything."""
+    name = config.get("model" if is_mlx(config) else "base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
 def adapters_in(root: Folder) -> tuple[bool, list[str]]:
     """Whether a folder itself holds an adapter, and the names of the sub-folders that hold adapters."""
     at_root = any(root.exists(file) for file in (CONFIG, SAFETENSORS, INDEX, BIN, MLX))
@@ -143,8 +149,7 @@ class AdapterDir:
     def base_name(self) -> str | None:
         """What the config calls the base that the adapter was trained on: a repository or a path, if
         anything."""
-        name = self.config.get("model" if is_mlx(self.config) else "base_model_name_or_path")
-        return name if isinstance(name, str) and name else None
+        return base_name_of(self.config)
 
     @property
     def files(self) -> list[str]:
