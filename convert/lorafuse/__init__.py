@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorafuse.batching.jobs import JobState
     from lorafuse.inspection import inspect
     from lorafuse.pipeline import convert
+    from lorafuse.progress_bar import ProgressBar
     from lorafuse.reporting import report
     from lorafuse.settings import Push
     from lorafuse.verification.verify import verify
@@ -40,6 +41,7 @@ __all__ = [
     "JobState",
     "LorafuseError",
     "OutDirError",
+    "ProgressBar",
     "Push",
     "ResultError",
     "StorageError",
@@ -56,6 +58,7 @@ __all__ = [
 # shows its help without it.
 _LATER = {
     "JobState": "lorafuse.batching.jobs",
+    "ProgressBar": "lorafuse.progress_bar",
     "Push": "lorafuse.settings",
     "batch": "lorafuse.batching.batch",
     "convert": "lorafuse.pipeline",

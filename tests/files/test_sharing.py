@@ -122,7 +122,7 @@ def test_what_is_asked_for_and_cannot_be_done(how, pair, monkeypatch):
     no_reflinks(monkeypatch)
     no_links(monkeypatch, errno.EPERM)
     with pytest.raises(
-        StorageError, match=f"cannot be a {how} of .*; share='auto' takes what the file system can do"
+        StorageError, match=f"cannot be a {how} of .*; --share auto takes what the file system can do"
     ):
         share_file(*pair, how)
     assert not pair[1].exists()

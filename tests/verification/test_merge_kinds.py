@@ -207,7 +207,7 @@ def test_a_merge_into_the_quantized_base_against_the_one_before(cases):
     assert shown.exit_code == 8
     assert shown.stderr.splitlines()[-1] == (
         f"Error: {merged}: 3 of 4 weights are not base + update: this was merged into another base "
-        "(16-bit?). An update fits the weights that it was trained on: see `base_quant`."
+        "(16-bit?). An update fits the weights that it was trained on: see `--base-quant`."
     )
 
 
