@@ -12,10 +12,12 @@ from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.base_of_all import base_of_all
 from lorafuse.batching.common_files import CommonFiles
+from lorafuse.batching.destinations import Destinations
 from lorafuse.batching.existing_results import ExistingResults
 from lorafuse.batching.jobs import Job, JobState, checked_share, left_out, read_jobs, refuse_overlap, share_of
 from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
+from lorafuse.batching.pushes import pushes_of
 from lorafuse.batching.rehearsal import Rehearsal
 from lorafuse.errors import LorafuseError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
@@ -28,7 +30,7 @@ from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, asks_for_base, checkpoint_folder, located_adapter
 from lorafuse.outdir.kinds import kind_of
-from lorafuse.settings import Settings, parse_nbytes
+from lorafuse.settings import Push, Settings, parse_nbytes
 from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
@@ -62,6 +64,7 @@ def batch(
     restart: bool = False,
     dry_run: bool = False,
     stream: bool = False,
+    push_to_hub: str | Push | None = None,
     on_event: OnEvent = ignore,
 ) -> list[JobState]:
     """Merge many adapters into one checkpoint, each into `out_root`/NAME, to the byte what `convert` makes.
@@ -83,7 +86,8 @@ def batch(
         **chosen_quants(format, base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
     )  # fmt: skip
-    chosen = Chosen(share, index, of, overwrite, restart, dry_run, stream)
+    push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
+    chosen = Chosen(share, index, of, overwrite, restart, dry_run, stream, push)
     base, listed_in = directory_as_typed(ckpt), Path(as_typed(jobs))
     return _batch(base, listed_in, as_typed(out_root), settings, chosen, on_event)
 
@@ -99,6 +103,7 @@ class Chosen:
     restart: bool
     dry_run: bool
     stream: bool
+    push: Push | None
 
 
 def _batch(
@@ -111,6 +116,7 @@ def _batch(
         raise UsageError(f"share is {shown(chosen.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
     number, n_workers = checked_share(chosen.index, chosen.of, os.environ)
     everything = read_jobs(jobs)
+    pushes = pushes_of(everything, chosen.push)
     for name in left_out(jobs):
         on_event({"event": "warning", "message": f"{shown(jobs / name)}: holds no adapter, and is left out."})
     todo = share_of(everything, number, n_workers)
@@ -125,7 +131,7 @@ def _batch(
         under_way = Batch(
             base, root, settings, finished, common_files, deque(todo), on_event,
             Rehearsal(base, str(root), chosen.share, device) if chosen.dry_run else None, chosen.overwrite,
-            chosen.stream,
+            chosen.stream, Destinations(as_named(ckpt), pushes),
         )  # fmt: skip
         one_pass = Pass(
             base, hashes.result, device, chosen.overwrite, chosen.restart, under_way.done, under_way.failed,

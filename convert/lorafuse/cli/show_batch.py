@@ -101,6 +101,8 @@ class ShowBatch:
             else ""
         )
         told = f"done{kept}; {sized(event['nbytes'])} in {event['wall_s']:.1f} s"
+        if "url" in event:
+            told += f"; pushed: {event['url']}"
         self._say(f"{shown(event['job'])}: {_coloured(told, 'done')}")
         for line in too_little_text(update):
             self._warn(line, event["job"])
