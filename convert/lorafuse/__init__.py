@@ -21,7 +21,6 @@ from lorafuse.errors import (
     StorageError,
     UsageError,
 )
-from lorafuse.in_python import spoken_in_python
 
 if TYPE_CHECKING:
     from lorafuse.batching.batch import batch
@@ -72,7 +71,8 @@ _FUNCTIONS = ("batch", "convert", "inspect", "report", "verify")
 def __getattr__(name: str) -> Any:
     if name in _LATER:
         found = getattr(import_module(_LATER[name]), name)
-        return spoken_in_python(found) if name in _FUNCTIONS else found
+        spoken = import_module("lorafuse.in_python").spoken_in_python
+        return spoken(found) if name in _FUNCTIONS else found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -38,46 +38,27 @@ from lorafuse.trained_base.options import chosen_quants
 @checked
 @own_torch_state()
 def batch(
-    ckpt: Name,
-    jobs: Name,
-    out_root: Name,
-    *,
-    dtype: str = "auto",
-    format: str = "dense",
-    keep_dense: Sequence[str] = (),
-    rounding: str | None = None,
-    max_shard_size: str | int = "5GB",
-    device: str = "auto",
-    memory_limit: str | int = "100MB",
+    ckpt: Name, jobs: Name, out_root: Name, *,
+    dtype: str = "auto", format: str = "dense", keep_dense: Sequence[str] = (), rounding: str | None = None,
+    max_shard_size: str | int = "5GB", device: str = "auto", memory_limit: str | int = "100MB",
     adapter_scale: float = 1.0,
-    base_quant: str = "none",
-    double_quant: bool = True,
-    quant_blocksize: int = 64,
-    quant_skip: Sequence[str] = (),
-    quant_experts: bool = False,
-    base_quant_from: Name | None = None,
-    share: str = "auto",
-    index: int | None = None,
-    of: int | None = None,
-    allow_nonfinite: bool = False,
-    overwrite: bool = False,
-    restart: bool = False,
-    dry_run: bool = False,
-    stream: bool = False,
-    push_to_hub: str | Push | None = None,
+    base_quant: str = "none", double_quant: bool = True, quant_blocksize: int = 64,
+    quant_skip: Sequence[str] = (), quant_experts: bool = False, base_quant_from: Name | None = None,
+    share: str = "auto", index: int | None = None, of: int | None = None,
+    allow_nonfinite: bool = False, overwrite: bool = False, restart: bool = False, dry_run: bool = False,
+    stream: bool = False, push_to_hub: str | Push | None = None,
     on_event: OnEvent = ignore,
-) -> list[JobState]:
+) -> list[JobState]:  # fmt: skip
     """Merge many adapters into one checkpoint, each into `out_root`/NAME, to the byte what `convert` makes.
-
-    `ckpt` may be "auto", the base that all adapters' configs name; `stream`: a base on the hub is fetched
-    ahead of each pass, and removed behind it. `jobs` is a directory whose sub-directories are adapters, or a
-    JSONL file of {"adapter", "name"?, "scale"?, "dtype"?, "format"?}; `index` and `of` choose a share of them
-    (default: that of a Slurm array task or a Kubernetes Indexed Job, else all). A result that is there
-    already and was made from the same inputs with the same settings is skipped. `share` says how files that
-    no adapter changes are shared between results: "reflink", "hardlink", "copy", or "auto", the first that
-    works. The other options are those of `convert`. Returns a state for each job; a failed job does not cost
-    the others. `on_event` gets the events of `convert` with a "job" more, "pass" and "job". Raises a
-    LorafuseError or an OSError when no job can go on; the same call goes on with the rest.
+    `ckpt` may be "auto", the base that all adapters' configs name. `jobs` is a directory whose sub-
+    directories are adapters, or a JSONL file of {"adapter", "name"?, "scale"?, "dtype"?, "format"?, "repo"?};
+    `index` and `of` choose a share of them (default: that of a Slurm array task or a Kubernetes Indexed Job,
+    else all). A result that is there already and was made from the same inputs with the same settings is
+    skipped. `share` says how files that no adapter changes are shared between results: "reflink", "hardlink",
+    "copy", or "auto", the first that works. `push_to_hub`: a pattern of repositories, such as "me/{name}";
+    results stay here, too. The other options are those of `convert`. Returns a state for each job; a failed
+    job does not cost the others. `on_event` gets the events of `convert` with a "job" more, "pass" and "job".
+    Raises a LorafuseError or an OSError when no job can go on; the same call goes on with the rest.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
