@@ -8,7 +8,7 @@ from os import PathLike
 from typing import Any, ParamSpec, TypeVar
 
 from lorafuse.errors import UsageError, shown
-from lorafuse.settings import parse_nbytes
+from lorafuse.settings import Push, parse_nbytes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,6 +69,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("device", "adapter_name"), _TEXT),
     **dict.fromkeys(("overwrite", "restart", "dry_run", "allow_nonfinite", "double_quant"), _FLAG),
     **dict.fromkeys(("quant_experts", "stream", "card"), _FLAG),
+    "push_to_hub": _must(lambda value: isinstance(value, str | Push), "a repository or a Push"),
     "adapters": _adapters,
     "adapter_scale": _NUMBER,
     "on_event": _must(callable, "a function of an event"),

@@ -27,6 +27,7 @@ WRONG = {
     "dry_run": (1, "dry_run is 1; expected True or False."),
     "base_quant": ("int4", "base_quant is int4; expected one of none, auto, nf4, fp4, int8."),
     "base_quant_from": (4, "base_quant_from is 4; expected a path."),
+    "push_to_hub": (3, "push_to_hub is 3; expected a repository or a Push."),
     "on_event": ("print", "on_event is 'print'; expected a function of an event."),
 }  # fmt: skip
 

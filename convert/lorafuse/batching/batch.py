@@ -50,15 +50,17 @@ def batch(
     on_event: OnEvent = ignore,
 ) -> list[JobState]:  # fmt: skip
     """Merge many adapters into one checkpoint, each into `out_root`/NAME, to the byte what `convert` makes.
-    `ckpt` may be "auto", the base that all adapters' configs name. `jobs` is a directory whose sub-
-    directories are adapters, or a JSONL file of {"adapter", "name"?, "scale"?, "dtype"?, "format"?, "repo"?};
-    `index` and `of` choose a share of them (default: that of a Slurm array task or a Kubernetes Indexed Job,
-    else all). A result that is there already and was made from the same inputs with the same settings is
-    skipped. `share` says how files that no adapter changes are shared between results: "reflink", "hardlink",
-    "copy", or "auto", the first that works. `push_to_hub`: a pattern of repositories, such as "me/{name}";
-    results stay here, too. The other options are those of `convert`. Returns a state for each job; a failed
-    job does not cost the others. `on_event` gets the events of `convert` with a "job" more, "pass" and "job".
-    Raises a LorafuseError or an OSError when no job can go on; the same call goes on with the rest.
+
+    `ckpt` may be "auto", the base that all adapters' configs name. `jobs` is a directory whose
+    sub-directories are adapters, or a JSONL file of {"adapter", "name"?, "scale"?, "dtype"?, "format"?,
+    "repo"?}; `index` and `of` choose a share of them (default: that of a Slurm array task or a Kubernetes
+    Indexed Job, else all). A result that is there already and was made from the same inputs with the same
+    settings is skipped. `share` says how files that no adapter changes are shared between results: "reflink",
+    "hardlink", "copy", or "auto", the first that works. `push_to_hub`: a pattern of repositories, such as
+    "me/{name}"; results stay here, too. The other options are those of `convert`. Returns a state for each
+    job; a failed job does not cost the others. `on_event` gets the events of `convert` with a "job" more,
+    "pass" and "job". Raises a LorafuseError or an OSError when no job can go on; the same call goes on with
+    the rest.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
