@@ -42,7 +42,10 @@ def in_python(message: str) -> str:
 
 
 def _parameter(option: re.Match[str]) -> str:
-    name, value = option[1].replace("-", "_"), option[2]
+    name, value = (
+        option[1].replace("-", "_").replace("adapter", "adapters", option[1] == "adapter"),
+        option[2],
+    )
     behind = f" {value}" if value else ""
     if name in FLAGS:
         told = FLAGS[name] + behind

@@ -238,8 +238,11 @@ def checked_weight(path: object, weight: float) -> float:
 
 
 def dtype_named(dtype: Any) -> Any:
-    """`dtype` by the name that torch has for it, where it is a short one."""
-    return _SHORT.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    """`dtype` by the name that torch has for it, where it is a short one, in capitals, or torch's own."""
+    if not isinstance(dtype, str) and type(dtype).__module__ != "torch":
+        return dtype
+    name = str(dtype).removeprefix("torch.").lower()
+    return _SHORT.get(name, name)
 
 
 def parse_nbytes(text: str | int) -> int:

@@ -46,17 +46,15 @@ def instructions():
 
 
 def test_the_dockerfile():
-    """As hadolint would have it: pinned bases, a user by number, no cache of pip, commands that are there. What
-    is installed is built where there is a compiler, and nothing else comes from there."""
+    """As hadolint would have it: pinned bases, a user by number, no cache of pip, commands that are there.
+    What is installed is built where there is a compiler, and nothing else comes from there."""
     steps = instructions()
     words = [word for word, _ in steps]
     assert set(words) <= {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "USER", "ENTRYPOINT", "CMD"}
     bases = [argument for word, argument in steps if word == "FROM"]
     assert words[0] == "FROM" and re.fullmatch(r"(python:3\.\d+) AS build", bases[0])
     assert bases[1:] == [bases[0].replace(" AS build", "-slim")]
-    assert re.fullmatch(r"[1-9]\d*", dict(steps)["USER"]) and words[::-1].index("USER") < words[::-1].index(
-        "RUN"
-    )
+    assert re.fullmatch(r"[1-9]\d*", dict(steps)["USER"]) and "RUN" not in words[words.index("USER") :]
     build, install = (argument for word, argument in steps if word == "RUN")
     assert build == "pip wheel --no-cache-dir --no-deps --wheel-dir /wheels ."
     assert "pip install --no-cache-dir" in install and f"--uid {dict(steps)['USER']} " in install

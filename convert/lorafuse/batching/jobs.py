@@ -70,7 +70,9 @@ def read_jobs(path: Path) -> list[Job]:
     if path.is_dir():
         folders = [folder for folder in sorted(path.iterdir()) if _is_job(folder)]
         jobs = [Job(str(folder), folder.name) for folder in folders if not _is_other(folder)]
-        empty = "has no sub-directory with an adapter" if folders else "has no sub-directory"
+        empty = f"has no sub-directory{' with an adapter' if folders else ''}"
+        if (path / "adapter_config.json").exists():
+            empty += ", but is an adapter itself, which `lorafuse convert` merges"
     else:
         jobs = _read_lines(path)
         empty = "has no line"
@@ -144,7 +146,7 @@ def _parse(line: bytes, folder: Path) -> Job:
     if not isinstance(adapter, str) or not adapter or "\0" in adapter:
         raise ValueError(f"the adapter is {shown(adapter)}; expected a directory or a hub id")
     if not (scale is None or _is_finite(scale)):
-        raise ValueError(f"the scale is {shown(scale, 50)}; expected a finite number")
+        raise ValueError(f"the scale is {shown(repr(scale), 50)}; expected a finite number")
     dtype = dtype_named(dtype)
     if dtype is not None and dtype not in DTYPE_CHOICES:
         raise ValueError(f"the dtype is {shown(dtype)}; expected one of {', '.join(DTYPE_CHOICES)}")
