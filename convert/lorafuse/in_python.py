@@ -23,7 +23,7 @@ FLAGS = {
 VALUED = {
     *("dtype", "format", "keep_dense", "rounding", "max_shard_size", "device", "memory_limit"),
     *("adapter_scale", "adapter_name", "base_quant", "quant_blocksize", "quant_skip", "base_quant_from"),
-    *("share", "index", "of", "ckpt", "sample", "push_to_hub", "revision"),
+    *("adapters", "share", "index", "of", "ckpt", "sample", "push_to_hub", "revision"),
 }
 _WORDS = {*DTYPE_CHOICES, *FORMAT_CHOICES, *BASE_QUANT_CHOICES, *ROUNDING_CHOICES, "cpu", "cuda"}
 TEXTS, LISTS = ("message", "error"), ("notes", "problems")  # fields that people read
@@ -42,10 +42,8 @@ def in_python(message: str) -> str:
 
 
 def _parameter(option: re.Match[str]) -> str:
-    name, value = (
-        option[1].replace("-", "_").replace("adapter", "adapters", option[1] == "adapter"),
-        option[2],
-    )
+    name, value = option[1].replace("-", "_"), option[2]
+    name = "adapters" if name == "adapter" else name
     behind = f" {value}" if value else ""
     if name in FLAGS:
         told = FLAGS[name] + behind
