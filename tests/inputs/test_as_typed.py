@@ -59,8 +59,8 @@ def test_an_adapter_as_jobs(inputs, tmp_path):
     with pytest.raises(UsageError) as caught:
         lorafuse.batch(*inputs, tmp_path / "out")
     assert str(caught.value) == (
-        f"{inputs[1]}: has no sub-directory, but is an adapter itself, which `lorafuse convert` merges; expected "
-        "a directory of adapters, or a JSONL file with a job in each line."
+        f"{inputs[1]}: has no sub-directory, but is an adapter itself, which `lorafuse convert` merges; "
+        "expected a directory of adapters, or a JSONL file with a job in each line."
     )
 
 
