@@ -1,6 +1,10 @@
 """A batch whose results go to repositories on the hub, too."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +188,44 @@ def test_a_name_that_no_repository_can_have(ckpt: Path, jobs: Path, tmp_path: Pa
 def test_a_dry_run_asks_nobody(hub: HubServer, ckpt: Path, jobs: Path, tmp_path: Path) -> None:
     states = lorafuse.batch(ckpt, jobs, tmp_path / "out", dry_run=True, **OPTIONS)
     assert [state.state for state in states] == ["planned"] * 2 and hub.log == []
+
+
+@pytest.mark.parametrize("after", [2, 9])
+def test_killed_on_the_way(hub: HubServer, ckpt: Path, jobs: Path, tmp_path: Path, after: int) -> None:
+    """From the hub to the hub: the same call goes on, and nothing is left beside the results."""
+    hub.add("org/base", ckpt)
+    n = 0
+
+    def kill(request: Any, path: str) -> bool:
+        nonlocal n
+        n += "/upload/" in path
+        if n == after:
+            process.kill()
+        return False
+
+    hub.faults.append(kill)
+    arguments = [
+        "batch",
+        "org/base",
+        str(jobs),
+        str(tmp_path / "out"),
+        "--stream",
+        "--push-to-hub",
+        "me/{name}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorafuse", *arguments, "--max-shard-size", "1000", "-q"],
+        env=os.environ | hub.environ(tmp_path / "home"),
+        stdout=subprocess.DEVNULL,
+    )
+    assert process.wait(60) == -signal.SIGKILL
+    hub.faults.clear()
+    options = OPTIONS | {"max_shard_size": 1000, "memory_limit": "100MB"}
+    states = lorafuse.batch("org/base", jobs, tmp_path / "out", stream=True, **options)
+    assert {state.state for state in states} <= {"done", "skipped"}
+    lorafuse.batch(ckpt, jobs, tmp_path / "local", max_shard_size=1000)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "b"}
+    for name in "ab":
+        there, local = files_on(hub, f"me/{name}"), build.files_of(tmp_path / "local" / name)
+        made = local.keys() - {"lorafuse_receipt.json"}
+        assert {file: there[file] for file in made} == {file: local[file] for file in made}
