@@ -83,6 +83,7 @@ class PlanEvent(TypedDict):
     memory_nbytes: NotRequired[int]
     disk: NotRequired[Disk]
     estimate: NotRequired[Estimate | None]
+    push_to_hub: NotRequired[str]
 
 
 class ResumedEvent(TypedDict):

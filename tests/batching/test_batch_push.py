@@ -188,6 +188,17 @@ def test_a_name_that_no_repository_can_have(ckpt: Path, jobs: Path, tmp_path: Pa
 def test_a_dry_run_asks_nobody(hub: HubServer, ckpt: Path, jobs: Path, tmp_path: Path) -> None:
     states = lorafuse.batch(ckpt, jobs, tmp_path / "out", dry_run=True, **OPTIONS)
     assert [state.state for state in states] == ["planned"] * 2 and hub.log == []
+    arguments = [
+        "batch",
+        str(ckpt),
+        str(jobs),
+        str(tmp_path / "out"),
+        "--dry-run",
+        "--push-to-hub",
+        "me/{name}",
+    ]
+    ran = CliRunner().invoke(command, arguments)
+    assert [line.rpartition("; ")[2] for line in ran.stdout.splitlines()[:2]] == ["to me/a", "to me/b"]
 
 
 @pytest.mark.parametrize("after", [2, 9])

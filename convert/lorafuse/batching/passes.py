@@ -146,6 +146,8 @@ class Batch:
                         if more is None or (full and members):
                             break
                         warnings, plan = announced(member.planned.plan, dry_run=self.dry_run)
+                        if push := self.destinations.pushes.get(job.name):
+                            plan["push_to_hub"] = push.repo
                         if self.rehearsal:
                             self.rehearsal.add(plan, member.planned)
                         notes += [*warnings, plan]

@@ -91,7 +91,8 @@ class ShowBatch:
         facts = cast(dict[str, Any], plan)
         changes = changes_text(facts) if self._verbose else n_changed_text(facts)
         parts = [f"changes {changes}", f"writes {sized(plan['nbytes'])}", f"disk {disk_text(facts['disk'])}"]
-        return "; ".join([*parts, time_text(plan["estimate"], brief=True), f"pass {self._n_passes}"])
+        parts += [time_text(plan["estimate"], brief=True), f"pass {self._n_passes}"]
+        return "; ".join([*parts, f"to {plan['push_to_hub']}"] if "push_to_hub" in plan else parts)
 
     def _done(self, event: JobEvent) -> None:
         update = event["update"]
