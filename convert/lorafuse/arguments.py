@@ -83,7 +83,10 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind(*args, **kwargs)
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as e:  # as Python says it, with the function's name
+            raise TypeError(f"{function.__name__}() {e}") from None
         for name, value in given.arguments.items():
             optional = signature.parameters[name].default is None and value is None
             if name in _CHECKS and not optional:

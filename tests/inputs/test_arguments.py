@@ -41,6 +41,13 @@ def test_a_wrong_argument_of_convert(name, tmp_path):
     assert str(caught.value) == message
 
 
+def test_a_name_that_is_none_of_its_parameters(tmp_path):
+    with pytest.raises(TypeError, match=r"^convert\(\) got an unexpected keyword argument 'dtpe'$"):
+        lorafuse.convert(tmp_path, tmp_path, tmp_path / "out", dtpe="float16")
+    with pytest.raises(TypeError, match=r"^verify\(\) missing a required argument: 'out_dir'$"):
+        lorafuse.verify()
+
+
 def test_the_other_functions_check_theirs(tmp_path):
     for call, message in (
         (lambda: lorafuse.batch(tmp_path, 3, tmp_path), "jobs is 3; expected a path or a hub id."),
