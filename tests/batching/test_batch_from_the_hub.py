@@ -148,11 +148,12 @@ def test_another_base_or_none(hub: HubServer, jobs: Path, tmp_path: Path) -> Non
     """Every base is listed with the jobs that name it, before anything is fetched."""
     build.write_adapter(jobs / "d", base_model_name_or_path="org/base", revision="v2")
     build.write_adapter(jobs / "e", base_model_name_or_path=None)
+    build.write_adapter(jobs / "f", base_model_name_or_path="org/base", revision="\x1b[31mred")
     ran = CliRunner().invoke(command, ["batch", "auto", str(jobs), str(tmp_path / "out")])
     assert ran.exit_code == 2 and ran.stdout == ""
     assert ran.stderr == (
-        "Error: The adapters do not name one base for all: org/base (a, b, c); org/base@v2 (d); no base (e). "
-        "Give the checkpoint.\n"
+        "Error: The adapters do not name one base for all: org/base (a, b, c); org/base@v2 (d); no base (e); "
+        "org/base@\\x1b[31mred (f). Give the checkpoint.\n"
     )
     assert not (tmp_path / "out").exists() and hub.log == []
 

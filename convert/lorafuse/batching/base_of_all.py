@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lorafuse.adapters.reading.directory import CONFIG, base_name_of
 from lorafuse.batching.jobs import Job
-from lorafuse.errors import LorafuseError, UsageError, listed
+from lorafuse.errors import LorafuseError, UsageError, listed, shown
 from lorafuse.events import ignore
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.safetensors_file import FormatError
@@ -28,7 +28,7 @@ def base_of_all(jobs: Sequence[Job]) -> str:
         names.setdefault(named, []).append(job.name)
     if len(names) == 1 and NO_BASE not in names:
         return next(iter(names))
-    told = "; ".join(f"{base} ({listed(of)})" for base, of in names.items())
+    told = "; ".join(f"{shown(base)} ({listed(of)})" for base, of in names.items())
     raise UsageError(
         f"The adapters do not name one base for all: {told or 'none of them can be read'}. Give the "
         "checkpoint."
