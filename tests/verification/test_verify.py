@@ -53,6 +53,30 @@ def test_a_merged_directory_is_as_its_receipt_says(merged):
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_a_config_without_a_model_type(base, adapter, tmp_path):
+    """As the checkpoint has it, so has the result."""
+    ckpt, lora = base("nf4"), adapter("nf4", target_modules=LINEARS)
+    config = json.loads((ckpt / "config.json").read_text())
+    del config["model_type"]
+    (ckpt / "config.json").write_text(json.dumps(config))
+    for form in ("dense", "base"):
+        lorafuse.convert(ckpt, lora, tmp_path / form, format=form)
+        assert lorafuse.verify(tmp_path / form, ckpt=ckpt, adapters=[lora])["weights"] > 0
+
+
+@pytest.mark.parametrize(("form", "says"), [("dense", "speaks of"), ("base", "says nothing of")])
+def test_a_config_that_was_forged(form, says, base, adapter, tmp_path):
+    lorafuse.convert(base("nf4"), adapter("nf4"), tmp_path / "out", format=form)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    section = config.pop("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    config |= {"quantization_config": section} if form == "dense" else {}
+    path.write_text(json.dumps(config))
+    forge(tmp_path / "out", path)
+    with pytest.raises(ResultError, match=rf"config\.json: {says} a quantization, which is not as the"):
+        lorafuse.verify(tmp_path / "out")
+
+
 SHARD = "model-00001-of-00003.safetensors"
 
 

@@ -24,8 +24,8 @@ HARMLESS = (".md", ".html", ".png", ".svg", ".log")  # of files that people put 
 
 def verify_directory(folder: Folder, receipt: Receipt, on_nbytes: Callable[[int], object]) -> None:
     """Compare a merged directory with its receipt: every file's size and sha256, headers and index, names,
-    dtypes and shapes of the weights, and that transformers would find a config. Raises ResultError at the
-    first difference."""
+    dtypes and shapes of the weights, and whether the config says that they are quantized. Raises ResultError
+    at the first difference."""
     files: dict[str, FileHash] = {}
     for entry in receipt["outputs"]:
         if (
@@ -49,8 +49,12 @@ def verify_directory(folder: Folder, receipt: Receipt, on_nbytes: Callable[[int]
             if conflict := conflict_in(ckpt.tensors, ckpt.config):
                 raise ResultError(f"{shown(folder)}: {conflict}.")
             quantized = any("stored" in entry for entry in receipt["tensors"].values())
-            if bool(quantization_of(ckpt.config)) != quantized or not ckpt.config.get("model_type"):
-                raise ResultError(f"{shown(folder / 'config.json')}: is no config of a merged model.")
+            if bool(quantization_of(ckpt.config)) != quantized:
+                says = "says nothing of" if quantized else "speaks of"
+                raise ResultError(
+                    f"{shown(folder / 'config.json')}: {says} a quantization, which is not as the receipt has "
+                    "the weights."
+                )
     except (CheckpointError, StorageError) as e:
         raise ResultError(str(e)) from None
 
