@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing import SIZES, extreme
-from quantized_base import DTYPES, MODULE, check_decoding, check_merging, dtypes, refusal, write
+from quantized_base import (
+    DTYPES,
+    MODULE,
+    check_decoding,
+    check_merging,
+    dtypes,
+    refusal,
+    refusal_of_format,
+    write,
+)
 
 import lorafuse
 from lorafuse.codecs import aqlm
@@ -115,3 +124,21 @@ def test_inspected_by_its_headers(n_books, codes, tmp_path, monkeypatch):
     (row,) = lorafuse.inspect(write(tmp_path / "ckpt", stored, QUANTIZATION))["storage"]
     assert row["scheme"] == f"AQLM, {n_books} × 8 bit for 8 elements"
     assert row["n_parameters"] == values.numel()
+
+
+@pytest.mark.parametrize("form", ["base", "light", "mixed"])
+def test_no_light_format(form, tmp_path):
+    """What is said is the reason, and a way out that there is."""
+
+    def make(name):
+        return module((16, 4), (1, 8), 1, 8, name=name)
+
+    said = refusal_of_format(tmp_path, form, make, QUANTIZATION)
+    assert said == {
+        "mixed": "Error: A checkpoint in aqlm that is dense in part cannot be described in config.json by "
+        "this version: leave --format out.\n"
+    }.get(
+        form,
+        f"Error: --format {form}: {WEIGHT} is stored in AQLM, 1 × 8 bit for 8 elements, whose codes this "
+        "version does not write anew: leave --format out.\n",
+    )

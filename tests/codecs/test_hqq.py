@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing import extreme
-from quantized_base import DTYPES, MODULE, check_decoding, check_merging, dtypes, refusal, write
+from quantized_base import (
+    DTYPES,
+    MODULE,
+    check_decoding,
+    check_merging,
+    dtypes,
+    refusal,
+    refusal_of_format,
+    write,
+)
 
 import lorafuse
 from lorafuse.codecs import hqq_codes
@@ -164,3 +173,21 @@ def test_inspected_by_its_headers(bits, shape, tmp_path, monkeypatch):
     (row,) = lorafuse.inspect(write(tmp_path / "ckpt", stored, quantization(bits, 32)))["storage"]
     assert (row["scheme"], row["bits"]) == (f"HQQ, {bits} bit, block size 32", bits)
     assert row["n_parameters"] == values.numel()
+
+
+@pytest.mark.parametrize("form", ["base", "light", "mixed"])
+def test_no_light_format(form, tmp_path):
+    """What is said is the reason, and a way out that there is."""
+
+    def make(name):
+        return module((16, 32), 4, 16, 1, name=name)
+
+    said = refusal_of_format(tmp_path, form, make, quantization())
+    assert said == {
+        "mixed": "Error: A checkpoint in hqq that is dense in part cannot be described in config.json by "
+        "this version: leave --format out.\n"
+    }.get(
+        form,
+        f"Error: --format {form}: {WEIGHT} is stored in HQQ, 4 bit, block size 16, whose codes this "
+        "version does not write anew: leave --format out.\n",
+    )

@@ -105,6 +105,35 @@ def test_modelopt_as_its_own_file_has_it(tmp_path):
     }
 
 
+MIXED = {UP: {"quant_algo": "FP8"}, DOWN: {"quant_algo": "NVFP4", "group_size": 16}}
+
+
+def test_modelopt_in_several_formats(tmp_path):
+    """A dense module is in the list, and has no format."""
+    groups = {f"group_{n}": {"weights": {"num_bits": 8}, "targets": [name]} for n, name in enumerate(MIXED)}
+    section = {"quant_method": "modelopt_mixed", "quant_algo": "MIXED_PRECISION", "quantized_layers": MIXED}
+    section |= {"config_groups": groups, "ignore": ["lm_head"]}
+    made = light(tmp_path, channel(UP) | channel(DOWN), section, on_module(DOWN))[0]["quantization_config"]
+    assert made == section | {
+        "quantized_layers": {UP: MIXED[UP]},
+        "config_groups": {"group_0": groups["group_0"]},
+        "ignore": ["lm_head", DOWN],
+    }
+
+
+def test_modelopt_in_several_formats_as_its_own_file_has_it(tmp_path):
+    """Experts of a layer have one entry."""
+    expert = f"{EXPERTS}.0.up_proj"
+    said = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {UP: MIXED[UP], EXPERTS: MIXED[DOWN]}}
+    section = {"quant_method": "modelopt", "quantization": said}
+    made = light(tmp_path, channel(UP) | channel(expert), section, on_module(expert))[0]
+    assert made["quantization_config"]["quantization"] == {
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {UP: MIXED[UP]},
+        "exclude_modules": [EXPERTS],
+    }
+
+
 def test_an_old_section(tmp_path):
     section = {"quant_method": "compressed-tensors", "ignore": []}
     stored = channel(UP) | channel(DOWN)

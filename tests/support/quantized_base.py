@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 from build import write_adapter, write_checkpoint
+from click.testing import CliRunner
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from small_floats import same_bits
 
 import lorafuse
+from lorafuse import cli
 from lorafuse.codecs import Arena, open_weights
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
@@ -94,3 +96,18 @@ def refusal(stored, quantization, /, **config):
             assert not (Path(d) / "out").exists()
             return str(e).removeprefix(f"{path}: ")
         raise AssertionError("it was merged")
+
+
+def refusal_of_format(tmp_path, form, make, quantization):
+    """What the command says of a light format of a base whose codes are not written anew, with exit code 2.
+    `make`: a module's name → (its stored tensors, its values)."""
+    stored, values = make(MODULE)
+    stored |= make("model.layers.0.mlp.down_proj")[0]
+    base, key = write(tmp_path / "ckpt", stored, quantization), f"base_model.model.{MODULE}"
+    lora = {f"{key}.lora_A.weight": torch.randn(2, values.shape[1])}
+    lora |= {f"{key}.lora_B.weight": torch.randn(values.shape[0], 2)}
+    adapter = write_adapter(tmp_path / "adapter", lora, r=2, lora_alpha=2)
+    words = ["convert", *map(str, (base, adapter, tmp_path / "out")), "--format", form]
+    result = CliRunner().invoke(cli.lorafuse, words)
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    return result.output

@@ -22,7 +22,7 @@ from lorafuse.errors import UsageError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.formats.format import Format, WeightToStore
 from lorafuse.formats.keep_dense import KeepDense
-from lorafuse.formats.not_converted import experts_together, with_dense_modules
+from lorafuse.formats.not_converted import experts_together, has_words_for_dense, with_dense_modules
 from lorafuse.formats.quantized import on_simulated_base
 from lorafuse.formats.whole_experts import WholeExperts
 from lorafuse.settings import Settings
@@ -134,9 +134,11 @@ class AsStored(Format):
 
     def _on_grid(self, name: str, base: Sources) -> Encoder:
         if not isinstance(base, GridSources) or not base.grid_rows:
+            can_be_mixed = has_words_for_dense(self._config)
+            way_out = "--format mixed leaves what changes dense" if can_be_mixed else "leave --format out"
             raise UsageError(
-                f"--format {self._word}: {shown(name)} is stored in {base.scheme}, whose codes cannot be "
-                "written anew: --format mixed leaves what changes dense."
+                f"--format {self._word}: {shown(name)} is stored in {base.scheme}, whose codes this version "
+                f"does not write anew: {way_out}."
             )
         return OwnGridEncoder(name, self._names(name, base), base, unbiased=self._unbiased)
 

@@ -17,7 +17,7 @@ from lorafuse.codecs.other_formats import quantizations
 from lorafuse.codecs.sources import Sources
 from lorafuse.errors import UsageError, shown
 from lorafuse.formats.modules import EXPERTS, Modules, Parts, catching_nothing_else
-from lorafuse.formats.own_words import auto_round, gptq, mlx
+from lorafuse.formats.own_words import auto_round, gptq, mlx, modelopt
 
 _ANNOUNCING = ("quantization_config", "compression_config", "_load_in_4bit", "_load_in_8bit")
 
@@ -47,6 +47,7 @@ LISTS = {
     "compressed-tensors": DenseList(("ignore",), marked=True),
     "modelopt": _MODELOPT,
     "modelopt_fp4": _MODELOPT,
+    "modelopt_mixed": _MODELOPT,
 }
 # quant_method → what says it otherwise than by a list of what is dense.
 OWN_WORDS: dict[str, Callable[[dict[str, Any], Parts], dict[str, Any]]] = {
@@ -77,6 +78,12 @@ def experts_together(config: Mapping[str, Any]) -> bool:
         elif isinstance(value, dict) and experts_together(value):
             return True
     return False
+
+
+def has_words_for_dense(config: Mapping[str, Any]) -> bool:
+    """Whether a config can say that a part of what its quantizations quantize is dense."""
+    methods = (section.get("quant_method") for section in quantizations(config))
+    return all(method is None or method in LISTS or method in OWN_WORDS for method in methods)
 
 
 def announces(name: str, value: object) -> bool:
@@ -169,13 +176,15 @@ def _of_section(section: dict[str, Any], method: str, parts: Parts) -> dict[str,
     if method not in LISTS:
         raise UsageError(
             f"A checkpoint in {shown(method)} that is dense in part cannot be described in config.json by "
-            "this version: leave --format out, or --format base without --keep-dense."
+            "this version: leave --format out."
         )
     kind, inner = LISTS[method], section.get("quantization")
-    if kind is _MODELOPT and isinstance(inner, dict):  # as hf_quant_config.json has it
+    if kind is not _MODELOPT:
+        return _with_entries(section, kind, parts)
+    if isinstance(inner, dict):  # as hf_quant_config.json has it
         as_there = kind._replace(fields=kind.fields[::-1])
-        return section | {"quantization": _with_entries(inner, as_there, parts)}
-    return _with_entries(section, kind, parts)
+        return section | {"quantization": modelopt(_with_entries(inner, as_there, parts), parts)}
+    return modelopt(_with_entries(section, kind, parts), parts)
 
 
 def _with_entries(section: dict[str, Any], kind: DenseList, parts: Parts) -> dict[str, Any]:

@@ -6,6 +6,10 @@ the section of an output, of that of its base.
                  expression, matched from the start of a name, for what is dense; the first match counts.
     auto-round   `extra_config` has what is true of a module under its name; 16 bits are none of its codes
     MLX          false under a module's name
+
+ModelOpt has a list; with several formats (quant_algo MIXED_PRECISION) `quantized_layers` has the format of
+each module besides, and so have the `targets` of `config_groups`: modelopt 0.47,
+export/convert_hf_config.py.
 """
 
 import re
@@ -53,3 +57,25 @@ def auto_round(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
 def mlx(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
     """MLX has the names that are on disk."""
     return section | dict.fromkeys(parts.on_disk, False)
+
+
+def modelopt(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
+    """Without the formats of modules that are dense."""
+    dense = {*parts.dense, *(found[1] for name in parts.dense if (found := EXPERTS.fullmatch(name)))}
+    layers, groups = section.get("quantized_layers"), section.get("config_groups")
+    changed: dict[str, object] = {}
+    if isinstance(layers, dict):
+        changed["quantized_layers"] = {name: said for name, said in layers.items() if name not in dense}
+    if isinstance(groups, dict):
+        fewer = {name: _without(dense, group) for name, group in groups.items()}
+        changed["config_groups"] = {name: group for name, group in fewer.items() if group}
+    return section | changed
+
+
+def _without(dense: set[str], group: object) -> object:
+    """A group of modules without the dense ones; None where it has no others."""
+    targets = group.get("targets") if isinstance(group, dict) else None
+    if not isinstance(group, dict) or not isinstance(targets, list):
+        return group
+    left = [name for name in targets if name not in dense]
+    return group | {"targets": left} if left or not targets else None

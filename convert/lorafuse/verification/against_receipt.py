@@ -52,8 +52,8 @@ def verify_directory(folder: Folder, receipt: Receipt, on_nbytes: Callable[[int]
             if bool(quantization_of(ckpt.config)) != quantized:
                 says = "says nothing of" if quantized else "speaks of"
                 raise ResultError(
-                    f"{shown(folder / 'config.json')}: {says} a quantization, which is not as the receipt has "
-                    "the weights."
+                    f"{shown(folder / 'config.json')}: {says} a quantization, which is not as the receipt "
+                    "has the weights."
                 )
     except (CheckpointError, StorageError) as e:
         raise ResultError(str(e)) from None
