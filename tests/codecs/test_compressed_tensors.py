@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from quantized_base import DTYPES, MODULE, check_decoding, check_merging, dtypes, refusal
+from quantized_base import DTYPES, MODULE, check_decoding, check_merging, dtypes, refusal, write
 from small_floats import E2M1, E4M3, E8M0, of_codes
+
+import lorafuse
 
 F8 = torch.float8_e4m3fn
 FLOATS = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -312,3 +314,15 @@ def test_lost_zero_points():
     said = {"num_bits": 4, "symmetric": False}
     assert refusal(stored, config(said)) == f"{PACKED} lacks its weight_zero_point."
     check_decoding(stored, config(said, said | {"symmetric": True}), expected)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"), [({}, ", a scale for each row"), ({"group_size": 32}, ", block size 32")]
+)
+def test_a_scale_for_each_row(said, words, tmp_path):
+    """Rows of one group are called after the config."""
+    codes = torch.zeros(4, 32, dtype=torch.int64)
+    stored = {f"{MODULE}.weight_packed": pack(codes, 4, padded=False)}
+    stored |= {f"{MODULE}.weight_scale": torch.ones(4, 1), f"{MODULE}.weight_shape": torch.tensor([4, 32])}
+    path = write(tmp_path / "ckpt", stored, config({"num_bits": 4, **said}))
+    assert lorafuse.inspect(path)["storage"][0]["scheme"] == f"compressed-tensors 4-bit integers{words}"

@@ -200,3 +200,14 @@ def test_a_part_that_the_header_names_is_missing():
     assert text == (
         f"{WEIGHT}: {MODULE}._weight_per_tensor_scale is missing, which the header's metadata names."
     )
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [((1, 1), ", a scale for each tensor"), ((8, 1), ", a scale for each row"), ((8, 4), ", block size 8"),
+     ((2, 4), ", a scale for each 4 × 8")],
+)  # fmt: skip
+def test_what_shares_a_scale(grid, words, tmp_path):
+    stored = parts(qdata=CODES, scale=torch.ones(grid))
+    path = write(tmp_path / "ckpt", stored, QUANTIZATION, metadata=metadata("Int8Tensor"))
+    assert lorafuse.inspect(path)["storage"][0]["scheme"] == f"torchao, int8{words}"

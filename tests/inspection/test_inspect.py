@@ -74,6 +74,8 @@ def test_checkpoint_text(monkeypatch):
         "  size          98,624 parameters, 87.2 KB in 2 files\n"
         "  weights       14 NF4, double-quantized, block size 64, bfloat16: 86,016 parameters, 62.0 KB\n"
         "  weights       7 dense, bfloat16: 12,608 parameters, 25.2 KB\n"
+        "  dense         1 lm_head, 1 model.embed_tokens, 2 input_layernorm, 2 post_attention_layernorm, "
+        "1 model.norm\n"
         "  --dtype auto  writes bfloat16\n"
     )
 

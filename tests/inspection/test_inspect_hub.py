@@ -179,5 +179,12 @@ def test_each_quantized_format(hub, kind, tmp_path):
     n_parameters = 2 * 128 * 128 + 8 * 128
     assert local["n_parameters"] == n_parameters <= remote["n_parameters"] < 1.02 * n_parameters
     for one, other in zip(remote["storage"], local["storage"], strict=True):
-        assert one["scheme"].partition(", block")[0] == other["scheme"].partition(", block")[0]
-        assert (one["n_weights"], one["nbytes"]) == (other["n_weights"], other["nbytes"])
+        # Headers do not tell how large the blocks of bitsandbytes are, nor that inputs have an order.
+        if "NF4" in kind or "FP4 of b" in kind:
+            other["scheme"] = other["scheme"].partition(", block")[0]
+        else:
+            assert one["blocksize"] == other["blocksize"]
+        assert one["scheme"] == other["scheme"].replace(", act-order", "")
+        assert [one[k] for k in ("n_weights", "nbytes", "modules")] == [
+            other[k] for k in ("n_weights", "nbytes", "modules")
+        ]

@@ -67,9 +67,17 @@ def _checkpoint(facts: Facts) -> Lines:
         scheme = "dense" if row["quantized"] is None else row["scheme"]
         dtype = f", {row['dtype']}" if row["dtype"] else ""
         yield "weights", f"{row['n_weights']} {shown(scheme)}{dtype}: {_size(row)}"
+    if any(row["quantized"] for row in facts["storage"]):
+        yield from _names("dense", _dense_modules(facts["storage"]))
     if facts["auto_dtypes"]:
         yield "--dtype auto", "writes " + _counts(facts["auto_dtypes"])
     yield from _notes("problem", facts["problems"])
+
+
+def _dense_modules(storage: list[Facts]) -> list[str]:
+    """The kinds of modules that are dense, each with the number of its weights."""
+    dense = (row["modules"] for row in storage if not row["quantized"])
+    return [f"{n:,} {kind.partition('*.')[2] or kind}" for modules in dense for kind, n in modules.items()]
 
 
 def _model(facts: Facts) -> Lines:

@@ -2,11 +2,17 @@
 
 float-quantized, int-quantized, naive-quantized
     `weight` F8 or I8 [N, K]; `weight_scale` [1] | [N, 1] | [N, G] | blocks; `weight_zero_point` I8, of that
-    shape mxfp8-quantized `weight` F8_E4M3; `weight_scale` U8 [N, K/32]: E8M0 pack-quantized `weight_packed`
-    I32: codes of 1 to 8 bits along a row, plus 2^(bits − 1); `weight_shape` [2]: N, K; `weight_scale` [N, G];
-    `weight_zero_point` I32, packed along the rows; `weight_g_idx` I32 [K], with act-order: the group of each
-    column, −1 anywhere means that it is not used nvfp4-pack-quantized `weight_packed` U8 [N, K/2], low half
-    first; `weight_scale` F8_E4M3 [N, K/16]; `weight_global_scale` F32 [1], which divides mxfp4-pack-quantized
+    shape
+mxfp8-quantized
+    `weight` F8_E4M3; `weight_scale` U8 [N, K/32]: E8M0
+pack-quantized
+    `weight_packed` I32: codes of 1 to 8 bits along a row, plus 2^(bits − 1); `weight_shape` [2]: N, K;
+    `weight_scale` [N, G]; `weight_zero_point` I32, packed along the rows; `weight_g_idx` I32 [K], with
+    act-order: the group of each column, −1 anywhere means that it is not used
+nvfp4-pack-quantized
+    `weight_packed` U8 [N, K/2], low half first; `weight_scale` F8_E4M3 [N, K/16]; `weight_global_scale` F32
+    [1], which divides
+mxfp4-pack-quantized
     `weight_packed` U8 [N, K/2]; `weight_scale` U8 [N, K/32]: E8M0
 
 W = T((code − zero) · scale), the product in the dtype of weight_scale, or (NVFP4, MX) in bfloat16, even where
@@ -24,6 +30,7 @@ from lorafuse.codecs.act_order import Groups, read_groups
 from lorafuse.codecs.ct_config import (
     all_asymmetric,
     block_structure,
+    group_size_by_headers,
     group_width,
     packing,
     packing_by_headers,
@@ -77,7 +84,8 @@ def scheme(names: tuple[str, ...], stored: Mapping[str, TensorInfo], config: Map
     codes, scales = stored[names[0]].spec, stored[names[1]].spec
     if codes.dtype == "I32":
         layout = packing_by_headers(codes.shape[-1], scales.shape[-1], config)
-        return _packed_scheme(names, layout)
+        size = group_size_by_headers(codes.shape[-1], scales.shape[-1], layout, config)
+        return _packed_scheme(names, layout, size, scales.shape[-1])
     if codes.dtype == "U8":
         is_mx = scales.dtype in E8M0
         return Scheme(
@@ -103,9 +111,12 @@ def _asymmetric(names: tuple[str, ...]) -> str:
     return ", asymmetric" if any(name.endswith(_ZERO) for name in names) else ""
 
 
-def _packed_scheme(names: tuple[str, ...], layout: tuple[int, bool] | None, size: int = 0) -> Scheme:
+def _packed_scheme(
+    names: tuple[str, ...], layout: tuple[int, bool] | None, size: int, n_groups: int
+) -> Scheme:
     bits, padded = layout or (0, False)
-    words = f"{_KIND} {f'{bits}-bit integers' if bits else 'packed integers'}{_asymmetric(names)}"
+    words = f"{_KIND} {f'{bits}-bit integers' if bits else 'packed integers'}"
+    words += (", a scale for each row" if n_groups == 1 and not size else "") + _asymmetric(names)
     per_byte = Fraction(32 // bits, 4) if padded else Fraction(8, bits) if bits else 0
     return Scheme(_KIND, blocksize=size, words=words, bits=bits, codes_per_byte=per_byte)
 
@@ -208,7 +219,10 @@ def _open_packed(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
     recipe = Recipe(packed_codes(shape[1], bits, padded=padded), grid, via=grid.dtype)
     if any(name.endswith(_ZERO) for name in names):
         recipe = replace(recipe, zeros=_packed_zeros(names, grid, layout, ckpt))
-    told = _packed_scheme(names, layout, grid.block.width)
+    size = grid.block.width
+    if grid.n_cols == 1:
+        size = group_size_by_headers(stored.shape[-1], 1, layout, ckpt.config)
+    told = _packed_scheme(names, layout, size, grid.n_cols)
     spec = TensorSpec(out_dtype(ckpt), shape)
     if any(name.endswith(_G_IDX) for name in names):
         g_idx = _of(names, _G_IDX, ckpt, ("I32", "I64"), shape[1])

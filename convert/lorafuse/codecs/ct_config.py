@@ -1,6 +1,5 @@
 """What compressed-tensors' part of config.json tells of layouts: group sizes, blocks and bits, of any group
-of
-modules. Which modules a group has is not looked at: what is stored has to fit."""
+of modules. Which modules a group has is not looked at: what is stored has to fit."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -76,6 +75,15 @@ def packing(n_words: int, n_cols: int, config: Mapping[str, Any]) -> tuple[int, 
     if len(found) == 2 and found[0][0] == found[1][0] and n_cols <= 32 // found[0][0]:
         return found[0]  # in one word there is no difference
     return found[0] if len(found) == 1 else None
+
+
+def group_size_by_headers(
+    n_words: int, n_groups: int, layout: tuple[int, bool] | None, config: Mapping[str, Any]
+) -> int:
+    """The size in the config of which so many groups fill a row of so many words; 0 where not one does."""
+    sizes = _numbers(config, "group_size")
+    fitting = [size for size in sizes if layout and packing(n_words, size * n_groups, config) == layout]
+    return fitting[0] if len(fitting) == 1 else 0
 
 
 def packing_by_headers(n_words: int, n_groups: int, config: Mapping[str, Any]) -> tuple[int, bool] | None:

@@ -73,8 +73,8 @@ def scheme(names: tuple[str, ...], stored: Mapping[str, TensorInfo], config: Map
     return _scheme(int(bits), sizes[0] if len(sizes) == 1 else 0, bits)
 
 
-def _scheme(bits: int, group_size: int, codes_of: Fraction) -> Scheme:
-    words = f"GPTQ, {bits} bit"
+def _scheme(bits: int, group_size: int, codes_of: Fraction, *, in_order: bool = True) -> Scheme:
+    words = f"GPTQ, {bits} bit" + ("" if in_order else ", act-order")
     return Scheme(
         "gptq", blocksize=group_size, words=words, bits=bits, codes_per_byte=Fraction(8) / (codes_of or 1)
     )
@@ -128,8 +128,12 @@ def _matrix(names: tuple[str, ...], ckpt: Checkpoint) -> GptqMatrix:
     if -(-n_inputs * int(bits) // 32) != codes.shape[0]:
         raise ValueError(f"{shown(names[0])} {codes} does not hold {n_inputs} inputs of {bits} bit each.")
     spec = TensorSpec(out_dtype(ckpt, "F16"), (scales.shape[1], n_inputs))
-    size = group_of if isinstance(group_of, int) else 0
-    return GptqMatrix(ckpt, names, spec, _scheme(int(bits), size, bits), int(bits), less_one, group_of)
+    if isinstance(group_of, int):
+        told = _scheme(int(bits), group_of, bits)
+    else:
+        size = scheme(names, ckpt.tensors, ckpt.config).blocksize
+        told = _scheme(int(bits), size, bits, in_order=False)
+    return GptqMatrix(ckpt, names, spec, told, int(bits), less_one, group_of)
 
 
 def _refuse_lost_order(codes: str, n_groups: int, ckpt: Checkpoint) -> None:

@@ -1,12 +1,12 @@
 """NVIDIA ModelOpt (quant_method "modelopt"; until 2025 only hf_quant_config.json says so): `M.weight`, in
-place of
-the dense one, and `M.weight_scale`.
+place of the dense one, and `M.weight_scale`.
 
 FP8     `weight` F8_E4M3 [N, K]; `weight_scale` F32 [] | [N] | [N, 1] | blocks, also as [N/b, 1, K/b, 1]
 INT8    `weight` I8 [N, K]; `weight_scale` F32, as FP8
 NVFP4   `weight` U8 [N, K/2], low half first; `weight_scale` F8_E4M3 [N, K/16]; `weight_scale_2` F32 [], a
-factor MXFP4   `weight` U8 [N, K/2]; `weight_scale` U8 [N, K/32]: E8M0 MXFP8   `weight` F8_E4M3 [N, K];
-`weight_scale` U8 [N, K/32]: E8M0
+        factor
+MXFP4   `weight` U8 [N, K/2]; `weight_scale` U8 [N, K/32]: E8M0
+MXFP8   `weight` F8_E4M3 [N, K]; `weight_scale` U8 [N, K/32]: E8M0
 
 W = T(fp32(code) · scale), one fp32 product; with NVFP4, scale = fp32(weight_scale) · weight_scale_2. As
 modelopt 0.47, torch/quantization/qtensor/.

@@ -65,8 +65,15 @@ def scheme(names: tuple[str, ...], stored: Mapping[str, TensorInfo], config: Map
     if codes.dtype == "U8":
         return Scheme("torchao", blocksize=NVFP4_GROUP, words=words, bits=4, codes_per_byte=2)
     block = block_of(codes.shape, scales.shape)
-    grouped = block is not None and block.height == 1 and block.width < codes.shape[-1]
-    return Scheme("torchao", blocksize=block.width if block and grouped else 0, words=words, bits=8)
+    if scales.numel == 1:
+        words += ", a scale for each tensor"
+    elif block and block == (1, codes.shape[-1]):
+        words += ", a scale for each row"
+    elif block and block.height > 1:
+        words += f", a scale for each {block.height} × {block.width}"
+    elif block:
+        return Scheme("torchao", blocksize=block.width, words=words, bits=8)
+    return Scheme("torchao", words=words, bits=8)
 
 
 def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sources:

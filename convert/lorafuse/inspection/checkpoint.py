@@ -15,6 +15,7 @@ from lorafuse.files.checkpoint import CONFIG_TYPES, Checkpoint, weights_of
 from lorafuse.files.folder import Folder
 from lorafuse.files.hub_folder import HubFolder
 from lorafuse.files.json_yaml import read_json_dict
+from lorafuse.files.names import place_of
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.said_beside import CONFIG, with_said_beside
 from lorafuse.files.stores import ShardedStore
@@ -24,9 +25,11 @@ from lorafuse.naming import Names
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight: how it is stored, in how many bytes, and how many elements it has. The dtypes, those that
-    it decodes to and that `--dtype auto` writes, are None where headers do not tell them."""
+    """One weight: the kind of its module, how it is stored, in how many bytes, and how many elements it has.
+    The dtypes, those that it decodes to and that `--dtype auto` writes, are None where headers do not tell
+    them."""
 
+    kind: str
     scheme: Scheme
     numel: int
     nbytes: int
@@ -134,14 +137,15 @@ def _weights(
     stored: Mapping[str, TensorInfo], config: dict[str, Any], opened: Mapping[str, Sources]
 ) -> Iterator[Weight]:
     """Those that were opened, which are all, or else what the headers tell of each."""
-    for sources in opened.values():
+    for name, sources in opened.items():
+        kind = place_of(name).kind
         nbytes = sum(stored[tensor].spec.nbytes for tensor in sources.names)
-        yield Weight(sources.scheme, sources.spec.numel, nbytes, sources.spec.dtype, sources.out_dtype)
-    for codec, _, names in () if opened else claims(stored, config):
+        yield Weight(kind, sources.scheme, sources.spec.numel, nbytes, sources.spec.dtype, sources.out_dtype)
+    for codec, name, names in () if opened else claims(stored, config):
         scheme, spec = codec.scheme(names, stored, config), stored[names[0]].spec
         nbytes = sum(stored[tensor].spec.nbytes for tensor in names)
         dtype = spec.dtype if scheme.kind == "dense" else None
-        yield Weight(scheme, scheme.numel_of(spec), nbytes, dtype, dtype)
+        yield Weight(place_of(name).kind, scheme, scheme.numel_of(spec), nbytes, dtype, dtype)
 
 
 def _storage(weights: list[Weight]) -> list[dict[str, Any]]:
@@ -158,6 +162,7 @@ def _storage(weights: list[Weight]) -> list[dict[str, Any]]:
             "blocksize": scheme.blocksize or None,
             "dtype": DTYPES[dtype][1] if dtype else None,
             "n_weights": len(group),
+            "modules": dict(Counter(weight.kind for weight in group)),
             "n_parameters": sum(weight.numel for weight in group),
             "nbytes": sum(weight.nbytes for weight in group),
         }
