@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lorafuse
 from lorafuse.errors import AdapterError
-from lorafuse.trained_base.model_names import quantized_by_name
+from lorafuse.trained_base.model_names import is_named, quantized_by_name
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -53,6 +53,27 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_name_says(name):
     assert quantized_by_name(name) == NAMES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "bits", "may_be"),
+    [
+        ("a/b-bnb-4bit", "nf4", 4, True),
+        ("a/b-bnb-4bit", "fp4", 4, True),
+        ("a/b-bnb-4bit", "gptq", 4, False),
+        ("a/b-nf4", "mlx", 4, False),
+        ("a/b-4bit", "gptq", 4, True),
+        ("a/b-4bit", "gptq", 8, False),
+        ("a/b-bnb-8bit", "int8", 8, True),
+        ("a/b-8bit", "int8", 8, True),
+        ("a/b-GPTQ-4bit", "gptq", 4, True),
+        ("a/b-GPTQ-4bit", "nf4", 4, False),
+        ("nvidia/model-FP4", "modelopt", 4, True),
+    ],
+)
+def test_a_name_and_a_scheme(name, scheme, bits, may_be):
+    """A name that says no more than the number of bits may be that of any method."""
+    assert is_named(name, scheme, bits, scheme) == may_be
 
 
 def warnings(ckpt, adapter, out, **settings):
@@ -371,6 +392,7 @@ def test_a_receipt_that_cannot_be_read_is_none(tmp_path, text):
     [
         ("Qwen/Qwen3-8B-FP8", False),
         ("somebody/model-8bit", False),
+        ("somebody/model-bnb-8bit", True),
         ("somebody/model-W8A8", False),
         ("Qwen/Qwen3-8B-GPTQ", True),
         ("unsloth/llama-3-8b-bnb-4bit", True),
@@ -379,7 +401,8 @@ def test_a_receipt_that_cannot_be_read_is_none(tmp_path, text):
     ],
 )
 def test_a_base_of_another_quantization(base, warned, tmp_path):
-    """The checkpoint is quantized, and the name of the adapter's base says otherwise."""
+    """The checkpoint is quantized, and the name of the adapter's base says otherwise, in its config or its
+    card."""
     stored = {
         "model.layers.0.mlp.up_proj.weight": torch.ones(8, 4).to(torch.float8_e4m3fn),
         "model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1, 1),
@@ -388,8 +411,16 @@ def test_a_base_of_another_quantization(base, warned, tmp_path):
     path = write_checkpoint(tmp_path / "ckpt", stored, config=config)
     key = "base_model.model.model.layers.0.mlp.up_proj.lora"
     lora = {f"{key}_A.weight": torch.ones(2, 4), f"{key}_B.weight": torch.ones(8, 2)}
-    adapter = write_adapter(tmp_path / "adapter", lora, r=2, base_model_name_or_path=base)
-    events = []
-    lorafuse.convert(path, adapter, tmp_path / "out", dry_run=True, on_event=events.append)
-    said = [e["message"] for e in events if "is stored in FP8, a scale for each" in e.get("message", "")]
-    assert bool(said) == warned, said
+    of_config = write_adapter(tmp_path / "adapter", lora, r=2, base_model_name_or_path=base)
+    of_card = write_adapter(tmp_path / "with card", lora, r=2, base_model_name_or_path="/tmp/model")
+    (of_card / "README.md").write_text(f"---\nbase_model: {base}\n---\n")
+    for adapter in (of_config, of_card):
+        events = []
+        lorafuse.convert(path, adapter, tmp_path / "out", dry_run=True, on_event=events.append)
+        said = [e["message"] for e in events if "is stored in FP8, a scale for each" in e.get("message", "")]
+        assert said == warned * [
+            f"{adapter}/adapter_model.safetensors: was trained on {base}, whose weights are quantized "
+            f"({quantized_by_name(base)}), but {path} is stored in FP8, a scale for each tensor: the update "
+            "was trained on weights that were rounded otherwise, so the result is not the model that was "
+            "trained."
+        ]

@@ -127,18 +127,19 @@ def _is_file(entry: dict[str, Any], folder: Folder, name: str) -> bool:
 def _other_quantization(
     ckpt: Folder, weights: Mapping[str, Sources], adapters: Sequence[AdapterDir]
 ) -> Iterator[str]:
-    """Adapters whose base was quantized otherwise than the checkpoint is, going by its name."""
+    """Adapters whose base was quantized otherwise than the checkpoint is, going by the name that their config
+    or their card has."""
     schemes = {sources.scheme for sources in weights.values() if sources.scheme.kind != "dense"}
     for adapter in adapters if schemes else ():  # none where --base-quant says how training quantized it
-        kind = quantized_by_name(adapter.base_name)
-        if kind is None or any(is_named(kind, scheme.bits, f"{scheme.kind} {scheme}") for scheme in schemes):
+        named = _quantized_base(adapter)
+        kind = quantized_by_name(named)
+        if kind is None or any(is_named(named, s.kind, s.bits, f"{s.kind} {s}") for s in schemes):
             continue
         stored = listed(sorted(map(str, schemes)), most=2)
         yield (
-            f"{adapter.file}: was trained on {shown(adapter.base_name)}, whose weights are quantized "
+            f"{adapter.file}: was trained on {shown(named)}, whose weights are quantized "
             f"({kind}), but {shown(ckpt)} is stored in {stored}: the update was trained on weights that were "
-            "rounded otherwise, so the result is not the model that was "
-            "trained."
+            "rounded otherwise, so the result is not the model that was trained."
         )
 
 
