@@ -149,5 +149,10 @@ def test_a_base_of_single_experts(kind, tile_numel, tmp_path, monkeypatch):
 def test_no_stack_of_them_becomes_dense(options, tmp_path):
     """A reader of single experts knows no stacks."""
     ckpt, adapter = by_bitsandbytes(tmp_path, "nf4"), single(tmp_path)
-    with pytest.raises(UsageError, match=r"down_proj is made from several weights of the base, which keeps"):
+    with pytest.raises(UsageError) as refused:
         lorafuse.convert(ckpt, adapter, tmp_path / "out", **options)
+    assert str(refused.value) == (
+        f"format='{options['format']}': {EXPERTS}.down_proj is made from several weights of the base, which "
+        "keeps them apart, and would be dense as a whole: leave format out, or choose format='base' without "
+        "keep_dense."
+    )
