@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from hypothesis import given, settings
+from quantized_base import decoded
 from safetensors.torch import load_file
 from symmetric_tiles import WORDS, encoded, weights
 
@@ -123,9 +124,34 @@ def test_transformers_loads_it_and_it_generates(word, kind, base, adapter, tmp_p
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 40)
     limit = 0.3 if word == "w4a16" else 0.08
     assert 0 < relative(model(ids).logits, dense) < limit
-    decoded = AutoModelForCausalLM.from_pretrained(
+    dequantized = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True)
     )
-    assert float((decoded(ids).logits.float() - dense).norm() / dense.norm()) < (
+    assert float((dequantized(ids).logits.float() - dense).norm() / dense.norm()) < (
         0.3 if word == "w4a16" else 0.08
     )
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("form", ["base", "mixed"])
+def test_transformers_loads_light_results_of_such_a_base(word, form, base, adapter, tmp_path):
+    """Layer by layer what is stored: what changed is dense with `mixed`, all else quantized."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    first, lora = (adapter("bf16", target_modules=[name, "down_proj"]) for name in ("v_proj", "q_proj"))
+    lorafuse.convert(base("bf16"), first, tmp_path / "ckpt", format=word)
+    lorafuse.convert(tmp_path / "ckpt", lora, tmp_path / "out", format=form)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        dtype="auto",
+        output_loading_info=True,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+    )
+    assert not any(info.values()), info
+    found, modules = stored(tmp_path / "out"), dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if name.endswith("_proj")}
+    assert len(layers) > 10
+    for name, module in layers.items():
+        is_dense = f"{name}.weight_scale" not in found
+        assert is_dense == (form == "mixed" and name.endswith(("q_proj", "down_proj"))), name
+        assert torch.equal(module.weight, decoded(tmp_path / "out", f"{name}.weight")), name

@@ -63,3 +63,38 @@ def test_transformers_loads_it(gpt_oss, tmp_path):
     assert section["modules_to_not_convert"][-1] == "model.layers.0.mlp.experts"
     dense, mixed = (dict(loaded(tmp_path / form).named_parameters()) for form in ("dense", "mixed"))
     assert dense.keys() == mixed.keys() and all(torch.equal(dense[name], mixed[name]) for name in dense)
+
+
+def in_fp8(name, tensor):
+    """A linear layer as random FP8 in blocks of 16 × 16."""
+    if not name.endswith("_proj.weight"):
+        return {name: tensor}
+    rows, cols = (size // 16 for size in tensor.shape)
+    codes = torch.randint(0, 0x70, tuple(tensor.shape), dtype=torch.uint8)
+    scales = torch.rand(rows, cols) * 1e-4 + 1e-4
+    return {name: codes.view(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+
+
+def test_transformers_loads_fp8_experts(tmp_path):
+    """One expert changes, and all of its layer are dense; those of the other layer stay FP8."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 16, "num_experts": 2, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    config = transformers.Qwen3MoeConfig(vocab_size=64, dtype="bfloat16", num_experts_per_tok=1, **sizes)
+    transformers.Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "full")
+    stored = {}
+    for name, tensor in load_file(tmp_path / "full/model.safetensors").items():
+        stored |= in_fp8(name, tensor)
+    section = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    section["modules_to_not_convert"] = ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    ckpt = write(tmp_path / "ckpt", stored, section, **config.to_dict())
+    key = "base_model.model.model.layers.0.mlp.experts.1.up_proj"
+    tensors = {f"{key}.lora_A.weight": torch.randn(2, 32), f"{key}.lora_B.weight": torch.randn(16, 2) * 0.1}
+    lora = write_adapter(tmp_path / "lora", tensors, r=2, lora_alpha=2)
+    for form in ("dense", "mixed"):
+        lorafuse.convert(ckpt, lora, tmp_path / form, format=form)
+    found = load_file(tmp_path / "mixed/model.safetensors")
+    experts = {name for name in found if ".experts." in name and name.endswith("_scale_inv")}
+    assert len(experts) == 6 and all(".layers.1." in name for name in experts)
+    dense, mixed = (dict(loaded(tmp_path / form).named_parameters()) for form in ("dense", "mixed"))
+    assert dense.keys() == mixed.keys() and all(torch.equal(dense[name], mixed[name]) for name in dense)
