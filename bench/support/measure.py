@@ -33,10 +33,6 @@ KIB = 1024
 LARGEST_PARENT = 60 * MB
 
 
-class ChildError(Exception):
-    """A measured command failed; the message holds the end of what it wrote to stderr."""
-
-
 @dataclass(frozen=True)
 class Usage:
     """What one run of a command took."""
@@ -46,6 +42,14 @@ class Usage:
     peak_rss: int  # bytes
     stdout: str
     stderr: str
+
+
+class ChildError(Exception):
+    """A measured command failed; the message holds the end of what it wrote to stderr, `usage` what it took."""
+
+    def __init__(self, message: str, usage: Usage) -> None:
+        super().__init__(message)
+        self.usage = usage
 
 
 def run(argv: Sequence[str | Path]) -> Usage:
@@ -72,7 +76,7 @@ def run(argv: Sequence[str | Path]) -> Usage:
         )
     if process.returncode:
         raise ChildError(
-            f"{' '.join(map(str, argv))} exited with {process.returncode}:\n{usage.stderr[-2000:]}"
+            f"{' '.join(map(str, argv))} exited with {process.returncode}:\n{usage.stderr[-2000:]}", usage
         )
     return usage
 

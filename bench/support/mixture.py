@@ -98,6 +98,14 @@ def write_adapter(directory: Path, modules: dict[str, tuple[int, int]]) -> None:
     (directory / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
 
 
+def write(directory: Path, n_tensors: int) -> None:
+    """A base of about so many stored tensors, and its adapters."""
+    modules = dict(linears(n_tensors // STORED))
+    write_base(directory / "base", modules)
+    for kind, part in {"attention": ".self_attn.", "experts": ".experts."}.items():
+        write_adapter(directory / kind, {m: shape for m, shape in modules.items() if part in m})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -105,13 +113,9 @@ def main() -> None:
     parser.add_argument("tensors", type=int)
     parser.add_argument("directory", type=Path)
     args = parser.parse_args()
-    modules = dict(linears(args.tensors // STORED))
     unfinished = args.directory.with_name(args.directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    write_base(unfinished / "base", modules)
-    kinds = {"attention": ".self_attn.", "experts": ".experts."}
-    for kind, part in kinds.items():
-        write_adapter(unfinished / kind, {m: shape for m, shape in modules.items() if part in m})
+    write(unfinished, args.tensors)
     unfinished.rename(args.directory)
 
 
