@@ -5,15 +5,16 @@
 The base has six stored tensors for each weight, in NF4 (bench/support/mixture.py); the adapter is on the
 attention, or on every expert, whose factors are stored tensors, too. Headers and plan are timed in one
 process, which is what a merge does before it reads a weight; bytes are the most that it then holds. Commands
-are timed whole, without what `inspect` of an empty folder takes. Time is CPU time. A figure for each tensor
-that stays the same from line to line is linear.
+are timed whole, and what each further tensor costs is the difference to the line before. Time is CPU time.
+What is linear has the same figure for each tensor on every line.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench.support import measure
-from bench.support.measure import ChildError, Usage, median, table
+from bench.support.measure import Usage, median, table
 
 SIZES = (10_000, 50_000, 250_000)
 KINDS = ("attention", "experts")
@@ -48,19 +49,9 @@ def planned(folder: Path, kind: str) -> list[str]:
     return [kind, f"{n:,}", f"{1e9 * headers:,.0f}", f"{1e9 * plan:,.0f}", f"{held:,.0f}"]
 
 
-def started(work: Path) -> Usage:
-    """What every command takes that imports torch and looks at a folder, an empty one here."""
-    with measure.scratch(work) as empty:
-        try:
-            return measure.python("-m", "lorafuse.cli", "inspect", empty)
-        except ChildError as e:
-            return e.usage
-
-
-def commands(folder: Path, kind: str, out: Path, start_s: float) -> list[list[str]]:
-    """CPU ns and peak memory of the commands that a merge of so many tensors is made and looked at with."""
+def commands(folder: Path, kind: str, out: Path) -> dict[str, Usage]:
+    """What the commands take that a merge of so many tensors is made and looked at with."""
     base, adapter = folder / "base", folder / kind
-    n = n_stored(base) + n_stored(adapter)
     named: dict[str, tuple[str | Path, ...]] = {
         "convert --dry-run": ("convert", "--quiet", "--dry-run", *LIMIT, base, adapter, out),
         "convert": ("convert", "--quiet", *LIMIT, base, adapter, out),
@@ -69,28 +60,36 @@ def commands(folder: Path, kind: str, out: Path, start_s: float) -> list[list[st
         "inspect, of the base": ("inspect", base),
         "report": ("report", out),
     }
-    rows = []
-    for title, arguments in named.items():
-        used = measure.python("-m", "lorafuse.cli", *arguments)
-        each_s = max(used.cpu_s - start_s, 0) / n
-        rows.append([title, kind, f"{n:,}", f"{1e9 * each_s:,.0f}", f"{used.peak_rss / measure.MB:,.0f}"])
-    return rows
+    return {title: measure.python("-m", "lorafuse.cli", *words) for title, words in named.items()}
+
+
+def further(title: str, kind: str, used: dict[int, Usage]) -> Iterator[list[str]]:
+    """A line for each size, by its number of tensors: the whole, and what each tensor costs that it has more
+    than the line before."""
+    n_before, before = 0, None
+    for n, now in used.items():
+        more = f"{1e9 * (now.cpu_s - before.cpu_s) / (n - n_before):,.0f}" if before else ""
+        yield [title, kind, f"{n:,}", f"{now.cpu_s:.1f}", more, f"{now.peak_rss / measure.MB:,.0f}"]
+        n_before, before = n, now
 
 
 def report(work: Path, layers: int) -> str:
-    start_s = median([started(work).cpu_s for _ in range(RUNS)])
-    plans, whole = [], []
+    plans, whole = [], dict[str, list[list[str]]]()
     for kind in KINDS:
+        used: dict[int, dict[str, Usage]] = {}
         for size in SIZES:
             folder = mixture(work, size)
             plans.append(planned(folder, kind))
             with measure.scratch(work) as outputs:
-                whole += commands(folder, kind, outputs / "merged", start_s)
+                n = n_stored(folder / "base") + n_stored(folder / kind)
+                used[n] = commands(folder, kind, outputs / "merged")
+        for title in next(iter(used.values())):
+            of_title = {n: of_size[title] for n, of_size in used.items()}
+            whole.setdefault(title, []).extend(further(title, kind, of_title))
     header = ("adapter on", "stored tensors", "headers, ns each", "plan, ns each", "bytes each")
-    titles = list(dict.fromkeys(row[0] for row in whole))
-    whole.sort(key=lambda row: titles.index(row[0]))
-    head = ("command", "adapter on", "stored tensors", "CPU, ns each", "peak, MB")
-    return f"{table(header, plans)}\n\n{table(head, whole, 2)}"
+    head = ("command", "adapter on", "stored tensors", "CPU, s", "ns for each further", "peak, MB")
+    rows = [row for of_title in whole.values() for row in of_title]
+    return f"{table(header, plans)}\n\n{table(head, rows, 2)}"
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_a_merge_and_its_receipt_are_linear(mixtures, tmp_path):
 
     assert growth(n_calls, merge, mixtures) < LINEAR
     for work in (lorafuse.verify, lorafuse.inspect, lorafuse.report):
-        assert growth(n_calls, lambda folder: work(tmp_path / folder.name), mixtures) < LINEAR
+        assert growth(n_calls, lambda folder, work=work: work(tmp_path / folder.name), mixtures) < LINEAR
 
 
 def test_no_garbage_is_looked_for_while_tables_are_made(mixtures):
