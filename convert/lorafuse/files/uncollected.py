@@ -1,8 +1,7 @@
-"""Tables of many tensors are made without Python's search for cyclic garbage.
+"""Tables of many tensors are made, and torch is imported, without Python's search for cyclic garbage.
 
-Such tables are a million objects that stay, and hold no cycles. While they are made the search would go
-through them again and again: a third of the time that a plan of 250,000 tensors takes
-(bench/speed/planning.py).
+Both make a million objects that stay. The search would go through them again and again meanwhile: a third of
+the time of a plan of 250,000 tensors.
 """
 
 import gc
