@@ -18,6 +18,7 @@ from bench.speed import (
     bases,
     batch,
     compute,
+    hashing,
     instructions,
     kernel,
     peers,
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "memory": peak,
     "batch": batch,
     "planning": planning,
+    "hashing": hashing,
     "start": start,
 }
 TITLES = {
@@ -50,6 +52,7 @@ TITLES = {
     "instructions": "Instructions",
     "batch": "Many adapters",
     "planning": "Many tensors",
+    "hashing": "Hashing the inputs",
     "start": "The start",
 }
 PREAMBLE = """# Benchmarks

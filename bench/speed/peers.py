@@ -69,7 +69,7 @@ def report(work: Path, layers: int) -> str:
     base, adapter = measure.inputs(work, "llama", layers)
     with measure.scratch(work) as outputs:
         runs = sides.in_turns(sides.sides_of(FULL, base, adapter, outputs), ROUNDS)
-        nbytes = (outputs / "first" / "model.safetensors").stat().st_size
+        nbytes = (outputs / sides.RESULT).stat().st_size
         compared = measure.python("-m", "bench.speed.differing", outputs / "merged", outputs / "peft")
         differing, total = map(int, compared.stdout.split())
     (work / "benchmarks.svg").write_text(drawn(runs, nbytes))

@@ -5,6 +5,7 @@ beginning with another one.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from bench.support.measure import Usage
 
 KERNEL, TORCH, PEFT, DD, BNB = "lorafuse", "lorafuse, no kernel", "transformers + PEFT", "dd", "bitsandbytes"
 IMPORT = "import torch"
+RESULT = "result"  # in one file, for dd
 FULL = (KERNEL, TORCH, PEFT, DD, BNB)
 
 
@@ -37,17 +39,17 @@ def in_turns(sides: Mapping[str, Callable[[], Side]], rounds: int) -> dict[str, 
 
 
 def sides_of(names: Sequence[str], base: Path, adapter: Path, outputs: Path) -> dict[str, Callable[[], Side]]:
-    """Those of a merge. `outputs`: a folder for what they write, in which a first merge is made for dd to
-    copy."""
-    copied, merged = outputs / "copied", outputs / "first"
+    """Those of a merge. `outputs`: a folder for what they write, and for what dd copies."""
+    copied = outputs / "copied"
     if DD in names:
-        measure.convert(base, adapter, merged)
-    result = merged / "model.safetensors"
+        measure.convert(base, adapter, outputs / "first")
+        joined(sorted((outputs / "first").glob("*.safetensors")), outputs / RESULT)
 
     def dd() -> Side:
         measure.fresh(copied).mkdir()
-        to = f"of={copied / result.name}"
-        return Side(measure.run(["dd", f"if={result}", to, "bs=8M", "conv=fdatasync"]))
+        return Side(
+            measure.run(["dd", f"if={outputs / RESULT}", f"of={copied / RESULT}", "bs=8M", "conv=fdatasync"])
+        )
 
     def peft() -> Side:
         return Side(
@@ -67,6 +69,15 @@ def sides_of(names: Sequence[str], base: Path, adapter: Path, outputs: Path) -> 
         IMPORT: lambda: Side(measure.python("-c", "import torch")),
     }
     return {name: every[name] for name in names}
+
+
+def joined(files: Sequence[Path], whole: Path) -> None:
+    """All bytes in one file; the files are removed."""
+    with whole.open("wb") as to:
+        for path in files:
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, to)
+            path.unlink()
 
 
 def merge(base: Path, adapter: Path, out_dir: Path, kernel: str) -> Side:
