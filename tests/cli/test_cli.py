@@ -439,12 +439,13 @@ def test_full_disk(
     """No space ends with 5 and leaves nothing behind."""
     real_write = os.write
 
-    def write(fd: int, data: memoryview) -> int:
+    def write(fd: int, data: memoryview, *at: int) -> int:
         if ".lorafuse-" in os.readlink(f"/proc/self/fd/{fd}"):
             raise OSError(28, os.strerror(28))
         return real_write(fd, data)
 
     monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(os, "pwrite", write)
     assert run(ckpt, adapter, out) == 5
     assert run.err == f"Error: {out}: No space left on device.\n"
 

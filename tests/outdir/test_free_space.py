@@ -91,16 +91,16 @@ def test_a_limit_of_file_sizes(inputs, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_meanwhile(code, inputs, disk, tmp_path, monkeypatch):
     """The message has what is missing; what is finished stays, what is not makes room; and the next run needs
     less."""
-    real_write, n = os.write, [0]
+    real_write, n = os.pwrite, [0]
 
-    def write(fd, data):
+    def write(fd, data, at):
         n[0] += ".part" in os.readlink(f"/proc/self/fd/{fd}")
         if n[0] > 12:
             disk.f_bavail = 3
             raise OSError(code, os.strerror(code))
-        return real_write(fd, data)
+        return real_write(fd, data, at)
 
-    monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(os, "pwrite", write)
     message = refused(inputs, tmp_path / "work/out")
     (folder,) = (tmp_path / "work").iterdir()
     kept = [p.name for p in (folder / "out").iterdir()]
@@ -118,7 +118,7 @@ def test_a_disk_that_fills_up_meanwhile(code, inputs, disk, tmp_path, monkeypatc
         assert message.startswith(f"{os.strerror(code)}; ") and message.endswith(
             f" bytes are still to be written. {end}"
         )
-    monkeypatch.setattr(os, "write", real_write)
+    monkeypatch.setattr(os, "pwrite", real_write)
     first = int(refused(inputs, tmp_path / "work/out").split()[0])
     disk.f_bavail = 10**6
     lorafuse.convert(*inputs, tmp_path / "work/out", max_shard_size=SHARD)
@@ -151,7 +151,7 @@ def test_a_really_full_file_system(inputs, tmp_path):
     """A tmpfs of its own, as small as no result, then one that a stranger fills while the run writes."""
     lorafuse.convert(*inputs, tmp_path / "clean", max_shard_size=SHARD)
     code = """
-import os, sys, lorafuse
+import os, sys, threading, lorafuse
 from lorafuse.outdir import output
 args, work = sys.argv[1:3], sys.argv[3]
 def run():
@@ -162,15 +162,18 @@ def run():
         return str(e)
 assert "are missing" in run() and os.listdir(work) == []
 os.system(f"mount -o remount,size=600k {work}")
-real, n = output.Output._finish, []
+real, n, lock = output.Output._finish, [], threading.Lock()
 def finish(self, shard, writer):
-    real(self, shard, writer)
-    n.append(1)
-    if len(n) == 3:
-        with open(work + "/filler", "wb", buffering=0) as f:
-            try:
-                while f.write(b"x" * 4096): pass
-            except OSError: pass
+    with lock:
+        if len(n) == 3:
+            fill()
+        n.append(1)
+        return real(self, shard, writer)
+def fill():
+    with open(work + "/filler", "wb", buffering=0) as f:
+        try:
+            while f.write(b"x" * 4096): pass
+        except OSError: pass
 output.Output._finish = finish
 assert "bytes more than it has are needed" in (said := run()), said
 os.unlink(work + "/filler")

@@ -182,9 +182,11 @@ def stopped(inputs, place, monkeypatch):
         def finish(self, shard, writer):
             with lock:
                 n[0] += 1
-                if n[0] > n_shards:
+                if n[0] <= n_shards:
+                    written = real_finish(self, shard, writer)
+                if n[0] >= n_shards:
                     raise Stop
-                return real_finish(self, shard, writer)
+                return written
 
         with monkeypatch.context() as patch:
             patch.setattr(output.Output, "_finish", finish)
@@ -468,10 +470,10 @@ def test_a_killed_process(inputs, clean, tmp_path):
     import sys
 
     code = (
-        "import os, signal, sys, lorafuse\nfrom lorafuse.outdir import output\nreal, n = "
-        "output.Output._finish, "
-        "[]\ndef finish(self, shard, writer):\n    real(self, shard, writer)\n    n.append(1)\n"
-        "    if len(n) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys, threading, lorafuse\nfrom lorafuse.outdir import output\n"
+        "real, n, lock = output.Output._finish, [], threading.Lock()\n"
+        "def finish(self, shard, writer):\n  with lock:\n    written = real(self, shard, writer)\n"
+        "    n.append(1)\n    if len(n) == 3: os.kill(os.getpid(), signal.SIGKILL)\n    return written\n"
         f"output.Output._finish = finish\nlorafuse.convert(*sys.argv[1:], max_shard_size={SHARD!r})"
     )
     work = tmp_path / "work"

@@ -69,7 +69,7 @@ class Journal:
     finished already."""
 
     def __init__(self, folder: Path, attempt: Attempt, finished: Mapping[str, FinishedShard]) -> None:
-        self._lock = Lock()  # files are finished by threads of their own
+        self._lock = Lock()  # files are finished by threads beside the one that gives them away
         new = folder / f"{JOURNAL}.new"
         self._fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 
 from lorafuse.events import OnEvent
 from lorafuse.files.safetensors_writer import ShardWriter
@@ -11,6 +12,7 @@ from lorafuse.outdir.out_dir import OutDir
 from lorafuse.planning.plan import Plan, PlannedShard, Step
 
 N_FINISHING = 4  # files that may be synced while the next ones are made
+_RECORDING = Lock()  # a place is told of one file at a time
 
 
 class Output:
@@ -19,7 +21,7 @@ class Output:
     output finishes it, while the next one is made; at most `n_finishing` wait for that.
 
     `skip` are files that are there already or come from elsewhere. `on_shard` is called when a file is
-    complete, by that thread. An error that is this output's alone ends up in `error`; no more is written
+    complete, by that thread, one at a time. An error that is this output's alone ends up in `error`; no more is written
     then, and the others go on.
     """
 
@@ -103,7 +105,8 @@ class Output:
         except BaseException:
             writer.close()
             raise
-        self._on_shard(shard, written)
+        with _RECORDING:
+            self._on_shard(shard, written)
         return written
 
     def _tell_finished(self) -> None:
