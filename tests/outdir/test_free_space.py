@@ -151,8 +151,8 @@ def test_a_really_full_file_system(inputs, tmp_path):
     """A tmpfs of its own, as small as no result, then one that a stranger fills while the run writes."""
     lorafuse.convert(*inputs, tmp_path / "clean", max_shard_size=SHARD)
     code = """
-import os, sys, threading, lorafuse
-from lorafuse.outdir import output
+import os, sys, lorafuse
+from lorafuse.outdir import staging
 args, work = sys.argv[1:3], sys.argv[3]
 def run():
     try:
@@ -162,19 +162,16 @@ def run():
         return str(e)
 assert "are missing" in run() and os.listdir(work) == []
 os.system(f"mount -o remount,size=600k {work}")
-real, n, lock = output.Output._finish, [], threading.Lock()
-def finish(self, shard, writer):
-    with lock:
-        if len(n) == 3:
-            fill()
-        n.append(1)
-        return real(self, shard, writer)
-def fill():
-    with open(work + "/filler", "wb", buffering=0) as f:
-        try:
-            while f.write(b"x" * 4096): pass
-        except OSError: pass
-output.Output._finish = finish
+real, n = staging.LocalOutDir.create, []
+def create(self, file):
+    n.append(1)
+    if len(n) == 4:
+        with open(work + "/filler", "wb", buffering=0) as f:
+            try:
+                while f.write(b"x" * 4096): pass
+            except OSError: pass
+    return real(self, file)
+staging.LocalOutDir.create = create
 assert "bytes more than it has are needed" in (said := run()), said
 os.unlink(work + "/filler")
 assert "3 files" in said and run() is None and os.listdir(work) == ["out"]

@@ -163,7 +163,9 @@ def traced(warm, inject, numbers, argv, *options):
             return
 
 
-@pytest.mark.parametrize("calls", ["write,pwrite64", "fsync", "rename,renameat2", "mkdir", "unlink,unlinkat,rmdir"])
+@pytest.mark.parametrize(
+    "calls", ["write,pwrite64", "fsync", "rename,renameat2", "mkdir", "unlink,unlinkat,rmdir"]
+)
 def test_killed_in_a_system_call(calls, inputs, clean, warm, tmp_path, monkeypatch):
     work = Work("exchange", inputs, tmp_path / "work", monkeypatch)
     statuses = []

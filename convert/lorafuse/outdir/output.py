@@ -21,8 +21,8 @@ class Output:
     output finishes it, while the next one is made; at most `n_finishing` wait for that.
 
     `skip` are files that are there already or come from elsewhere. `on_shard` is called when a file is
-    complete, by that thread, one at a time. An error that is this output's alone ends up in `error`; no more is written
-    then, and the others go on.
+    complete, by that thread, one at a time. An error that is this output's alone ends up in `error`; no more
+    is written then, and the others go on.
     """
 
     def __init__(
