@@ -151,8 +151,8 @@ def test_a_really_full_file_system(inputs, tmp_path):
     """A tmpfs of its own, as small as no result, then one that a stranger fills while the run writes."""
     lorafuse.convert(*inputs, tmp_path / "clean", max_shard_size=SHARD)
     code = """
-import os, sys, lorafuse
-from lorafuse.outdir import staging
+import os, sys, time, lorafuse
+from lorafuse.outdir.staging import LocalOutDir
 args, work = sys.argv[1:3], sys.argv[3]
 def run():
     try:
@@ -162,16 +162,20 @@ def run():
         return str(e)
 assert "are missing" in run() and os.listdir(work) == []
 os.system(f"mount -o remount,size=600k {work}")
-real, n = staging.LocalOutDir.create, []
+real_create, real_record, created, recorded = LocalOutDir.create, LocalOutDir.record, [], []
+def record(self, *args):
+    real_record(self, *args)
+    recorded.append(1)
 def create(self, file):
-    n.append(1)
-    if len(n) == 4:
+    created.append(1)
+    if len(created) == 5:
+        while len(recorded) < 3: time.sleep(0.01)
         with open(work + "/filler", "wb", buffering=0) as f:
             try:
                 while f.write(b"x" * 4096): pass
             except OSError: pass
-    return real(self, file)
-staging.LocalOutDir.create = create
+    return real_create(self, file)
+LocalOutDir.create, LocalOutDir.record = create, record
 assert "bytes more than it has are needed" in (said := run()), said
 os.unlink(work + "/filler")
 assert "3 files" in said and run() is None and os.listdir(work) == ["out"]
