@@ -8,6 +8,7 @@ from threading import Lock
 from lorafuse.events import OnEvent
 from lorafuse.files.safetensors_writer import ShardWriter
 from lorafuse.merge.destination import Outcome, Written
+from lorafuse.outdir.interrupts import UNINTERRUPTED
 from lorafuse.outdir.out_dir import OutDir
 from lorafuse.planning.plan import Plan, PlannedShard, Step
 
@@ -96,8 +97,9 @@ class Output:
         self.outcome.written.sort(key=lambda written: written.file)
 
     def _finish_soon(self, shard: PlannedShard) -> None:
-        writer = self._writers.pop(shard.file)
-        self._finishing.append((writer, self._threads.submit(self._finish, shard, writer)))
+        with UNINTERRUPTED:  # `close` waits for all threads that it knows
+            writer = self._writers.pop(shard.file)
+            self._finishing.append((writer, self._threads.submit(self._finish, shard, writer)))
 
     def _finish(self, shard: PlannedShard, writer: ShardWriter) -> Written:
         try:
