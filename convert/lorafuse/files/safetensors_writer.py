@@ -1,5 +1,6 @@
 """Writes one safetensors file: tensors in any order, by any threads, each byte once, hashed on the way."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -42,12 +43,18 @@ class OutFile(Protocol):
 
 class ShardWriter:
     """One safetensors file in the making. `nbytes`: written so far; `seconds`: spent on it, over all threads.
-    Bytes that have to be read back for the hash are read by a thread of `behind`, or by the one that
-    writes."""
+    Bytes that have to be read back for the hash are read by a thread of `behind`, or by the one that writes.
+    Who writes waits for the hash, unless more than `wait_nbytes` are to be hashed before."""
 
-    def __init__(self, file: OutFile, tensors: Sequence[StoredTensor], behind: Behind | None = None) -> None:
+    def __init__(
+        self,
+        file: OutFile,
+        tensors: Sequence[StoredTensor],
+        behind: Behind | None = None,
+        wait_nbytes: int = sys.maxsize,
+    ) -> None:
         self._file, self._behind = file, behind
-        self._hash = TrailingHash(file.read)
+        self._hash = TrailingHash(file.read, wait_nbytes)
         self._catching_up: Future[None] | None = None
         self._lock, self.seconds = Lock(), 0.0
         header = header_of(tensors)

@@ -1,5 +1,6 @@
 """A destination that keeps what it gets: the shards of one plan in its OutDir."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,12 @@ from lorafuse.outdir.out_dir import OutDir
 from lorafuse.planning.plan import Plan, PlannedShard, Step
 
 N_FINISHING = 4  # files that may be synced while the next ones are made
+N_BEHIND = (
+    4  # threads beside those that sync: two files in the making are read back, two more wait to be synced
+)
+# Up to four workers make bytes hardly faster than they are hashed: there the hash goes first. More of them do
+# not wait for it long; it then ends while the next file is made.
+MOST_PATIENT, WAIT_NBYTES = 4, 4 << 20
 _RECORDING = Lock()  # a place is told of one file at a time
 
 
@@ -45,7 +52,7 @@ class Output:
         self._writers: dict[str, ShardWriter] = {}
         self._left: dict[str, int] = {}  # bytes that are not accounted for, of each file in the making
         self._finishing: deque[tuple[ShardWriter, Future[Written]]] = deque()
-        self._threads = ThreadPoolExecutor(N_FINISHING, "file")
+        self._threads = ThreadPoolExecutor(N_FINISHING + N_BEHIND, "file")
 
     def steps(self) -> Iterator[Step]:
         """Those that are to be made."""
@@ -67,7 +74,10 @@ class Output:
         self._open(self._shard_of[step.encoder.tensors[0].name])
 
     def _open(self, shard: PlannedShard) -> None:
-        writer = ShardWriter(self.out_dir.create(shard.file), list(shard.tensors), self._threads.submit)
+        wait_nbytes = WAIT_NBYTES if self.plan.memory.n_workers > MOST_PATIENT else sys.maxsize
+        writer = ShardWriter(
+            self.out_dir.create(shard.file), list(shard.tensors), self._threads.submit, wait_nbytes
+        )
         self._writers[shard.file], self._left[shard.file] = writer, shard.nbytes
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
