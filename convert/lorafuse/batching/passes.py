@@ -23,6 +23,7 @@ from lorafuse.batching.pass_size import (
     JOB_NBYTES,
     MAX_MEMBERS,
     MEMBER_FILES,
+    OUTPUT_NBYTES,
     SPARE_FILES,
     STEP_NBYTES,
     disk_error,
@@ -60,7 +61,8 @@ class Member:
 
     @property
     def held_nbytes(self) -> int:
-        return self.adapter_nbytes + sum(1 for _ in self.planned.plan.steps) * STEP_NBYTES
+        of_steps = sum(1 for _ in self.planned.plan.steps) * STEP_NBYTES
+        return self.adapter_nbytes + of_steps + OUTPUT_NBYTES
 
 
 @dataclass
