@@ -19,7 +19,7 @@ Behind = Callable[[Callable[[], None]], "Future[None]"]
 class OutFile(Protocol):
     """A file in the making. It has its name once it is finished, and not before. Any thread may write, in any
     order, at places of its own, while another one reads what was written. Errors of the file system pass
-    through. A class that lists it as its base takes the default below."""
+    through."""
 
     name: str  # of the file in its directory, for messages
 
@@ -31,7 +31,6 @@ class OutFile(Protocol):
 
     def passed(self, end: int) -> None:
         """A hint: nothing before the byte `end` is read again."""
-        return
 
     def finish(self, nbytes: int) -> None:
         """Make the file, of `nbytes` bytes, durable and give it its name; nobody writes any more. Raises

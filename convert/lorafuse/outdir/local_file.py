@@ -6,15 +6,14 @@ from pathlib import Path
 from threading import Lock
 
 from lorafuse.errors import StorageError
-from lorafuse.files.safetensors_writer import OutFile
 
 WRITEBACK_NBYTES = 32 << 20
 TAIL_NBYTES = 16
 _SYNC_FILE_RANGE_WRITE = 2
 
 
-class LocalOutFile(OutFile):
-    """An OutFile of a local file system."""
+class LocalOutFile:
+    """An OutFile of a local file system. Errors of the file system pass through."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
