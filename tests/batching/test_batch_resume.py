@@ -154,7 +154,7 @@ def test_other_settings_are_refused_for_each_job(inputs, clean, tmp_path):
     assert made and {job for job, _ in made} <= begun
     for name in begun:
         assert isinstance(states[name].error, OutDirError)
-        assert "dtype was auto, is float32. Give its command again to finish it, or --restart" in str(
+        assert "dtype was auto, is float32. Give its command again to finish it, or restart=True" in str(
             states[name].error
         )
     states, _ = call(inputs, out, dtype="float32", restart=True)
