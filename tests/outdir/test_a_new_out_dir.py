@@ -102,6 +102,9 @@ class ZipMember:
     def read(self, offset, nbytes):
         return bytes(self.data[offset : offset + nbytes])
 
+    def passed(self, end):
+        pass
+
     def finish(self, nbytes):
         self.out_dir.data[self.name] = self.data
 

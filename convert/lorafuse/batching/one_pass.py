@@ -26,7 +26,7 @@ from lorafuse.outdir.free_space import check_room, told_when_full
 from lorafuse.outdir.journal import Attempt
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.outdir.out_dir import OutDir
-from lorafuse.outdir.output import Output, output_of
+from lorafuse.outdir.output import N_FINISHING, Output, output_of
 from lorafuse.outdir.read_back import verify_shards
 from lorafuse.outdir.sidecars import copied_files, write_json, write_sidecars
 from lorafuse.planning.plan import Memory, Plan
@@ -144,7 +144,8 @@ class Pass:
                 except LorafuseError as e:
                     self.on_failed(job, e)
                     continue
-                main = output_of(job.plan, result, job.on_event, job.common)
+                few = job.publication is not None and not job.publication.keeps
+                main = output_of(job.plan, result, job.on_event, job.common, 0 if few else N_FINISHING)
                 in_progress.append(JobInProgress(job, result, main))
             yield in_progress
 

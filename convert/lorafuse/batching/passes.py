@@ -24,6 +24,7 @@ from lorafuse.batching.pass_size import (
     JOB_NBYTES,
     MAX_MEMBERS,
     MEMBER_FILES,
+    OUTPUT_NBYTES,
     SPARE_FILES,
     STEP_NBYTES,
     disk_error,
@@ -62,8 +63,9 @@ class Member:
 
     @property
     def held_nbytes(self) -> int:
+        of_steps = sum(1 for _ in self.planned.plan.steps) * STEP_NBYTES
         of_upload = UPLOAD_NBYTES if self.planned.publication else 0
-        return self.adapter_nbytes + sum(1 for _ in self.planned.plan.steps) * STEP_NBYTES + of_upload
+        return self.adapter_nbytes + of_steps + of_upload + OUTPUT_NBYTES
 
 
 @dataclass

@@ -79,7 +79,8 @@ class OutDir(Protocol):
         reads from it. Raises ResultError for a file that it cannot read."""
 
     def record(self, written: Written, measures: dict[str, Measures]) -> None:
-        """A shard is complete, and need not be made again."""
+        """A shard is complete, and need not be made again. Called by a thread beside the others, one at a
+        time."""
 
     def give_away(self, file: str) -> None:
         """A shard that is recorded lies elsewhere now: remove it, and remember that it is complete."""
