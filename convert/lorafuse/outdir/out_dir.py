@@ -59,8 +59,8 @@ class OutDir(Protocol):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None: ...
 
-    def create(self, file: str) -> OutFile:
-        """A file to be written in pieces."""
+    def create(self, file: str, nbytes: int) -> OutFile:
+        """A file that is to have `nbytes`, to be written in pieces."""
 
     def put(self, file: str, chunks: Iterable[bytes]) -> None:
         """A small file, which may lie in a sub-folder, durable at once."""
@@ -118,6 +118,9 @@ class OutDirKind(Protocol):
     ) -> OutDir:
         """The place for a result. With an `attempt` it goes on from what an equal one has finished, unless
         `restart`."""
+
+    def held_nbytes(self, file_nbytes: int) -> int:
+        """Host bytes that writing one result takes, where its largest file has `file_nbytes`."""
 
     def clean_up(self, out_dir: str) -> None:
         """Remove what a run left that was killed when its result had its name already."""

@@ -65,7 +65,7 @@ class Output:
         self.outcome.written.sort(key=lambda written: written.file)
 
     def _open(self, shard: PlannedShard) -> ShardWriter:
-        writer = ShardWriter(self.out_dir.create(shard.file), list(shard.tensors))
+        writer = ShardWriter(self.out_dir.create(shard.file, shard.file_nbytes), list(shard.tensors))
         self._writers[shard.file] = writer
         return writer
 

@@ -1,0 +1,256 @@
+"""The objects below a URL of an object store, by obstore, which is imported when the first such URL is used.
+
+Names are relative to the URL. Errors: FileNotFoundError for an object that is not there, StorageError for
+all else; where a condition of a call did not hold, the function says so.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cache
+from threading import Lock
+from typing import Any, NamedTuple
+
+from lorafuse._version import __version__
+from lorafuse.errors import StorageError, UsageError, shown
+from lorafuse.files.cloud_aws import aws_options
+from lorafuse.files.cloud_errors import asking, explained, not_installed
+from lorafuse.files.cloud_url import S3, CloudUrl, cloud_url
+from lorafuse.files.names import scheme_of
+
+# A call is made again after an error that may pass: connections that break, 5xx, throttling.
+N_RETRIES, FIRST_WAIT_S, LONGEST_WAIT_S, ALL_WAITS_S = 8, 0.2, 8, 90
+CONNECT_S, REQUEST_S = 5, 60
+LARGEST_COPY_NBYTES = 5 << 30  # of one call of S3
+COPIED_NBYTES = 8 << 20
+_LOCK = Lock()
+
+
+class Meta(NamedTuple):
+    """What a store says of an object. `e_tag` changes with its contents, `modified` is by the store's clock."""
+
+    name: str
+    nbytes: int
+    e_tag: str
+    version: str
+    modified: datetime
+
+
+@dataclass(frozen=True)
+class CloudPlace:
+    """The objects whose keys begin with `prefix`, which is empty or ends with a slash, in the bucket `root`."""
+
+    store: Any
+    root: str
+    prefix: str = ""
+
+    @classmethod
+    def at(cls, url: str) -> "CloudPlace":
+        """Raises UsageError for a URL that names no bucket, or where obstore is not installed."""
+        parts = cloud_url(url)
+        return cls(opened(parts), parts.root, f"{parts.prefix}/" if parts.prefix else "")
+
+    def __str__(self) -> str:
+        return f"{self.root}/{self.prefix}".rstrip("/") if self.prefix else self.root
+
+    def __truediv__(self, name: str) -> str:
+        """The URL of an object."""
+        return f"{self.root}/{self.prefix}{name}"
+
+    def below(self, name: str) -> "CloudPlace":
+        return CloudPlace(self.store, self.root, f"{self.prefix}{name}/")
+
+    def head(self, name: str) -> Meta:
+        """What is known of an object. Raises FileNotFoundError."""
+        with asking(self / name, self.root):
+            return _meta(self.store.head(self.prefix + name), self.prefix)
+
+    def get(self, name: str) -> tuple[bytes, Meta]:
+        """A small object. Raises FileNotFoundError."""
+        with asking(self / name, self.root):
+            found = self.store.get(self.prefix + name)
+            return bytes(found.bytes()), _meta(found.meta, self.prefix)
+
+    def get_range(self, name: str, start: int, stop: int, e_tag: str) -> Any:
+        """Bytes [start, stop), as a buffer; None where the object has another `e_tag` by now. Raises
+        FileNotFoundError."""
+        options = {"range": (start, stop), **({"if_match": e_tag} if e_tag else {})}
+        try:
+            with asking(self / name, self.root):
+                return self.store.get(self.prefix + name, options=options).bytes()
+        except Exception as e:
+            if type(e).__name__ == "PreconditionError":
+                return None
+            raise
+
+    def everything(self) -> Iterator[Meta]:
+        """All objects, in sub-folders too."""
+        with asking(str(self), self.root):
+            for page in self.store.list(self.prefix.rstrip("/") or None):
+                yield from (_meta(entry, self.prefix) for entry in page)
+
+    def list_here(self) -> tuple[list[Meta], list[str]]:
+        """The objects that are in no sub-folder, and the sub-folders, sorted."""
+        with asking(str(self), self.root):
+            found = self.store.list_with_delimiter(self.prefix.rstrip("/") or None)
+        folders = [path.removeprefix(self.prefix).rstrip("/") for path in found["common_prefixes"]]
+        return sorted(_meta(entry, self.prefix) for entry in found["objects"]), sorted(folders)
+
+    def is_there(self) -> bool:
+        """Whether there is any object."""
+        with asking(str(self), self.root):
+            return any(page for page in self.store.list(self.prefix.rstrip("/") or None, chunk_size=1))
+
+    def put(self, name: str, data: bytes) -> None:
+        with asking(self / name, self.root):
+            self.store.put(self.prefix + name, data, use_multipart=False)
+
+    def put_new(self, name: str, data: bytes) -> str | None:
+        """Make an object if it is not there. Returns its e_tag; None where it is there. Raises
+        NotImplementedError where the store knows no such condition."""
+        return self._put_if(name, data, "create")
+
+    def replace(self, name: str, data: bytes, e_tag: str) -> str | None:
+        """Replace an object if it still has that e_tag. Returns the new one; None where it has not. Raises
+        NotImplementedError where the store knows no such condition."""
+        return self._put_if(name, data, {"e_tag": e_tag})
+
+    def _put_if(self, name: str, data: bytes, mode: Any) -> str | None:
+        try:
+            with asking(self / name, self.root):
+                return str(self.store.put(self.prefix + name, data, mode=mode, use_multipart=False)["e_tag"])
+        except FileNotFoundError:  # what was to be replaced is gone
+            return None
+        except Exception as e:
+            if type(e).__name__ in ("AlreadyExistsError", "PreconditionError"):
+                return None
+            if " 501 " in str(e) or "not supported" in str(e):
+                raise NotImplementedError from None
+            raise
+
+    def writer(self, name: str, part_nbytes: int) -> "CloudWriter":
+        return CloudWriter(self, name, part_nbytes)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """What is not there does no harm."""
+        for name in names:
+            with asking(self / name, self.root):
+                try:
+                    self.store.delete(self.prefix + name)
+                except FileNotFoundError as e:
+                    if "Code>" in str(e):
+                        raise
+
+    def copy(self, name: str, to: "CloudPlace", new_name: str, nbytes: int) -> None:
+        """A copy of an object of that size in the same bucket; by this machine where the store makes none."""
+        with asking(to / new_name, to.root):
+            if nbytes <= LARGEST_COPY_NBYTES:
+                self.store.copy(self.prefix + name, to.prefix + new_name)
+                return
+        part_nbytes = max(COPIED_NBYTES, -(-nbytes // 9_000))
+        with to.writer(new_name, part_nbytes) as writer:
+            for start in range(0, nbytes, COPIED_NBYTES):
+                data = self.get_range(name, start, min(start + COPIED_NBYTES, nbytes), "")
+                writer.write(data)
+
+
+class CloudWriter:
+    """An object on its way, in order; nothing shows before the context is left, and nothing is left after an
+    error. What is written may not change any more: it is kept until it is sent. One part is on its way at most.
+    """
+
+    def __init__(self, place: CloudPlace, name: str, part_nbytes: int) -> None:
+        self.label, self._root, self._is_open = place / name, place.root, True
+        with asking(self.label, self._root):
+            from obstore import open_writer
+
+            self._writer = open_writer(
+                place.store, place.prefix + name, buffer_size=part_nbytes, max_concurrency=1
+            )
+
+    def write(self, data: Any) -> None:
+        try:
+            with asking(self.label, self._root):
+                self._writer.write(data)
+        except FileNotFoundError:
+            raise StorageError(f"{shown(self.label)}: its upload is gone; something removed it.") from None
+
+    def finish(self) -> None:
+        """The object is complete."""
+        with asking(self.label, self._root):
+            self._writer.close()
+        self._is_open = False
+
+    def close(self) -> None:
+        """Give it up, unless it is finished. What cannot be removed now is left to a rule of the bucket."""
+        if self._is_open:
+            self._is_open = False
+            with suppress(StorageError, OSError), asking(self.label, self._root):
+                self._writer.__exit__(GivenUp, GivenUp(), None)
+
+    def __enter__(self) -> "CloudWriter":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None:
+                self.finish()
+        finally:
+            self.close()
+
+
+class GivenUp(Exception):  # noqa: N818 (what obstore is told, so that it removes what was sent)
+    """The object is not wanted any more."""
+
+
+def _meta(entry: Any, prefix: str) -> Meta:
+    return Meta(
+        entry["path"].removeprefix(prefix),
+        entry["size"],
+        entry["e_tag"] or "",
+        entry["version"] or "",
+        entry["last_modified"],
+    )
+
+
+def opened(url: CloudUrl) -> Any:
+    """The store of a bucket, which all who use it share. Raises UsageError."""
+    with _LOCK:
+        return _store(url.root)
+
+
+@cache
+def _store(root: str) -> Any:
+    try:
+        from obstore.store import MemoryStore, from_url
+    except ImportError:
+        raise not_installed(root) from None
+    scheme = scheme_of(root)
+    if scheme == "memory":
+        return MemoryStore()
+    client = {
+        "user_agent": f"lorafuse/{__version__}",
+        "connect_timeout": timedelta(seconds=CONNECT_S),
+        "timeout": timedelta(seconds=REQUEST_S),
+    }
+    retries = {
+        "max_retries": N_RETRIES,
+        "backoff": {
+            "init_backoff": timedelta(seconds=FIRST_WAIT_S),
+            "max_backoff": timedelta(seconds=LONGEST_WAIT_S),
+        },
+        "retry_timeout": timedelta(seconds=ALL_WAITS_S),
+    }
+    options = aws_options(os.environ, root) if scheme in S3 else {}
+    client |= options.pop("client_options", {})
+    try:
+        return from_url(root, client_options=client, retry_config=retries, **options)  # type: ignore[call-overload]
+    except Exception as e:
+        if "Account must be specified" in str(e):
+            raise UsageError(
+                f"{shown(root)}: names no account; set AZURE_STORAGE_ACCOUNT_NAME, or give "
+                "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/FOLDER."
+            ) from None
+        raise explained(e, root, root) from None
