@@ -116,7 +116,10 @@ def _convert(
         check([ckpt_folder, *(adapter.root for adapter in located)])
         with closing(Checkpoint(ckpt_folder)) as base:
             settings = settled(settings, base, [folder for each in located for folder in each.folders])
-            plan = make_plan(base, adapters, settings, each_format=writing.dry_run)
+            plan = make_plan(
+                base, adapters, settings,
+                each_format=writing.dry_run, held_by_writing=kind_of(writing.out_dir).held_nbytes,
+            )  # fmt: skip
             warnings, planned = announced(plan, dry_run=writing.dry_run)
             for warning in warnings:
                 on_event(warning)

@@ -146,6 +146,9 @@ class MemoryOutDirs:
             self.store, out_dir, attempt, overwrite=overwrite, restart=restart, on_event=on_event
         )
 
+    def held_nbytes(self, file_nbytes: int) -> int:
+        return 0
+
     def clean_up(self, out_dir: str) -> None:
         if self.store.below(hidden(out_dir)):
             with suppress(HeldError):
@@ -396,7 +399,7 @@ class Upload:
     def read(self, offset: int, nbytes: int) -> bytes:
         return bytes(self._data[offset : offset + nbytes])
 
-    def hashed(self, nbytes: int) -> None:
+    def passed(self, end: int) -> None:
         """All is kept."""
 
     def finish(self, nbytes: int) -> None:

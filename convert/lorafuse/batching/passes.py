@@ -60,7 +60,9 @@ class Member:
 
     @property
     def held_nbytes(self) -> int:
-        return self.adapter_nbytes + sum(1 for _ in self.planned.plan.steps) * STEP_NBYTES
+        plan = self.planned.plan
+        written = kind_of(self.planned.out_dir).held_nbytes(max(shard.nbytes for shard in plan.shards))
+        return self.adapter_nbytes + written + sum(1 for _ in plan.steps) * STEP_NBYTES
 
 
 @dataclass
@@ -169,7 +171,10 @@ class Batch:
                 if not self.dry_run:
                     self.kind.clean_up(out_dir)
                 return None
-            plan = make_plan(self.base, adapters, settings, weights=self.weights, each_format=self.dry_run)
+            plan = make_plan(
+                self.base, adapters, settings, weights=self.weights, each_format=self.dry_run,
+                held_by_writing=self.kind.held_nbytes,
+            )  # fmt: skip
             files.refuse_nonfinite()
             planned = PlannedJob(
                 job.name, out_dir, settings, plan, files, files.attempt(plan, settings),

@@ -1,5 +1,5 @@
-"""Credentials, region and endpoint of S3, where the AWS tools find them: in the environment, which obstore
-reads itself, as it does what a machine or a container in AWS is given; else in the files of `aws configure`."""
+"""Credentials, region and endpoint of S3, where the AWS tools find them: in the environment, else in the
+files of `aws configure`. obstore itself reads the first, and what AWS gives its machines and containers."""
 
 import os
 from collections.abc import Mapping
@@ -18,7 +18,9 @@ def aws_options(environ: Mapping[str, str], url: str) -> dict[str, Any]:
     own_keys = "AWS_ACCESS_KEY_ID" in environ
     section = _section(environ, profile or "default")
     if profile and not section:
-        raise UsageError(f"{shown(url)}: AWS_PROFILE is {shown(profile)}, which no file of the AWS tools has.")
+        raise UsageError(
+            f"{shown(url)}: AWS_PROFILE is {shown(profile)}, which no file of the AWS tools has."
+        )
     options: dict[str, Any] = {}
     if not own_keys and "aws_access_key_id" in section:
         options = {key: section[f"aws_{key}"] for key in KEYS if f"aws_{key}" in section}

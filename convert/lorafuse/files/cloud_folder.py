@@ -109,7 +109,8 @@ class CloudFile:
         data = self._folder.place.get_range(self._name, start, stop, self._e_tag)
         if data is None:
             raise CheckpointError(
-                f"{shown(self.label)}: changed during the run, which may have read some of both; run it again."
+                f"{shown(self.label)}: changed during the run, which may have read some of both; run it "
+                "again."
             )
         if len(data) != stop - start:
             raise StorageError(

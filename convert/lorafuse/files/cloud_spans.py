@@ -43,7 +43,7 @@ class Spans:
         self._n_ahead = 0
 
     def read_into(self, fetch: Fetch, nbytes: int, start: int, buffer: Buffer) -> int:
-        """Bytes of an object of `nbytes` from `start` on; perhaps fewer than fit. Raises what `fetch` does."""
+        """Bytes of an object of `nbytes` from `start` on; or fewer than fit. Raises what `fetch` does."""
         view = memoryview(buffer).cast("B")
         wanted = min(len(view), nbytes - start)
         if wanted <= 0:

@@ -29,7 +29,7 @@ _LOCK = Lock()
 
 
 class Meta(NamedTuple):
-    """What a store says of an object. `e_tag` changes with its contents, `modified` is by the store's clock."""
+    """What a store says of an object: `e_tag` changes with its contents, `modified` is by its own clock."""
 
     name: str
     nbytes: int
@@ -40,7 +40,7 @@ class Meta(NamedTuple):
 
 @dataclass(frozen=True)
 class CloudPlace:
-    """The objects whose keys begin with `prefix`, which is empty or ends with a slash, in the bucket `root`."""
+    """The objects of the bucket `root` whose keys begin with `prefix`: empty, or with a slash at its end."""
 
     store: Any
     root: str
@@ -158,8 +158,8 @@ class CloudPlace:
 
 class CloudWriter:
     """An object on its way, in order; nothing shows before the context is left, and nothing is left after an
-    error. What is written may not change any more: it is kept until it is sent. One part is on its way at most.
-    """
+    error. What is written may not change any more: it is kept until it is sent. At most one part is on its
+    way."""
 
     def __init__(self, place: CloudPlace, name: str, part_nbytes: int) -> None:
         self.label, self._root, self._is_open = place / name, place.root, True

@@ -29,8 +29,8 @@ def cloud_url(name: str) -> CloudUrl:
     if "?" in name or "#" in name or (at and (scheme not in CONTAINER_AT_ACCOUNT or ":" in user)):
         plain = f"{scheme}://{account}/{path}".partition("?")[0].partition("#")[0]
         raise UsageError(
-            f"{shown(plain)}: the URL of an object store may hold no user, query or fragment; credentials are "
-            "found where the cloud's own tools find them."
+            f"{shown(plain)}: the URL of an object store may hold no user, query or fragment; credentials "
+            "are found where the cloud's own tools find them."
         )
     path = path.strip("/")
     if scheme == "memory":

@@ -23,8 +23,8 @@ class OutFile(Protocol):
     def read(self, offset: int, nbytes: int) -> bytes:
         """Bytes that were written."""
 
-    def hashed(self, nbytes: int) -> None:
-        """The first bytes of the file are not read again."""
+    def passed(self, end: int) -> None:
+        """A hint: nothing before the byte `end` is read again."""
 
     def finish(self, nbytes: int) -> None:
         """Make the file, of `nbytes` bytes, durable and give it its name. Raises StorageError when it has
@@ -75,7 +75,7 @@ class ShardWriter:
             data = self._file.read(self._hashed, min(READ_NBYTES, end - self._hashed))
             self._sha256.update(data)
             self._hashed += len(data)
-        self._file.hashed(self._hashed)
+        self._file.passed(self._hashed)
 
     def _remember(self, start: int, end: int) -> None:
         """One entry for bytes without a gap: a matrix may come in hundreds of thousands of pieces."""

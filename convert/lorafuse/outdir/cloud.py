@@ -67,10 +67,7 @@ def left_nbytes(out_dirs: Iterable[str]) -> int:
     """What runs for these that were cut off left, and the next ones use or remove."""
     places = [hidden_of(CloudPlace.at(out_dir)) for out_dir in out_dirs]
     return sum(
-        meta.nbytes
-        for place in places
-        for meta in place.everything()
-        if meta.name.split("/")[1:2] == [OUT]
+        meta.nbytes for place in places for meta in place.everything() if meta.name.split("/")[1:2] == [OUT]
     )
 
 

@@ -1,7 +1,7 @@
 """A file of a result on its way into an object store: a multipart upload, which shows nowhere before it is
 complete. A file of less than a part is one object at once."""
 
-from threading import RLock
+from threading import Lock
 
 from lorafuse.errors import StorageError, shown
 from lorafuse.files.cloud_store import CloudPlace
@@ -9,11 +9,12 @@ from lorafuse.outdir.cloud_parts import Parts, named, part_nbytes_of
 
 
 class CloudOutFile:
-    """An OutFile. Raises StorageError for what the store says."""
+    """An OutFile. Who writes waits until the store has taken the parts before. Raises StorageError for what
+    the store says."""
 
     def __init__(self, place: CloudPlace, file: str, nbytes: int) -> None:
         self.name = place / file
-        self._lock = RLock()
+        self._lock = Lock()
         part_nbytes = part_nbytes_of(nbytes)
         self._writer = place.writer(file, part_nbytes)
         self._parts = Parts(nbytes, part_nbytes, self._writer.write)
@@ -26,12 +27,10 @@ class CloudOutFile:
                 raise named(e) from e
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        with self._lock:
-            return self._parts.read(offset, nbytes)
+        return self._parts.read(offset, nbytes)
 
-    def hashed(self, nbytes: int) -> None:
-        with self._lock:
-            self._parts.hashed(nbytes)
+    def passed(self, end: int) -> None:
+        self._parts.passed(end)
 
     def finish(self, nbytes: int) -> None:
         with self._lock:

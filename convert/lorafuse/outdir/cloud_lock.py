@@ -1,6 +1,6 @@
 """One run for one result at a time, in an object store: an object that is made only if it is not there, and
-that its run replaces every few seconds. Who holds it is told by its ETag; when it was replaced, by the store's
-clock alone.
+that its run replaces every few seconds. Who holds it is told by its ETag; when it was replaced, by the clock
+of the store alone.
 
 A lock whose run is gone ends by itself: at once on the machine of that run, elsewhere after LEASE_S seconds.
 """
@@ -49,7 +49,7 @@ class CloudLock:
             return
         if not e_tag:
             raise HeldError(
-                f"{shown(self._out)}: another run is writing it; wait for it, or choose another directory. (The "
+                f"{shown(self._out)}: another run is writing it; wait for it, or choose another place. (The "
                 f"lock of a run that was killed on another machine ends after {LEASE_S} seconds.)"
             )
         self._e_tag = e_tag
@@ -142,6 +142,6 @@ def _is_gone(lock: bytes) -> bool:
         here = _process(os.getpid())
         if not here or holder["machine"] != here["machine"]:
             return False
-        return _process(int(holder["pid"])).get("started") != holder["started"]
+        return bool(_process(int(holder["pid"])).get("started") != holder["started"])
     except (ValueError, TypeError, KeyError):
         return False

@@ -1,8 +1,8 @@
-"""Results in an object store. A result is made below `.NAME.lorafuse/RUN/out/`, beside its place, and a commit
-lets the store copy its files to their place: config.json, and then the receipt, last.
+"""Results in an object store. A result is made below `.NAME.lorafuse/RUN/out/`, beside its place, and a
+commit lets the store copy its files to their place: config.json, and then the receipt, last.
 
 What another run that was cut off has finished is used where it lies, if its ETag is that of the file whose
-hash was taken. A run that lost its lock has a place of its own, so it cannot write into the files of the next.
+hash was taken. A run that lost its lock has a place of its own: it cannot write into the files of the next.
 """
 
 import secrets
@@ -270,8 +270,8 @@ def _is_complete(out: CloudPlace, run: Run) -> bool:
 
 
 def take_back(out: CloudPlace, run: Run) -> None:
-    """Undo what a commit that was cut off began: its files lie where they were made too. What was there before
-    is older than the commit, by the store's clock."""
+    """Undo what a commit that was cut off began: its files lie where they were made too. What was there
+    before is older than the commit, by the store's clock."""
     if run.moved:
         names = {*run.moving}
         copied = [meta.name for meta in files_at(out) if meta.name in names and meta.modified >= run.moved]

@@ -8,6 +8,7 @@ was hashed, lies in a temporary file without a name. So memory is bounded, whate
 import os
 import tempfile
 from collections.abc import Callable
+from threading import Lock
 from typing import BinaryIO
 
 from lorafuse.errors import StorageError, shown
@@ -29,15 +30,17 @@ def held_nbytes_of(file_nbytes: int) -> int:
 
 
 class Parts:
-    """A file of `nbytes`, each byte of which is written once. `send` is called with each part when all before
-    it were sent and it is complete; the part does not change any more."""
+    """A file of `nbytes`, each byte of which is written once, by one thread at a time, while others read.
+    `send` is called with each part when all before it were sent and it is complete; the part does not change
+    any more."""
 
     def __init__(self, nbytes: int, part_nbytes: int, send: Callable[[bytearray], object]) -> None:
         self._nbytes, self._part_nbytes, self._send = nbytes, part_nbytes, send
         self._n_sent = 0  # parts
-        self._hashed = 0  # bytes that nobody reads again
+        self._lock = Lock()  # not held while a part is sent
+        self._passed = 0  # bytes that nobody reads again
         self._in_memory: dict[int, bytearray] = {}  # by number, from the first that is not sent
-        self._sent: tuple[int, bytearray] | None = None  # the last, until it is hashed
+        self._sent: tuple[int, bytearray] | None = None  # the last, until nobody reads it
         self._filled: dict[int, int] = {}  # part → bytes that were written
         self._on_disk: set[int] = set()  # parts of which the file on disk has some
         self._file: BinaryIO | None = None
@@ -60,11 +63,12 @@ class Parts:
             view, offset = view[len(piece) :], offset + len(piece)
 
     def _put(self, number: int, at: int, piece: memoryview) -> None:
-        if number < self._n_sent + N_PARTS:
-            self._part(number)[at : at + len(piece)] = piece
-        else:
-            self._to_disk(number, at, piece)
-        self._filled[number] = self._filled.get(number, 0) + len(piece)
+        with self._lock:
+            if number < self._n_sent + N_PARTS:
+                self._part(number)[at : at + len(piece)] = piece
+            else:
+                self._to_disk(number, at, piece)
+            self._filled[number] = self._filled.get(number, 0) + len(piece)
         while self._filled.get(self._n_sent) == self._size(self._n_sent):
             self._send_first()
 
@@ -85,35 +89,39 @@ class Parts:
 
     def _send_first(self) -> None:
         number = self._n_sent
-        part = self._part(number)
-        self._keep_sent()
+        with self._lock:
+            part = self._part(number)
+            self._keep_sent()
         self._send(part)
-        del self._in_memory[number], self._filled[number]
-        self._n_sent += 1
-        self._sent = number, part
-        self._forget_hashed()
+        with self._lock:
+            del self._in_memory[number], self._filled[number]
+            self._n_sent += 1
+            self._sent = number, part
+            self._forget_passed()
 
     def _keep_sent(self) -> None:
-        """The part that was sent before, if it was not hashed to its end: on disk."""
+        """The part that was sent before, if it may be read again: on disk."""
         if self._sent:
             number, part = self._sent
             self._to_disk(number, 0, memoryview(part))
             self._sent = None
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """Bytes that were written and not hashed; perhaps fewer, none at the end of what was written."""
+        """Bytes that were written and not passed; perhaps fewer, none at the end of what was written."""
         number, at = divmod(offset, self._part_nbytes)
         nbytes = min(nbytes, self._part_nbytes - at)
-        part = self._sent[1] if self._sent and self._sent[0] == number else self._in_memory.get(number)
-        return bytes(part[at : at + nbytes]) if part is not None else self._from_disk(offset, nbytes)
+        with self._lock:
+            part = self._sent[1] if self._sent and self._sent[0] == number else self._in_memory.get(number)
+            return bytes(part[at : at + nbytes]) if part is not None else self._from_disk(offset, nbytes)
 
-    def hashed(self, nbytes: int) -> None:
-        """The first bytes of the file are not read again."""
-        self._hashed = max(self._hashed, nbytes)
-        self._forget_hashed()
+    def passed(self, end: int) -> None:
+        """The bytes before are not read again."""
+        with self._lock:
+            self._passed = max(self._passed, end)
+            self._forget_passed()
 
-    def _forget_hashed(self) -> None:
-        if self._sent and self._hashed >= self._sent[0] * self._part_nbytes + len(self._sent[1]):
+    def _forget_passed(self) -> None:
+        if self._sent and self._passed >= self._sent[0] * self._part_nbytes + len(self._sent[1]):
             self._sent = None
 
     def _to_disk(self, number: int, at: int, piece: memoryview) -> None:
@@ -130,11 +138,12 @@ class Parts:
 
     def close(self) -> None:
         """Nothing is written or read any more."""
-        self._in_memory.clear()
-        self._sent = None
-        if self._file:
-            self._file.close()
-            self._file = None
+        with self._lock:
+            self._in_memory.clear()
+            self._sent = None
+            if self._file:
+                self._file.close()
+                self._file = None
 
 
 def named(error: OSError) -> StorageError:

@@ -1,7 +1,7 @@
-"""What runs for one result have left in an object store, each below a name of its own: `.NAME.lorafuse/RUN/`.
+"""What runs for one result have left in an object store, each below a name of its own, `.NAME.lorafuse/RUN/`.
 
-`attempt` says what the run does, `done/FILE` that a file is complete, with its hash and its ETag, `moving` that
-a commit has begun; `out/` has the files.
+`attempt` says what the run does, `done/FILE` that a file is complete, with its hash and its ETag, `moving`
+that a commit has begun; `out/` has the files.
 """
 
 import json

@@ -50,7 +50,7 @@ class LocalOutFile:
             raise StorageError(f"{self.name}: ends at byte {offset}; something else wrote to it.")
         return data
 
-    def hashed(self, nbytes: int) -> None:
+    def passed(self, end: int) -> None:
         """Nothing is held."""
 
     def finish(self, nbytes: int) -> None:

@@ -45,6 +45,9 @@ from lorafuse.side_files.choose import Embedding, SideFiles, choose_side_files
 from lorafuse.structure import Structure, structure_of
 from lorafuse.trained_base.base_weights import base_weights
 
+HeldByWriting = Callable[[int], int]
+"""Bytes of the largest file → host bytes that writing a result takes."""
+
 
 def make_plan(
     ckpt: Checkpoint,
@@ -54,10 +57,11 @@ def make_plan(
     make_format: MakeFormat | None = None,
     *,
     each_format: bool = False,
+    held_by_writing: HeldByWriting = lambda file_nbytes: 0,
 ) -> Plan:
     """Decide everything. The updates of all adapters are added. Plans that get the same `weights`, those of
-    `ckpt`, can be carried out together. `each_format`: say the size in each format, too. Raises
-    CheckpointError, AdapterError, or UsageError when the memory limit is too small."""
+    `ckpt`, can be carried out together. `each_format`: say the size in each format, too.
+    Raises CheckpointError, AdapterError, or UsageError when the memory limit is too small."""
     warnings, notes = [*ckpt.warnings], list[str]()
     weights = weights or base_weights(ckpt, settings.base_quant, warnings.append)
     summed = in_order(adapters)
@@ -81,6 +85,7 @@ def make_plan(
     shards = split_shards(steps, settings.max_shard_nbytes)
     n_entries = len(ckpt.tensors) + max(len(steps) - len(weights), 0)
     held_nbytes = _held_nbytes(ckpt, adapters, n_entries)
+    held_nbytes += held_by_writing(max(shard.nbytes for shard in shards))
     memory = fit_memory(SharedWeights([steps]), held_nbytes, settings, len(steps) * RECEIPT_ENTRY_NBYTES)
     config_changes = model.changes | _config_changes(names, steps, untied, files)
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
