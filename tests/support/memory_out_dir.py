@@ -146,7 +146,7 @@ class MemoryOutDirs:
             self.store, out_dir, attempt, overwrite=overwrite, restart=restart, on_event=on_event
         )
 
-    def held_nbytes(self, file_nbytes: int) -> int:
+    def held_nbytes(self, file_nbytes: int, ckpt: Folder) -> int:
         return 0
 
     def clean_up(self, out_dir: str) -> None:

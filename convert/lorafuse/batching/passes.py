@@ -60,9 +60,7 @@ class Member:
 
     @property
     def held_nbytes(self) -> int:
-        plan = self.planned.plan
-        written = kind_of(self.planned.out_dir).held_nbytes(max(shard.nbytes for shard in plan.shards))
-        return self.adapter_nbytes + written + sum(1 for _ in plan.steps) * STEP_NBYTES
+        return self.adapter_nbytes + sum(1 for _ in self.planned.plan.steps) * STEP_NBYTES
 
 
 @dataclass
@@ -217,7 +215,9 @@ class Batch:
     def _held_nbytes(self, members: Sequence[Member]) -> int:
         of_base = len(self.base.tensors) * STORED_TENSOR_NBYTES + self.base.folder.held_nbytes
         of_jobs = self._n_jobs * JOB_NBYTES + sum(member.held_nbytes for member in members)
-        return of_base + of_jobs + self.finished.nbytes
+        largest = [max(shard.nbytes for shard in member.planned.plan.shards) for member in members]
+        of_writing = sum(self.kind.held_nbytes(nbytes, self.base.folder) for nbytes in largest)
+        return of_base + of_jobs + of_writing + self.finished.nbytes
 
     def _disk_error(self, members: Sequence[Member]) -> StorageError | None:
         planned = [member.planned for member in members]

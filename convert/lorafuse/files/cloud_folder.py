@@ -5,28 +5,28 @@ seen with the next request.
 """
 
 import posixpath
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
-from lorafuse.errors import CheckpointError, StorageError, shown
-from lorafuse.files.cloud_spans import HELD_NBYTES, Spans
+from lorafuse.errors import CheckpointError, shown
+from lorafuse.files.cloud_spans import LONG_NBYTES, N_SPANS, Spans
 from lorafuse.files.cloud_store import CloudPlace, Meta
 from lorafuse.files.folder import Buffer, FileFacts
 
 # obstore's HTTP client and its threads, and answers on their way.
-CLIENT_NBYTES = 12_000_000
+CLIENT_NBYTES = 18_000_000
+SPANS = Spans()  # of all that is read: so memory is bounded, whatever number of folders there is
 
 
 @dataclass(frozen=True)
 class CloudFolder:
-    """The files below a URL. Files of one folder share what is read ahead."""
+    """The files below a URL."""
 
     place: CloudPlace
-    spans: Spans = field(default_factory=Spans, compare=False, repr=False)
     commit: ClassVar[None] = None
     local_path: ClassVar[None] = None
-    held_nbytes: ClassVar[int] = HELD_NBYTES + CLIENT_NBYTES
+    held_nbytes: ClassVar[int] = N_SPANS * LONG_NBYTES + CLIENT_NBYTES
 
     @classmethod
     def at(cls, url: str) -> "CloudFolder":
@@ -72,7 +72,7 @@ class CloudFolder:
         return self.place.list_here()[1]
 
     def sub_folder(self, name: str) -> "CloudFolder":
-        return CloudFolder(self.place.below(posixpath.normpath(name)), self.spans)
+        return CloudFolder(self.place.below(posixpath.normpath(name)))
 
     def facts(self, name: str) -> FileFacts:
         return _facts(self.place.head(posixpath.normpath(name)))
@@ -96,28 +96,21 @@ class CloudFile:
         self.facts, self._e_tag = _facts(meta), meta.e_tag
 
     def read_into(self, start: int, buffer: Buffer) -> int:
-        return self._folder.spans.read_into(self._range, self.facts.nbytes, start, buffer)
+        return SPANS.read_into(self._range, self.facts.nbytes, start, buffer)
 
     def will_need(self, start: int, nbytes: int) -> None:
-        self._folder.spans.will_need(self._range, self.facts.nbytes, start, nbytes)
+        SPANS.will_need(self._range, self.facts.nbytes, start, nbytes)
 
     def close(self) -> None:
-        self._folder.spans.forget(self._range)
+        SPANS.forget(self._range)
 
-    def _range(self, start: int, stop: int) -> memoryview:
-        """Raises FileNotFoundError; CheckpointError where it is another object by now."""
-        data = self._folder.place.get_range(self._name, start, stop, self._e_tag)
-        if data is None:
+    def _range(self, start: int, data: memoryview) -> None:
+        """Fill `data`. Raises FileNotFoundError; CheckpointError where it is another object by now."""
+        if not self._folder.place.read_into(self._name, start, data, self._e_tag):
             raise CheckpointError(
                 f"{shown(self.label)}: changed during the run, which may have read some of both; run it "
                 "again."
             )
-        if len(data) != stop - start:
-            raise StorageError(
-                f"{shown(self.label)}: the store sent {len(data)} bytes where {stop - start} were asked for; "
-                "try again later."
-            )
-        return memoryview(data)
 
 
 def _facts(meta: Meta) -> FileFacts:

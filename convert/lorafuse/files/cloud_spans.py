@@ -5,39 +5,40 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Condition
-from typing import Any
 
 from lorafuse.files.folder import Buffer
 
 # A request takes some 30 ms before its first byte, and then a megabyte each 10 to 20 ms.
 SHORT_NBYTES = 1 << 17  # where nothing says that what follows is wanted: a header, a small tensor
-LONG_NBYTES = 2 << 20
-HELD_NBYTES = 16 << 20
+LONG_NBYTES = 1 << 20
+N_SPANS = 8
 N_AHEAD = 4  # requests that nobody waits for yet
 OLD = 200  # reads ago: what was not read since then is in nobody's way
 
-Fetch = Callable[[int, int], Any]  # bytes [start, stop) of an object
+Fetch = Callable[[int, memoryview], None]  # fills a buffer with the bytes of an object from a place on
 
 
 @dataclass(eq=False)
 class Span:
-    """Bytes [start, stop) of the object that `fetch` reads; `data` is None until they are here. `left`: those
+    """Bytes [start, stop) of the object that `fetch` reads, in a buffer once they are `here`. `left`: those
     that nobody has read."""
 
     fetch: Fetch
     start: int
     stop: int
-    data: memoryview | None = None
+    buffer: memoryview
+    here: bool = False
     left: int = 0
     used: int = 0  # the number of reads when it was read last
 
 
 class Spans:
-    """The ranges of all objects of a folder. Any number of threads may read."""
+    """The ranges of all objects, in buffers that are made once. Any number of threads may read."""
 
-    def __init__(self, most: int = HELD_NBYTES) -> None:
-        self._most, self._nbytes, self._clock = most, 0, 0
+    def __init__(self) -> None:
+        self._clock = 0
         self._spans: list[Span] = []
+        self._buffers: list[memoryview] = []  # of no range
         self._changed = Condition()
         self._executor: ThreadPoolExecutor | None = None
         self._n_ahead = 0
@@ -51,7 +52,7 @@ class Spans:
         while True:
             with self._changed:
                 span = self._find(fetch, start)
-                if span and span.data is not None:
+                if span and span.here:
                     return self._copied(span, start, view[:wanted])
                 mine = None if span else self._new(fetch, start, self._stop(fetch, start, wanted, nbytes))
                 if mine is None:
@@ -77,7 +78,7 @@ class Spans:
     def forget(self, fetch: Fetch) -> None:
         """The object is not read any more."""
         with self._changed:
-            for span in [span for span in self._spans if span.fetch == fetch and span.data is not None]:
+            for span in [span for span in self._spans if span.fetch == fetch and span.here]:
                 self._drop(span)
 
     def _find(self, fetch: Fetch, start: int) -> Span | None:
@@ -89,31 +90,29 @@ class Spans:
         return min(start + max(LONG_NBYTES if follows else SHORT_NBYTES, min(wanted, LONG_NBYTES)), nbytes)
 
     def _new(self, fetch: Fetch, start: int, stop: int, *, only_read: bool = False) -> Span | None:
-        """A range that is about to be fetched. None where there is no room: what is here gives way, first
-        what was read to its end; with `only_read` nothing else but what is old."""
+        """A range that is about to be fetched. None where there is no buffer: a range that is here gives way,
+        first of all one that was read to its end; with `only_read` no other but an old one."""
+        if len(self._spans) + len(self._buffers) < N_SPANS:
+            self._buffers.append(memoryview(bytearray(LONG_NBYTES)))
+        if not self._buffers:
+            here = [span for span in self._spans if span.here]
+            idle = min(here, key=lambda span: (span.left > 0, span.used), default=None)
+            if idle is None or (only_read and idle.left > 0 and self._clock - idle.used < OLD):
+                return None
+            self._drop(idle)
         # Not beyond what is there or on its way already.
         starts = [span.start for span in self._spans if span.fetch == fetch and start < span.start < stop]
         stop = min([stop, *starts])
-        idle = sorted((s for s in self._spans if s.data is not None), key=lambda s: (s.left > 0, s.used))
-        for span in idle:
-            in_use = span.left > 0 and self._clock - span.used < OLD
-            if self._nbytes + stop - start <= self._most or (only_read and in_use):
-                break
-            self._drop(span)
-        if self._nbytes + stop - start > self._most:
-            return None
-        span = Span(fetch, start, stop, left=stop - start, used=self._clock)
+        span = Span(fetch, start, stop, self._buffers.pop(), left=stop - start, used=self._clock)
         self._spans.append(span)
-        self._nbytes += stop - start
         return span
 
     def _drop(self, span: Span) -> None:
         self._spans.remove(span)
-        self._nbytes -= span.stop - span.start
+        self._buffers.append(span.buffer)
 
     def _copied(self, span: Span, start: int, view: memoryview) -> int:
-        assert span.data is not None
-        piece = span.data[start - span.start :][: len(view)]
+        piece = span.buffer[start - span.start : span.stop - span.start][: len(view)]
         view[: len(piece)] = piece
         self._clock += 1
         span.left, span.used = span.left - len(piece), self._clock
@@ -122,14 +121,14 @@ class Spans:
     def _fetch(self, span: Span) -> None:
         """Raises what `fetch` does; whoever else waits for the range then asks for it."""
         try:
-            data = memoryview(span.fetch(span.start, span.stop))
+            span.fetch(span.start, span.buffer[: span.stop - span.start])
         except BaseException:
             with self._changed:
                 self._drop(span)
                 self._changed.notify_all()
             raise
         with self._changed:
-            span.data = data
+            span.here = True
             self._changed.notify_all()
 
     def _fetch_ahead(self, span: Span) -> None:

@@ -25,6 +25,7 @@ N_RETRIES, FIRST_WAIT_S, LONGEST_WAIT_S, ALL_WAITS_S = 8, 0.2, 8, 90
 CONNECT_S, REQUEST_S = 5, 60
 LARGEST_COPY_NBYTES = 5 << 30  # of one call of S3
 COPIED_NBYTES = 8 << 20
+CHUNK_NBYTES = 1 << 17  # of an answer, which is not here twice
 _LOCK = Lock()
 
 
@@ -73,17 +74,33 @@ class CloudPlace:
             found = self.store.get(self.prefix + name)
             return bytes(found.bytes()), _meta(found.meta, self.prefix)
 
-    def get_range(self, name: str, start: int, stop: int, e_tag: str) -> Any:
-        """Bytes [start, stop), as a buffer; None where the object has another `e_tag` by now. Raises
-        FileNotFoundError."""
-        options = {"range": (start, stop), **({"if_match": e_tag} if e_tag else {})}
+    def get_range(self, name: str, start: int, stop: int) -> bytearray:
+        """Bytes [start, stop) of an object. Raises FileNotFoundError."""
+        data = bytearray(stop - start)
+        self.read_into(name, start, memoryview(data))
+        return data
+
+    def read_into(self, name: str, start: int, data: memoryview, e_tag: str = "") -> bool:
+        """Fill `data` with the bytes of an object from `start` on. False where the object has another `e_tag`
+        by now. Raises FileNotFoundError."""
+        options = {"range": (start, start + len(data)), **({"if_match": e_tag} if e_tag else {})}
+        at = 0
         try:
             with asking(self / name, self.root):
-                return self.store.get(self.prefix + name, options=options).bytes()
+                for chunk in self.store.get(self.prefix + name, options=options).stream(CHUNK_NBYTES):
+                    piece = memoryview(chunk)[: len(data) - at]
+                    data[at : at + len(piece)] = piece
+                    at += len(piece)
         except Exception as e:
             if type(e).__name__ == "PreconditionError":
-                return None
+                return False
             raise
+        if at < len(data):
+            raise StorageError(
+                f"{shown(self / name)}: the store sent {at} bytes where {len(data)} were asked for; try "
+                "again later."
+            )
+        return True
 
     def everything(self) -> Iterator[Meta]:
         """All objects, in sub-folders too."""
@@ -152,7 +169,7 @@ class CloudPlace:
         part_nbytes = max(COPIED_NBYTES, -(-nbytes // 9_000))
         with to.writer(new_name, part_nbytes) as writer:
             for start in range(0, nbytes, COPIED_NBYTES):
-                data = self.get_range(name, start, min(start + COPIED_NBYTES, nbytes), "")
+                data = self.get_range(name, start, min(start + COPIED_NBYTES, nbytes))
                 writer.write(data)
 
 
@@ -223,6 +240,7 @@ def opened(url: CloudUrl) -> Any:
 
 @cache
 def _store(root: str) -> Any:
+    os.environ.setdefault("TOKIO_WORKER_THREADS", "2")  # of obstore; one a core would hold memory in each
     try:
         from obstore.store import MemoryStore, from_url
     except ImportError:

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from lorafuse.errors import HeldError, OutDirError, shown
 from lorafuse.events import OnEvent
-from lorafuse.files.cloud_folder import CLIENT_NBYTES
+from lorafuse.files.cloud_folder import CLIENT_NBYTES, CloudFolder
 from lorafuse.files.cloud_store import CloudPlace
 from lorafuse.files.folder import Folder
 from lorafuse.outdir.cloud_lock import CloudLock
@@ -44,9 +44,10 @@ def open_out_dir(
     )
 
 
-def held_nbytes(file_nbytes: int) -> int:
-    """What writing takes in memory, with files of up to that size."""
-    return N_OPEN * held_nbytes_of(file_nbytes) + CLIENT_NBYTES
+def held_nbytes(file_nbytes: int, ckpt: Folder) -> int:
+    """See OutDirKind."""
+    client = 0 if isinstance(ckpt, CloudFolder) else CLIENT_NBYTES
+    return N_OPEN * held_nbytes_of(file_nbytes) + client
 
 
 def clean_up(out_dir: str) -> None:

@@ -156,11 +156,11 @@ class CloudOutDir:
         place = self._where(file)
         nbytes = place.head(file).nbytes
         with tempfile.NamedTemporaryFile(prefix="lorafuse-", suffix=".safetensors") as local:
-            start = bytes(place.get_range(file, 0, min(8, nbytes), ""))
+            start = bytes(place.get_range(file, 0, min(8, nbytes)))
             n_header = min(int.from_bytes(start, "little"), nbytes - len(start))
             local.write(start)
             if n_header > 0:
-                local.write(place.get_range(file, len(start), len(start) + n_header, ""))
+                local.write(place.get_range(file, len(start), len(start) + n_header))
             local.truncate(nbytes)
             local.flush()
             return read_shapes(Path(local.name), file)

@@ -16,7 +16,7 @@ from lorafuse.errors import StorageError, shown
 MIB = 1 << 20
 SMALLEST_PART_NBYTES = 5 * MIB  # of all but the last, says S3
 MOST_PARTS = 9_000  # S3 takes 10,000
-N_PARTS = 2  # in memory, beside the one that is being sent
+N_PARTS = 1  # in memory, beside the one that is being sent
 
 
 def part_nbytes_of(file_nbytes: int) -> int:

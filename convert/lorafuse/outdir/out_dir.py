@@ -119,8 +119,9 @@ class OutDirKind(Protocol):
         """The place for a result. With an `attempt` it goes on from what an equal one has finished, unless
         `restart`."""
 
-    def held_nbytes(self, file_nbytes: int) -> int:
-        """Host bytes that writing one result takes, where its largest file has `file_nbytes`."""
+    def held_nbytes(self, file_nbytes: int, ckpt: Folder) -> int:
+        """Host bytes that writing one result takes, with a file of `file_nbytes` in it, beside what reading
+        from `ckpt` does."""
 
     def clean_up(self, out_dir: str) -> None:
         """Remove what a run left that was killed when its result had its name already."""

@@ -18,6 +18,7 @@ from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.stored import StoredEncoder
 from lorafuse.errors import CheckpointError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.folder import Folder
 from lorafuse.files.names import natural_key
 from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, StoredTensor, TensorSpec
 from lorafuse.formats import FORMATS
@@ -45,8 +46,8 @@ from lorafuse.side_files.choose import Embedding, SideFiles, choose_side_files
 from lorafuse.structure import Structure, structure_of
 from lorafuse.trained_base.base_weights import base_weights
 
-HeldByWriting = Callable[[int], int]
-"""Bytes of the largest file → host bytes that writing a result takes."""
+HeldByWriting = Callable[[int, Folder], int]
+"""Bytes of the largest file, folder of the checkpoint → host bytes that writing takes beside reading."""
 
 
 def make_plan(
@@ -57,7 +58,7 @@ def make_plan(
     make_format: MakeFormat | None = None,
     *,
     each_format: bool = False,
-    held_by_writing: HeldByWriting = lambda file_nbytes: 0,
+    held_by_writing: HeldByWriting = lambda file_nbytes, ckpt: 0,
 ) -> Plan:
     """Decide everything. The updates of all adapters are added. Plans that get the same `weights`, those of
     `ckpt`, can be carried out together. `each_format`: say the size in each format, too.
@@ -85,7 +86,7 @@ def make_plan(
     shards = split_shards(steps, settings.max_shard_nbytes)
     n_entries = len(ckpt.tensors) + max(len(steps) - len(weights), 0)
     held_nbytes = _held_nbytes(ckpt, adapters, n_entries)
-    held_nbytes += held_by_writing(max(shard.nbytes for shard in shards))
+    held_nbytes += held_by_writing(max(shard.nbytes for shard in shards), ckpt.folder)
     memory = fit_memory(SharedWeights([steps]), held_nbytes, settings, len(steps) * RECEIPT_ENTRY_NBYTES)
     config_changes = model.changes | _config_changes(names, steps, untied, files)
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
