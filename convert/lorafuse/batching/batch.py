@@ -5,14 +5,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from lorafuse.arguments import checked
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.common_files import CommonFiles
 from lorafuse.batching.existing_results import ExistingResults
-from lorafuse.batching.jobs import Job, JobState, checked_share, left_out, read_jobs, refuse_overlap, share_of
+from lorafuse.batching.jobs import Job, JobState, checked_share, refuse_overlap, share_of
+from lorafuse.batching.jobs_afar import listed_jobs
 from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
 from lorafuse.batching.rehearsal import Rehearsal
@@ -81,8 +81,7 @@ def batch(
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
     )  # fmt: skip
     chosen = Chosen(share, index, of, overwrite, restart, dry_run)
-    base, listed_in = directory_as_typed(ckpt), Path(as_typed(jobs))
-    return _batch(base, listed_in, as_typed(out_root), settings, chosen, on_event)
+    return _batch(directory_as_typed(ckpt), as_typed(jobs), as_typed(out_root), settings, chosen, on_event)
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Chosen:
 
 
 def _batch(
-    ckpt: str, jobs: Path, out_root: str, settings: Settings, chosen: Chosen, on_event: OnEvent
+    ckpt: str, jobs: str, out_root: str, settings: Settings, chosen: Chosen, on_event: OnEvent
 ) -> list[JobState]:
     """The same with checked settings."""
     kind_of(out_root)  # before it is looked at as a folder: the scheme must be known
@@ -106,9 +105,9 @@ def _batch(
     if chosen.share not in SHARE_CHOICES:
         raise UsageError(f"share is {shown(chosen.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
     number, n_workers = checked_share(chosen.index, chosen.of, os.environ)
-    everything = read_jobs(jobs)
-    for name in left_out(jobs):
-        on_event({"event": "warning", "message": f"{shown(jobs / name)}: holds no adapter, and is left out."})
+    everything, others = listed_jobs(jobs)
+    for name in others:
+        on_event({"event": "warning", "message": f"{shown(name)}: holds no adapter, and is left out."})
     todo = share_of(everything, number, n_workers)
     device = pick_device(settings.device)
     ckpt_folder = checkpoint_folder(ckpt)

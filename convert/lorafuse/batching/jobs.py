@@ -8,7 +8,7 @@ JOBS is a directory whose sub-directories are adapters, or a JSONL file with a {
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -110,24 +110,30 @@ def _read_lines(path: Path) -> list[Job]:
         raise UsageError(
             f"{shown(path)}: {'is no regular file' if path.exists() else 'no such file or directory'}."
         )
+    with open(path, "rb") as f:
+        return parsed_lines(f, path, lambda adapter: _located(as_typed(adapter), path.parent))
+
+
+def parsed_lines(lines: Iterable[bytes], file: object, locate: Callable[[str], str]) -> list[Job]:
+    """The jobs of a JSONL file, for messages; `locate` says where an adapter lies that the file names. Raises
+    UsageError, with the line's number."""
     jobs: list[Job] = []
     line_of: dict[str, int] = {}
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                job = _parse(line, path.parent)
-                if job.name in line_of:
-                    raise ValueError(f"the name {shown(job.name)} is also that of line {line_of[job.name]}")
-            except (ValueError, RecursionError) as e:
-                raise UsageError(f"{shown(path)}, line {number}: {shown(e) or type(e).__name__}.") from None
-            line_of[job.name] = number
-            jobs.append(job)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            job = _parse(line, locate)
+            if job.name in line_of:
+                raise ValueError(f"the name {shown(job.name)} is also that of line {line_of[job.name]}")
+        except (ValueError, RecursionError) as e:
+            raise UsageError(f"{shown(file)}, line {number}: {shown(e) or type(e).__name__}.") from None
+        line_of[job.name] = number
+        jobs.append(job)
     return jobs
 
 
-def _parse(line: bytes, folder: Path) -> Job:
+def _parse(line: bytes, locate: Callable[[str], str]) -> Job:
     """One line. Raises ValueError."""
     try:
         entry = json.loads(line)
@@ -149,7 +155,7 @@ def _parse(line: bytes, folder: Path) -> Job:
         raise ValueError(f"the dtype is {shown(dtype)}; expected one of {', '.join(DTYPE_CHOICES)}")
     if form is not None and form not in FORMAT_CHOICES:
         raise ValueError(f"the format is {shown(form)}; expected one of {', '.join(FORMAT_CHOICES)}")
-    located = _located(as_typed(adapter), folder)
+    located = locate(adapter)
     named = _checked_name(_name_of(located) if "name" not in entry else name)
     return Job(located, named, None if scale is None else float(scale), dtype, form)
 

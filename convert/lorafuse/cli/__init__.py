@@ -5,6 +5,7 @@ from collections.abc import Callable
 import click
 
 from lorafuse.cli.cmd_batch import batch
+from lorafuse.cli.cmd_clean import clean
 from lorafuse.cli.cmd_completion import completion
 from lorafuse.cli.cmd_convert import convert
 from lorafuse.cli.cmd_env import env
@@ -17,6 +18,7 @@ from lorafuse.cli.streams import make_usable
 
 __all__ = [
     "batch",
+    "clean",
     "completion",
     "convert",
     "env",
@@ -40,6 +42,7 @@ lorafuse.add_command(batch)
 lorafuse.add_command(inspect)
 lorafuse.add_command(report)
 lorafuse.add_command(verify)
+lorafuse.add_command(clean)
 lorafuse.add_command(env)
 lorafuse.add_command(completion)
 

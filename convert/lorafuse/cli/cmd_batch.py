@@ -2,12 +2,12 @@
 
 import gc
 import os
-from pathlib import Path
 from typing import Any
 
 import click
 
-from lorafuse.batching.jobs import checked_share, read_jobs
+from lorafuse.batching.jobs import checked_share
+from lorafuse.batching.jobs_afar import listed_jobs
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import (
     CONTEXT,
@@ -86,7 +86,7 @@ def batch(
         )  # refuses them, as click does the others
         check_base_options(options)
         checked_share(options["index"], options["of"], os.environ)
-        read_jobs(Path(as_typed(jobs)))
+        listed_jobs(as_typed(jobs))
         gc.disable()  # as for convert
         from lorafuse.batching.batch import batch as run
 

@@ -11,7 +11,6 @@ from lorafuse.files.folder import Folder
 from lorafuse.outdir.cloud_lock import CloudLock
 from lorafuse.outdir.cloud_out_dir import CloudOutDir, hidden_of, leftovers, refuse_filled
 from lorafuse.outdir.cloud_parts import held_nbytes_of
-from lorafuse.outdir.cloud_runs import OUT
 from lorafuse.outdir.journal import Attempt
 
 N_OPEN = 2  # files of one result
@@ -67,9 +66,7 @@ def clean_up(out_dir: str) -> None:
 def left_nbytes(out_dirs: Iterable[str]) -> int:
     """What runs for these that were cut off left, and the next ones use or remove."""
     places = [hidden_of(CloudPlace.at(out_dir)) for out_dir in out_dirs]
-    return sum(
-        meta.nbytes for place in places for meta in place.everything() if meta.name.split("/")[1:2] == [OUT]
-    )
+    return sum(meta.nbytes for place in places for meta in place.everything())
 
 
 def space_of(out_root: str) -> None:
