@@ -171,7 +171,7 @@ def s3(s3_server, tmp_path, monkeypatch):
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     for name, value in (
-        ("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret"), ("AWS_REGION", "us-east-1"),
+        ("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "hush"), ("AWS_REGION", "us-east-1"),
         ("AWS_ENDPOINT_URL", s3_server.url),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)

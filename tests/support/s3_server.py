@@ -59,7 +59,7 @@ class S3Server:
                 endpoint_url=f"http://127.0.0.1:{self.port}",
                 region_name="us-east-1",
                 aws_access_key_id="key",
-                aws_secret_access_key="secret",
+                aws_secret_access_key="hush",
             )
         return self._client
 

@@ -28,6 +28,10 @@ REFUSED = {
 }
 
 
+class BrokenError(StorageError):
+    """The connection broke within an answer, which obstore does not ask for again."""
+
+
 @contextmanager
 def asking(label: str, root: str) -> Iterator[None]:
     """Turns what obstore raises about `label`, in the bucket `root`, into a FileNotFoundError or a
@@ -72,6 +76,10 @@ def explained(error: Exception, label: str, root: str) -> StorageError:
         times = _number(_TIMES, text)
         what = f"the store answered {status}{f' {code}' if code else ''}"
         what += f", {times + 1} times; try again later" if times else ""
+    elif "body error" in text:
+        return BrokenError(
+            f"{shown(label)}: the connection broke within an answer of the store, several times."
+        )
     elif "HTTP error" in text or "error sending request" in text:
         what = f"the store at {endpoint} cannot be reached, or the connection broke: {said}"
     else:

@@ -5,28 +5,31 @@ all else; where a condition of a call did not hold, the function says so.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
+from functools import cache, partial
 from threading import Lock
-from typing import Any, NamedTuple
+from time import sleep
+from typing import Any, NamedTuple, TypeVar
 
 from lorafuse._version import __version__
 from lorafuse.errors import StorageError, UsageError, shown
 from lorafuse.files.cloud_aws import aws_options
-from lorafuse.files.cloud_errors import asking, explained, not_installed
+from lorafuse.files.cloud_errors import BrokenError, asking, explained, not_installed
 from lorafuse.files.cloud_url import S3, CloudUrl, cloud_url
 from lorafuse.files.names import scheme_of
 
 # A call is made again after an error that may pass: connections that break, 5xx, throttling.
 N_RETRIES, FIRST_WAIT_S, LONGEST_WAIT_S, ALL_WAITS_S = 8, 0.2, 8, 90
+N_BREAKS = 4  # of an answer, before it is given up
 CONNECT_S, REQUEST_S = 5, 60
 LARGEST_COPY_NBYTES = 5 << 30  # of one call of S3
 COPIED_NBYTES = 8 << 20
 CHUNK_NBYTES = 1 << 17  # of an answer, which is not here twice
 _LOCK = Lock()
+T = TypeVar("T")
 
 
 class Meta(NamedTuple):
@@ -65,14 +68,16 @@ class CloudPlace:
 
     def head(self, name: str) -> Meta:
         """What is known of an object. Raises FileNotFoundError."""
-        with asking(self / name, self.root):
-            return _meta(self.store.head(self.prefix + name), self.prefix)
+        return self._read(name, lambda: _meta(self.store.head(self.prefix + name), self.prefix))
 
     def get(self, name: str) -> tuple[bytes, Meta]:
         """A small object. Raises FileNotFoundError."""
-        with asking(self / name, self.root):
+
+        def get() -> tuple[bytes, Meta]:
             found = self.store.get(self.prefix + name)
             return bytes(found.bytes()), _meta(found.meta, self.prefix)
+
+        return self._read(name, get)
 
     def get_range(self, name: str, start: int, stop: int) -> bytearray:
         """Bytes [start, stop) of an object. Raises FileNotFoundError."""
@@ -84,13 +89,17 @@ class CloudPlace:
         """Fill `data` with the bytes of an object from `start` on. False where the object has another `e_tag`
         by now. Raises FileNotFoundError."""
         options = {"range": (start, start + len(data)), **({"if_match": e_tag} if e_tag else {})}
-        at = 0
+
+        def fill() -> int:
+            at = 0
+            for chunk in self.store.get(self.prefix + name, options=options).stream(CHUNK_NBYTES):
+                piece = memoryview(chunk)[: len(data) - at]
+                data[at : at + len(piece)] = piece
+                at += len(piece)
+            return at
+
         try:
-            with asking(self / name, self.root):
-                for chunk in self.store.get(self.prefix + name, options=options).stream(CHUNK_NBYTES):
-                    piece = memoryview(chunk)[: len(data) - at]
-                    data[at : at + len(piece)] = piece
-                    at += len(piece)
+            at = self._read(name, fill)
         except Exception as e:
             if type(e).__name__ == "PreconditionError":
                 return False
@@ -104,21 +113,35 @@ class CloudPlace:
 
     def everything(self) -> Iterator[Meta]:
         """All objects, in sub-folders too."""
-        with asking(str(self), self.root):
-            for page in self.store.list(self.prefix.rstrip("/") or None):
-                yield from (_meta(entry, self.prefix) for entry in page)
+
+        def pages() -> list[Any]:
+            return list(self.store.list(self.prefix.rstrip("/") or None))
+
+        for page in self._read("", pages):
+            yield from (_meta(entry, self.prefix) for entry in page)
 
     def list_here(self) -> tuple[list[Meta], list[str]]:
         """The objects that are in no sub-folder, and the sub-folders, sorted."""
-        with asking(str(self), self.root):
-            found = self.store.list_with_delimiter(self.prefix.rstrip("/") or None)
+        found = self._read("", lambda: self.store.list_with_delimiter(self.prefix.rstrip("/") or None))
         folders = [path.removeprefix(self.prefix).rstrip("/") for path in found["common_prefixes"]]
         return sorted(_meta(entry, self.prefix) for entry in found["objects"]), sorted(folders)
 
     def is_there(self) -> bool:
         """Whether there is any object."""
-        with asking(str(self), self.root):
-            return any(page for page in self.store.list(self.prefix.rstrip("/") or None, chunk_size=1))
+        pages = partial(self.store.list, self.prefix.rstrip("/") or None, chunk_size=1)
+        return self._read("", lambda: any(pages()))
+
+    def _read(self, name: str, call: Callable[[], T]) -> T:
+        """What a call returns that changes nothing; it is made again when an answer broke off."""
+        label = self / name if name else str(self)
+        for wait_s in (FIRST_WAIT_S * 2**n for n in range(N_BREAKS)):
+            try:
+                with asking(label, self.root):
+                    return call()
+            except BrokenError:
+                sleep(wait_s)
+        with asking(label, self.root):
+            return call()
 
     def put(self, name: str, data: bytes) -> None:
         with asking(self / name, self.root):
