@@ -287,14 +287,13 @@ def test_what_a_killed_run_leaves_is_removed(s3, inputs):
         process.kill()
         process.wait()
     left = sum(len(data) for data in s3.files("s3://models/.merged.lorafuse").values())
-    said = CliRunner().invoke(cli.lorafuse, ["clean", OUT, "--dry-run"]).output
-    assert said == f"{OUT}: {sized(left)} of earlier runs are left.\n"
-    said = CliRunner().invoke(cli.lorafuse, ["clean", OUT]).output
-    assert said == f"{OUT}: {sized(left)} of earlier runs are removed.\n"
-    assert (
-        CliRunner().invoke(cli.lorafuse, ["clean", OUT]).output
-        == f"{OUT}: nothing is left of earlier runs.\n"
-    )
+    for option, says in (
+        (["--dry-run"], f"{sized(left)} of earlier runs are left"),
+        ([], f"{sized(left)} of earlier runs are removed"),
+        ([], "nothing is left of earlier runs"),
+    ):
+        said = CliRunner().invoke(cli.lorafuse, ["clean", OUT, *option]).output
+        assert said == f"{OUT}: {says}.\n"
     assert s3.files(OUT) == before and not [key for key in s3.keys("models") if "lorafuse/" in key]
 
 
@@ -312,7 +311,7 @@ def jobs(tmp_path):
 
 
 def test_a_batch(s3, jobs, tmp_path):
-    """All of it lies in the store. Results are seen by their receipts, common files are the store's copies."""
+    """All of it lies in the store. Results are seen by their receipts; the store copies common files."""
     ckpt = write_checkpoint(tmp_path / "ckpt", n_shards=2)
     lorafuse.batch(ckpt, jobs, tmp_path / "local", max_shard_size="2KB")
     base, listed, root = s3.upload(ckpt, "models"), s3.upload(jobs, "models"), "s3://models/root"
@@ -341,8 +340,8 @@ def test_a_batch(s3, jobs, tmp_path):
 
 
 def test_memory(s3, tmp_path):
-    """From a store to a store within 100 MB beyond `import torch`: a matrix of 67 M elements, whose file is of
-    several parts."""
+    """From a store to a store within 100 MB beyond `import torch`: a matrix of 34 M elements, whose file has
+    many parts."""
     rows, cols, w = 1024, 32768, "model.layers.0.mlp.up_proj.weight"
     for path in write_pair(tmp_path, w, (rows, cols), 16, nf4(w, rows, cols)):
         s3.upload(path, "models")

@@ -221,7 +221,10 @@ class CloudOutDir:
         self._where(meta.name).copy(meta.name, self._out, meta.name, meta.nbytes)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raises OutDirError in place of an error that comes from what another run did."""
         try:
+            if isinstance(error, FileNotFoundError):
+                self._refuse_taken_over(error)
             if self._lock.is_held or not self._lock.is_known:
                 self._leave(error)
         except (StorageError, OSError):
@@ -230,6 +233,12 @@ class CloudOutDir:
             if self._scratch:
                 shutil.rmtree(self._scratch, ignore_errors=True)
             self._lock.release()
+
+    def _refuse_taken_over(self, error: FileNotFoundError) -> None:
+        try:
+            self._lock.renew()
+        except OutDirError as e:
+            raise e from error
 
     def _leave(self, error: BaseException | None) -> None:
         """Keep what can be resumed, remove the rest."""
@@ -240,7 +249,7 @@ class CloudOutDir:
             unfinished = [meta.name for meta in own.objects if _is_unfinished(meta.name, own)]
             own.place.delete(unfinished)
         else:
-            for run in (own, *self._before):
+            for run in (*self._before, own):  # what says that it is committed goes last
                 run.discard()
 
 
@@ -251,21 +260,24 @@ def _is_unfinished(name: str, run: Run) -> bool:
 
 def leftovers(out: CloudPlace, hidden: CloudPlace) -> list[Run]:
     """What runs that were cut off left, without what is only to be cleaned up. Raises StorageError."""
-    left = []
     hidden.delete(clocks_in(hidden))
-    for run in runs_in(hidden):
-        if run.moved and _is_complete(out, run):
+    left = runs_in(hidden)
+    committed = next((run for run in left if _is_complete(out, run)), None)
+    if committed:
+        for run in (*(run for run in left if run is not committed), committed):
             run.discard()
-        else:
-            take_back(out, run)
-            left.append(run)
+        return []
+    for run in left:
+        take_back(out, run)
     return left
 
 
 def _is_complete(out: CloudPlace, run: Run) -> bool:
     """Whether a commit got as far as its last file, and only has to be cleaned up after."""
+    if run.moved is None:
+        return False
     with suppress(FileNotFoundError):
-        return run.moved is not None and out.head(RECEIPT).modified >= run.moved
+        return out.head(RECEIPT).modified >= run.moved
     return False
 
 
