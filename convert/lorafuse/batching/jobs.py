@@ -115,8 +115,7 @@ def _read_lines(path: Path) -> list[Job]:
 
 
 def parsed_lines(lines: Iterable[bytes], file: object, locate: Callable[[str], str]) -> list[Job]:
-    """The jobs of a JSONL file, for messages; `locate` says where an adapter lies that the file names. Raises
-    UsageError, with the line's number."""
+    """Of a JSONL `file`; `locate` says where an adapter lies. Raises UsageError, with the line's number."""
     jobs: list[Job] = []
     line_of: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
