@@ -28,8 +28,9 @@ REFUSED = {
 }
 
 
-class BrokenError(StorageError):
-    """The connection broke within an answer, which obstore does not ask for again."""
+def is_broken(error: Exception) -> bool:
+    """Whether the connection broke within an answer, which obstore does not ask for again."""
+    return "body error" in str(error)
 
 
 @contextmanager
@@ -76,10 +77,6 @@ def explained(error: Exception, label: str, root: str) -> StorageError:
         times = _number(_TIMES, text)
         what = f"the store answered {status}{f' {code}' if code else ''}"
         what += f", {times + 1} times; try again later" if times else ""
-    elif "body error" in text:
-        return BrokenError(
-            f"{shown(label)}: the connection broke within an answer of the store, several times."
-        )
     elif "HTTP error" in text or "error sending request" in text:
         what = f"the store at {endpoint} cannot be reached, or the connection broke: {said}"
     else:

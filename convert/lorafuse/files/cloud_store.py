@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from lorafuse._version import __version__
 from lorafuse.errors import StorageError, UsageError, shown
 from lorafuse.files.cloud_aws import aws_options
-from lorafuse.files.cloud_errors import BrokenError, asking, explained, not_installed
+from lorafuse.files.cloud_errors import asking, explained, is_broken, not_installed
 from lorafuse.files.cloud_url import S3, CloudUrl, cloud_url
 from lorafuse.files.names import scheme_of
 
@@ -135,11 +135,13 @@ class CloudPlace:
         """What a call returns that changes nothing; it is made again when an answer broke off."""
         label = self / name if name else str(self)
         for wait_s in (FIRST_WAIT_S * 2**n for n in range(N_BREAKS)):
-            try:
-                with asking(label, self.root):
+            with asking(label, self.root):
+                try:
                     return call()
-            except BrokenError:
-                sleep(wait_s)
+                except Exception as e:
+                    if not is_broken(e):
+                        raise
+            sleep(wait_s)
         with asking(label, self.root):
             return call()
 
