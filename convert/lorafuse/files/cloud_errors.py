@@ -13,7 +13,7 @@ INSTALL = "object storage needs `pip install 'lorafuse[cloud]'`"
 METADATA = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 _CODE = re.compile(r"<Code>([A-Za-z]+)</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
-_ENDPOINT = re.compile(r"https?://[^/\s]+")
+_ENDPOINT = re.compile(r"(https?://)(?:[^/\s]*@)?([^/\s]+)")  # without a user
 _REGION = re.compile(r"expecting '([a-z0-9-]+)'|<Region>([a-z0-9-]+)</Region>")
 _TIMES = re.compile(r"after (\d+) retries")
 NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "NoSuchContainer")
@@ -60,7 +60,7 @@ def explained(error: Exception, label: str, root: str) -> StorageError:
     """An error of obstore as an own one."""
     text = str(error)
     code, status, said = _code_of(text), _number(_STATUS, text), _first_line(text)
-    endpoint = next(iter(_ENDPOINT.findall(text)), "the endpoint")
+    endpoint = "".join(next(iter(_ENDPOINT.findall(text)), ("the endpoint",)))
     if any(host in text for host in METADATA) or "Account must be specified" in text:
         what = "no credentials were found; set those that the cloud's own tools read (docs/object-storage.md)"
     elif code in NO_BUCKET:

@@ -41,6 +41,17 @@ class Meta(NamedTuple):
     version: str
     modified: datetime
 
+    @property
+    def tag(self) -> "Tag":
+        return Tag(self.e_tag, self.version)
+
+
+class Tag(NamedTuple):
+    """What a condition of a call is about: some stores look at the one, some at the other."""
+
+    e_tag: str
+    version: str = ""
+
 
 @dataclass(frozen=True)
 class CloudPlace:
@@ -149,20 +160,21 @@ class CloudPlace:
         with asking(self / name, self.root):
             self.store.put(self.prefix + name, data, use_multipart=False)
 
-    def put_new(self, name: str, data: bytes) -> str | None:
-        """Make an object if it is not there. Returns its e_tag; None where it is there. Raises
+    def put_new(self, name: str, data: bytes) -> Tag | None:
+        """Make an object if it is not there. Returns its tag; None where it is there. Raises
         NotImplementedError where the store knows no such condition."""
         return self._put_if(name, data, "create")
 
-    def replace(self, name: str, data: bytes, e_tag: str) -> str | None:
-        """Replace an object if it still has that e_tag. Returns the new one; None where it has not. Raises
+    def replace(self, name: str, data: bytes, tag: Tag) -> Tag | None:
+        """Replace an object if it still has that tag. Returns the new one; None where it has not. Raises
         NotImplementedError where the store knows no such condition."""
-        return self._put_if(name, data, {"e_tag": e_tag})
+        return self._put_if(name, data, {name: value for name, value in tag._asdict().items() if value})
 
-    def _put_if(self, name: str, data: bytes, mode: Any) -> str | None:
+    def _put_if(self, name: str, data: bytes, mode: Any) -> Tag | None:
         try:
             with asking(self / name, self.root):
-                return str(self.store.put(self.prefix + name, data, mode=mode, use_multipart=False)["e_tag"])
+                put = self.store.put(self.prefix + name, data, mode=mode, use_multipart=False)
+                return Tag(put["e_tag"] or "", put["version"] or "")
         except FileNotFoundError:  # what was to be replaced is gone
             return None
         except Exception as e:
@@ -178,12 +190,8 @@ class CloudPlace:
     def delete(self, names: Iterable[str]) -> None:
         """What is not there does no harm."""
         for name in names:
-            with asking(self / name, self.root):
-                try:
-                    self.store.delete(self.prefix + name)
-                except FileNotFoundError as e:
-                    if "Code>" in str(e):
-                        raise
+            with suppress(FileNotFoundError), asking(self / name, self.root):
+                self.store.delete(self.prefix + name)
 
     def copy(self, name: str, to: "CloudPlace", new_name: str, nbytes: int) -> None:
         """A copy of an object of that size in the same bucket; by this machine where the store makes none."""

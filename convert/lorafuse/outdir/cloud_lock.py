@@ -1,5 +1,5 @@
 """One run for one result at a time, in an object store: an object that is made only if it is not there, and
-that its run replaces every few seconds. Who holds it is told by its ETag; when it was replaced, by the clock
+that its run replaces every few seconds. Who holds it is told by its tag; when it was replaced, by the clock
 of the store alone.
 
 A lock whose run is gone ends by itself: at once on the machine of that run, elsewhere after LEASE_S seconds.
@@ -13,7 +13,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 from lorafuse.errors import HeldError, OutDirError, StorageError, shown
-from lorafuse.files.cloud_store import CloudPlace
+from lorafuse.files.cloud_store import CloudPlace, Tag
 
 LEASE_S, RENEW_S = 90, 20
 LOCK, CLOCK = "lock", "clock-"
@@ -30,7 +30,7 @@ class CloudLock:
     def __init__(self, hidden: CloudPlace, out: str, run: str) -> None:
         self._hidden, self._out, self._run = hidden, out, run
         self._content = json.dumps({"run": run, **_process(os.getpid())}).encode()
-        self._e_tag = ""
+        self._tag: Tag | None = None
         self._taken_over = False
         self._ended, self._renewing = Event(), Lock()
         self._thread: Thread | None = None
@@ -38,36 +38,36 @@ class CloudLock:
 
     @property
     def is_held(self) -> bool:
-        return bool(self._e_tag) and not self._taken_over
+        return self._tag is not None and not self._taken_over
 
     def acquire(self) -> None:
         """Raises HeldError when another run has it, StorageError."""
         try:
-            e_tag = self._own(self._hidden.put_new(LOCK, self._content)) or self._after_another()
+            tag = self._own(self._hidden.put_new(LOCK, self._content)) or self._after_another()
         except NotImplementedError:
             self.is_known = False
             return
-        if not e_tag:
+        if not tag:
             raise HeldError(
                 f"{shown(self._out)}: another run is writing it; wait for it, or choose another place. (The "
                 f"lock of a run that was killed on another machine ends after {LEASE_S} seconds.)"
             )
-        self._e_tag = e_tag
+        self._tag = tag
         self._thread = Thread(target=self._renew_often, name="lock", daemon=True)
         self._thread.start()
 
-    def _own(self, e_tag: str | None) -> str | None:
+    def _own(self, tag: Tag | None) -> Tag | None:
         """The same, or that of the lock where this run made it: of an answer that was lost the condition does
         not hold when the call is made again."""
-        if e_tag:
-            return e_tag
+        if tag:
+            return tag
         with suppress(FileNotFoundError):
             data, meta = self._hidden.get(LOCK)
-            return meta.e_tag if data == self._content else None
+            return meta.tag if data == self._content else None
         return None
 
-    def _after_another(self) -> str | None:
-        """The ETag, where the lock was that of a run that is no more: of two that see it, one replaces it."""
+    def _after_another(self) -> Tag | None:
+        """The tag, where the lock was that of a run that is no more: of two that see it, one replaces it."""
         try:
             data, meta = self._hidden.get(LOCK)
         except FileNotFoundError:  # released in between
@@ -76,7 +76,7 @@ class CloudLock:
             now = self._now()
             if now is None or (now - meta.modified).total_seconds() < LEASE_S:
                 return None
-        return self._own(self._hidden.replace(LOCK, self._content, meta.e_tag))
+        return self._own(self._hidden.replace(LOCK, self._content, meta.tag))
 
     def _now(self) -> datetime | None:
         """By the store's clock; None where another run has just cleaned up."""
@@ -99,12 +99,12 @@ class CloudLock:
         if not self.is_known:
             return
         with self._renewing:
-            if self.is_held:
+            if self._tag and not self._taken_over:
                 # Other content each time, since an ETag is a hash of it, as a rule.
                 holder = {**json.loads(self._content), "renewed": os.urandom(4).hex()}
                 self._content = json.dumps(holder).encode()
-                e_tag = self._own(self._hidden.replace(LOCK, self._content, self._e_tag))
-                self._e_tag, self._taken_over = e_tag or "", not e_tag
+                self._tag = self._own(self._hidden.replace(LOCK, self._content, self._tag))
+                self._taken_over = self._tag is None
         self.check()
 
     def check(self) -> None:
@@ -120,7 +120,7 @@ class CloudLock:
             with suppress(StorageError, OSError, OutDirError):  # a lock whose run is gone does no harm
                 self.renew()
                 self._hidden.delete([LOCK])
-        self._e_tag = ""
+        self._tag = None
 
 
 def _process(pid: int) -> dict[str, Any]:
