@@ -69,9 +69,9 @@ def batch(
 
     JOBS is a directory whose sub-directories are adapters, or a JSONL file of {"adapter": PATH,
     "name"?: NAME, "scale"?, "dtype"?, "format"?}; relative paths start at the file. CKPT and adapters are
-    directories or hub ids org/name[@revision]. Each result is what `lorafuse convert` makes; the base is read
-    and decoded once for many. One that is there already is skipped, and one that fails does not cost the
-    others.
+    directories or hub ids org/name[@revision]; all may be URLs s3://, gs://, az://. Each result is what
+    `lorafuse convert` makes; the base is read and decoded once for many. One that is there already is
+    skipped, and one that fails does not cost the others.
 
     \b
     Examples:
