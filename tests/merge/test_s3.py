@@ -264,6 +264,20 @@ def test_killed_and_resumed(s3, inputs, clean):
     check(s3, clean)
 
 
+def test_interrupted(s3, inputs, clean):
+    """By Ctrl-C: the lock is gone, and the same command goes on."""
+    with s3.disturbed(times(1, 2.0, "PUT", "/out/model-00003")):
+        command = [*map(str, inputs), OUT, "--max-shard-size", SHARD]
+        process = subprocess.Popen([sys.executable, "-m", "lorafuse", "convert", "-q", *command])
+        wait_for(lambda: any("/out/model-00003" in path for _, path in s3.log), process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    left = s3.keys("models")
+    assert any("/done/" in key for key in left) and not [key for key in left if key.endswith("/lock")]
+    merged(inputs)
+    check(s3, clean)
+
+
 def test_two_runs_at_once(s3, inputs, clean):
     """One has the lock; of the other nothing is left."""
     with s3.disturbed(times(1, 2.0, "PUT", "/out/model-00001")):
