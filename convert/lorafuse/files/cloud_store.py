@@ -6,8 +6,8 @@ all else; where a condition of a call did not hold, the function says so.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cache, partial
 from threading import Lock
@@ -57,7 +57,7 @@ class Tag(NamedTuple):
 class CloudPlace:
     """The objects of the bucket `root` whose keys begin with `prefix`: empty, or with a slash at its end."""
 
-    store: Any
+    store: Any = field(compare=False, repr=False)
     root: str
     prefix: str = ""
 
@@ -221,17 +221,22 @@ class CloudWriter:
             )
 
     def write(self, data: Any) -> None:
-        try:
-            with asking(self.label, self._root):
-                self._writer.write(data)
-        except FileNotFoundError:
-            raise StorageError(f"{shown(self.label)}: its upload is gone; something removed it.") from None
+        with self._asking():
+            self._writer.write(data)
 
     def finish(self) -> None:
         """The object is complete."""
-        with asking(self.label, self._root):
+        with self._asking():
             self._writer.close()
         self._is_open = False
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            with asking(self.label, self._root):
+                yield
+        except FileNotFoundError:
+            raise StorageError(f"{shown(self.label)}: its upload is gone; something removed it.") from None
 
     def close(self) -> None:
         """Give it up, unless it is finished. What cannot be removed now is left to a rule of the bucket."""

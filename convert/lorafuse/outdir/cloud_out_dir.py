@@ -140,8 +140,8 @@ class CloudOutDir:
 
     def _files(self) -> dict[str, Meta]:
         """All complete files. What an earlier run finished and this one does not need is none."""
-        before = {str(run.out): {meta.name: meta for meta in run.out.everything()} for run in self._before}
-        used = {file: before[str(place)][file] for file, place in self._at.items()}
+        before = {run.out: {meta.name: meta for meta in run.out.everything()} for run in self._before}
+        used = {file: before[place][file] for file, place in self._at.items()}
         return used | {meta.name: meta for meta in self._staged.everything()}
 
     def _where(self, file: str) -> CloudPlace:
