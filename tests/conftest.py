@@ -163,7 +163,7 @@ def s3_server(tmp_path_factory):
 def s3(s3_server, tmp_path, monkeypatch):
     """The same with an empty bucket `models`, and as the store that s3:// is; errors that may pass are told
     soon."""
-    from lorafuse.files import cloud_store
+    from lorafuse.files import cloud_client
 
     s3_server.bucket("models")
     s3_server.log.clear()
@@ -175,9 +175,9 @@ def s3(s3_server, tmp_path, monkeypatch):
         ("AWS_ENDPOINT_URL", s3_server.url),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cloud_store, "N_RETRIES", 3)
-    monkeypatch.setattr(cloud_store, "FIRST_WAIT_S", 0.02)
-    monkeypatch.setattr(cloud_store, "LONGEST_WAIT_S", 0.1)
-    cloud_store._store.cache_clear()
+    monkeypatch.setattr(cloud_client, "N_RETRIES", 3)
+    monkeypatch.setattr(cloud_client, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(cloud_client, "LONGEST_WAIT_S", 0.1)
+    cloud_client._store.cache_clear()
     yield s3_server
-    cloud_store._store.cache_clear()
+    cloud_client._store.cache_clear()

@@ -17,7 +17,7 @@ from scenario import N_SHARDS, SHARD, five_shards, uninterrupted, without_times
 
 import lorafuse
 from lorafuse.errors import HeldError, OutDirError, StorageError
-from lorafuse.files import cloud_store
+from lorafuse.files import cloud_client, cloud_store
 from lorafuse.files.cloud_store import CloudPlace
 from lorafuse.files.names import RECEIPT
 from lorafuse.outdir import cloud_lock
@@ -33,7 +33,7 @@ OLD = {"config.json": b"old", "model.safetensors": b"old", RECEIPT: b"old", "sub
 def store(monkeypatch):
     """What memory:// is. A killed run is gone, although its process is this one."""
     store = DisturbedStore()
-    monkeypatch.setattr(cloud_store, "opened", lambda url: store)
+    monkeypatch.setattr(cloud_client, "opened", lambda url: store)
     monkeypatch.setattr(obstore, "open_writer", DisturbedWriter)
     monkeypatch.setattr(cloud_lock, "_is_gone", lambda lock: True)
     return store

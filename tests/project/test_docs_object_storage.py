@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from lorafuse import cli
+from lorafuse.files.cloud_client import ALL_WAITS_S
 from lorafuse.files.cloud_folder import CloudFolder
-from lorafuse.files.cloud_store import ALL_WAITS_S, LARGEST_COPY_NBYTES, CloudPlace
+from lorafuse.files.cloud_store import LARGEST_COPY_NBYTES, CloudPlace
 from lorafuse.files.cloud_url import SCHEMES
 from lorafuse.outdir import cloud
 from lorafuse.outdir.cloud_lock import LEASE_S, RENEW_S

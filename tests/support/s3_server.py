@@ -149,14 +149,15 @@ def _handler(server: S3Server) -> type[BaseHTTPRequestHandler]:
         def _pass(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             server.log.append((self.command, self.path))
-            done = next((d for fault in server.faults if (d := fault(self.command, self.path))), None)
-            if done == "cut":
+            faults = server.faults
+            done = next((d for fault in faults if (d := fault(self.command, self.path))), None)
+            if isinstance(done, float):
+                time.sleep(done)
+            if done == "cut" or faults is not server.faults:  # who asked is gone, and shall have no effect
                 self._break()
             elif isinstance(done, tuple):
                 self._answer(done[0], {}, done[1])
             else:
-                if isinstance(done, float):
-                    time.sleep(done)
                 status, headers, data = self._asked(body)
                 if done == "lost":
                     self._break()

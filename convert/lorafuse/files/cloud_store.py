@@ -4,31 +4,23 @@ Names are relative to the URL. Errors: FileNotFoundError for an object that is n
 all else; where a condition of a call did not hold, the function says so.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from functools import cache, partial
-from threading import Lock
+from datetime import datetime
+from functools import partial
 from time import sleep
 from typing import Any, NamedTuple, TypeVar
 
-from lorafuse._version import __version__
-from lorafuse.errors import StorageError, UsageError, shown
-from lorafuse.files.cloud_aws import aws_options
-from lorafuse.files.cloud_errors import asking, explained, is_broken, not_installed
-from lorafuse.files.cloud_url import S3, CloudUrl, cloud_url
-from lorafuse.files.names import scheme_of
+from lorafuse.errors import StorageError, shown
+from lorafuse.files import cloud_client
+from lorafuse.files.cloud_errors import asking, is_broken
+from lorafuse.files.cloud_url import cloud_url
 
-# A call is made again after an error that may pass: connections that break, 5xx, throttling.
-N_RETRIES, FIRST_WAIT_S, LONGEST_WAIT_S, ALL_WAITS_S = 8, 0.2, 8, 90
 N_BREAKS = 4  # of an answer, before it is given up
-CONNECT_S, REQUEST_S = 5, 60
 LARGEST_COPY_NBYTES = 5 << 30  # of one call of S3
 COPIED_NBYTES = 8 << 20
 CHUNK_NBYTES = 1 << 17  # of an answer, which is not here twice
-_LOCK = Lock()
 T = TypeVar("T")
 
 
@@ -65,7 +57,7 @@ class CloudPlace:
     def at(cls, url: str) -> "CloudPlace":
         """Raises UsageError for a URL that names no bucket, or where obstore is not installed."""
         parts = cloud_url(url)
-        return cls(opened(parts), parts.root, f"{parts.prefix}/" if parts.prefix else "")
+        return cls(cloud_client.opened(parts), parts.root, f"{parts.prefix}/" if parts.prefix else "")
 
     def __str__(self) -> str:
         return f"{self.root}/{self.prefix}".rstrip("/") if self.prefix else self.root
@@ -145,7 +137,7 @@ class CloudPlace:
     def _read(self, name: str, call: Callable[[], T]) -> T:
         """What a call returns that changes nothing; it is made again when an answer broke off."""
         label = self / name if name else str(self)
-        for wait_s in (FIRST_WAIT_S * 2**n for n in range(N_BREAKS)):
+        for wait_s in (cloud_client.FIRST_WAIT_S * 2**n for n in range(N_BREAKS)):
             with asking(label, self.root):
                 try:
                     return call()
@@ -268,45 +260,3 @@ def _meta(entry: Any, prefix: str) -> Meta:
         entry["version"] or "",
         entry["last_modified"],
     )
-
-
-def opened(url: CloudUrl) -> Any:
-    """The store of a bucket, which all who use it share. Raises UsageError."""
-    with _LOCK:
-        return _store(url.root)
-
-
-@cache
-def _store(root: str) -> Any:
-    os.environ.setdefault("TOKIO_WORKER_THREADS", "2")  # of obstore; one a core would hold memory in each
-    try:
-        from obstore.store import MemoryStore, from_url
-    except ImportError:
-        raise not_installed(root) from None
-    scheme = scheme_of(root)
-    if scheme == "memory":
-        return MemoryStore()
-    client = {
-        "user_agent": f"lorafuse/{__version__}",
-        "connect_timeout": timedelta(seconds=CONNECT_S),
-        "timeout": timedelta(seconds=REQUEST_S),
-    }
-    retries = {
-        "max_retries": N_RETRIES,
-        "backoff": {
-            "init_backoff": timedelta(seconds=FIRST_WAIT_S),
-            "max_backoff": timedelta(seconds=LONGEST_WAIT_S),
-        },
-        "retry_timeout": timedelta(seconds=ALL_WAITS_S),
-    }
-    options = aws_options(os.environ, root) if scheme in S3 else {}
-    client |= options.pop("client_options", {})
-    try:
-        return from_url(root, client_options=client, retry_config=retries, **options)  # type: ignore[call-overload]
-    except Exception as e:
-        if "Account must be specified" in str(e):
-            raise UsageError(
-                f"{shown(root)}: names no account; set AZURE_STORAGE_ACCOUNT_NAME, or give "
-                "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/FOLDER."
-            ) from None
-        raise explained(e, root, root) from None
