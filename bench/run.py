@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from bench.memory import peak
-from bench.speed import base_quant, bases, batch, compute, kernel, peers
+from bench.speed import base_quant, bases, batch, compute, cores, kernel, peers
 from bench.support import measure
 
 LAYERS = 16
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "base_quant": base_quant,
     "memory": peak,
     "peers": peers,
+    "cores": cores,
     "batch": batch,
 }
 TITLES = {
@@ -30,6 +31,7 @@ TITLES = {
     "base_quant": "CPU time of --base-quant",
     "memory": "Memory",
     "peers": "The whole merge",
+    "cores": "Many cores",
     "batch": "Many adapters",
 }
 PREAMBLE = """# Benchmarks

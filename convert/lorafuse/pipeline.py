@@ -25,6 +25,7 @@ from lorafuse.files.names import scheme_of
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import (
     Name,
+    asks_for_base,
     checkpoint_folder,
     located_adapter,
     named_base,
@@ -37,7 +38,7 @@ from lorafuse.planning.announce import announced
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import kept_in_sum
-from lorafuse.settings import Push, Settings, parse_nbytes
+from lorafuse.settings import JOB_NAME, Push, Settings, parse_nbytes
 from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
@@ -79,6 +80,8 @@ def convert(
     )  # fmt: skip
     named = [named_weight((adapter, settings.adapter_scale)), *map(named_weight, adapters)]
     push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
+    if push and JOB_NAME in push.repo:
+        raise UsageError(f"push_to_hub is {push.repo!r}; {JOB_NAME} is for a batch.")
     writing = Writing(as_typed(out_dir), overwrite, restart, dry_run, stream, push, card or bool(push))
     return cast(dict[str, Any], _convert(directory_as_typed(ckpt), named, writing, settings, on_event))
 
@@ -96,11 +99,7 @@ class Writing(NamedTuple):
 
 
 def _convert(
-    ckpt: str,
-    named: Sequence[tuple[str, float]],
-    writing: Writing,
-    settings: Settings,
-    on_event: OnEvent,
+    ckpt: str, named: Sequence[tuple[str, float]], writing: Writing, settings: Settings, on_event: OnEvent
 ) -> Receipt | PlanEvent:
     """The same with checked options. `named`: (adapter, weight) of all adapters."""
     began, device, check = time.perf_counter(), pick_device(settings.device), partial(_check_out_dir, writing)
@@ -111,15 +110,14 @@ def _convert(
         for (name, weight), folder_name in zip(named, folder_names, strict=True)
     ]
     with opened(located) as adapters:
-        ckpt = named_base(ckpt, adapters[0].adapter)
+        if asks_for_base(ckpt):
+            ckpt = named_base(adapters[0].adapter.folder, adapters[0].adapter.config)
         ckpt_folder = checkpoint_folder(ckpt)
         check([ckpt_folder, *(adapter.root for adapter in located)])
         with closing(Checkpoint(ckpt_folder)) as base:
             settings = settled(settings, base, [folder for each in located for folder in each.folders])
-            plan = make_plan(
-                base, adapters, settings,
-                each_format=writing.dry_run, held_by_writing=kind_of(writing.out_dir).held_nbytes,
-            )  # fmt: skip
+            held = kind_of(writing.out_dir).held_nbytes
+            plan = make_plan(base, adapters, settings, each_format=writing.dry_run, held_by_writing=held)
             warnings, planned = announced(plan, dry_run=writing.dry_run)
             for warning in warnings:
                 on_event(warning)

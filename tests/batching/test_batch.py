@@ -381,17 +381,17 @@ def test_a_read_error(whose, ckpt, jobs, run, out, tmp_path, monkeypatch):
 
 def test_a_full_disk_ends_the_call(ckpt, jobs, run, out, monkeypatch):
     monkeypatch.setattr(passes, "MAX_MEMBERS", 2)
-    write = os.write
+    write = os.pwrite
 
-    def full(fd, data):
+    def full(fd, data, at):
         if (out / "b").exists() and os.readlink(f"/proc/self/fd/{fd}").endswith(".part"):
             monkeypatch.setattr(
                 os, "statvfs", lambda path: SimpleNamespace(f_bavail=3, f_frsize=4096, f_blocks=1, f_files=0)
             )
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(fd, data)
+        return write(fd, data, at)
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(StorageError) as caught:
         run(ckpt, jobs, out)
     message, missing = str(caught.value), int(re.search(r"full; (\d+) bytes", str(caught.value))[1])
@@ -452,7 +452,7 @@ def test_a_result_of_something_else_is_not_taken_for_it(ckpt, jobs, run, out, tm
     for name, reason in reasons.items():
         assert (
             str(run.error(name))
-            == f"{out / name}: exists, but {reason}; --overwrite replaces it once the new one is complete."
+            == f"{out / name}: exists, but {reason}; overwrite=True replaces it once the new one is complete."
         )
     assert files_of(out) == before
     os.truncate(jobs / "a" / "adapter_config.json", 0)  # an adapter that is broken now costs no result
@@ -464,7 +464,7 @@ def test_a_result_of_something_else_is_not_taken_for_it(ckpt, jobs, run, out, tm
 def test_other_settings_or_another_checkpoint(ckpt, jobs, run, out, tmp_path):
     run(ckpt, jobs, out)
     run(ckpt, jobs, out, dtype="float16", adapter_scale=2.0)
-    assert "exists, but was made with other settings (adapter_scale, dtype); --overwrite" in str(
+    assert "exists, but was made with other settings (adapter_scale, dtype); overwrite=True" in str(
         run.error("a")
     )
     other = write_checkpoint(
@@ -566,6 +566,7 @@ def test_values_of_the_base_that_are_not_finite(run, jobs, out, tmp_path):
     tensors["model.layers.0.self_attn.q_proj.weight"][1, 2] = torch.inf
     ckpt = write_checkpoint(tmp_path / "ckpt", tensors)
     assert run(ckpt, jobs, out) == dict.fromkeys("abcd", "failed")
+    assert run.error("a").exit_code == 3
     assert str(run.error("a")).startswith(
         "model.layers.0.self_attn.q_proj.weight: 1 of 256 values are not finite in the base;"
     )

@@ -38,7 +38,7 @@ def open_out_dir(out_dir, plan_id, attempt=None, *, overwrite=False, restart=Fal
     return ZipOutDir(out_dir)
 
 
-def held_nbytes(file_nbytes, ckpt):
+def held_nbytes(sizes, ckpt):
     return 0
 
 

@@ -50,7 +50,7 @@ def test_what_is_said() -> None:
     assert f"every {RENEW_S} seconds" in PAGE and f"after {LEASE_S} seconds" in PAGE
     assert f"up to {ALL_WAITS_S} seconds" in PAGE and f"{LARGEST_COPY_NBYTES >> 30} GiB" in PAGE
     assert {*re.findall(r"`(\w+)://", PAGE)} - {"file"} <= {*SCHEMES}
-    held = cloud.held_nbytes(5 * 10**9, CloudFolder(CloudPlace(None, "s3://x")))
+    held = cloud.held_nbytes([5 * 10**9], CloudFolder(CloudPlace(None, "s3://x")))
     assert f"{CloudFolder.held_nbytes / 1e6:.0f} MB of it" in PAGE and f"{held / 1e6:.0f} MB parts" in PAGE
 
 

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from lorafuse.arguments import checked
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
+from lorafuse.batching.base_of_all import base_of_all
 from lorafuse.batching.common_files import CommonFiles
+from lorafuse.batching.destinations import Destinations
 from lorafuse.batching.existing_results import ExistingResults
 from lorafuse.batching.jobs import Job, JobState, checked_share, refuse_overlap, share_of
 from lorafuse.batching.jobs_afar import listed_jobs
 from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
+from lorafuse.batching.pushes import pushes_of
 from lorafuse.batching.rehearsal import Rehearsal
 from lorafuse.errors import LorafuseError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
@@ -23,11 +26,12 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named
 from lorafuse.files.local_folder import as_typed, directory_as_typed
+from lorafuse.files.names import scheme_of
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
-from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter
+from lorafuse.inputs.located import Name, asks_for_base, checkpoint_folder, located_adapter
 from lorafuse.outdir.kinds import kind_of
-from lorafuse.settings import Settings, parse_nbytes
+from lorafuse.settings import Push, Settings, parse_nbytes
 from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
@@ -35,43 +39,29 @@ from lorafuse.trained_base.options import chosen_quants
 @checked
 @own_torch_state()
 def batch(
-    ckpt: Name,
-    jobs: Name,
-    out_root: Name,
-    *,
-    dtype: str = "auto",
-    format: str = "dense",
-    keep_dense: Sequence[str] = (),
-    rounding: str | None = None,
-    max_shard_size: str | int = "5GB",
-    device: str = "auto",
-    memory_limit: str | int = "100MB",
+    ckpt: Name, jobs: Name, out_root: Name, *,
+    dtype: str = "auto", format: str = "dense", keep_dense: Sequence[str] = (), rounding: str | None = None,
+    max_shard_size: str | int = "5GB", device: str = "auto", memory_limit: str | int = "100MB",
     adapter_scale: float = 1.0,
-    base_quant: str = "none",
-    double_quant: bool = True,
-    quant_blocksize: int = 64,
-    quant_skip: Sequence[str] = (),
-    quant_experts: bool = False,
-    base_quant_from: Name | None = None,
-    share: str = "auto",
-    index: int | None = None,
-    of: int | None = None,
-    allow_nonfinite: bool = False,
-    overwrite: bool = False,
-    restart: bool = False,
-    dry_run: bool = False,
+    base_quant: str = "none", double_quant: bool = True, quant_blocksize: int = 64,
+    quant_skip: Sequence[str] = (), quant_experts: bool = False, base_quant_from: Name | None = None,
+    share: str = "auto", index: int | None = None, of: int | None = None,
+    allow_nonfinite: bool = False, overwrite: bool = False, restart: bool = False, dry_run: bool = False,
+    stream: bool = False, push_to_hub: str | Push | None = None,
     on_event: OnEvent = ignore,
-) -> list[JobState]:
+) -> list[JobState]:  # fmt: skip
     """Merge many adapters into one checkpoint, each into `out_root`/NAME, to the byte what `convert` makes.
 
-    `jobs` is a directory whose sub-directories are adapters, or a JSONL file of {"adapter", "name"?,
-    "scale"?, "dtype"?, "format"?}; `index` and `of` choose a share of them (default: that of a Slurm array
-    task or a Kubernetes Indexed Job, else all). A result that is there already and was made from the same
-    inputs with the same settings is skipped. `share` says how files that no adapter changes are shared
-    between results: "reflink", "hardlink", "copy", or "auto", the first that works. The other options are
-    those of `convert`. Returns a state for each job; a failed job does not cost the others. `on_event` gets
-    the events of `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no
-    job can go on; the same call goes on with the rest.
+    `ckpt` may be "auto", the base that all adapters' configs name. `jobs` is a directory whose
+    sub-directories are adapters, or a JSONL file of {"adapter", "name"?, "scale"?, "dtype"?, "format"?,
+    "repo"?}; `index` and `of` choose a share of them (default: that of a Slurm array task or a Kubernetes
+    Indexed Job, else all). A result that is there already and was made from the same inputs with the same
+    settings is skipped. `share` says how files that no adapter changes are shared between results: "reflink",
+    "hardlink", "copy", or "auto", the first that works. `push_to_hub`: a pattern of repositories, such as
+    "me/{name}"; results stay here, too. The other options are those of `convert`. Returns a state for each
+    job; a failed job does not cost the others. `on_event` gets the events of `convert` with a "job" more,
+    "pass" and "job". Raises a LorafuseError or an OSError when no job can go on; the same call goes on with
+    the rest.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
@@ -80,7 +70,8 @@ def batch(
         **chosen_quants(format, base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
     )  # fmt: skip
-    chosen = Chosen(share, index, of, overwrite, restart, dry_run)
+    push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
+    chosen = Chosen(share, index, of, overwrite, restart, dry_run, stream, push)
     return _batch(directory_as_typed(ckpt), as_typed(jobs), as_typed(out_root), settings, chosen, on_event)
 
 
@@ -94,6 +85,8 @@ class Chosen:
     overwrite: bool
     restart: bool
     dry_run: bool
+    stream: bool
+    push: Push | None
 
 
 def _batch(
@@ -106,10 +99,14 @@ def _batch(
         raise UsageError(f"share is {shown(chosen.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
     number, n_workers = checked_share(chosen.index, chosen.of, os.environ)
     everything, others = listed_jobs(jobs)
+    pushes = pushes_of(everything, chosen.push)
+    if pushes and scheme_of(out_root):
+        raise UsageError(f"{shown(out_root)}: push_to_hub needs a directory of this machine.")
     for name in others:
         on_event({"event": "warning", "message": f"{shown(name)}: holds no adapter, and is left out."})
     todo = share_of(everything, number, n_workers)
     device = pick_device(settings.device)
+    ckpt = base_of_all(everything) if asks_for_base(ckpt) else ckpt
     ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)
     with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, as_named(ckpt), []) as hashes:
@@ -119,10 +116,12 @@ def _batch(
         under_way = Batch(
             base, root, settings, finished, common_files, deque(todo), on_event,
             Rehearsal(base, str(root), chosen.share, device) if chosen.dry_run else None, chosen.overwrite,
+            chosen.stream, Destinations(as_named(ckpt), pushes),
         )  # fmt: skip
         one_pass = Pass(
             base, hashes.result, device, chosen.overwrite, chosen.restart, under_way.done, under_way.failed,
             common_files.divide, asks_for_room=False,  # a batch asks while it puts the pass together
+            stream=chosen.stream,
         )  # fmt: skip
         under_way.run(one_pass)
     return [under_way.states[job.name] for job in todo]

@@ -2,27 +2,27 @@
 knows how a job is done.
 
 JOBS is a directory whose sub-directories are adapters, or a JSONL file with a {"adapter", "name"?, "scale"?,
-"dtype"?, "format"?} in each line.
+"dtype"?, "format"?, "repo"?} in each line.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from lorafuse.batching.places import around, folders_there, inside
 from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, shown
 from lorafuse.files.folder import Folder
-from lorafuse.files.folders import has_scheme, open_folder
+from lorafuse.files.folders import has_scheme
 from lorafuse.files.hub import hub_name
 from lorafuse.files.local_folder import as_typed
-from lorafuse.outdir.apart import Id, contents_of, place_of, places_of
+from lorafuse.outdir.apart import places_of
 from lorafuse.settings import DTYPE_CHOICES, FORMAT_CHOICES, Settings, dtype_named
 
-KEYS = ("adapter", "name", "scale", "dtype", "format")
+KEYS = ("adapter", "name", "scale", "dtype", "format", "repo")
 MAX_NAME_NBYTES = 200  # a directory entry has 255, and the staging directory's name is longer
 # What tells a worker its number, and how many there are.
 SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
@@ -31,14 +31,15 @@ KUBERNETES = ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter and the name of its result. `scale` and `dtype` take the place of the call's, where they
-    are given."""
+    """One adapter and the name of its result. `scale`, `dtype`, `format` and `repo`, where the result goes on
+    the hub, take the place of the call's, where they are given."""
 
     adapter: str  # a directory or a hub id
     name: str
     scale: float | None = None
     dtype: str | None = None
     format: str | None = None
+    repo: str | None = None
 
     def settings(self, of_call: Settings) -> Settings:
         """The settings of a single run that makes the same."""
@@ -69,7 +70,9 @@ def read_jobs(path: Path) -> list[Job]:
     if path.is_dir():
         folders = [folder for folder in sorted(path.iterdir()) if _is_job(folder)]
         jobs = [Job(str(folder), folder.name) for folder in folders if not _is_other(folder)]
-        empty = "has no sub-directory with an adapter" if folders else "has no sub-directory"
+        empty = f"has no sub-directory{' with an adapter' if folders else ''}"
+        if (path / "adapter_config.json").exists():
+            empty += ", but is an adapter itself, which `lorafuse convert` merges"
     else:
         jobs = _read_lines(path)
         empty = "has no line"
@@ -144,19 +147,21 @@ def _parse(line: bytes, locate: Callable[[str], str]) -> Job:
         raise ValueError(
             f"has the unknown key {listed(sorted(entry.keys() - set(KEYS)))}; known are {listed(KEYS)}"
         )
-    adapter, name, scale, dtype, form = (entry.get(key) for key in KEYS)
+    adapter, name, scale, dtype, form, repo = (entry.get(key) for key in KEYS)
     if not isinstance(adapter, str) or not adapter or "\0" in adapter:
         raise ValueError(f"the adapter is {shown(adapter)}; expected a directory or a hub id")
     if not (scale is None or _is_finite(scale)):
-        raise ValueError(f"the scale is {shown(scale, 50)}; expected a finite number")
+        raise ValueError(f"the scale is {shown(repr(scale), 50)}; expected a finite number")
     dtype = dtype_named(dtype)
     if dtype is not None and dtype not in DTYPE_CHOICES:
         raise ValueError(f"the dtype is {shown(dtype)}; expected one of {', '.join(DTYPE_CHOICES)}")
     if form is not None and form not in FORMAT_CHOICES:
         raise ValueError(f"the format is {shown(form)}; expected one of {', '.join(FORMAT_CHOICES)}")
+    if repo is not None and not isinstance(repo, str):
+        raise ValueError(f"the repo is {shown(repo)}; expected a repository on the hub")
     located = locate(adapter)
     named = _checked_name(_name_of(located) if "name" not in entry else name)
-    return Job(located, named, None if scale is None else float(scale), dtype, form)
+    return Job(located, named, None if scale is None else float(scale), dtype, form, repo)
 
 
 def _name_of(adapter: str) -> str:
@@ -207,42 +212,19 @@ def refuse_overlap(jobs: Sequence[Job], out_root: Folder, ckpt: Folder) -> None:
     checkpoint, or one job's name is where the adapter or the checkpoint of another lies."""
     if out_root.exists("") and not out_root.is_there():
         raise OutDirError(f"{shown(out_root)}: exists and is not a directory.")
-    if ckpt.is_there() and _around(ckpt)[0] in _around(out_root):
+    if ckpt.is_there() and around(ckpt)[0] in around(out_root):
         raise OutDirError(
             f"{shown(out_root)}: is or lies inside the input {shown(ckpt)}; choose another directory."
         )
-    name_of = {place: job.name for job in jobs for place in _inside(out_root.sub_folder(job.name))}
-    for folder in (ckpt, *_folders_of(jobs)):
-        places = places_of(folder.local_path) if folder.local_path else _around(folder)
+    name_of = {place: job.name for job in jobs for place in inside(out_root.sub_folder(job.name))}
+    for folder in (ckpt, *folders_there(job.adapter for job in jobs)):
+        places = places_of(folder.local_path) if folder.local_path else around(folder)
         name = next((name_of[place] for place in places if place in name_of), None)
         if name is not None:
             raise OutDirError(
                 f"{shown(out_root)}: the result {shown(name)} would take the place of the input "
                 f"{shown(folder.local_path or folder)}."
             )
-
-
-def _folders_of(jobs: Sequence[Job]) -> Iterator[Folder]:
-    """Where the adapters of jobs lie, as far as that can be told; else it is the job's own error, later."""
-    for job in jobs:
-        with suppress(OSError, UsageError):
-            folder = open_folder(job.adapter)
-            if folder.is_there():
-                yield folder
-
-
-def _around(folder: Folder) -> Sequence[Id | PurePath]:
-    """A folder and what it lies in, innermost first: by device and inode, or by its URL, which is nothing
-    that lies on this machine."""
-    if folder.local_path:
-        return place_of(folder.local_path)
-    url = PurePath(folder.address)
-    return [url, *url.parents]
-
-
-def _inside(folder: Folder) -> Iterable[Id | PurePath]:
-    """A folder and what lies in it, in the same terms. A URL stands for all in it."""
-    return contents_of(folder.local_path) if folder.local_path else [PurePath(folder.address)]
 
 
 def share_of(jobs: Sequence[Job], index: int, of: int) -> list[Job]:

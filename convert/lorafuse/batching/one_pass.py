@@ -8,7 +8,7 @@ called that.
 import errno
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from lorafuse.batching.publication import Publication
 from lorafuse.errors import LorafuseError
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.names import RECEIPT
+from lorafuse.files.names import RECEIPT, scheme_of
 from lorafuse.inputs.fetching import Fetching
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.merge.destination import Written
@@ -26,7 +26,7 @@ from lorafuse.outdir.free_space import check_room, told_when_full
 from lorafuse.outdir.journal import Attempt
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.outdir.out_dir import OutDir
-from lorafuse.outdir.output import Output, output_of
+from lorafuse.outdir.output import N_FINISHING, Output, output_of
 from lorafuse.outdir.read_back import verify_shards
 from lorafuse.outdir.sidecars import copied_files, write_json, write_sidecars
 from lorafuse.planning.plan import Memory, Plan
@@ -106,15 +106,15 @@ class Pass:
             outputs = [making.commons for making in in_progress if making.commons]
             outputs += [making.main for making in in_progress]
             side_files = [file for making in in_progress for file in copied_files(making.job.plan)]
-            fetching = self._fetching(outputs, in_progress)
-            if self.asks_for_room:
-                check_room(outputs, side_files, fetching.nbytes_beside)
-            fetching.refuse_full_cache()
-            allow_nonfinite = jobs[0].settings.allow_nonfinite
-            with told_when_full(outputs, side_files):
-                with fetching.feed() as feed:
-                    merge(outputs, memory, self.device, allow_nonfinite=allow_nonfinite, feed=feed)
-                return [making.job for making in in_progress if not self._conclude(making, began)]
+            with closing(self._fetching(outputs, in_progress)) as fetching:
+                if self.asks_for_room:
+                    check_room(outputs, side_files, fetching.nbytes_beside)
+                fetching.refuse_full_cache()
+                allow_nonfinite = jobs[0].settings.allow_nonfinite
+                with told_when_full(outputs, side_files):
+                    with fetching.feed() as feed:
+                        merge(outputs, memory, self.device, allow_nonfinite=allow_nonfinite, feed=feed)
+                    return [making.job for making in in_progress if not self._conclude(making, began)]
 
     def _fetching(self, outputs: Sequence[Output], in_progress: Sequence[JobInProgress]) -> Fetching:
         """What is fetched for the outputs; with `stream` into the place of the first result."""
@@ -144,7 +144,9 @@ class Pass:
                 except LorafuseError as e:
                     self.on_failed(job, e)
                     continue
-                main = output_of(job.plan, result, job.on_event, job.common)
+                # What waits for its last byte takes memory on its way to a store, and room on a small disk.
+                few = bool(scheme_of(job.out_dir)) or bool(job.publication and not job.publication.keeps)
+                main = output_of(job.plan, result, job.on_event, job.common, 0 if few else N_FINISHING)
                 in_progress.append(JobInProgress(job, result, main))
             yield in_progress
 

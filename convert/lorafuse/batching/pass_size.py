@@ -9,6 +9,7 @@ from lorafuse.batching.one_pass import PlannedJob
 from lorafuse.errors import StorageError, listed, shown, sized
 from lorafuse.files.folder import Folder
 from lorafuse.outdir.kinds import kind_of
+from lorafuse.outdir.output import N_FINISHING
 from lorafuse.planning.plan import Memory
 
 # A pass of 32 spends 3% of its time on what its jobs share: a larger one would gain little, and no result is
@@ -17,9 +18,11 @@ MAX_MEMBERS = 32
 JOB_NBYTES = 1500  # a job, its state and its error
 # A weight's step, patch, adapter tensors and measures; 1,650 were measured with LoRA on 560 of 723.
 STEP_NBYTES = 3000
-MEMBER_FILES = (
-    5  # open at once beside its adapter: two shards, a lock, a journal, and one that is synced or copied
-)
+# Stacks of the threads that finish an output's files, and what one of them reads back.
+OUTPUT_NBYTES = 600_000
+# Open at once beside its adapter: two shards, those that are finished, a lock, a journal, and one that is
+# copied.
+MEMBER_FILES = 5 + N_FINISHING
 SPARE_FILES = 16  # for hashing, sidecars, directories that are synced
 
 
@@ -46,10 +49,12 @@ def wanted_nbytes(jobs: Sequence[PlannedJob], finished: ExistingResults, *, shar
 
 
 def disk_error(
-    jobs: Sequence[PlannedJob], root: Folder, share: str, finished: ExistingResults
+    jobs: Sequence[PlannedJob], root: Folder, share: str, finished: ExistingResults, nbytes_beside: int
 ) -> StorageError | None:
-    """What is wrong when there is no room below `root` for what these write."""
-    kind, needed = kind_of(str(root)), wanted_nbytes(jobs, finished, shared=share != "copy")
+    """What is wrong when there is no room below `root` for what these write, and for what lies there for a
+    while."""
+    kind = kind_of(str(root))
+    needed = wanted_nbytes(jobs, finished, shared=share != "copy") + nbytes_beside
     space = kind.space_of(str(root))
     free = space.free_nbytes if space else None
     if free is not None and needed > free:  # not before: it lists OUT_ROOT for each member

@@ -8,12 +8,14 @@ import click
 
 from lorafuse.batching.jobs import checked_share
 from lorafuse.batching.jobs_afar import listed_jobs
+from lorafuse.batching.pushes import pushes_of
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import (
     CONTEXT,
     base_options,
     check_base_options,
     output_options,
+    push_option,
     run_options,
     version_option,
 )
@@ -48,6 +50,16 @@ from lorafuse.settings import Settings
 @click.option("--overwrite", is_flag=True,
               help="Replace results that are there but not what this call makes, once the new ones are "
                    "complete.")  # fmt: skip
+@click.option("--stream", is_flag=True,
+              help="Fetch a CKPT on the hub file by file ahead of each pass, and remove each file behind it: "
+                   "the disk holds the results and two files.")  # fmt: skip
+@click.option(
+    "--push-to-hub",
+    metavar="me/{name}",
+    help="Upload each result to a repository on the hub, too, in whose name {name} is the job's.",
+)
+@click.option("--private", is_flag=True, help="Make these repositories private ones.")
+@click.option("--revision", metavar="BRANCH", help="The branch of these repositories.")
 @click.option(
     "--restart", is_flag=True, help="Discard what earlier calls that were cut off have finished of a result."
 )
@@ -67,16 +79,17 @@ def batch(
 ) -> None:
     """Merge many adapters into CKPT, each into a directory OUT_ROOT/NAME.
 
-    JOBS is a directory whose sub-directories are adapters, or a JSONL file of {"adapter": PATH,
-    "name"?: NAME, "scale"?, "dtype"?, "format"?}; relative paths start at the file. CKPT and adapters are
-    directories or hub ids org/name[@revision]; all may be URLs s3://, gs://, az://. Each result is what
-    `lorafuse convert` makes; the base is read and decoded once for many. One that is there already is
-    skipped, and one that fails does not cost the others.
+    JOBS is a directory whose sub-directories are adapters, or a JSONL file of {"adapter": PATH, "name"?:
+    NAME, "scale"?, "dtype"?, "format"?, "repo"?}; relative paths start at the file. CKPT and adapters are
+    directories or hub ids org/name[@revision]; CKPT may be auto, the base that all adapters name. All may be
+    URLs s3://, gs://, az://. Each result is what `lorafuse convert` makes; the base is read and decoded once
+    for many. One that is there already is skipped, and one that fails does not cost the others.
 
     \b
     Examples:
       lorafuse batch base-nf4 my-adapters merged-root
       lorafuse batch base-nf4 jobs.jsonl merged-root --dry-run
+      lorafuse batch auto my-adapters merged-root --stream
     """
     show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose)
     with exit_codes("what is finished stays, and the same command goes on", as_json=as_json):
@@ -86,7 +99,8 @@ def batch(
         )  # refuses them, as click does the others
         check_base_options(options)
         checked_share(options["index"], options["of"], os.environ)
-        listed_jobs(as_typed(jobs))
+        options["push_to_hub"] = push_option(options)
+        pushes_of(listed_jobs(as_typed(jobs))[0], options["push_to_hub"])
         gc.disable()  # as for convert
         from lorafuse.batching.batch import batch as run
 

@@ -1,16 +1,15 @@
 """The loop: for every weight, for every tile: read, decode, then for every output patch, round once, write.
 
-Tiles are made ahead of the writer, within the plan's memory; they are hashed and written in order by the
-calling thread. The first error ends the run; an error of one output alone ends that output.
+All of this is done by the worker that has the tile. The calling thread accounts for finished tiles, in order.
+The first error ends the run; an error of one output alone ends that output.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from lorafuse.arithmetic.arena import host_view
 from lorafuse.arithmetic.torch_state import own_torch_state
-from lorafuse.errors import ResultError, shown
+from lorafuse.errors import CheckpointError, LorafuseError, ResultError, shown
 from lorafuse.merge.destination import Destination
 from lorafuse.merge.feed import EVERYTHING_HERE, Feed
 from lorafuse.merge.tile import Made
@@ -34,15 +33,14 @@ def merge(
     try:
         with own_torch_state(), TileWorkers(planned, memory, device, feed) as workers:
             for tile in workers.tiles(outputs):
-                for variant, made, buffer in zip(tile.weight.variants, tile.made, tile.buffers, strict=True):
+                for variant, made in zip(tile.weight.variants, tile.made, strict=True):
                     if made.measures:
                         variant.measures.add(made.measures)
                     if tile.last:
                         made.error = made.error or _complaint(variant, allow_nonfinite)
                     for number in variant.outputs:
                         if outputs[number].error is None:
-                            _deliver(outputs[number], variant, made, buffer)
-                workers.give_back(tile.buffers)
+                            _account(outputs[number], variant, made)
         for output in outputs:
             if output.error is None:
                 output.finish()
@@ -51,31 +49,30 @@ def merge(
             output.close()
 
 
-def _deliver(output: Destination, variant: Variant, made: Made, buffer: torch.Tensor) -> None:
-    """A finished tile to one output: account for it and write it, or give the output up."""
+def _account(output: Destination, variant: Variant, made: Made) -> None:
+    """A tile that is written to one output: add its figures to those of the output, or give it up."""
     if made.error:
         output.fail(made.error)
         return
     output.outcome.timing.add(made.timing)
     if variant.step.patches:
         output.outcome.measures[variant.step.name] = variant.measures
-    view = host_view(buffer)
-    for piece in made.pieces:
-        output.write(piece.tensor, piece.at, piece.bytes_of(view))
+    for tensor, nbytes in made.written.items():
+        output.wrote(tensor, nbytes)
 
 
-def _complaint(variant: Variant, allow_nonfinite: bool) -> ResultError | None:
-    """What is wrong with the values of a weight that is finished."""
+def _complaint(variant: Variant, allow_nonfinite: bool) -> LorafuseError | None:
+    """What is wrong with the values of a weight that is finished: of the base, or of the result alone."""
     step, measures = variant.step, variant.measures
+    if measures.n_broken_base and not allow_nonfinite:
+        return CheckpointError(
+            f"{shown(step.name)}: {measures.n_broken_base} of {step.spec.numel} values are not finite in the "
+            "base; is the checkpoint damaged? --allow-nonfinite keeps them."
+        )
     if measures.n_broken:
         return ResultError(
             f"{shown(step.name)}: {measures.n_broken} of {step.spec.numel} values are not finite in "
             f"{step.spec.torch_name}, though the base's are: the update, the sum or the cast overflows. "
             "--dtype bfloat16 or float32 has a wider range."
-        )
-    if measures.n_broken_base and not allow_nonfinite:
-        return ResultError(
-            f"{shown(step.name)}: {measures.n_broken_base} of {step.spec.numel} values are not finite in the "
-            "base; is the checkpoint damaged? --allow-nonfinite keeps them."
         )
     return None

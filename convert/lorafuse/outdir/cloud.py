@@ -1,6 +1,6 @@
 """Object stores as a kind of place for results: checked, opened, cleaned up after."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from lorafuse.errors import HeldError, OutDirError, shown
@@ -43,10 +43,10 @@ def open_out_dir(
     )
 
 
-def held_nbytes(file_nbytes: int, ckpt: Folder) -> int:
+def held_nbytes(sizes: Sequence[int], ckpt: Folder) -> int:
     """See OutDirKind."""
-    client = 0 if isinstance(ckpt, CloudFolder) else CLIENT_NBYTES
-    return N_OPEN * held_nbytes_of(file_nbytes) + client
+    client = 0 if isinstance(ckpt, CloudFolder) or not sizes else CLIENT_NBYTES
+    return N_OPEN * sum(map(held_nbytes_of, sizes)) + client
 
 
 def clean_up(out_dir: str) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def check_out_dir(out_dir: str, inputs: Iterable[Folder], *, overwrite: bool) ->
         refuse_filled(place, path_out, overwrite)
 
 
-def held_nbytes(file_nbytes: int, ckpt: Folder) -> int:
+def held_nbytes(sizes: Sequence[int], ckpt: Folder) -> int:
     """The kernel takes what is written."""
     return 0
 

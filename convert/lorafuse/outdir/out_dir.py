@@ -4,7 +4,7 @@ Nothing is visible under its final name before it is complete. An equal run take
 finished before it was cut off.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -79,7 +79,8 @@ class OutDir(Protocol):
         reads from it. Raises ResultError for a file that it cannot read."""
 
     def record(self, written: Written, measures: dict[str, Measures]) -> None:
-        """A shard is complete, and need not be made again."""
+        """A shard is complete, and need not be made again. Called by a thread beside the others, one at a
+        time."""
 
     def give_away(self, file: str) -> None:
         """A shard that is recorded lies elsewhere now: remove it, and remember that it is complete."""
@@ -119,9 +120,9 @@ class OutDirKind(Protocol):
         """The place for a result. With an `attempt` it goes on from what an equal one has finished, unless
         `restart`."""
 
-    def held_nbytes(self, file_nbytes: int, ckpt: Folder) -> int:
-        """Host bytes that writing one result takes, with a file of `file_nbytes` in it, beside what reading
-        from `ckpt` does."""
+    def held_nbytes(self, sizes: Sequence[int], ckpt: Folder) -> int:
+        """Host bytes that writing results takes, beside what reading from `ckpt` does. `sizes`: of the
+        largest file of each."""
 
     def clean_up(self, out_dir: str) -> None:
         """Remove what a run left that was killed when its result had its name already."""

@@ -46,8 +46,9 @@ from lorafuse.side_files.choose import Embedding, SideFiles, choose_side_files
 from lorafuse.structure import Structure, structure_of
 from lorafuse.trained_base.base_weights import base_weights
 
-HeldByWriting = Callable[[int, Folder], int]
-"""Bytes of the largest file, folder of the checkpoint → host bytes that writing takes beside reading."""
+HeldByWriting = Callable[[Sequence[int], Folder], int]
+"""Bytes of each result's largest file, folder of the checkpoint → host bytes that writing takes beside
+reading."""
 
 
 def make_plan(
@@ -58,7 +59,7 @@ def make_plan(
     make_format: MakeFormat | None = None,
     *,
     each_format: bool = False,
-    held_by_writing: HeldByWriting = lambda file_nbytes, ckpt: 0,
+    held_by_writing: HeldByWriting = lambda sizes, ckpt: 0,
 ) -> Plan:
     """Decide everything. The updates of all adapters are added. Plans that get the same `weights`, those of
     `ckpt`, can be carried out together. `each_format`: say the size in each format, too.
@@ -86,7 +87,7 @@ def make_plan(
     shards = split_shards(steps, settings.max_shard_nbytes)
     n_entries = len(ckpt.tensors) + max(len(steps) - len(weights), 0)
     held_nbytes = _held_nbytes(ckpt, adapters, n_entries)
-    held_nbytes += held_by_writing(max(shard.nbytes for shard in shards), ckpt.folder)
+    held_nbytes += held_by_writing([max(shard.nbytes for shard in shards)], ckpt.folder)
     memory = fit_memory(SharedWeights([steps]), held_nbytes, settings, len(steps) * RECEIPT_ENTRY_NBYTES)
     config_changes = model.changes | _config_changes(names, steps, untied, files)
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))
@@ -153,6 +154,10 @@ def _steps(
     bases, untouched = model.weights, Edit()
     if untied:
         bases = {**bases, **names.unstored()}
+    changing = {
+        name: edit.replaced or bases[name] for name, edit in edits.items() if name in bases and _changes(edit)
+    }
+    how.foresee(model.weights, changing)
     for name in sorted(bases, key=natural_key):
         base, edit = bases[name], edits.get(name, untouched)
         sources = edit.replaced or base
@@ -177,6 +182,10 @@ def _format_of(settings: Settings) -> MakeFormat:
     if make is None:
         raise UsageError(f"format is {shown(settings.format)}; expected one of {', '.join(FORMATS)}.")
     return make
+
+
+def _changes(edit: Edit) -> bool:
+    return bool(edit.patches or edit.replaced)
 
 
 def _action(edit: Edit, *, stored: bool) -> str | None:

@@ -132,7 +132,7 @@ class Memory:
     """How the memory limit is spent."""
 
     n_workers: int
-    n_tiles: int  # in the making or waiting to be written, at once
+    n_tiles: int  # in the making or waiting for those before them, at once
     n_variants: int  # of a tile: for so many outputs it differs
     tile_nbytes: int  # of each
     resident_nbytes: int  # for what patches hold from a weight's first tile to its last
