@@ -73,7 +73,7 @@ def test_from_s3_to_s3(s3, inputs, clean, tmp_path):
     lorafuse.verify(OUT, ckpt=urls[0], adapters=[urls[1]])
     assert lorafuse.inspect(OUT)["kind"] == "merged"
     assert "<html" in lorafuse.report(OUT)
-    with pytest.raises(OutDirError, match=rf"^{OUT}: exists and is not empty; --overwrite"):
+    with pytest.raises(OutDirError, match=rf"^{OUT}: exists and is not empty; overwrite=True"):
         merged(inputs)
     merged(inputs, overwrite=True)
     check(s3, clean)
