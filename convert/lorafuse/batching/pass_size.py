@@ -19,7 +19,7 @@ JOB_NBYTES = 1500  # a job, its state and its error
 # A weight's step, patch, adapter tensors and measures; 1,650 were measured with LoRA on 560 of 723.
 STEP_NBYTES = 3000
 # Stacks of the threads that finish an output's files, and what one of them reads back.
-OUTPUT_NBYTES = 600_000
+OUTPUT_NBYTES = 1_000_000
 # Open at once beside its adapter: two shards, those that are finished, a lock, a journal, and one that is
 # copied.
 MEMBER_FILES = 5 + N_FINISHING

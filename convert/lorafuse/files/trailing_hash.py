@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable
 from threading import Condition
 
-READ_NBYTES = 1 << 18  # read back at once
+READ_NBYTES = 1 << 17  # read back at once
 
 
 class TrailingHash:

@@ -4,6 +4,7 @@ A tile belongs to one worker, whose torch ops are single-threaded and work in bu
 parallelism is over tiles, never inside one, so the result does not depend on the number of threads.
 """
 
+import queue
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,11 +42,17 @@ class TileWorkers:
         self._planned, self._memory, self._device, self._feed = planned, memory, device, feed
         self._executor = ThreadPoolExecutor(memory.n_workers, "tile", initializer=self._start_worker)
         self._local = local()
+        self._buffers: queue.SimpleQueue[list[torch.Tensor]] = queue.SimpleQueue()  # of each worker
         self._pending: deque[tuple[SharedWeight, int | None, Future[Tile]]] = deque()
         self._held_nbytes = 0  # by weights that are prepared and not released
         self._loader = Arena(device)
 
     def __enter__(self) -> "TileWorkers":
+        # Not by the workers themselves: malloc keeps some of what is freed for a thread that is no more.
+        memory = self._memory
+        for _ in range(memory.n_workers):
+            sizes = [memory.tile_nbytes] * memory.n_variants
+            self._buffers.put([torch.empty(n, dtype=torch.uint8, device="cpu") for n in sizes])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,15 +60,12 @@ class TileWorkers:
         # The executor refers to this object, a cycle: without this, scratch may still be there when the next
         # pass makes its own.
         self._pending.clear()
-        self._local, self._loader = local(), Arena(self._device)
+        self._local, self._buffers, self._loader = local(), queue.SimpleQueue(), Arena(self._device)
 
     def _start_worker(self) -> None:
         one_thread_here()
         self._local.arena = Arena(self._device)
-        self._local.buffers = [
-            torch.empty(self._memory.tile_nbytes, dtype=torch.uint8, device="cpu")
-            for _ in range(self._memory.n_variants)
-        ]
+        self._local.buffers = self._buffers.get()
 
     def tiles(self, outputs: Sequence[Destination]) -> Iterator[Tile]:
         """Finished tiles, weight by weight; none for outputs that were given up meanwhile."""

@@ -14,9 +14,8 @@ from lorafuse.outdir.out_dir import OutDir
 from lorafuse.planning.plan import Plan, PlannedShard, Step
 
 N_FINISHING = 4  # files that may be synced while the next ones are made
-N_BEHIND = (
-    4  # threads beside those that sync: two files in the making are read back, two more wait to be synced
-)
+# Threads beside those that sync: two files in the making are read back, two more wait to be synced.
+N_BEHIND = 4
 # Up to four workers make bytes hardly faster than they are hashed: there the hash goes first. More of them do
 # not wait for it long; it then ends while the next file is made.
 MOST_PATIENT, WAIT_NBYTES = 4, 4 << 20
