@@ -46,7 +46,7 @@ class AdapterError(LorafuseError):
 
 
 class StorageError(LorafuseError):
-    """Reading or writing failed: an I/O error, no space, an unreachable hub."""
+    """Reading or writing failed: an I/O error, no space, an unreachable hub or object store."""
 
     exit_code = 5
 

@@ -99,11 +99,7 @@ class Writing(NamedTuple):
 
 
 def _convert(
-    ckpt: str,
-    named: Sequence[tuple[str, float]],
-    writing: Writing,
-    settings: Settings,
-    on_event: OnEvent,
+    ckpt: str, named: Sequence[tuple[str, float]], writing: Writing, settings: Settings, on_event: OnEvent
 ) -> Receipt | PlanEvent:
     """The same with checked options. `named`: (adapter, weight) of all adapters."""
     began, device, check = time.perf_counter(), pick_device(settings.device), partial(_check_out_dir, writing)
@@ -120,7 +116,8 @@ def _convert(
         check([ckpt_folder, *(adapter.root for adapter in located)])
         with closing(Checkpoint(ckpt_folder)) as base:
             settings = settled(settings, base, [folder for each in located for folder in each.folders])
-            plan = make_plan(base, adapters, settings, each_format=writing.dry_run)
+            held = kind_of(writing.out_dir).held_nbytes
+            plan = make_plan(base, adapters, settings, each_format=writing.dry_run, held_by_writing=held)
             warnings, planned = announced(plan, dry_run=writing.dry_run)
             for warning in warnings:
                 on_event(warning)

@@ -85,8 +85,8 @@ def test_an_output_that_touches_an_input_is_refused(where, overwrite, inputs, in
 
 
 def test_a_kind_that_is_not_known(inputs):
-    with pytest.raises(UsageError, match=r"^memory://out: results cannot be written to memory://\.$"):
-        lorafuse.convert(*inputs, OUT)
+    with pytest.raises(UsageError, match=r"^ftp://out: results cannot be written to ftp://\.$"):
+        lorafuse.convert(*inputs, "ftp://out")
 
 
 def test_verify_and_inspect(inputs, object_store, tmp_path):

@@ -28,12 +28,12 @@ ROOMS_IN_ARCHITECTURE = re.compile(r"(<!-- rooms:begin -->\n)(.*?)(\n<!-- rooms:
 ROUNDINGS = {"codecs/plain.py: PlainEncoder.encode"}
 CASTS = {"bfloat16", "copy_", "double", "float", "half", "to", "type", "type_as"}
 # Files and rooms that know paths: those that are a file system's own, those that ask where an input lies, the
-# list of a batch's jobs, and what asks the kernel about this process.
+# list of a batch's jobs, the files of the AWS tools, and what asks the kernel about this process.
 KNOW_PATHS = {
     *("files/local_folder.py", "files/folder.py", "files/hub.py", "files/hub_folder.py"),
-    *("files/hub_repo.py", "files/hub_upload.py"),
+    *("files/hub_repo.py", "files/hub_upload.py", "files/cloud_aws.py"),
     *("files/safetensors_writer.py", "files/sharing.py", "settings.py", "outdir", "cli"),
-    *("batching/batch.py", "batching/jobs.py", "batching/existing_results.py"),
+    *("batching/jobs_afar.py", "batching/places.py", "batching/jobs.py", "batching/existing_results.py"),
     *("batching/pass_size.py", "receipt/write.py"),
 }
 

@@ -149,6 +149,9 @@ class MemoryOutDirs:
             self.store, out_dir, attempt, overwrite=overwrite, restart=restart, on_event=on_event
         )
 
+    def held_nbytes(self, sizes: list[int], ckpt: Folder) -> int:
+        return 0
+
     def clean_up(self, out_dir: str) -> None:
         if self.store.below(hidden(out_dir)):
             with suppress(HeldError):
@@ -304,7 +307,7 @@ class MemoryOutDir:
         finally:
             self._unlock()
 
-    def create(self, file: str) -> "Upload":
+    def create(self, file: str, nbytes: int) -> "Upload":
         return Upload(self._store, f"{self.place}/{file}")
 
     def put(self, file: str, chunks: Iterable[bytes]) -> None:

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from lorafuse.arguments import checked
 from lorafuse.arithmetic.arena import pick_device
@@ -14,7 +13,8 @@ from lorafuse.batching.base_of_all import base_of_all
 from lorafuse.batching.common_files import CommonFiles
 from lorafuse.batching.destinations import Destinations
 from lorafuse.batching.existing_results import ExistingResults
-from lorafuse.batching.jobs import Job, JobState, checked_share, left_out, read_jobs, refuse_overlap, share_of
+from lorafuse.batching.jobs import Job, JobState, checked_share, refuse_overlap, share_of
+from lorafuse.batching.jobs_afar import listed_jobs
 from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
 from lorafuse.batching.pushes import pushes_of
@@ -26,6 +26,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named
 from lorafuse.files.local_folder import as_typed, directory_as_typed
+from lorafuse.files.names import scheme_of
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, asks_for_base, checkpoint_folder, located_adapter
@@ -71,8 +72,7 @@ def batch(
     )  # fmt: skip
     push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     chosen = Chosen(share, index, of, overwrite, restart, dry_run, stream, push)
-    base, listed_in = directory_as_typed(ckpt), Path(as_typed(jobs))
-    return _batch(base, listed_in, as_typed(out_root), settings, chosen, on_event)
+    return _batch(directory_as_typed(ckpt), as_typed(jobs), as_typed(out_root), settings, chosen, on_event)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Chosen:
 
 
 def _batch(
-    ckpt: str, jobs: Path, out_root: str, settings: Settings, chosen: Chosen, on_event: OnEvent
+    ckpt: str, jobs: str, out_root: str, settings: Settings, chosen: Chosen, on_event: OnEvent
 ) -> list[JobState]:
     """The same with checked settings."""
     kind_of(out_root)  # before it is looked at as a folder: the scheme must be known
@@ -98,10 +98,12 @@ def _batch(
     if chosen.share not in SHARE_CHOICES:
         raise UsageError(f"share is {shown(chosen.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
     number, n_workers = checked_share(chosen.index, chosen.of, os.environ)
-    everything = read_jobs(jobs)
+    everything, others = listed_jobs(jobs)
     pushes = pushes_of(everything, chosen.push)
-    for name in left_out(jobs):
-        on_event({"event": "warning", "message": f"{shown(jobs / name)}: holds no adapter, and is left out."})
+    if pushes and scheme_of(out_root):
+        raise UsageError(f"{shown(out_root)}: push_to_hub needs a directory of this machine.")
+    for name in others:
+        on_event({"event": "warning", "message": f"{shown(name)}: holds no adapter, and is left out."})
     todo = share_of(everything, number, n_workers)
     device = pick_device(settings.device)
     ckpt = base_of_all(everything) if asks_for_base(ckpt) else ckpt

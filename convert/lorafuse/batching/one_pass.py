@@ -17,7 +17,7 @@ from lorafuse.batching.publication import Publication
 from lorafuse.errors import LorafuseError
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.names import RECEIPT
+from lorafuse.files.names import RECEIPT, scheme_of
 from lorafuse.inputs.fetching import Fetching
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.merge.destination import Written
@@ -144,7 +144,8 @@ class Pass:
                 except LorafuseError as e:
                     self.on_failed(job, e)
                     continue
-                few = job.publication is not None and not job.publication.keeps
+                # What waits for its last byte takes memory on its way to a store, and room on a small disk.
+                few = bool(scheme_of(job.out_dir)) or bool(job.publication and not job.publication.keeps)
                 main = output_of(job.plan, result, job.on_event, job.common, 0 if few else N_FINISHING)
                 in_progress.append(JobInProgress(job, result, main))
             yield in_progress

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import click
 
 from lorafuse.cli.cmd_batch import batch
+from lorafuse.cli.cmd_clean import clean
 from lorafuse.cli.cmd_completion import completion
 from lorafuse.cli.cmd_convert import convert
 from lorafuse.cli.cmd_env import env
@@ -18,6 +19,7 @@ from lorafuse.cli.streams import make_usable
 
 __all__ = [
     "batch",
+    "clean",
     "completion",
     "convert",
     "env",
@@ -41,6 +43,7 @@ lorafuse.add_command(batch)
 lorafuse.add_command(inspect)
 lorafuse.add_command(report)
 lorafuse.add_command(verify)
+lorafuse.add_command(clean)
 lorafuse.add_command(env)
 lorafuse.add_command(completion)
 

@@ -2,12 +2,12 @@
 
 import gc
 import os
-from pathlib import Path
 from typing import Any
 
 import click
 
-from lorafuse.batching.jobs import checked_share, read_jobs
+from lorafuse.batching.jobs import checked_share
+from lorafuse.batching.jobs_afar import listed_jobs
 from lorafuse.batching.pushes import pushes_of
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import (
@@ -82,9 +82,9 @@ def batch(
 
     JOBS is a directory whose sub-directories are adapters, or a JSONL file of {"adapter": PATH, "name"?:
     NAME, "scale"?, "dtype"?, "format"?, "repo"?}; relative paths start at the file. CKPT and adapters are
-    directories or hub ids org/name[@revision]; CKPT may be auto, the base that all adapters name. Each result
-    is what `lorafuse convert` makes; the base is read and decoded once for many. One that is there already is
-    skipped, and one that fails does not cost the others.
+    directories or hub ids org/name[@revision]; CKPT may be auto, the base that all adapters name. All may be
+    URLs s3://, gs://, az://. Each result is what `lorafuse convert` makes; the base is read and decoded once
+    for many. One that is there already is skipped, and one that fails does not cost the others.
 
     \b
     Examples:
@@ -101,7 +101,7 @@ def batch(
         check_base_options(options)
         checked_share(options["index"], options["of"], os.environ)
         options["push_to_hub"] = push_option(options)
-        pushes_of(read_jobs(Path(as_typed(jobs))), options["push_to_hub"])
+        pushes_of(listed_jobs(as_typed(jobs))[0], options["push_to_hub"])
         with uncollected():  # as for convert
             from lorafuse.batching.batch import batch as run
 

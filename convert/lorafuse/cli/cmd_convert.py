@@ -76,8 +76,8 @@ def convert(
 
     CKPT is a safetensors checkpoint (bitsandbytes NF4, FP4, int8, or full precision), ADAPTER a PEFT or
     MLX-LM adapter; each a directory, a hub id org/name[/folder][@revision] or its URL. CKPT may be auto, the
-    base that the adapter's config names. OUT_DIR gets full-precision shards that transformers, vLLM and
-    others load, and lorafuse_receipt.json.
+    base that the adapter's config names. All three may lie in an object store: s3://, gs://, az://. OUT_DIR
+    gets full-precision shards that transformers, vLLM and others load, and lorafuse_receipt.json.
 
     \b
     Examples:

@@ -1,13 +1,14 @@
 """The kinds of places that results are written to, by the scheme of their names."""
 
 from lorafuse.errors import UsageError, shown
+from lorafuse.files.cloud_url import SCHEMES
 from lorafuse.files.names import scheme_of
-from lorafuse.outdir import local
+from lorafuse.outdir import cloud, local
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.outdir.out_dir import OutDirKind
 
 # Scheme, as in memory://name → kind; none is a directory of this machine.
-OUT_DIRS: dict[str, OutDirKind] = {"": local}
+OUT_DIRS: dict[str, OutDirKind] = {"": local, **dict.fromkeys(SCHEMES, cloud)}
 
 
 def kind_of(out_dir: str) -> OutDirKind:

@@ -4,7 +4,7 @@ Nothing is visible under its final name before it is complete. An equal run take
 finished before it was cut off.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -59,8 +59,8 @@ class OutDir(Protocol):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None: ...
 
-    def create(self, file: str) -> OutFile:
-        """A file to be written in pieces."""
+    def create(self, file: str, nbytes: int) -> OutFile:
+        """A file that is to have `nbytes`, to be written in pieces."""
 
     def put(self, file: str, chunks: Iterable[bytes]) -> None:
         """A small file, which may lie in a sub-folder, durable at once."""
@@ -119,6 +119,10 @@ class OutDirKind(Protocol):
     ) -> OutDir:
         """The place for a result. With an `attempt` it goes on from what an equal one has finished, unless
         `restart`."""
+
+    def held_nbytes(self, sizes: Sequence[int], ckpt: Folder) -> int:
+        """Host bytes that writing results takes, beside what reading from `ckpt` does. `sizes`: of the
+        largest file of each."""
 
     def clean_up(self, out_dir: str) -> None:
         """Remove what a run left that was killed when its result had its name already."""

@@ -75,7 +75,10 @@ class Output:
     def _open(self, shard: PlannedShard) -> None:
         wait_nbytes = WAIT_NBYTES if self.plan.memory.n_workers > MOST_PATIENT else sys.maxsize
         writer = ShardWriter(
-            self.out_dir.create(shard.file), list(shard.tensors), self._threads.submit, wait_nbytes
+            self.out_dir.create(shard.file, shard.file_nbytes),
+            list(shard.tensors),
+            self._threads.submit,
+            wait_nbytes,
         )
         self._writers[shard.file], self._left[shard.file] = writer, shard.nbytes
 

@@ -188,7 +188,7 @@ class LocalOutDir:
             if path.name not in self.finished:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def create(self, file: str) -> LocalOutFile:
+    def create(self, file: str, nbytes: int) -> LocalOutFile:
         return LocalOutFile(self.path / file)
 
     def put(self, file: str, chunks: Iterable[bytes]) -> None:

@@ -9,6 +9,7 @@ from lorafuse.adapters import Patch
 from lorafuse.arithmetic import measure
 from lorafuse.codecs import Sources
 from lorafuse.codecs.encoder import Encoder
+from lorafuse.files.safetensors_file import header_of
 from lorafuse.files.tensors import Box, StoredTensor, TensorSpec
 from lorafuse.patches.patch import TILE_NUMEL
 from lorafuse.planning.base_check import BaseCopy
@@ -151,6 +152,11 @@ class PlannedShard:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def file_nbytes(self) -> int:
+        """With the header."""
+        return len(header_of(list(self.tensors))) + self.nbytes
 
 
 @dataclass
