@@ -38,6 +38,20 @@ class PlannedInput(TypedDict):
     kind: str
 
 
+class PlannedPart(TypedDict):
+    """What one of several workers makes."""
+
+    files: list[str]
+    nbytes: int
+
+
+class PartNumber(TypedDict):
+    """A worker, counted from 0, and how many there are."""
+
+    index: int
+    of: int
+
+
 class Disk(TypedDict):
     """What is going to be written, and what is free; None where nobody can tell."""
 
@@ -58,7 +72,8 @@ class PlanEvent(TypedDict):
     """What is going to happen. `weights`: the number of weights by action; `decoded`: the number of elements
     by how they are stored, where they are quantized; `held_whole`: the weights that are held in memory whole;
     `notes`: what to ask oneself, though nothing is wrong;
-    `job`: of a batch. The fields after it are those of a dry run: the bytes of all weights in each
+    `parts`: what each of several workers makes, and `part`: which of them this is, whose files alone are in
+    `shards`; `job`: of a batch. The fields after it are those of a dry run: the bytes of all weights in each
     format that the base allows; the inputs; the weights that change, by name and as a number for each kind of
     module; the memory limit; the disk; and the time, None where nobody can tell. A verification says `nbytes`
     and no shards."""
@@ -75,6 +90,8 @@ class PlanEvent(TypedDict):
     side_files: NotRequired[PlannedSideFiles]
     held_whole: NotRequired[list[str]]
     notes: NotRequired[list[str]]
+    parts: NotRequired[list[PlannedPart]]
+    part: NotRequired[PartNumber]
     job: NotRequired[str]
     formats: NotRequired[dict[str, int]]
     inputs: NotRequired[list[PlannedInput]]
@@ -139,6 +156,20 @@ class DoneEvent(TypedDict):
     kept_here: NotRequired[bool]
 
 
+class PartEvent(TypedDict):
+    """A worker has made the files that fall to it, of a result that another call commits. `nbytes`: of their
+    weights, also where an earlier run made them."""
+
+    event: Literal["part"]
+    out_dir: str
+    index: int
+    of: int
+    n_shards: int
+    nbytes: int
+    wall_s: float
+    peak_rss: int
+
+
 class PassEvent(TypedDict):
     """A pass over the base begins. `nbytes`: of weights that it is going to write, shared files once."""
 
@@ -190,6 +221,7 @@ Event = (
     | FetchedEvent
     | ShardEvent
     | DoneEvent
+    | PartEvent
     | PassEvent
     | JobEvent
     | TotalEvent

@@ -1,5 +1,5 @@
 """One run for one OUT_DIR at a time: flock on a hidden file beside it, which the kernel lets go of when the
-process ends.
+process ends. Runs that make parts of one result share that lock, and each has one of its own part.
 
 Where others may write too, they may have put anything there: only what this user made counts.
 """
@@ -27,10 +27,11 @@ def is_own(status: os.stat_result) -> bool:
 
 
 class Lock:
-    """Held from `acquire` to `release`, which also removes the file."""
+    """Held from `acquire` to `release`, which also removes the file. A `shared` lock keeps out only those who
+    want it alone, and its file stays: another run may hold it too. `what`: is locked, in words."""
 
-    def __init__(self, path: Path, out_dir: Path) -> None:
-        self._path, self._out_dir = path, out_dir
+    def __init__(self, path: Path, out_dir: Path, *, what: str = "it", shared: bool = False) -> None:
+        self._path, self._out_dir, self._what, self._shared = path, out_dir, what, shared
         self._fd = -1
 
     def acquire(self) -> None:
@@ -39,13 +40,13 @@ class Lock:
         while self._fd < 0:
             fd = self._open()
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 if self._is_named(fd):
                     self._fd = fd
             except BlockingIOError:
                 raise HeldError(
-                    f"{shown(self._out_dir)}: another run is writing it; wait for it, or choose another "
-                    "directory."
+                    f"{shown(self._out_dir)}: another run is writing {self._what}; wait for it, or choose "
+                    "another directory."
                 ) from None
             except OSError as e:
                 if e.errno not in UNSUPPORTED:
@@ -88,7 +89,8 @@ class Lock:
 
     def release(self) -> None:
         if self._fd >= 0:
-            with suppress(OSError):  # a file that nobody holds does no harm
-                self._path.unlink()
+            if not self._shared:
+                with suppress(OSError):  # a file that nobody holds does no harm
+                    self._path.unlink()
             os.close(self._fd)
             self._fd = -1

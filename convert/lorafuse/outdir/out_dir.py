@@ -4,7 +4,7 @@ Nothing is visible under its final name before it is complete. An equal run take
 finished before it was cut off.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -28,6 +28,17 @@ class Space:
     n_files: int | None = None
     file_nbytes: int | None = None
     unfinished_nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which worker makes some of a result's files, counted from 0, and how many workers make all of them."""
+
+    index: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"part {self.index} of {self.of}"
 
 
 class FinishedFile(Protocol):
@@ -127,3 +138,40 @@ class OutDirKind(Protocol):
 
     def space_of(self, out_root: str) -> Space | None:
         """What there is room for below a directory that may not be there yet."""
+
+
+class SharedKind(Protocol):
+    """What a kind of place has besides when several workers may make one result there, each some of its
+    files."""
+
+    def open_part(
+        self,
+        out_dir: str,
+        plan_id: str,
+        attempt: Attempt,
+        part: Part,
+        *,
+        overwrite: bool = False,
+        restart: bool = False,
+        on_event: OnEvent = ...,
+    ) -> OutDir:
+        """Where a worker makes the files of a part. Its `commit` leaves them for whoever opens the whole; so
+        do I/O errors and interruptions. Entering it raises HeldError while another run makes the part or the
+        whole, OutDirError when other parts are of another attempt or division, unless `restart`."""
+
+    def open_whole(
+        self,
+        out_dir: str,
+        plan_id: str,
+        attempt: Attempt,
+        files: Collection[str],
+        *,
+        overwrite: bool = False,
+        on_event: OnEvent = ...,
+    ) -> OutDir:
+        """`open_out_dir` of a result whose `files` the parts have made. Entering it raises StorageError when
+        a file is not there or is not what its worker wrote; then the parts keep theirs. Raises HeldError
+        while a part is made."""
+
+    def files_of_whole(self, out_dir: str, attempt: Attempt) -> set[str]:
+        """The files that an equal run of the whole has taken from the parts already."""
