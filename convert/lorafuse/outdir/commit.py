@@ -25,7 +25,7 @@ from pathlib import Path
 from lorafuse.errors import OutDirError, shown
 from lorafuse.files.names import RECEIPT, natural_key
 from lorafuse.outdir.journal import fsync_dir
-from lorafuse.outdir.lock import is_own
+from lorafuse.outdir.lock import Lock, PartLock, is_own
 
 OUT = "out"
 OLD = "old"
@@ -33,6 +33,7 @@ LAST = ("config.json", RECEIPT)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _MAX_NAME_NBYTES = 160
+_RUN_NBYTES = 4
 _FOLDER = "-[0-9a-f]{8}-[0-9a-f]{8}"  # how the name of a hidden directory ends
 
 
@@ -72,9 +73,15 @@ class StagingPlace:
     def lock(self) -> Path:
         return self.home / f"{self._prefix}.lock"
 
+    def run_lock(self, out_dir: Path) -> Lock | PartLock:
+        """What a run for this OUT_DIR, which the user calls `out_dir`, or for this part of it holds."""
+        if self.part:
+            return PartLock(self.lock, replace(self, part="").lock, out_dir, f"part {self.part} of it")
+        return Lock(self.lock, out_dir)
+
     def new_folder(self, plan_id: str) -> Path:
         """A name for a hidden directory that no other run has."""
-        return self.home / f"{self._prefix}-{plan_id[:8]}-{secrets.token_hex(4)}"
+        return self.home / f"{self._prefix}-{plan_id[:8]}-{secrets.token_hex(_RUN_NBYTES)}"
 
     def folders(self) -> list[Path]:
         """The hidden directories of runs for this OUT_DIR, or for this part of it."""
@@ -166,6 +173,11 @@ class StagingPlace:
                 os.rename(folder / OUT / name, self.out_dir / name)
             fsync_dir(self.out_dir)
             fsync_dir(folder / OUT)
+
+
+def other_name(folder: Path) -> Path:
+    """Another name for a hidden directory, of the same plan and part, that no other run has."""
+    return folder.with_name(folder.name[: -_RUN_NBYTES * 2] + secrets.token_hex(_RUN_NBYTES))
 
 
 def _is_own_folder(folder: Path) -> bool:

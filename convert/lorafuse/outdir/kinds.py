@@ -8,8 +8,6 @@ from lorafuse.outdir.out_dir import OutDirKind, SharedKind
 
 # Scheme, as in memory://name → kind; none is a directory of this machine.
 OUT_DIRS: dict[str, OutDirKind] = {"": local}
-# The same for those in which several workers may make one result.
-SHARED_OUT_DIRS: dict[str, SharedKind] = {"": local}
 
 
 def kind_of(out_dir: str) -> OutDirKind:
@@ -23,14 +21,11 @@ def kind_of(out_dir: str) -> OutDirKind:
 
 
 def shared_kind_of(out_dir: str) -> SharedKind:
-    """Raises UsageError for a kind of place in which one run alone makes a result."""
-    kind_of(out_dir)
-    scheme = scheme_of(out_dir)
-    kind = SHARED_OUT_DIRS.get(scheme)
-    if kind is None:
-        raise UsageError(
-            f"{shown(out_dir)}: the files of one result cannot be divided between workers in "
-            f"{shown(scheme)}://; give a directory that all workers share, or leave out --index, --of, "
-            "--commit and --engine."
-        )
-    return kind
+    """The same where several workers may make one result. Raises UsageError for other kinds of places."""
+    kind = kind_of(out_dir)
+    if isinstance(kind, SharedKind):
+        return kind
+    raise UsageError(
+        f"{shown(out_dir)}: workers cannot make parts of one result in {shown(scheme_of(out_dir))}://. Give "
+        "a directory that all workers share, or let one run make it all."
+    )

@@ -14,7 +14,6 @@ from lorafuse.outdir.commit import OUT, StagingPlace
 from lorafuse.outdir.journal import Attempt, read_journal
 from lorafuse.outdir.local_space import space_below
 from lorafuse.outdir.out_dir import Part, Space
-from lorafuse.outdir.part import LocalPart
 from lorafuse.outdir.staging import LocalOutDir
 
 
@@ -42,10 +41,10 @@ def open_part(
     overwrite: bool = False,
     restart: bool = False,
     on_event: OnEvent = lambda event: None,
-) -> LocalPart:
+) -> LocalOutDir:
     """Where a worker makes the files of a part. See SharedKind."""
-    return LocalPart(
-        Path(out_dir), plan_id, attempt, part, overwrite=overwrite, restart=restart, on_event=on_event
+    return LocalOutDir(
+        Path(out_dir), plan_id, attempt, part=part, overwrite=overwrite, restart=restart, on_event=on_event
     )
 
 

@@ -94,3 +94,25 @@ class Lock:
                     self._path.unlink()
             os.close(self._fd)
             self._fd = -1
+
+
+class PartLock:
+    """The same for a run that makes a part of OUT_DIR: it shares the lock of the whole, `path_of_whole`, so
+    that nobody else makes that meanwhile, and has the lock of its part alone."""
+
+    def __init__(self, path: Path, path_of_whole: Path, out_dir: Path, what: str) -> None:
+        self._whole = Lock(path_of_whole, out_dir, shared=True)
+        self._own = Lock(path, out_dir, what=what)
+
+    def acquire(self) -> None:
+        """Raises what `Lock.acquire` raises, and holds nothing then."""
+        self._whole.acquire()
+        try:
+            self._own.acquire()
+        except BaseException:
+            self._whole.release()
+            raise
+
+    def release(self) -> None:
+        self._own.release()
+        self._whole.release()

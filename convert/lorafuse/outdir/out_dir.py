@@ -7,7 +7,7 @@ finished before it was cut off.
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.events import OnEvent
@@ -36,9 +36,6 @@ class Part:
 
     index: int
     of: int
-
-    def __str__(self) -> str:
-        return f"part {self.index} of {self.of}"
 
 
 class FinishedFile(Protocol):
@@ -140,9 +137,9 @@ class OutDirKind(Protocol):
         """What there is room for below a directory that may not be there yet."""
 
 
+@runtime_checkable
 class SharedKind(Protocol):
-    """What a kind of place has besides when several workers may make one result there, each some of its
-    files."""
+    """What a kind of place has besides where several workers may make one result, each some of its files."""
 
     def open_part(
         self,

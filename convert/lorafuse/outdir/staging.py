@@ -23,15 +23,14 @@ from lorafuse.files.hashing import hash_file
 from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.sharing import share_file
 from lorafuse.merge.destination import Written
-from lorafuse.outdir.commit import OUT, StagingPlace
+from lorafuse.outdir.commit import OUT, StagingPlace, other_name
 from lorafuse.outdir.folder_file import FolderFile
 from lorafuse.outdir.interrupts import UNINTERRUPTED
 from lorafuse.outdir.journal import Attempt, FinishedShard, Journal, Record, fsync_dir, read_journal
 from lorafuse.outdir.local_file import LocalOutFile
 from lorafuse.outdir.local_space import space_below
-from lorafuse.outdir.lock import Lock
-from lorafuse.outdir.out_dir import FinishedFile, Space
-from lorafuse.outdir.parts_left import PartsLeft, is_whole, refuse_missing
+from lorafuse.outdir.out_dir import FinishedFile, Part, Space
+from lorafuse.outdir.parts import PartsLeft, is_whole, refuse_missing, refuse_other_parts
 from lorafuse.outdir.read_back import read_shapes
 from lorafuse.outdir.resume import goes_on, leaves_work
 
@@ -44,7 +43,8 @@ class LocalOutDir:
 
     With an `attempt` it goes on from what an equal one has finished, `finished`, and from what workers made
     in parts; it keeps what the next can go on from if it ends with an I/O error or an interruption. Without,
-    and after any other error, nothing is left. `wanted`: the files that have to be finished already.
+    and after any other error, nothing is left. `wanted`: the files that have to be finished already. `part`:
+    what this run makes of OUT_DIR, if not all.
 
     Raises HeldError when another run holds OUT_DIR; OutDirError when an attempt with other settings could be
     resumed and `restart` does not say to discard it, or when OUT_DIR was filled meanwhile.
@@ -60,21 +60,19 @@ class LocalOutDir:
         restart: bool = False,
         on_event: OnEvent = lambda event: None,
         wanted: Collection[str] = (),
+        part: Part | None = None,
     ) -> None:
         self.name = os.fspath(out_dir)
         self._out_dir, self._attempt, self._overwrite, self._restart = out_dir, attempt, overwrite, restart
         self._on_event, self._wanted = on_event, wanted
-        self._place = StagingPlace.of(out_dir)
-        self._lock = Lock(self._place.lock, out_dir)
+        self._place = replace(StagingPlace.of(out_dir), part=f"{part.index}of{part.of}" if part else "")
+        self._lock = self._place.run_lock(out_dir)
         self._journal: Journal | None = None
-        self._committed = False
+        self._committed = self._is_part_done = False
         self._moving: list[str] = []
         self.finished: dict[str, FinishedShard] = {}
-        self._lies_in(self._place.new_folder(plan_id))
-
-    def _lies_in(self, folder: Path) -> None:
-        """Where it is going to be made."""
-        self._folder, self.path = folder, folder / OUT
+        self._folder = self._place.new_folder(plan_id)
+        self.path = self._folder / OUT
         self.place = str(self.path)
 
     def __enter__(self) -> Self:
@@ -90,6 +88,8 @@ class LocalOutDir:
         return self
 
     def _open(self) -> None:
+        if self._place.part and self._attempt and not self._restart:
+            refuse_other_parts(self.name, self._place, self._attempt)
         left = self._leftovers()
         self._place.refuse_filled(self.name, overwrite=self._overwrite)
         taken = next((folder for folder, record in left.items() if self._goes_on(record)), None)
@@ -165,7 +165,7 @@ class LocalOutDir:
     def _discard(self, folder: Path) -> None:
         """Remove a hidden directory. Where no lock keeps runs apart another one may be at work in it, which
         the new name stops."""
-        garbage = self._place.new_folder(folder.name[-17:])
+        garbage = other_name(folder)
         with suppress(FileNotFoundError):
             os.rename(folder, garbage)
         shutil.rmtree(garbage, ignore_errors=True)
@@ -248,7 +248,11 @@ class LocalOutDir:
         (self.path / file).unlink()
 
     def commit(self) -> None:
-        """Sync the directory and give it its name, in place of what is there if that is to be overwritten."""
+        """Sync the directory and give it its name, in place of what is there if that is to be overwritten; a
+        part stays for whoever commits the whole."""
+        if self._place.part:
+            self._is_part_done = True
+            return
         with UNINTERRUPTED:
             for folder, _, _ in os.walk(self.path):
                 fsync_dir(Path(folder))
@@ -275,7 +279,7 @@ class LocalOutDir:
 
     def _keeps(self, error: BaseException | None) -> bool:
         """Whether what is finished stays for a further run."""
-        return bool(self.finished) and leaves_work(error) and not self._committed
+        return bool(self.finished) and not self._committed and (self._is_part_done or leaves_work(error))
 
     def _leave(self, error: BaseException | None) -> None:
         """Keep what can be resumed, remove the rest."""

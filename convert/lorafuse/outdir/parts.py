@@ -1,5 +1,5 @@
-"""What workers that made parts of one result have left on this machine's file system, for the run that
-commits it."""
+"""One result on this machine's file system, made by several workers: each makes some of its files, in a
+hidden directory with a journal of its own, and the run that commits moves them into its own."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorafuse.errors import StorageError, listed, shown
+from lorafuse.errors import OutDirError, StorageError, listed, shown
 from lorafuse.files.hashing import hash_file
 from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.merge.destination import Written
-from lorafuse.outdir.commit import OUT
-from lorafuse.outdir.journal import FinishedShard, Record, fsync_dir
+from lorafuse.outdir.commit import OUT, StagingPlace
+from lorafuse.outdir.journal import Attempt, FinishedShard, Record, fsync_dir, read_journal
+from lorafuse.outdir.resume import difference
 
 
 @dataclass
@@ -77,3 +78,26 @@ def refuse_missing(out_dir: str, wanted: Collection[str], finished: Collection[s
             f"{shown(out_dir)}: {len(missing)} of {len(wanted)} files of weights are not finished: "
             f"{listed(missing)}. Run the workers again that make them, then --commit."
         )
+
+
+def refuse_other_parts(out_dir: str, own: StagingPlace, attempt: Attempt) -> None:
+    """Raises OutDirError when other parts of a result were begun for another result, or are those of a
+    division between another number of workers."""
+    of = _number_of(own)
+    for place in own.parts():
+        if _number_of(place) != of:
+            raise OutDirError(
+                f"{shown(out_dir)}: is being made in {_number_of(place)} parts, not in {of}. Give the same "
+                "--of to every worker, or --restart to every worker, to discard what is finished."
+            )
+        for record in map(read_journal, place.own_folders() if place != own else ()):
+            if record.attempt and record.attempt != attempt:
+                raise OutDirError(
+                    f"{shown(out_dir)}: part {place.part} is made of something else: "
+                    f"{difference(record.attempt, attempt)}. Give the same command to every worker, or "
+                    "--restart to every worker, to discard what is finished."
+                )
+
+
+def _number_of(place: StagingPlace) -> int:
+    return int(place.part.partition("of")[2])
