@@ -66,7 +66,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "base_quant_from": _must(lambda value: value is None or _is_path(value), "a path"),
     **dict.fromkeys(("max_shard_size", "memory_limit"), _size),
     **dict.fromkeys(("keep_dense", "quant_skip"), _names),
-    **dict.fromkeys(("device", "adapter_name"), _TEXT),
+    **dict.fromkeys(("device", "adapter_name", "engine", "address"), _TEXT),
     **dict.fromkeys(("overwrite", "restart", "dry_run", "allow_nonfinite", "double_quant"), _FLAG),
     **dict.fromkeys(("quant_experts", "stream", "card", "commit"), _FLAG),
     **dict.fromkeys(("index", "of"), _must(lambda value: type(value) is int, "a whole number")),

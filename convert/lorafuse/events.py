@@ -112,7 +112,8 @@ class ResumedEvent(TypedDict):
 
 
 class ProgressEvent(TypedDict):
-    """So many bytes more are written, or compared."""
+    """So many bytes more are written, or compared; fewer, where a worker's process ended and its task begins
+    again."""
 
     event: Literal["progress"]
     nbytes: int
@@ -170,6 +171,23 @@ class PartEvent(TypedDict):
     peak_rss: int
 
 
+class WorkerDid(TypedDict):
+    """What a machine did of what an engine spread. `nbytes`: of weights that it wrote, or resumed."""
+
+    host: str
+    n_tasks: int
+    nbytes: int
+    busy_s: float
+
+
+class WorkersEvent(TypedDict):
+    """What an engine spread is done. `n_again`: tasks that were begun again, since a process had ended."""
+
+    event: Literal["workers"]
+    workers: list[WorkerDid]
+    n_again: int
+
+
 class PassEvent(TypedDict):
     """A pass over the base begins. `nbytes`: of weights that it is going to write, shared files once."""
 
@@ -222,6 +240,7 @@ Event = (
     | ShardEvent
     | DoneEvent
     | PartEvent
+    | WorkersEvent
     | PassEvent
     | JobEvent
     | TotalEvent

@@ -1,7 +1,7 @@
 """The whole tool on one screen: read this first."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, cast
@@ -15,7 +15,8 @@ from lorafuse.batching.answers import add_answers, refuse_full, speeds_of
 from lorafuse.batching.division import Division, announce_parts, checked_division, part_of
 from lorafuse.batching.one_pass import Pass, PlannedJob
 from lorafuse.batching.publication import Publication, publication_of
-from lorafuse.errors import UsageError, shown
+from lorafuse.batching.spread import ChosenEngine, checked_engine, spread
+from lorafuse.errors import CheckpointError, UsageError, shown
 from lorafuse.events import DoneEvent, OnEvent, PartEvent, PlanEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
@@ -58,6 +59,7 @@ def convert(
     allow_nonfinite: bool = False, overwrite: bool = False, restart: bool = False, dry_run: bool = False,
     stream: bool = False, push_to_hub: str | Push | None = None, card: bool = False,
     index: int | None = None, of: int | None = None, commit: bool = False,
+    engine: str = "local", address: str | None = None,
     on_event: OnEvent = ignore,
 ) -> dict[str, Any]:  # fmt: skip
     """Merge a PEFT or MLX-LM adapter into a checkpoint and write the result to `out_dir`.
@@ -70,7 +72,8 @@ def convert(
     removed behind it. `push_to_hub`: a repository, or a Push with more details, that gets the result; with
     `stream` no weights stay here, and `out_dir` is not made. `card`: write README.md. `index` and `of`: make
     only the files that fall to worker `index` (from 0) of `of`; `commit`: give the result that all workers
-    have made its name. Returns the receipt; with `dry_run` the plan, with `index` what the worker made.
+    have made its name. `engine`: "ray" has the files made by workers of Ray, of the cluster at `address` or,
+    without, on this machine. Returns the receipt; with `dry_run` the plan, with `index` what the worker made.
     `on_event` gets a dict for each "event" (`events.py`). Raises a LorafuseError or
     an OSError; then `out_dir` is as it was, and after an I/O error or an interruption the same call goes on,
     unless `restart`.
@@ -87,12 +90,17 @@ def convert(
     push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     card = card or bool(push)
     division = checked_division(index, of, commit=commit, restart=restart, dry_run=dry_run, published=card)
-    writing = Writing(as_typed(out_dir), overwrite, restart, dry_run, stream, push, card, division, commit)
-    return cast(dict[str, Any], _convert(directory_as_typed(ckpt), named, writing, settings, on_event))
+    chosen = checked_engine(engine, address, {"of": bool(division), "commit": commit, "stream": stream})
+    writing = Writing(
+        as_typed(out_dir), overwrite, restart, dry_run, stream, push, card, division, commit, chosen
+    )  # fmt: skip
+    wanted = Wanted(directory_as_typed(ckpt), named, writing, settings)
+    return cast(dict[str, Any], _convert(wanted, on_event))
 
 
 class Writing(NamedTuple):
-    """What is written, if anything, and what becomes of what is there."""
+    """What is written, if anything, and what becomes of what is there. `plan_id`: that of the call that has a
+    part made."""
 
     out_dir: str
     overwrite: bool
@@ -103,17 +111,23 @@ class Writing(NamedTuple):
     card: bool
     division: Division | None
     commit: bool
+    engine: ChosenEngine | None = None
+    plan_id: str | None = None
 
 
-def _convert(
-    ckpt: str,
-    named: Sequence[tuple[str, float]],
-    writing: Writing,
-    settings: Settings,
-    on_event: OnEvent,
-) -> Receipt | PlanEvent | PartEvent:
-    """The same with checked options. `named`: (adapter, weight) of all adapters."""
-    began, device, check = time.perf_counter(), pick_device(settings.device), partial(_check_out_dir, writing)
+class Wanted(NamedTuple):
+    """A call with checked options. `named`: (adapter, weight) of all adapters."""
+
+    ckpt: str
+    named: Sequence[tuple[str, float]]
+    writing: Writing
+    settings: Settings
+
+
+def _convert(wanted: Wanted, on_event: OnEvent) -> Receipt | PlanEvent | PartEvent:
+    """The same with checked options."""
+    began, (ckpt, named, writing, settings) = time.perf_counter(), wanted
+    device, check = pick_device(settings.device), partial(_check_out_dir, writing)
     check(map(open_folder, [ckpt, *(name for name, _ in named)]))  # before anything is fetched
     folder_names = [settings.adapter_name, *[None] * (len(named) - 1)]
     located = [
@@ -146,7 +160,7 @@ def _convert(
             job = _job(plan, files, publication, writing, settings, on_event)
             if part := part_of(job, writing.division):
                 return _part_made(part, base, device, writing, began)
-            receipt = _made(job, as_named(ckpt), base, device, writing, began)
+            receipt = _made(job, as_named(ckpt), base, device, wanted, began)
             on_event(done_event(writing.out_dir, receipt, publication))
             return receipt
 
@@ -159,12 +173,17 @@ def _job(
     settings: Settings,
     on_event: OnEvent,
 ) -> PlannedJob:
+    """What is going to be made. Raises CheckpointError for a worker that was called for another plan."""
+    if writing.plan_id not in (None, plan.plan_id):
+        raise CheckpointError(
+            f"{shown(writing.out_dir)}: a worker sees another checkpoint or adapter than who called it."
+        )
     attempt = files.attempt(plan, settings)
     if not publication.keeps:  # what an earlier run finished lies there
         attempt.command["push_to_hub"] = str(writing.push)
     return PlannedJob(
         writing.out_dir, writing.out_dir, settings, plan, files, attempt, on_event,
-        publication=publication if writing.card else None, commits=writing.commit,
+        publication=publication if writing.card else None, commits=writing.commit or bool(writing.engine),
     )  # fmt: skip
 
 
@@ -175,11 +194,13 @@ def _check_out_dir(writing: Writing, inputs: Iterable[Folder]) -> None:
 
 
 def _made(
-    job: PlannedJob, ckpt: str, base: Checkpoint, device: torch.device, writing: Writing, began: float
+    job: PlannedJob, ckpt: str, base: Checkpoint, device: torch.device, wanted: Wanted, began: float
 ) -> Receipt:
-    """Carry it out. Returns the receipt."""
-    receipts: list[Receipt] = []
+    """Carry it out, or have its parts made by the workers of an engine. Returns the receipt."""
+    writing, receipts = wanted.writing, list[Receipt]()
     with InputHashes(base, ckpt, []) as hashes:
+        if writing.engine:
+            job = spread(job, writing.engine, partial(_part_by_worker, wanted), restart=writing.restart)
         one_pass = Pass(
             base, hashes.result, device, writing.overwrite, writing.restart,
             on_done=lambda made, receipt: receipts.append(receipt), on_failed=_raise, stream=writing.stream,
@@ -187,6 +208,16 @@ def _made(
         one_pass.run([job], job.plan.memory, began)
     [receipt] = receipts
     return receipt
+
+
+def _part_by_worker(
+    wanted: Wanted, plan_id: str, division: Division, settings: Settings
+) -> Callable[[OnEvent], Any]:
+    """The call that makes a part in another process."""
+    writing = wanted.writing._replace(
+        restart=False, push=None, card=False, division=division, engine=None, plan_id=plan_id
+    )
+    return partial(_convert, wanted._replace(writing=writing, settings=settings))
 
 
 def _part_made(

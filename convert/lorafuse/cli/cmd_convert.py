@@ -11,6 +11,7 @@ from lorafuse.cli.options import (
     CONTEXT,
     base_options,
     check_base_options,
+    engine_options,
     output_options,
     push_option,
     run_options,
@@ -62,6 +63,7 @@ WHEN_INTERRUPTED = "OUT_DIR is as it was, and the same command goes on from what
 @click.option("--of", type=int, metavar="N", help="Into how many parts the files of weights are divided.")
 @click.option("--commit", is_flag=True,
               help="Complete the result whose parts the workers have made.")  # fmt: skip
+@engine_options
 @click.option("--card", is_flag=True, help="Write a model card, README.md; --push-to-hub does.")
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also what happens to each weight that changes.")
