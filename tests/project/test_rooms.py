@@ -17,7 +17,7 @@ PACKAGE = Path(lorafuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from the rooms before it; rooms of one floor, joined by commas, do not know each other.
 FLOORS = """
-    _version, errors < settings, events < arguments < files < arithmetic < codecs < patches < adapters, naming
+    _version, errors < settings, events < engines, arguments < files < arithmetic < codecs < patches < adapters, naming
     < structure, trained_base, side_files < formats < planning < merge < outdir < receipt < inputs < batching
     < pipeline, verification, inspection, reporting < cli < __main__
 """

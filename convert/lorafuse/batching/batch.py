@@ -2,10 +2,12 @@
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from lorafuse.arguments import checked
 from lorafuse.arithmetic.arena import pick_device
@@ -16,6 +18,8 @@ from lorafuse.batching.jobs import Job, JobState, checked_share, left_out, read_
 from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
 from lorafuse.batching.rehearsal import Rehearsal
+from lorafuse.batching.spread import checked_engine
+from lorafuse.batching.spread_jobs import spread_jobs
 from lorafuse.errors import LorafuseError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
@@ -56,6 +60,8 @@ def batch(
     share: str = "auto",
     index: int | None = None,
     of: int | None = None,
+    engine: str = "local",
+    address: str | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     restart: bool = False,
@@ -68,10 +74,10 @@ def batch(
     "scale"?, "dtype"?, "format"?}; `index` and `of` choose a share of them (default: that of a Slurm array
     task or a Kubernetes Indexed Job, else all). A result that is there already and was made from the same
     inputs with the same settings is skipped. `share` says how files that no adapter changes are shared
-    between results: "reflink", "hardlink", "copy", or "auto", the first that works. The other options are
-    those of `convert`. Returns a state for each job; a failed job does not cost the others. `on_event` gets
-    the events of `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when no
-    job can go on; the same call goes on with the rest.
+    between results: "reflink", "hardlink", "copy", or "auto", the first that works. `engine`: "ray" has the
+    jobs done by workers of Ray. The other options are those of `convert`. Returns a state for each job; a
+    failed job does not cost the others. `on_event` gets the events of `convert` with a "job" more, "pass" and
+    "job". Raises a LorafuseError or an OSError when no job can go on; the same call goes on with the rest.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
@@ -80,9 +86,28 @@ def batch(
         **chosen_quants(format, base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
     )  # fmt: skip
-    chosen = Chosen(share, index, of, overwrite, restart, dry_run)
-    base, listed_in = directory_as_typed(ckpt), Path(as_typed(jobs))
-    return _batch(base, listed_in, as_typed(out_root), settings, chosen, on_event)
+    if share not in SHARE_CHOICES:
+        raise UsageError(f"share is {shown(share)}; expected one of {', '.join(SHARE_CHOICES)}.")
+    spread_by = checked_engine(engine, address, {"index": index is not None, "of": of is not None})
+    chosen, number = Chosen(share, overwrite, restart, dry_run), (0, 1)
+    if spread_by is None:
+        number = checked_share(index, of, os.environ)
+    wanted = WantedBatch(directory_as_typed(ckpt), Path(as_typed(jobs)), as_typed(out_root), settings, chosen)
+    kind_of(wanted.out_root)  # before it is looked at as a folder: the scheme must be known
+    everything = _read(wanted.jobs, on_event)
+    todo = share_of(everything, *number)
+    if spread_by and not dry_run:
+        return spread_jobs(todo, settings, spread_by, partial(_call_by_worker, wanted, everything), on_event)
+    return _batch(wanted, everything, todo, on_event)
+
+
+def _read(listed_in: Path, on_event: OnEvent) -> list[Job]:
+    """All jobs; what is left out is said. Raises UsageError."""
+    jobs = read_jobs(listed_in)
+    for name in left_out(listed_in):
+        message = f"{shown(listed_in / name)}: holds no adapter, and is left out."
+        on_event({"event": "warning", "message": message})
+    return jobs
 
 
 @dataclass(frozen=True)
@@ -90,26 +115,34 @@ class Chosen:
     """What the caller chose beside the settings of a merge."""
 
     share: str
-    index: int | None
-    of: int | None
     overwrite: bool
     restart: bool
     dry_run: bool
 
 
+class WantedBatch(NamedTuple):
+    """A call with checked options."""
+
+    ckpt: str
+    jobs: Path
+    out_root: str
+    settings: Settings
+    chosen: Chosen
+
+
+def _call_by_worker(
+    wanted: WantedBatch, everything: Sequence[Job], todo: Sequence[Job], settings: Settings
+) -> Callable[[OnEvent], list[JobState]]:
+    """The call that does some of the jobs in another process."""
+    return partial(_batch, wanted._replace(settings=settings), everything, todo)
+
+
 def _batch(
-    ckpt: str, jobs: Path, out_root: str, settings: Settings, chosen: Chosen, on_event: OnEvent
+    wanted: WantedBatch, everything: Sequence[Job], todo: Sequence[Job], on_event: OnEvent
 ) -> list[JobState]:
-    """The same with checked settings."""
-    kind_of(out_root)  # before it is looked at as a folder: the scheme must be known
+    """Do some of all jobs."""
+    ckpt, _, out_root, settings, chosen = wanted
     root = open_folder(out_root)
-    if chosen.share not in SHARE_CHOICES:
-        raise UsageError(f"share is {shown(chosen.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
-    number, n_workers = checked_share(chosen.index, chosen.of, os.environ)
-    everything = read_jobs(jobs)
-    for name in left_out(jobs):
-        on_event({"event": "warning", "message": f"{shown(jobs / name)}: holds no adapter, and is left out."})
-    todo = share_of(everything, number, n_workers)
     device = pick_device(settings.device)
     ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)

@@ -63,6 +63,9 @@ class Engine(Protocol):
     def cores(self, wanted: int) -> int:
         """How many of so many cores one machine has."""
 
+    def slots(self, n_cpus: int) -> int:
+        """How many tasks that need so many cores may run at once; at least 1."""
+
     def submit(self, task: Task) -> None:
         """Raises UsageError for a task that no machine has room for. Waits where many are under way."""
 

@@ -71,6 +71,9 @@ class RayEngine:
     def cores(self, wanted: int) -> int:
         return max(min(wanted, int(max((node["CPU"] for node in self._nodes), default=1))), 1)
 
+    def slots(self, n_cpus: int) -> int:
+        return max(sum(int(node["CPU"]) // n_cpus for node in self._nodes), 1)
+
     def submit(self, task: Task) -> None:
         needed = task.memory_nbytes + PROCESS_NBYTES
         largest = max((node.get("memory", 0) for node in self._nodes), default=0)
@@ -84,8 +87,7 @@ class RayEngine:
             task, self._versions, self._queue
         )
         self._pending[ref] = task
-        slots = sum(int(node["CPU"]) for node in self._nodes) // task.n_cpus
-        while len(self._pending) > max(slots, 1) * (1 + AHEAD):
+        while len(self._pending) > self.slots(task.n_cpus) * (1 + AHEAD):
             self._wait()
 
     def results(self) -> Iterator[tuple[Task, Any]]:

@@ -45,19 +45,15 @@ class Teller:
 
 @dataclass
 class Relay:
-    """In the process that the user called: passes on what workers tell. Plans and warnings were said there
-    already, or by another worker; what a worker resumes is progress like any other; what one that ended had
-    written does not count any more."""
+    """In the process that the user called: passes on what workers tell. The plan of a single result was said
+    there, and a warning once is enough. What a worker resumes is progress like any other; what one that ended
+    had written does not count any more."""
 
     on_event: OnEvent
     n_again: int = 0
     _nbytes: dict[str, int] = field(default_factory=dict)  # of tasks, as far as they are
+    _passes: dict[str, int] = field(default_factory=dict)  # what tasks said that they are going to write
     _said: set[tuple[str | None, str]] = field(default_factory=set)
-
-    def said(self, event: Event) -> None:
-        """A warning that this process gave itself."""
-        if event["event"] == "warning":
-            self._said.add((event.get("job"), event["message"]))
 
     def nbytes_of(self, task: str) -> int:
         """What a task has written so far, or resumed."""
@@ -72,8 +68,9 @@ class Relay:
         kind = event["event"]
         if kind == "begun":
             self.n_again += task in self._nbytes
-            if lost := self._nbytes.get(task, 0):
-                self.on_event({"event": "progress", "nbytes": -lost})
+            # A pass says anew what is left to write: the earlier one counts as over.
+            if over := self._passes.pop(task, 0) - self._nbytes.get(task, 0):
+                self.on_event({"event": "progress", "nbytes": over})
             self._nbytes[task] = 0
         elif kind in ("progress", "resumed"):
             self._nbytes[task] = self._nbytes.get(task, 0) + event["nbytes"]
@@ -83,5 +80,8 @@ class Relay:
             if key not in self._said:
                 self._said.add(key)
                 self.on_event(event)
-        elif kind in ("shard", "job"):
+        elif kind == "pass":
+            self._passes[task] = self._passes.get(task, 0) + event["nbytes"]
+            self.on_event(event)
+        elif kind in ("shard", "job") or (kind == "plan" and "job" in event):
             self.on_event(event)
