@@ -57,17 +57,11 @@ def batch(
     quant_skip: Sequence[str] = (),
     quant_experts: bool = False,
     base_quant_from: Name | None = None,
-    share: str = "auto",
-    index: int | None = None,
-    of: int | None = None,
-    engine: str = "local",
-    address: str | None = None,
-    allow_nonfinite: bool = False,
-    overwrite: bool = False,
-    restart: bool = False,
-    dry_run: bool = False,
+    share: str = "auto", index: int | None = None, of: int | None = None,
+    engine: str = "local", address: str | None = None,
+    allow_nonfinite: bool = False, overwrite: bool = False, restart: bool = False, dry_run: bool = False,
     on_event: OnEvent = ignore,
-) -> list[JobState]:
+) -> list[JobState]:  # fmt: skip
     """Merge many adapters into one checkpoint, each into `out_root`/NAME, to the byte what `convert` makes.
 
     `jobs` is a directory whose sub-directories are adapters, or a JSONL file of {"adapter", "name"?,
@@ -86,8 +80,6 @@ def batch(
         **chosen_quants(format, base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
     )  # fmt: skip
-    if share not in SHARE_CHOICES:
-        raise UsageError(f"share is {shown(share)}; expected one of {', '.join(SHARE_CHOICES)}.")
     spread_by = checked_engine(engine, address, {"index": index is not None, "of": of is not None})
     chosen, number = Chosen(share, overwrite, restart, dry_run), (0, 1)
     if spread_by is None:
@@ -112,12 +104,16 @@ def _read(listed_in: Path, on_event: OnEvent) -> list[Job]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the caller chose beside the settings of a merge."""
+    """What the caller chose beside the settings of a merge. Raises UsageError."""
 
     share: str
     overwrite: bool
     restart: bool
     dry_run: bool
+
+    def __post_init__(self) -> None:
+        if self.share not in SHARE_CHOICES:
+            raise UsageError(f"share is {shown(self.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
 
 
 class WantedBatch(NamedTuple):

@@ -6,6 +6,7 @@ lost.
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Self
@@ -20,7 +21,7 @@ RETRIES = 8  # of a task whose process ended
 AHEAD = 2  # tasks that wait for each that runs
 PROCESS_NBYTES = 400_000_000  # Ray's worker with torch in it, beside what --memory-limit bounds
 STORE_NBYTES = 80_000_000  # nothing large goes through Ray
-WAIT_S = 0.2
+WAIT_S, ANSWER_S = 0.2, 10.0
 
 
 def open_engine(address: str | None, on_event: OnEvent) -> "RayEngine":
@@ -151,6 +152,7 @@ def _imported() -> Any:
 def _connect(ray: Any, address: str) -> None:
     """Start Ray on this machine, or reach a cluster. Raises UsageError, StorageError."""
     heeded = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    _refuse_silent(address)
     local = {"include_dashboard": False, "object_store_memory": STORE_NBYTES} if address == "local" else {}
     try:
         ray.init(address, logging_level="ERROR", log_to_driver=False, **local)
@@ -164,6 +166,17 @@ def _connect(ray: Any, address: str) -> None:
     finally:
         for number, handler in heeded.items():
             signal.signal(number, handler)
+
+
+def _refuse_silent(address: str) -> None:
+    """Raises StorageError where nobody answers: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+    except (OSError, OverflowError) as e:
+        raise StorageError(f"{shown(address)}: Ray cannot be reached there: {e}.") from None
 
 
 def _on_node(node_id: str) -> Any:
