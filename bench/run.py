@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from bench.memory import peak
-from bench.speed import base_quant, bases, batch, compute, kernel, peers
+from bench.speed import base_quant, bases, batch, compute, fleet, kernel, peers
 from bench.support import measure
 
 LAYERS = 16
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "memory": peak,
     "peers": peers,
     "batch": batch,
+    "fleet": fleet,
 }
 TITLES = {
     "compute": "CPU time of the arithmetic",
@@ -31,6 +32,7 @@ TITLES = {
     "memory": "Memory",
     "peers": "The whole merge",
     "batch": "Many adapters",
+    "fleet": "Many workers",
 }
 PREAMBLE = """# Benchmarks
 

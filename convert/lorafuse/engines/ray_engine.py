@@ -46,7 +46,9 @@ class RayEngine:
                 f"{shown(self._address)}: Ray's client is not supported; call lorafuse on a machine of the "
                 "cluster, or by `ray job submit`."
             )
-        _connect(self._ray, self._address)
+        self._is_own = not self._ray.is_initialized()
+        if self._is_own:  # else the caller's, which stays as it is
+            _connect(self._ray, self._address)
         try:
             from ray.util.queue import Queue
 
@@ -58,8 +60,8 @@ class RayEngine:
             self._versions = versions()
             alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
             self._nodes = [node for node in alive if node.get("CPU")]
-        except BaseException:
-            self._ray.shutdown()
+        except BaseException as e:
+            self.__exit__(type(e), e, None)
             raise
         return self
 
@@ -67,7 +69,8 @@ class RayEngine:
         for ref in self._pending:
             with suppress(Exception):
                 self._ray.cancel(ref, force=True)
-        self._ray.shutdown()
+        if self._is_own:
+            self._ray.shutdown()
 
     def cores(self, wanted: int) -> int:
         return max(min(wanted, int(max((node["CPU"] for node in self._nodes), default=1))), 1)
@@ -153,6 +156,8 @@ def _connect(ray: Any, address: str) -> None:
     """Start Ray on this machine, or reach a cluster. Raises UsageError, StorageError."""
     heeded = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     _refuse_silent(address)
+    # A thread of Ray prints on stdout, which holds the result, what became of its processes.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     local = {"include_dashboard": False, "object_store_memory": STORE_NBYTES} if address == "local" else {}
     try:
         ray.init(address, logging_level="ERROR", log_to_driver=False, **local)
