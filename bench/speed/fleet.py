@@ -5,9 +5,9 @@
 The base is a Llama in NF4 (--layers 16 has 1.2 B parameters). Each worker is a process with a core of its own
 (taskset); all write to the work directory's disk. The coefficients come from one worker, on a quarter and on
 half of the layers: how long it takes to start, to make a byte that is decoded and one that is copied, and to
-commit a byte; for a batch from calls with one job and with two. They are checked against whole runs by one and
-by two workers, which they were not made from. What they predict holds where every worker has such a core, and
-its share of such a disk; the time to decode is that of NF4.
+commit a byte; for a batch from calls with one job and with two. They are checked against whole runs by one
+and by two workers, which they were not made from. What they predict holds where every worker has such a core,
+and its share of such a disk; the time to decode is that of NF4.
 """
 
 import json
@@ -182,9 +182,9 @@ def report(work: Path, layers: int) -> str:
     quarter, half, whole = (measure.inputs(work, "llama", layers // part) for part in (4, 2, 1))
     known = coefficients(work, quarter, half)
     said = (
-        f"A worker takes {known.start_s:.1f} s to start and to plan, {known.decoded_s * GB:.1f} s for a GB that is "
-        f"decoded, {known.copied_s * GB:.1f} s for a GB that is copied; a commit {known.commit_s * GB:.1f} s for "
-        f"a GB. One result of {layers} layers:"
+        f"A worker takes {known.start_s:.1f} s to start and to plan, {known.decoded_s * GB:.1f} s for a GB that "
+        f"is decoded, {known.copied_s * GB:.1f} s for a GB that is copied; a commit takes "
+        f"{known.commit_s * GB:.1f} s for a GB. One result of {layers} layers:"
     )
     return "\n\n".join(
         [

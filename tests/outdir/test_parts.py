@@ -299,7 +299,7 @@ def at_work(inputs, out):
 def test_two_workers_never_make_the_same_part(inputs, clean, out, at_work):
     """Others may be at work beside; one run alone, and a commit, may not."""
     worker = at_work(index=0, of=2)
-    assert "part 0of2" in refused(HeldError, inputs, out, index=0, of=2)
+    assert "another run is making part 0 of 2" in refused(HeldError, inputs, out, index=0, of=2)
     refused(HeldError, inputs, out, commit=True)
     refused(HeldError, inputs, out)
     assert call(inputs, out, index=1, of=2)

@@ -73,10 +73,15 @@ class StagingPlace:
     def lock(self) -> Path:
         return self.home / f"{self._prefix}.lock"
 
+    @property
+    def part_in_words(self) -> str:
+        index, _, of = self.part.partition("of")
+        return f"part {index} of {of}"
+
     def run_lock(self, out_dir: Path) -> Lock | PartLock:
         """What a run for this OUT_DIR, which the user calls `out_dir`, or for this part of it holds."""
         if self.part:
-            return PartLock(self.lock, replace(self, part="").lock, out_dir, f"part {self.part} of it")
+            return PartLock(self.lock, replace(self, part="").lock, out_dir, self.part_in_words)
         return Lock(self.lock, out_dir)
 
     def new_folder(self, plan_id: str) -> Path:

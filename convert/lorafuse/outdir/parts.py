@@ -93,7 +93,7 @@ def refuse_other_parts(out_dir: str, own: StagingPlace, attempt: Attempt) -> Non
         for record in map(read_journal, place.own_folders() if place != own else ()):
             if record.attempt and record.attempt != attempt:
                 raise OutDirError(
-                    f"{shown(out_dir)}: part {place.part} is made of something else: "
+                    f"{shown(out_dir)}: {place.part_in_words} is made of something else: "
                     f"{difference(record.attempt, attempt)}. Give the same command to every worker, or "
                     "--restart to every worker, to discard what is finished."
                 )
