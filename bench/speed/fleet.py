@@ -5,7 +5,7 @@
 The base is a Llama in NF4 (--layers 16 has 1.2 B parameters). Each worker is a process with a core of its own
 (taskset); all write to the work directory's disk. The coefficients come from one worker, on a quarter and on
 half of the layers: how long it takes to start, to make a byte that is decoded and one that is copied, and to
-commit a byte; for a batch from calls with one job and with two. They are checked against whole runs by one
+commit a byte; for a batch from calls with one job and with five. They are checked against whole runs by one
 and by two workers, which they were not made from. What they predict holds where every worker has such a core,
 and its share of such a disk; the time to decode is that of NF4.
 """
@@ -26,7 +26,7 @@ from bench.support.measure import GB, table
 SHARD, SHARD_NBYTES = "100MB", 100e6
 WORKERS = (1, 2)
 FLEETS = (1, 2, 4, 8, 16, 32, 64)
-N_JOBS = 4
+FEW_JOBS, N_JOBS = (1, 5), 8
 HUGE_NUMEL, FILE_NBYTES = 671e9, 5 * GB
 
 
@@ -63,10 +63,10 @@ class Coefficients:
         return self.start_s + self.commit_s * size.nbytes
 
 
-def batch_s(n_jobs: int, n_workers: int, pass_s: float, job_s: float) -> float:
-    """Of the worker that has most jobs: passes + jobs, each in proportion."""
+def batch_s(n_jobs: int, n_workers: int, start_s: float, pass_s: float, job_s: float) -> float:
+    """Of the worker that has most jobs: it starts, and each pass and each job takes its time."""
     most = math.ceil(n_jobs / n_workers)
-    return math.ceil(most / MOST) * pass_s + most * job_s
+    return start_s + math.ceil(most / MOST) * pass_s + most * job_s
 
 
 def at_once(commands: Sequence[Sequence[str | Path]]) -> float:
@@ -148,19 +148,20 @@ def batch_of(base: Path, adapter: Path, work: Path, n_jobs: int, n_workers: int)
         return at_once(shares)
 
 
-def many_adapters(work: Path, whole: tuple[Path, Path], layers: int) -> str:
-    """Checked on four adapters; predicted for a thousand, of a larger model."""
+def many_adapters(work: Path, whole: tuple[Path, Path], layers: int, start_s: float) -> str:
+    """Checked on a few adapters; predicted for a thousand, of a larger model."""
     adapter = whole[1].with_name("adapter-qv")
-    one, two = (batch_of(whole[0], adapter, work, n, 1) for n in (1, 2))
-    job_s, pass_s = two - one, 2 * one - two
+    few_s, more_s = (batch_of(whole[0], adapter, work, n, 1) for n in FEW_JOBS)
+    job_s = (more_s - few_s) / (FEW_JOBS[1] - FEW_JOBS[0])
+    pass_s = few_s - start_s - FEW_JOBS[0] * job_s
     rows = []
     for n_workers in WORKERS:
         measured = batch_of(whole[0], adapter, work, N_JOBS, n_workers)
-        rows.append([str(n_workers), *checked(batch_s(N_JOBS, n_workers, pass_s, job_s), measured)])
+        rows.append([str(n_workers), *checked(batch_s(N_JOBS, n_workers, start_s, pass_s, job_s), measured)])
     small, title = Llama(2048, 8192, 512, 128256, layers), "q_proj and v_proj"
     of_pass = pass_s * LARGE.numel / small.numel
     of_job = job_s * LARGE.changed[title] / small.changed[title]
-    hours = [f"{batch_s(N_LARGE, n, of_pass, of_job) / 3600:,.1f}" for n in FLEETS]
+    hours = [f"{batch_s(N_LARGE, n, start_s, of_pass, of_job) / 3600:,.1f}" for n in FLEETS]
     return "\n\n".join(
         [
             table(("workers", "predicted, s", "measured, s", "error"), rows),
@@ -182,8 +183,8 @@ def report(work: Path, layers: int) -> str:
     quarter, half, whole = (measure.inputs(work, "llama", layers // part) for part in (4, 2, 1))
     known = coefficients(work, quarter, half)
     said = (
-        f"A worker takes {known.start_s:.1f} s to start and to plan, {known.decoded_s * GB:.1f} s for a GB that "
-        f"is decoded, {known.copied_s * GB:.1f} s for a GB that is copied; a commit takes "
+        f"A worker takes {known.start_s:.1f} s to start and to plan, {known.decoded_s * GB:.1f} s for a GB "
+        f"that is decoded, {known.copied_s * GB:.1f} s for a GB that is copied; a commit takes "
         f"{known.commit_s * GB:.1f} s for a GB. One result of {layers} layers:"
     )
     return "\n\n".join(
@@ -191,7 +192,7 @@ def report(work: Path, layers: int) -> str:
             said,
             one_result(work, whole, known),
             f"{N_JOBS} adapters on q_proj and v_proj of it:",
-            many_adapters(work, whole, layers),
+            many_adapters(work, whole, layers, known.start_s),
             "Predicted, not measured: one result of 671 B parameters in bfloat16, in files of 5 GB.",
             predicted_huge(known),
         ]
