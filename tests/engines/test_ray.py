@@ -1,6 +1,7 @@
 """Ray as it is, on this machine: a cluster for all tests of this file, whose processes and machines are
 killed while they work. What comes out is byte for byte what one process makes."""
 
+import itertools
 import json
 import os
 import random
@@ -19,12 +20,13 @@ from scenario import content
 
 import lorafuse
 from lorafuse.engines import ray_engine
-from lorafuse.errors import AdapterError, HeldError, StorageError, UsageError
+from lorafuse.errors import AdapterError, StorageError, UsageError
 
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("ray")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(lorafuse.__file__).parents[1])}
+EXAMPLE = Path(__file__).parents[2] / "docs/examples/ray.sh"
 SHARD = "200KB"
 NAMES = ["a", "b", "c", "d"]
 
@@ -132,17 +134,22 @@ def test_a_result_of_many_workers(convert, clean, tmp_path):
     )
 
 
-def test_workers_are_killed(convert, clean, tmp_path):
-    with killing(most=5, every_s=0.4) as killed:
-        events = convert()
-    (workers,) = of_kind(events, "workers")
-    assert content(tmp_path / "out") == clean["a"] and killed
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert workers["n_again"] <= len(killed)
-    (plan,) = of_kind(events, "plan")
-    assert sum(event["nbytes"] for event in of_kind(events, "progress")) == plan["nbytes"]
-    made = [event["file"] for event in of_kind(events, "shard")]
-    assert len(made) - len({*made}) <= len(killed)
+@pytest.mark.soak
+def test_workers_are_killed(convert, clean, tmp_path, share_s):
+    until = time.monotonic() + share_s
+    for seed in itertools.count():
+        with killing(most=5, every_s=0.4, seed=seed) as killed:
+            events = convert()
+        (workers,), (plan,) = of_kind(events, "workers"), of_kind(events, "plan")
+        assert content(tmp_path / "out") == clean["a"] and killed
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert workers["n_again"] <= len(killed)
+        assert sum(event["nbytes"] for event in of_kind(events, "progress")) == plan["nbytes"]
+        made = [event["file"] for event in of_kind(events, "shard")]
+        assert len(made) - len({*made}) <= len(killed)
+        shutil.rmtree(tmp_path / "out")
+        if time.monotonic() >= until:
+            break
 
 
 def test_a_machine_is_lost(cluster, convert, clean, tmp_path):
@@ -191,20 +198,6 @@ def test_what_is_wrong_with_the_inputs_ends_it(cluster, inputs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
-def test_another_run_at_work(convert, inputs, clean, tmp_path):
-    """The workers find its lock."""
-    seen = []
-
-    def other(event):
-        if event["event"] == "shard" and not seen:
-            with pytest.raises(HeldError) as caught:
-                convert()
-            seen.append(str(caught.value))
-
-    lorafuse.convert(inputs[0], inputs[1] / "a", tmp_path / "out", max_shard_size=SHARD, on_event=other)
-    assert "another run is writing it" in seen[0] and content(tmp_path / "out") == clean["a"]
-
-
 def test_workers_of_another_version(convert, tmp_path, monkeypatch):
     known = ray_engine.versions()
     monkeypatch.setattr(ray_engine, "versions", lambda: known | {"torch": "1.0"})
@@ -245,6 +238,26 @@ def test_a_batch_whose_workers_are_killed(batch, clean, tmp_path):
     assert n_bytes == sum(event["nbytes"] for event in of_kind(events, "pass"))
     again, _ = batch()
     assert {*again.values()} == {"skipped"}
+
+
+def test_the_job_of_the_examples(cluster, inputs, clean, tmp_path):
+    """It finds the cluster as a job of Ray does."""
+    program = tmp_path / "bin" / "lorafuse"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m lorafuse "$@" --max-shard-size {SHARD}\n')
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    out = tmp_path / "out"
+    command = ["bash", EXAMPLE, inputs[0], inputs[1] / "a", inputs[1], out]
+    ran = subprocess.run(
+        command, env=ENVIRONMENT | {"PATH": path, "RAY_ADDRESS": cluster.address}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert ran.stderr == ""
+    assert ran.stdout.splitlines()[0] == f"{out}/merged"
+    assert sorted(ran.stdout.splitlines()[1:]) == [f"{out}/batch/{name}" for name in NAMES]
+    assert content(out / "merged") == clean["a"]
+    assert {name: content(out / "batch" / name) for name in NAMES} == clean
 
 
 # ---- what can be wrong with Ray
