@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from build import files_of
 from faults import Disk, Killed
 from scenario import N_SHARDS, SHARD, Work, content, five_shards, uninterrupted
 
@@ -126,13 +127,27 @@ def test_a_mount_point_and_one_that_is_overwritten(inputs, clean, tmp_path, monk
         monkeypatch.undo()
 
 
+def test_of_a_base_on_the_hub_and_onto_it(hub, inputs, clean, tmp_path):
+    """Each worker fetches what it needs; the commit pushes all."""
+    hub.add("org/base", inputs[0])
+    for index in (1, 0):
+        assert call(("org/base", inputs[1]), tmp_path / "out", index=index, of=2, stream=True)
+    call(("org/base", inputs[1]), tmp_path / "out", commit=True, push_to_hub="me/merged")
+    weights = {name for name in clean if name.startswith("model-")}
+    found = content(tmp_path / "out")
+    assert {name: found[name] for name in weights} == {name: clean[name] for name in weights}
+    pushed = hub.repos["me/merged"]
+    there = files_of(pushed.path(pushed.refs["main"]))
+    assert {name: there[name] for name in weights} == {name: clean[name] for name in weights}
+
+
 # ---- cut off
 
 
 def test_a_worker_killed_before_any_call(inputs, clean, out, monkeypatch):
     """Run again, it makes what is missing, and nothing that others make."""
     disk = Disk(monkeypatch)
-    for number in range(1, 1000, 2):
+    for number in range(1, 1000, 3):
         shutil.rmtree(out.parent)
         out.parent.mkdir()
         disk.kill_at(number)
@@ -156,7 +171,7 @@ def test_a_commit_killed_before_any_call(then, inputs, clean, out, tmp_path, mon
     for index in (0, 1, 2):
         call(inputs, out, index=index, of=3)
     shutil.copytree(out.parent, made)
-    for number in range(1, 1000):
+    for number in range(1 + len(then) % 3, 1000, 3):
         shutil.rmtree(out.parent)
         shutil.copytree(made, out.parent)
         disk.kill_at(number)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
+from lorafuse.arithmetic.arena import device_kind
 from lorafuse.batching.division import Division
 from lorafuse.batching.one_pass import PlannedJob
 from lorafuse.engines.engine import Engine, Task
@@ -67,7 +66,7 @@ def spread(
         if {shard.file for shard in files} - taken
     ]
     with engine_named(chosen.name, chosen.address, job.on_event) as engine:
-        settings = replace(job.settings, n_threads=engine.cores(job.plan.memory.n_workers))
+        settings = for_workers(job.settings, engine.cores(job.plan.memory.n_workers))
         for index in parts:
             made = call(job.plan.plan_id, Division(index, of), settings)
             engine.submit(task_of(f"part {index} of {of}", made, settings))
@@ -83,9 +82,15 @@ def _but_resumed(on_event: OnEvent, event: Event) -> None:
         on_event(event)
 
 
+def for_workers(settings: Settings, n_cpus: int) -> Settings:
+    """The settings of all workers, whatever their machines have: so many cores, and the kind of device that
+    this machine computes on."""
+    return replace(settings, n_threads=n_cpus, device=device_kind(settings.device))
+
+
 def task_of(name: str, call: Call, settings: Settings) -> Task:
     """A call with these settings as a task."""
-    on_gpu = torch.device(settings.device).type == "cuda" if settings.device != "auto" else False
+    on_gpu = device_kind(settings.device) != "cpu"
     return Task(name, call, settings.n_workers, settings.memory_nbytes, on_gpu, os.getcwd())
 
 

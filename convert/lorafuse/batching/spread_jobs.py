@@ -4,11 +4,11 @@ pass."""
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from lorafuse.batching.jobs import Job, JobState
 from lorafuse.batching.pass_size import MAX_MEMBERS
-from lorafuse.batching.spread import Call, ChosenEngine, task_of, workers_event
+from lorafuse.batching.spread import Call, ChosenEngine, for_workers, task_of, workers_event
 from lorafuse.engines.engines import engine_named
 from lorafuse.events import Event, OnEvent
 from lorafuse.settings import Settings
@@ -25,7 +25,7 @@ def spread_jobs(
     Returns a state for each. Raises what a worker raises when none of its jobs can go on."""
     began, heard, states = time.perf_counter(), Heard(on_event), dict[str, JobState]()
     with engine_named(chosen.name, chosen.address, heard) as engine:
-        settings = replace(settings, n_threads=engine.cores(settings.n_workers))
+        settings = for_workers(settings, engine.cores(settings.n_workers))
         size = min(MAX_MEMBERS, -(-len(jobs) // engine.slots(settings.n_workers)))
         for first in range(0, len(jobs), size):
             some = jobs[first : first + size]

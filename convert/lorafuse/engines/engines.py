@@ -6,7 +6,7 @@ from typing import Any
 from lorafuse.engines.engine import Engine
 from lorafuse.events import OnEvent
 
-ENGINES = {"ray": "lorafuse.engines.ray_engine"}
+ENGINES: dict[str, str] = {"ray": "lorafuse.engines.ray_engine"}
 
 
 def engine_named(name: str, address: str | None, on_event: OnEvent) -> Engine:

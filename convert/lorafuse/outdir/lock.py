@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lorafuse.errors import HeldError, OutDirError, shown
 
-HELD = "another run is writing it; wait for it, or choose another directory."
+HELD = ": another run is writing it; wait for it, or choose another directory."
 # A file system that knows no locks: whose result is OUT_DIR is then decided by the rename.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
@@ -29,7 +29,8 @@ def is_own(status: os.stat_result) -> bool:
 
 class Lock:
     """Held from `acquire` to `release`, which also removes the file. A `shared` lock keeps out only those who
-    want it alone, and its file stays: another run may hold it too. `held`: what to say of another run."""
+    want it alone, and its file stays: another run may hold it too. `held`: what a message says of another run,
+    after the name of OUT_DIR."""
 
     def __init__(self, path: Path, out_dir: Path, *, held: str = HELD, shared: bool = False) -> None:
         self._path, self._out_dir, self._held, self._shared = path, out_dir, held, shared
@@ -45,7 +46,7 @@ class Lock:
                 if self._is_named(fd):
                     self._fd = fd
             except BlockingIOError:
-                raise HeldError(f"{shown(self._out_dir)}: {self._held}") from None
+                raise HeldError(f"{shown(self._out_dir)}{self._held}") from None
             except OSError as e:
                 if e.errno not in UNSUPPORTED:
                     raise
@@ -100,7 +101,7 @@ class PartLock:
 
     def __init__(self, path: Path, path_of_whole: Path, out_dir: Path, part: str) -> None:
         self._whole = Lock(path_of_whole, out_dir, shared=True)
-        self._own = Lock(path, out_dir, held=f"another run is making {part}; wait for it.")
+        self._own = Lock(path, out_dir, held=f": another run is making {part}; wait for it.")
 
     def acquire(self) -> None:
         """Raises what `Lock.acquire` raises, and holds nothing then."""
