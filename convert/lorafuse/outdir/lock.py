@@ -29,8 +29,8 @@ def is_own(status: os.stat_result) -> bool:
 
 class Lock:
     """Held from `acquire` to `release`, which also removes the file. A `shared` lock keeps out only those who
-    want it alone, and its file stays: another run may hold it too. `held`: what a message says of another run,
-    after the name of OUT_DIR."""
+    want it alone, and its file stays: another run may hold it too. `held`: what a message says of another
+    run, after the name of OUT_DIR."""
 
     def __init__(self, path: Path, out_dir: Path, *, held: str = HELD, shared: bool = False) -> None:
         self._path, self._out_dir, self._held, self._shared = path, out_dir, held, shared
