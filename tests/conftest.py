@@ -15,7 +15,7 @@ from models import DENSE, QUANTIZED
 
 fix_bnb_avx512.mend()
 MARKED_GPU = "needs a CUDA device, and torch sees none here"
-MARKED_ORACLE = "needs {}, which is not installed; `make oracle` installs compressed-tensors"
+MARKED_ORACLE = "needs {}, which is not installed; `make oracle` installs it"
 
 
 def pytest_collection_modifyitems(items):

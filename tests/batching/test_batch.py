@@ -566,6 +566,7 @@ def test_values_of_the_base_that_are_not_finite(run, jobs, out, tmp_path):
     tensors["model.layers.0.self_attn.q_proj.weight"][1, 2] = torch.inf
     ckpt = write_checkpoint(tmp_path / "ckpt", tensors)
     assert run(ckpt, jobs, out) == dict.fromkeys("abcd", "failed")
+    assert run.error("a").exit_code == 3
     assert str(run.error("a")).startswith(
         "model.layers.0.self_attn.q_proj.weight: 1 of 256 values are not finite in the base;"
     )

@@ -60,7 +60,7 @@ def test_decoding(data):
     bands.WINDOWS_NBYTES = data.draw(st.sampled_from([1, 16_000_000]))
     bands.CHUNK_NUMEL = data.draw(st.sampled_from([1, 200, 1 << 17]))
     try:
-        check_decoding(stored, QUANTIZATION, expected, dtype=dtype)
+        check_decoding(stored, QUANTIZATION | {"zero_point": zeros}, expected, dtype=dtype)
     finally:
         bands.WINDOWS_NBYTES, bands.CHUNK_NUMEL = before
 
@@ -178,3 +178,13 @@ def test_inspected_by_its_headers(tmp_path, monkeypatch):
     (row,) = lorafuse.inspect(write(tmp_path / "ckpt", stored, QUANTIZATION))["storage"]
     assert (row["scheme"], row["bits"], row["blocksize"]) == ("AWQ, 4 bit, block size 32", 4, 32)
     assert row["n_parameters"] == expected.numel()
+
+
+@pytest.mark.parametrize("said", [{"zero_point": True}, {}])
+def test_lost_zero_points(said):
+    """Where the config does not say that there are none."""
+    stored, _ = module(16, 3, 16, zeros=False)
+    text = refusal(stored, {"quant_method": "awq", "bits": 4, **said})
+    assert text == (
+        f"{WEIGHT}: {MODULE}.qzeros is missing, without which only a config with zero_point: false is read."
+    )

@@ -262,15 +262,25 @@ def test_damaged_bytes(change, text):
 
 
 @pytest.mark.parametrize(
-    "setting",
+    ("setting", "words"),
     [
-        {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
-        {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        (
+            {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+            "(rotations that run with the model); this format is not read (docs/bases.md lists those that "
+            "are). Its stored weights are rotated, and so is what runs through them; an adapter's are not: "
+            "merge into the checkpoint that was rotated, and quantize the result as that was.",
+        ),
+        (
+            {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            "(weights without their zeros); this format is not read (docs/bases.md lists those that are). "
+            "compressed-tensors up to 0.14 puts the zeros back: load the model with that, save it dense and "
+            "merge into the result, or merge into the full-precision checkpoint.",
+        ),
     ],
 )
-def test_settings_that_change_what_is_stored(setting):
+def test_settings_that_change_what_is_stored(setting, words):
     text = refusal(fp8(MODULE)[0], config({"num_bits": 8}, **setting))
-    assert f"the checkpoint has a {next(iter(setting))}" in text
+    assert text.endswith(f"config.json: the checkpoint has a {next(iter(setting))} {words}")
 
 
 def test_mxfp6_is_refused():
@@ -293,3 +303,12 @@ def test_presets():
     """A config that names a preset says nothing of bits: they follow from the width."""
     stored, expected = int4(MODULE)
     check_decoding(stored, config() | {"config_groups": {"W4A16": ["Linear"]}}, expected)
+
+
+def test_lost_zero_points():
+    """Where every group of the config is asymmetric."""
+    stored, expected = int4(MODULE)
+    assert not any(name.endswith("zero_point") for name in stored)
+    said = {"num_bits": 4, "symmetric": False}
+    assert refusal(stored, config(said)) == f"{PACKED} lacks its weight_zero_point."
+    check_decoding(stored, config(said, said | {"symmetric": True}), expected)

@@ -227,3 +227,16 @@ def test_an_update_before_the_scale(trained, tmp_path):
     warnings = [event["message"] for event in events if event["event"] == "warning"]
     assert any("is stored in FP8. If experts stayed FP8" in text for text in warnings) == bool(trained)
     assert plan["decoded"] == {"FP8, a scale for each 128 × 128": 64}
+
+
+def test_a_size_of_blocks_that_nothing_says():
+    """24 rows in 2 blocks: of 12 or of 16 each. A scale for each row, or for all, tells itself."""
+    codes = torch.zeros(24, 32).to(torch.float8_e4m3fn)
+    stored = {f"{MODULE}.weight": codes, f"{MODULE}.weight_scale_inv": torch.ones(2, 2)}
+    assert refusal(stored, None) == (
+        f"{MODULE}.weight has a scale for each block, and no config says of which size: add "
+        "quantization_config to config.json, with weight_block_size."
+    )
+    for shape in ((1, 1), (24, 1)):
+        stored[f"{MODULE}.weight_scale_inv"] = torch.ones(shape)
+        check_decoding(stored, None, torch.zeros(24, 32).bfloat16())

@@ -194,8 +194,8 @@ def test_a_broken_quantize_config(tmp_path):
     stored, _ = module((16, 64), runs(64, 32), 4)
     path = write_checkpoint(tmp_path / "ckpt", stored, config={"model_type": "llama"})
     (path / "quantize_config.json").write_text("{")
-    with closing(Checkpoint(LocalFolder(path))) as ckpt, pytest.raises(lorafuse.CheckpointError) as caught:
-        open_weights(ckpt)
+    with pytest.raises(lorafuse.CheckpointError) as caught:
+        Checkpoint(LocalFolder(path))
     assert f"{path}/quantize_config.json: is not valid JSON" in str(caught.value)
 
 
@@ -332,3 +332,25 @@ def test_inspected_by_its_headers(bits, monkeypatch):
     assert (row["scheme"], row["bits"], row["blocksize"]) == (f"GPTQ, {bits} bit, block size 32", bits, 32)
     assert row["n_parameters"] == numbers.numel()
     assert json.dumps(row)
+
+
+def test_a_lost_order(tmp_path):
+    """g_idx is missing, though the config says that inputs are not in order; one group has no order."""
+    for n_inputs, said in ((64, True), (64, False), (32, True)):
+        stored, numbers = module((16, n_inputs), runs(n_inputs, 32), 4, g_idx=False)
+        section = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": said}
+        if n_inputs > 32 and said:
+            assert refusal(stored, section) == (
+                f"{WEIGHT}: {MODULE}.g_idx is missing, which says the order of inputs where config.json has "
+                "desc_act: true."
+            )
+        else:
+            check_decoding(stored, section, numbers, dtype="float16")
+
+
+def test_a_version_that_nothing_says():
+    stored, _ = module((16, 64), runs(64, 32), 4)
+    assert refusal(stored, None) == (
+        f"{WEIGHT}: its tensors are those of GPTQ, and no config says of which version: 1 stores zero points "
+        "minus 1, 2 as they are. Add quantization_config to config.json, with checkpoint_format."
+    )

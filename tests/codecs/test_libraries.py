@@ -1,7 +1,7 @@
 """Each format against the library that it comes from: `make oracle`.
 
-What a library packs decodes to the bits that it dequantizes it to. ModelOpt, torchao, FBGEMM and AQLM are not
-here.
+What a library packs decodes to the bits that it dequantizes it to. ModelOpt, torchao and AQLM stand in
+test_vendor_libraries.py.
 """
 
 import pytest

@@ -229,8 +229,10 @@ LOOK_ALIKES = {
     "a vector quantizer": {"q.codebooks": zeros(2, 4, 8), "q.codebook.embed": zeros(4, 8)},
     "blocks of a network": {"m_blocks": zeros(4, 4), "m_scales": zeros(4)},
     "positions": {"m.indices": i32(4), "position_ids": torch.zeros(1, 4, dtype=torch.int64)},
-    "a table of integers": {"m.weight": u8(4, 4), "m.bias": zeros(4)},
-    "bare FP8": {"m.weight": zeros(4, 4, dtype=F8)},
+    "a mask of GPT-2": {"attn.bias": u8(1, 1, 4, 4), "attn.masked_bias": zeros()},
+    "a causal mask": {"attn.causal_mask": u8(1, 1, 4, 4)},
+    "experts of tokens": {"m.gate.weight": zeros(4, 4), "m.gate.tid2eid": i32(8, 2)},
+    "a table of indexes": {"m.weight": torch.zeros(4, 4, dtype=torch.int64)},
     "HiFi-GAN": {"m.weight_g": zeros(4, 1, 1), "m.weight_v": zeros(4, 4, 3)},
 }
 
@@ -251,23 +253,59 @@ def test_bitsandbytes_without_its_state_is_refused_without_a_config(dtype, tmp_p
     )
 
 
-BARE = ("a table of integers", "bare FP8")
+# What a quantized checkpoint is without its config and with the rest of its tensors lost, or under names that
+# nobody knows: case → (stored tensors, the tensor that is named).
+BARE = {
+    "bytes": ({"m.weight": u8(4, 4), "m.bias": zeros(4)}, "m.weight is U8 [4, 4]"),
+    "words": ({"m.w": i32(4, 4), "m.s": zeros(4)}, "m.w is I32 [4, 4]"),
+    "FP8": ({"m.weight": zeros(4, 4, dtype=F8)}, "m.weight is F8_E4M3 [4, 4]"),
+    "scales": ({"m.s": zeros(4, 4, dtype=torch.float8_e8m0fnu)}, "m.s is F8_E8M0 [4, 4]"),
+    "codes of AQLM": ({"m.codes": zeros(4, 2, 1, dtype=torch.int16)}, "m.codes is I16 [4, 2, 1]"),
+    "a stack": ({"m.experts.up_proj_b": u8(2, 4, 4)}, "m.experts.up_proj_b is U8 [2, 4, 4]"),
+}
 
 
-@pytest.mark.parametrize("case", sorted(LOOK_ALIKES.keys() - BARE))
+@pytest.mark.parametrize("case", BARE)
+def test_bare_codes_are_refused_without_a_config(case, tmp_path):
+    stored, text = BARE[case]
+    path = write(tmp_path / "ckpt", stored | {"a.weight": zeros(4, 4)})
+    assert refusal(path) == (
+        f"{path}: {text}, which looks like the codes of a quantized weight, and nothing says how they are "
+        "decoded. Merge into the full-precision checkpoint; if these numbers are the weight, save them in "
+        "bfloat16 first."
+    )
+
+
+QUANTIZED = {"x.weight": zeros(16, 32, dtype=F8), "x.weight_scale_inv": zeros(1, 1)}
+
+
+@pytest.mark.parametrize("name", ["x.weight_zero", "x.global_scale"])
+def test_a_companion_under_another_name_is_refused(name, tmp_path):
+    """Whatever it holds; a bias is none, nor what a router has."""
+    path = write(tmp_path / "ckpt", QUANTIZED | {name: zeros(4)})
+    assert refusal(path) == (
+        f"{path}: {name} lies beside x.weight, which is stored in FP8, a scale for each tensor, a format "
+        "that has no such part: is it a companion under another name?"
+    )
+    router = {f"m.gate.{name.partition('.')[2]}": tensor.clone() for name, tensor in QUANTIZED.items()}
+    fine = {"x.bias": zeros(16), "x.other_bias": zeros(2), "m.gate.tid2eid": torch.zeros(8, 2).long()}
+    with closing(Checkpoint(LocalFolder(write(tmp_path / "fine", QUANTIZED | router | fine)))) as ckpt:
+        assert open_weights(ckpt).keys() == {"x.weight", "m.gate.weight", *fine}
+
+
+@pytest.mark.parametrize("case", LOOK_ALIKES)
 def test_look_alikes_pass_beside_quantized_weights(case, tmp_path):
-    """Where others are quantized, less passes: tables of integers and bare FP8 do not."""
     beside = {"x.weight": zeros(16, 32, dtype=F8), "x.weight_scale_inv": zeros(1, 1)}
     path = write(tmp_path / "ckpt", LOOK_ALIKES[case] | beside)
     with closing(Checkpoint(LocalFolder(path))) as ckpt:
         assert set(open_weights(ckpt)) == {*LOOK_ALIKES[case], "x.weight"}
 
 
-@pytest.mark.parametrize("case", BARE)
+@pytest.mark.parametrize("case", ["bytes", "FP8"])
 def test_what_does_not_pass_beside_quantized_weights(case, tmp_path):
     beside = {"x.weight": zeros(16, 32, dtype=F8), "x.weight_scale_inv": zeros(1, 1)}
     assert "m.weight is quantized, but other parts of it" in refusal(
-        write(tmp_path / "ckpt", LOOK_ALIKES[case] | beside)
+        write(tmp_path / "ckpt", BARE[case][0] | beside)
     )
 
 

@@ -190,3 +190,13 @@ def test_inspected_by_its_headers(tmp_path, monkeypatch):
     path = write(tmp_path / "ckpt", parts(**NVFP4), QUANTIZATION)
     (row,) = lorafuse.inspect(path)["storage"]
     assert (row["scheme"], row["n_parameters"]) == ("torchao, NVFP4, block size 16", 8 * 32)
+
+
+def test_a_part_that_the_header_names_is_missing():
+    """Without per_tensor_scale, NVFP4 would be another weight."""
+    told = metadata("NVFP4Tensor", field="orig_dtype", is_swizzled_scales=False)
+    named = json.loads(told[WEIGHT]) | {"_tensor_data_names": ["per_tensor_scale", "qdata", "scale"]}
+    text = refusal(parts(**NVFP4), QUANTIZATION, metadata=told | {WEIGHT: json.dumps(named)})
+    assert text == (
+        f"{WEIGHT}: {MODULE}._weight_per_tensor_scale is missing, which the header's metadata names."
+    )

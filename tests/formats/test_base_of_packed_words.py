@@ -131,7 +131,7 @@ def awq(*, dtype=F16, of_scales=F16, zeros=True):
     every = torch.arange(16) - zero.T[:, groups][:, :, None]
     exact = every * scales.to(dtype).double().T[:, groups][:, :, None]
     values = through(exact, dtype).view(-1, 16)
-    section = {"quant_method": "awq", "bits": 4, "group_size": size, "version": "gemm"}
+    section = {"quant_method": "awq", "bits": 4, "group_size": size, "version": "gemm", "zero_point": zeros}
     return Case(stored, section, dtype, (n_outputs, len(codes)), values, read)
 
 

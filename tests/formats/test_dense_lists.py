@@ -4,7 +4,9 @@ lists as dense, and which run-time tensors stay."""
 import pytest
 import torch
 from light_results import light
+from safetensors.torch import load_file
 
+import lorafuse
 from lorafuse.errors import UsageError
 
 LAYER = "model.layers.0"
@@ -152,11 +154,54 @@ def test_experts_of_gpt_oss_are_listed_together(tmp_path):
     assert f"{EXPERTS}.down_proj_blocks" not in found
 
 
-def test_no_half_of_the_experts_is_dense(tmp_path):
-    stored = stack(EXPERTS, "gate_up") | stack(EXPERTS, "down")
+def test_the_other_half_of_the_experts_becomes_dense_too(tmp_path):
+    """The stack that does not change, to the bits that it decodes to; no other layer."""
+    there = EXPERTS.replace("0", "1")
+    stored = stack(EXPERTS, "gate_up") | stack(EXPERTS, "down") | stack(there, "down")
     tensors, lora = on_stack("down")
-    with pytest.raises(UsageError, match=r"has all experts of .* in one form"):
-        light(tmp_path, stored, OSS, tensors, config=GPT_OSS, lora=lora)
+    said = []
+    config, found, receipt = light(
+        tmp_path, stored, OSS, tensors, config=GPT_OSS, lora=lora, on_event=said.append
+    )
+    assert config["quantization_config"] == OSS | {
+        "modules_to_not_convert": ["model.layers.*.self_attn", EXPERTS]
+    }
+    lorafuse.convert(tmp_path / "ckpt", tmp_path / "adapter", tmp_path / "dense")
+    dense = load_file(tmp_path / "dense/model.safetensors")
+    for kind, action in (("gate_up", "decoded"), ("down", "merged")):
+        name = f"{EXPERTS}.{kind}_proj"
+        assert torch.equal(found[name], dense[name]) and receipt["tensors"][name]["action"] == action
+        assert f"{name}_blocks" not in found
+    assert f"{there}.down_proj_blocks" in found
+    # A stack of 2 × 8 × 32 weights: 16 bits each, less 4 bits each and 16 scales.
+    assert [e["message"] for e in said if e["event"] == "warning" and "one form" in e["message"]] == [
+        "--format mixed: config.json has all experts of a layer in one form, so that those of "
+        f"{EXPERTS} become dense with the ones that do, which takes 752 bytes more. --format base without "
+        "--keep-dense keeps them all quantized."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "field", "entry"),
+    [
+        (channel, "compressed-tensors", "ignore", r"re:model\.layers\.0\.mlp\.experts(\..*)?$"),
+        (fp8, "fp8", "modules_to_not_convert", EXPERTS),
+        (channel, "modelopt", "ignore", EXPERTS),
+    ],
+)
+def test_some_experts_become_dense_with_all_of_their_layer(make, method, field, entry, tmp_path):
+    """Also where --keep-dense names one of them, and the others would change on the base's grid."""
+    names = [f"{EXPERTS}.{n}.{kind}_proj" for n in (0, 1) for kind in ("up", "down")]
+    there = f"{EXPERTS.replace('0', '1')}.0.up_proj"
+    stored = {name: tensor for module in (*names, there, UP) for name, tensor in make(module).items()}
+    for form, changed, keep in (("mixed", names[:1], []), ("base", names[:2], ["*.experts.0.up_proj"])):
+        tensors = {k: t for module in changed for k, t in on_module(module).items()}
+        config, found, _ = light(
+            tmp_path / form, stored, {"quant_method": method, field: []}, tensors, form, keep_dense=keep
+        )
+        assert config["quantization_config"][field] == [entry]
+        for module in (*names, there, UP):
+            assert (found[f"{module}.weight"].dtype == torch.bfloat16) == (module in names)
 
 
 def test_experts_one_by_one(tmp_path):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from light_results import light
 from quantized_base import MODULE
+from safetensors.torch import load_file
 
-from lorafuse.errors import UsageError
+import lorafuse
 
 FIRST, SECOND = "model.layers.0", "model.layers.1"
 UP, DOWN = f"{FIRST}.mlp.up_proj", f"{FIRST}.mlp.down_proj"
@@ -109,11 +110,32 @@ def test_experts_of_gptq(tmp_path):
     assert made["modules_in_block_to_quantize"] == [[there]]
 
 
-@pytest.mark.parametrize(("make", "section"), [(gptq, GPTQ), (gptq, AUTO), (awq, AWQ)])
-def test_no_part_of_the_experts_is_dense(make, section, tmp_path):
-    changed, other = f"{EXPERTS}.0.up_proj", f"{EXPERTS}.1.up_proj"
-    with pytest.raises(UsageError, match=r"has all experts of .* in one form"):
-        section_of(tmp_path, make, section, [changed, other], [changed])
+@pytest.mark.parametrize(
+    ("make", "section", "field", "expected"),
+    [
+        (gptq, GPTQ, "dynamic", {r"-:model\.layers\.0\.mlp\.experts(\..*)?$": {}}),
+        (awq, AWQ, "modules_to_not_convert", [EXPERTS]),
+        (
+            gptq,
+            AUTO,
+            "extra_config",
+            {f"{EXPERTS}.{n}.up_proj": {"bits": 16, "data_type": "float"} for n in (0, 1)},
+        ),
+    ],
+)
+def test_some_experts_become_dense_with_all_of_their_layer(make, section, field, expected, tmp_path):
+    changed, other, there = f"{EXPERTS}.0.up_proj", f"{EXPERTS}.1.up_proj", f"{SECOND}.mlp.experts.0.up_proj"
+    stored = {name: t for module in (changed, other, there) for name, t in make(module).items()}
+    config, found, receipt = light(tmp_path, stored, section, on_modules(changed))
+    assert config["quantization_config"][field] == expected
+    assert receipt["tensors"][f"{changed}.weight"]["action"] == "merged"
+    assert receipt["tensors"][f"{other}.weight"]["action"] == "decoded"
+    assert found.keys() == {
+        f"{changed}.weight", f"{other}.weight", *make(there), "model.embed_tokens.weight"
+    }  # fmt: skip
+    lorafuse.convert(tmp_path / "ckpt", tmp_path / "adapter", tmp_path / "dense")
+    dense = load_file(tmp_path / "dense/model.safetensors")
+    assert all(torch.equal(found[f"{name}.weight"], dense[f"{name}.weight"]) for name in (changed, other))
 
 
 def test_auto_round_has_a_section_for_each_module(tmp_path):

@@ -141,14 +141,14 @@ def test_a_refusal_names_the_base_that_the_adapter_knows(tmp_path, case):
 def test_what_has_nothing_to_do_with_the_base_does_not_name_it(tmp_path):
     """Neither tensors that do not fit each other, nor a weight that nothing can be added to."""
     integers = write_checkpoint(
-        tmp_path / "integers", checkpoint_tensors() | {HEAD: torch.ones(32, 16, dtype=torch.int32)}
+        tmp_path / "integers", checkpoint_tensors() | {HEAD: torch.ones(32, 16, dtype=torch.int64)}
     )
     factors = {
         "base_model.model.lm_head.lora_A.weight": torch.ones(4, 16),
         "base_model.model.lm_head.lora_B.weight": torch.ones(32, 4),
     }
     with pytest.raises(
-        AdapterError, match=r"lora_A\.weight updates lm_head\.weight, which is I32 \[32, 16\]\.$"
+        AdapterError, match=r"lora_A\.weight updates lm_head\.weight, which is I64 \[32, 16\]\.$"
     ):
         lorafuse.convert(integers, write_adapter(tmp_path / "fits", factors), tmp_path / "out")
     head = "base_model.model.lm_head"

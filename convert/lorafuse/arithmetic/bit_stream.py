@@ -4,6 +4,7 @@ from functools import cache
 
 import torch
 
+from lorafuse.arithmetic import compiled
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
 from lorafuse.arithmetic.dequantize import NARROW
 
@@ -51,6 +52,10 @@ def unpack_floats(packed: torch.Tensor, bits: int, n_codes: int, arena: Arena, l
     once come out of a table, which takes a tenth of the time."""
     n_rows, _ = packed.shape
     values = arena.get(DECODED_FP32, n_rows * n_codes, torch.float32)
+    # Below AVX2, shifts by different numbers are slower than the table.
+    if arena.kernel and arena.kernel.level and packed.is_contiguous():
+        compiled.unpack_floats(arena.kernel, packed, bits, n_codes, less, values)
+        return values
     if not _looked_up(packed, bits, n_codes):
         values.copy_(unpack(packed, bits, n_codes).reshape(-1))
         return values.sub_(less) if less else values

@@ -15,7 +15,7 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 class Coded(NamedTuple):
     """A grid that the kernel knows: `codes` (uint8 or int8, 1-D) are written; `scales` (fp32) are those of
     the runs. Of 4 bits: `levels` (fp32 [16], ascending), the code of each (uint8), and the place of each code
-    (uint8); of int8 none. `bound`: numerator, least and smallest, of which a run of scale s has the bound
+    (int64); of int8 none. `bound`: numerator, least and smallest, of which a run of scale s has the bound
     |Δ| · (numerator / (|s| · least)), where |s| is at least the smallest."""
 
     codes: torch.Tensor
@@ -100,6 +100,73 @@ def decode_four_bit(
         dtype=DTYPES[values.dtype], level=kernel.level,
     )  # fmt: skip
     return bool(kernel.decode(ctypes.byref(call)))
+
+
+def nested_scales(
+    kernel: Kernel,
+    codes: torch.Tensor,
+    nested_map: torch.Tensor,
+    nested: torch.Tensor,
+    blocksize: int,
+    offset: float,
+    skip: int,
+    scales: torch.Tensor,
+) -> None:
+    """dequantize.nested_scales, into `scales`."""
+    pointers = map(_address, (codes, nested_map, nested, scales))
+    kernel.scales(*pointers, scales.numel(), blocksize, skip, offset)
+
+
+class _Stream(ctypes.Structure):
+    """`struct stream` of kernel.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("packed", "values")),
+        *((name, ctypes.c_int64) for name in ("n_rows", "row_nbytes", "n_codes")),
+        *((name, ctypes.c_int32) for name in ("bits", "less", "level")),
+    )
+
+
+def unpack_floats(
+    kernel: Kernel, packed: torch.Tensor, bits: int, n_codes: int, less: int, values: torch.Tensor
+) -> None:
+    """bit_stream.unpack_floats, into `values`; `bits` is at most 8."""
+    n_rows, row_nbytes = packed.shape
+    call = _Stream(
+        packed=_address(packed), values=_address(values), n_rows=n_rows, row_nbytes=row_nbytes,
+        n_codes=n_codes, bits=bits, less=less, level=kernel.level,
+    )  # fmt: skip
+    kernel.unpack(ctypes.byref(call))
+
+
+class _Affine(ctypes.Structure):
+    """`struct affine` of kernel.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "scales", "biases")),
+        *((name, ctypes.c_int64) for name in ("n_rows", "n_cols", "width")),
+        *((name, ctypes.c_int32) for name in ("dtype", "level")),
+    )
+
+
+def scale_and_add(
+    kernel: Kernel,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    biases: torch.Tensor,
+    width: int,
+    dtype: torch.dtype,
+) -> bool:
+    """scaling.scale_and_add. False where it is left to torch: bits of NaN are its own."""
+    n_rows, n_cols = values.shape
+    if scales.shape != (n_rows, -(-n_cols // width)) or biases.shape != scales.shape:
+        return False
+    scales, biases = scales.contiguous(), biases.contiguous()
+    call = _Affine(
+        values=_address(values), scales=_address(scales), biases=_address(biases),
+        n_rows=n_rows, n_cols=n_cols, width=width, dtype=DTYPES[dtype], level=kernel.level,
+    )  # fmt: skip
+    return bool(kernel.scale_and_add(ctypes.byref(call)))
 
 
 class Sums(ctypes.Structure):

@@ -83,6 +83,26 @@ def nested_absmax(
     return nested_map.index_select(0, codes.int()).mul_(nested).add_(offset)[skip:]
 
 
+def nested_scales(
+    codes: torch.Tensor,
+    nested_map: torch.Tensor,
+    nested: torch.Tensor,
+    blocksize: int,
+    offset: float,
+    skip: int,
+    n: int,
+    arena: Arena,
+) -> torch.Tensor:
+    """float32 [n]: the scales of blocks [skip, skip + n), of whole nested blocks of `blocksize` codes
+    (uint8), the last of which may be short; `nested` (fp32) has the scale of each."""
+    if arena.kernel:
+        scales = torch.empty(n, dtype=torch.float32, device=arena.device)
+        compiled.nested_scales(arena.kernel, codes, nested_map, nested, blocksize, offset, skip, scales)
+        return scales
+    outer = nested[:, None].expand(-1, blocksize).reshape(-1)[: codes.numel()]
+    return nested_absmax(codes, nested_map, outer, offset, skip)[:n]
+
+
 def decode_int8(tile: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:
     """Makes q in `tile` (fp32) the weight, in place; `scb` (fp32) is broadcast against it."""
     return tile.mul_(scb).mul_(INV_127)

@@ -8,8 +8,8 @@
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__SSE2__)
-#include <emmintrin.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 #if defined(__FAST_MATH__) || (defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0)
@@ -28,23 +28,25 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
+#define ALIGNED _Alignas(64) /* vectors of it lie in one line of the cache */
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
-enum { INTERFACE = 1 }; /* of kernel.py: another number, another kernel */
+enum { INTERFACE = 2 }; /* of kernel.py: another number, another kernel */
 enum { BFLOAT16, FLOAT16, FLOAT32 };
 enum { FOUR_BIT, INT8 };
 enum { BASELINE, AVX2, AVX512 };
 
 #if defined(__x86_64__)
 #define X86 1
-#define LEVELS(X) X(_avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))) \
-    X(_avx2, __attribute__((target("avx2")))) X(_baseline, )
+#define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define LEVELS(X) X(_avx512, AVX512, FOR_AVX512) \
+    X(_avx2, AVX2, __attribute__((target("avx2")))) X(_baseline, BASELINE, )
 #define AT_LEVEL(level, name, ...) \
     ((level) == AVX512 ? name##_avx512(__VA_ARGS__) \
      : (level) == AVX2 ? name##_avx2(__VA_ARGS__) : name##_baseline(__VA_ARGS__))
 #else
 #define X86 0
-#define LEVELS(X) X(_baseline, )
+#define LEVELS(X) X(_baseline, BASELINE, )
 #define AT_LEVEL(level, name, ...) ((void)(level), name##_baseline(__VA_ARGS__))
 #endif
 
@@ -122,7 +124,7 @@ INLINE uint64_t mixed(uint64_t z) {
 
 /* on_grid.py */
 
-enum { CHUNK = 1024, SEGMENT = 64 };
+enum { CHUNK = 1024, SEGMENT = 64, SETTLED = 256, WAITING = SETTLED + CHUNK };
 enum { HALF, SEEDED }; /* u = 1/2 for all; or that of the weight's elements */
 
 /* A tile: `scales` of each run; 16 `levels`, ascending, `codes_of` each place and `places_of` each code, of 4
@@ -135,34 +137,40 @@ struct on_grid {
     void *stored;
     uint8_t *codes;
     const float *scales, *levels;
-    const uint8_t *codes_of, *places_of, *bytes;
+    const uint8_t *codes_of;
+    const int64_t *places_of;
+    const uint8_t *bytes;
     uint64_t seed_of_bytes, seed_of_fractions;
     int64_t numel, run, skip, first, n_rows, n_cols;
     float numerator, least, smallest;
     int32_t dtype, kind, draws, level;
 };
 
-/* Of 4 bits, where the scale is not below 0: the levels, what is where, and of each code the level and the code
-   above it (at 16 + code) and below it, or its own at the ends. */
+/* Of 4 bits, where the scale is not below 0: the levels, what is where, and of each code the level and the
+   code above it (at 16 + code) and below it, at the ends infinity and its own. `other`: the next that is not
+   equal. */
 struct tables {
-    float levels[16], next_levels[32];
+    float levels[16], next_levels[32], other_levels[32];
+    uint16_t other_codes[32];
     uint8_t codes_of[16], places_of[16], next_codes[32];
 };
 
-/* What holds in one run. */
+/* The run of a number, which ends before an element, and what holds in it. */
 struct run {
     const struct tables *tables; /* turned around where the scale is below 0 */
-    float scale, factor, lowest, highest;
+    float scale;
+    int64_t number, end;
 };
 
-/* Elements of a chunk of which the byte does not say that they stay, with their sums and bases; the level, the
-   code and the value of the neighbour, and the scale; and what becomes of them. `share`: 256 p, or not a number
-   <= 256 where the sum is not between the base and the neighbour. */
+/* Elements, until they are SETTLED or more, of which the byte does not say that they stay, with their sums
+   and bases; the level, the code and the value of the neighbour, and the scale; and what becomes of them.
+   `share`: 256 p, or not a number <= 256 where the sum is not between the base and the neighbour. */
 struct looked_at {
-    double share[CHUNK];
-    float x[CHUNK], w[CHUNK], level[CHUNK], scale[CHUNK], neighbour[CHUNK];
-    int32_t i[CHUNK], byte[CHUNK], state[CHUNK];
-    uint8_t code[CHUNK];
+    double share[WAITING];
+    int64_t i[WAITING];
+    float x[WAITING], w[WAITING], level[WAITING], scale[WAITING], neighbour[WAITING];
+    int32_t byte[WAITING], state[WAITING];
+    uint8_t code[WAITING];
     int32_t n;
 };
 
@@ -193,13 +201,18 @@ INLINE void put_code(const struct on_grid *t, int64_t i, uint8_t code, int kind)
 }
 
 INLINE void begin_run(
-    struct run *run, const struct on_grid *t, const struct tables *tables, int64_t number, int dtype, int kind) {
-    float scale = run->scale = t->scales[number], size = __builtin_fabsf(scale), distance = size * t->least;
-    run->factor = 1 / (distance <= 0 || size < t->smallest ? 0 : distance) * t->numerator;
-    run->tables = tables + (scale < 0);
-    float low = value_of(run, 0, dtype, kind), high = value_of(run, kind == INT8 ? 255 : 15, dtype, kind);
-    run->lowest = low <= high ? low : high <= low ? high : low + high; /* NaN where either is */
-    run->highest = low <= high ? high : high <= low ? low : low + high;
+    struct run *run, const struct on_grid *t, const struct tables *tables, int64_t number) {
+    run->number = number, run->end = (number + 1) * t->run - t->skip;
+    run->scale = t->scales[number];
+    run->tables = tables + (run->scale < 0);
+}
+
+/* Where the run of element i, or the chunk, ends; the run is a new one where one begins. */
+INLINE int64_t end_of_part(
+    struct run *run, const struct on_grid *t, const struct tables *tables, int64_t i, int64_t stop) {
+    if (i == run->end)
+        begin_run(run, t, tables, run->number + 1);
+    return run->end < stop ? run->end : stop;
 }
 
 INLINE double fraction_of(const struct on_grid *t, int64_t i) {
@@ -256,50 +269,210 @@ INLINE uint64_t mask_of(const uint8_t *flags) {
     return mask;
 }
 
+/* Element i is one of those that are settled later. */
+INLINE void note(
+    struct looked_at *found, const struct tables *tables, float scale, const struct on_grid *t, int64_t i,
+    uint8_t byte, int dtype, int kind) {
+    int at = found->n++, up = t->sums[i] > read_at(t->base, i, dtype);
+    __asm__("" : "+r"(up)); /* else the compiler makes a branch of it */
+    if (kind == FOUR_BIT) {
+        int next = (up << 4) + four_bits(t, i);
+        found->level[at] = tables->next_levels[next];
+        found->code[at] = tables->next_codes[next];
+    } else {
+        int q = (int8_t)t->codes[i] + (up << 1) - 1;
+        q = q < -128 ? -128 : q > 127 ? 127 : q;
+        found->level[at] = (float)q;
+        found->code[at] = (uint8_t)q;
+    }
+    found->x[at] = t->sums[i];
+    found->w[at] = read_at(t->base, i, dtype);
+    found->scale[at] = scale;
+    found->i[at] = i;
+    found->byte[at] = byte;
+}
+
+/* Of a run: its lowest and highest value, and by what an update is multiplied to bound 256 p. */
+struct limits {
+    float lowest, highest, factor;
+};
+
+INLINE struct limits limits_of(const struct run *run, const struct on_grid *t, int dtype, int kind) {
+    float size = __builtin_fabsf(run->scale), distance = size * t->least;
+    float factor = 1 / (distance <= 0 || size < t->smallest ? 0 : distance) * t->numerator;
+    float low = value_of(run, 0, dtype, kind), high = value_of(run, kind == INT8 ? 255 : 15, dtype, kind);
+    float neither = low + high; /* NaN where either is */
+    return (struct limits){low <= high ? low : high <= low ? high : neither,
+                           low <= high ? high : high <= low ? low : neither, factor};
+}
+
 /* Looks at elements [i, i + n), n <= SEGMENT, of one run. Returns how many are beyond the grid. */
 INLINE int64_t look_at(
     struct looked_at *found, const struct run *run, const struct on_grid *t, int64_t i, int n,
-    const uint8_t *bytes, int dtype, int kind) {
+    struct limits limits, const uint8_t *bytes, int dtype, int kind) {
     const float *sums = t->sums + i;
     uint8_t may_move[SEGMENT] = {0};
-    float factor = run->factor, lowest = run->lowest, highest = run->highest;
-    int32_t beyond = 0, at = found->n;
+    int32_t beyond = 0;
     for (int j = 0; j < n; j++) {
         float x = sums[j], size = __builtin_fabsf(x - read_at(t->base, i + j, dtype));
-        may_move[j] = size * factor <= (float)bytes[j] ? 0 : 255; /* NaN is among them */
-        beyond += (x > highest) | (x < lowest);
+        may_move[j] = size * limits.factor <= (float)bytes[j] ? 0 : 255; /* NaN is among them */
+        beyond += (x > limits.highest) | (x < limits.lowest);
     }
-    for (uint64_t mask = mask_of(may_move); mask; mask &= mask - 1, at++) {
+    for (uint64_t mask = mask_of(may_move); mask; mask &= mask - 1) {
         int j = __builtin_ctzll(mask);
-        float x = sums[j], w = read_at(t->base, i + j, dtype);
-        int up = x > w;
-        __asm__("" : "+r"(up)); /* else the compiler makes a branch of it */
-        if (kind == FOUR_BIT) {
-            int next = (up << 4) + four_bits(t, i + j);
-            found->level[at] = run->tables->next_levels[next];
-            found->code[at] = run->tables->next_codes[next];
-        } else {
-            int q = (int8_t)t->codes[i + j] + (up << 1) - 1;
-            q = q < -128 ? -128 : q > 127 ? 127 : q;
-            found->level[at] = (float)q;
-            found->code[at] = (uint8_t)q;
-        }
-        found->x[at] = x;
-        found->w[at] = w;
-        found->scale[at] = run->scale;
-        found->i[at] = (int32_t)(i % CHUNK) + j;
-        found->byte[at] = bytes[j];
+        note(found, run->tables, run->scale, t, i + j, bytes[j], dtype, kind);
     }
-    found->n = at;
     return beyond;
+}
+
+INLINE void copy_base(const struct on_grid *t, int64_t i, int64_t stop, int dtype) {
+    int64_t itemsize = dtype == FLOAT32 ? 4 : 2;
+    const char *from = (const char *)t->base + i * itemsize;
+    memcpy((char *)t->stored + i * itemsize, from, (size_t)((stop - i) * itemsize));
+}
+
+/* Looks at elements [i, stop) of one run, each of which has a byte. */
+INLINE int64_t look_at_part(
+    struct looked_at *found, const struct run *run, const struct on_grid *t, int64_t i, int64_t stop,
+    const uint8_t *bytes, int dtype, int kind) {
+    struct limits limits = limits_of(run, t, dtype, kind);
+    int64_t n_beyond = 0;
+    copy_base(t, i, stop, dtype);
+    for (; i + SEGMENT <= stop; i += SEGMENT, bytes += SEGMENT)
+        n_beyond += look_at(found, run, t, i, SEGMENT, limits, bytes, dtype, kind);
+    if (i < stop)
+        n_beyond += look_at(found, run, t, i, (int)(stop - i), limits, bytes, dtype, kind);
+    return n_beyond;
+}
+
+#if X86
+
+FOR_AVX512 static inline __mmask32 both(const __mmask16 *masks) {
+    return _mm512_kunpackw(masks[1], masks[0]);
+}
+
+FOR_AVX512 static inline __m512 widened(__m256i numbers, int dtype) {
+    __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
+    return dtype == BFLOAT16 ? _mm512_castsi512_ps(high) : _mm512_cvtph_ps(numbers);
+}
+
+/* Of numbers that are not NaN. */
+FOR_AVX512 static inline __m256i narrowed(__m512 x, int dtype) {
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    return dtype == BFLOAT16 ? _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16))
+                             : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
+
+/* Of 16 elements: which move to the value `next`, and which stay. What is neither of these is too near to say
+   in fp32, or no number. */
+FOR_AVX512 static inline void decide(
+    __m512 x, __m512 w, __m512 next, __m128i bytes, __mmask16 *moves, __mmask16 *stays) {
+    const __m512 more = _mm512_set1_ps(256 * (1 + 0x1p-20f)), less = _mm512_set1_ps(256 * (1 - 0x1p-20f));
+    __m512 distance = _mm512_abs_ps(_mm512_sub_ps(x, w)), step = _mm512_abs_ps(_mm512_sub_ps(next, w));
+    __m512 steps = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), step);
+    *stays = _mm512_cmp_ps_mask(_mm512_mul_ps(distance, more), steps, _CMP_LT_OQ);
+    __mmask16 between = _mm512_cmp_ps_mask(distance, step, _CMP_LT_OQ);
+    *moves = _mm512_mask_cmp_ps_mask(between, _mm512_fmsub_ps(distance, less, steps), step, _CMP_GE_OQ);
+}
+
+/* Of 4 bits and a dtype of 16, elements [i, i + 32) of one run, with values and codes of the neighbours.
+   Returns the mask of those that are not settled at once. */
+FOR_AVX512 static inline uint32_t look_at_32(
+    const struct on_grid *t, int64_t i, const uint8_t *bytes, __m512i values, __m512i codes, __m512 lowest,
+    __m512 highest, int64_t *n_beyond, int dtype) {
+    const uint16_t *base = (const uint16_t *)t->base + i;
+    __m512 x[2], w[2];
+    __mmask16 up[2], beyond[2], moves[2], stays[2];
+    __m512i byte_of_two = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(t->codes + i / 2)));
+    __m512i code = _mm512_and_si512(
+        _mm512_or_si512(_mm512_srli_epi32(byte_of_two, 4), _mm512_slli_epi32(byte_of_two, 16)),
+        _mm512_set1_epi32(0x000F000F));
+    for (int k = 0; k < 2; k++) {
+        x[k] = _mm512_loadu_ps(t->sums + i + 16 * k);
+        w[k] = widened(_mm256_loadu_si256((const __m256i *)(base + 16 * k)), dtype);
+        up[k] = _mm512_cmp_ps_mask(x[k], w[k], _CMP_GT_OQ);
+        beyond[k] = _mm512_cmp_ps_mask(x[k], highest, _CMP_GT_OQ);
+        beyond[k] |= _mm512_cmp_ps_mask(x[k], lowest, _CMP_LT_OQ);
+    }
+    *n_beyond += __builtin_popcount(both(beyond));
+    __m512i at = _mm512_mask_add_epi16(code, both(up), code, _mm512_set1_epi16(16));
+    __m512i next = _mm512_permutexvar_epi16(at, values);
+    for (int k = 0; k < 2; k++) {
+        __m256i half = k ? _mm512_extracti64x4_epi64(next, 1) : _mm512_castsi512_si256(next);
+        __m128i byte = _mm_loadu_si128((const __m128i *)(bytes + 16 * k));
+        decide(x[k], w[k], widened(half, dtype), byte, moves + k, stays + k);
+    }
+    __m512i stored = _mm512_mask_mov_epi16(_mm512_loadu_si512(base), both(moves), next);
+    _mm512_storeu_si512((uint16_t *)t->stored + i, stored);
+    code = _mm512_mask_permutexvar_epi16(code, both(moves), at, codes);
+    code = _mm512_madd_epi16(code, _mm512_set1_epi32(0x00010010)); /* 16 times the first and the second */
+    _mm_storeu_si128((__m128i *)(t->codes + i / 2), _mm512_cvtepi32_epi8(code));
+    return ~(both(moves) | both(stays));
+}
+
+/* look_at_chunk, of 4 bits and a dtype of 16: nearly all elements are settled at once. */
+FOR_AVX512 static int64_t look_at_chunk_avx512(
+    struct looked_at *found, struct run *run, const struct on_grid *t, const struct tables *tables,
+    int64_t start, int64_t stop, const uint8_t *bytes, int dtype) {
+    int64_t n_beyond = 0;
+    int32_t left[CHUNK + 1], n_left = 0; /* elements that are settled later */
+    for (int64_t i = start, end; i < stop; i = end) {
+        end = end_of_part(run, t, tables, i, stop);
+        float size = __builtin_fabsf(run->scale);
+        /* `decide` wants normal numbers. */
+        if (size >= 1e-30f && size <= 1e30f && i % 2 == 0 && i + 32 <= end) {
+            const struct tables *of_run = run->tables;
+            __m512 scale = _mm512_set1_ps(run->scale);
+            __m512 below = _mm512_mul_ps(_mm512_loadu_ps(of_run->other_levels), scale);
+            __m512 above = _mm512_mul_ps(_mm512_loadu_ps(of_run->other_levels + 16), scale);
+            __m512i values = _mm512_inserti64x4(
+                _mm512_castsi256_si512(narrowed(below, dtype)), narrowed(above, dtype), 1);
+            __m512i codes = _mm512_loadu_si512(of_run->other_codes);
+            __m512 ends = _mm512_mul_ps(_mm512_loadu_ps(of_run->levels), scale);
+            ends = widened(narrowed(ends, dtype), dtype);
+            __m512 lowest = _mm512_broadcastss_ps(_mm512_castps512_ps128(ends));
+            __m512 highest = _mm512_permutexvar_ps(_mm512_set1_epi32(15), ends);
+            for (; i + 32 <= end; i += 32) {
+                uint32_t mask = look_at_32(
+                    t, i, bytes + (i - start), values, codes, lowest, highest, &n_beyond, dtype);
+                /* Hardly ever more than one: a branch for the first would be mispredicted, and late. */
+                left[n_left] = (int32_t)(i - start) + (mask ? __builtin_ctz(mask) : 0);
+                n_left += mask != 0;
+                for (mask &= mask - 1; mask; mask &= mask - 1)
+                    left[n_left++] = (int32_t)(i - start) + __builtin_ctz(mask);
+            }
+        }
+        if (i < end)
+            n_beyond += look_at_part(found, run, t, i, end, bytes + (i - start), dtype, FOUR_BIT);
+    }
+    for (int k = 0; k < n_left; k++) {
+        int64_t i = start + left[k];
+        float scale = t->scales[(t->skip + i) / t->run];
+        note(found, tables + (scale < 0), scale, t, i, bytes[left[k]], dtype, FOUR_BIT);
+    }
+    return n_beyond;
+}
+
+#endif
+
+INLINE int64_t look_at_chunk(
+    struct looked_at *found, struct run *run, const struct on_grid *t, const struct tables *tables,
+    int64_t start, int64_t stop, const uint8_t *bytes, int dtype, int kind) {
+    int64_t n_beyond = 0;
+    for (int64_t i = start, end; i < stop; i = end) {
+        end = end_of_part(run, t, tables, i, stop);
+        n_beyond += look_at_part(found, run, t, i, end, bytes + (i - start), dtype, kind);
+    }
+    return n_beyond;
 }
 
 /* round_tile's _settle_near, and the rest by settle_far. Nothing branches by chance: mispredicted branches
    would cost as much as all else. */
 INLINE void settle(
-    struct looked_at *found, const struct on_grid *t, const struct tables *tables, int64_t start, int dtype,
-    int kind) {
-    int32_t moving[CHUNK], undecided[CHUNK], n_moving = 0, n_undecided = 0, n = found->n;
+    struct looked_at *found, const struct on_grid *t, const struct tables *tables, int dtype, int kind) {
+    int32_t moving[WAITING], undecided[WAITING], n_moving = 0, n_undecided = 0, n = found->n;
     for (int k = 0; k < (n + 15) / 16 * 16; k++) {
         found->neighbour[k] = scaled(found->level[k], found->scale[k], dtype, kind);
         double x = found->x[k], w = found->w[k], neighbour = found->neighbour[k];
@@ -314,21 +487,22 @@ INLINE void settle(
     }
     for (int at = 0; at < n_undecided; at++) {
         int k = undecided[at];
-        int64_t i = start + found->i[k];
+        int64_t i = found->i[k];
         if (found->share[k] <= 256) {
             moving[n_moving] = k;
             n_moving += fraction_of(t, i) < found->share[k] - found->byte[k];
         } else {
             struct run run;
-            begin_run(&run, t, tables, (t->skip + i) / t->run, dtype, kind);
+            begin_run(&run, t, tables, (t->skip + i) / t->run);
             settle_far(&run, t, i, found->byte[k], dtype, kind);
         }
     }
     for (int at = 0; at < n_moving; at++) {
         int k = moving[at];
-        put_code(t, start + found->i[k], found->code[k], kind);
-        write_at(t->stored, start + found->i[k], found->neighbour[k], dtype);
+        put_code(t, found->i[k], found->code[k], kind);
+        write_at(t->stored, found->i[k], found->neighbour[k], dtype);
     }
+    found->n = 0;
 }
 
 INLINE void fill_tables(struct tables *tables, const struct on_grid *t, int turned) {
@@ -339,10 +513,13 @@ INLINE void fill_tables(struct tables *tables, const struct on_grid *t, int turn
         tables->places_of[i] = (uint8_t)(turned ? 15 - t->places_of[i] : t->places_of[i]);
     }
     for (int i = 0; i < 32; i++) {
-        int to = tables->places_of[i & 15] + (i < 16 ? -1 : 1);
-        to = to < 0 ? 0 : to > 15 ? 15 : to;
-        tables->next_levels[i] = tables->levels[to];
-        tables->next_codes[i] = tables->codes_of[to];
+        int at = tables->places_of[i & 15], step = i < 16 ? -1 : 1, next = at + step, other = next;
+        while (other >= 0 && other <= 15 && tables->levels[other] == tables->levels[at])
+            other += step;
+        tables->next_levels[i] = next < 0 || next > 15 ? __builtin_inff() : tables->levels[next];
+        tables->next_codes[i] = tables->codes_of[next < 0 || next > 15 ? at : next];
+        tables->other_levels[i] = other < 0 || other > 15 ? __builtin_inff() : tables->levels[other];
+        tables->other_codes[i] = tables->codes_of[other < 0 || other > 15 ? at : other];
     }
 }
 
@@ -358,43 +535,41 @@ INLINE const uint8_t *drawn(const struct on_grid *t, int64_t start, uint64_t *wo
     return (const uint8_t *)words + (t->first + start) % 8;
 }
 
-INLINE int64_t round_as(const struct on_grid *t, int dtype, int kind) {
-    uint64_t words[CHUNK / 8 + 1];
-    struct tables tables[2];
-    struct looked_at found = {.n = 0};
-    struct run run = {.tables = tables};
-    int64_t n_beyond = 0, itemsize = dtype == FLOAT32 ? 4 : 2, number = 0, end = 0; /* of the run */
+INLINE int64_t round_kind(const struct on_grid *t, int dtype, int kind, int level) {
+    ALIGNED uint64_t words[CHUNK / 8 + 1];
+    ALIGNED struct tables tables[2];
+    ALIGNED struct looked_at found;
+    found.n = 0;
+    struct run run = {.number = -1};
+    int64_t n_beyond = 0;
+    (void)level; /* where there is a single one */
     for (int turned = 0; turned < (kind == FOUR_BIT ? 2 : 0); turned++)
         fill_tables(tables + turned, t, turned);
     for (int64_t start = 0; start < t->numel; start += CHUNK) {
         int64_t stop = start + CHUNK < t->numel ? start + CHUNK : t->numel;
         const uint8_t *bytes = drawn(t, start, words);
-        memcpy((char *)t->stored + start * itemsize, (const char *)t->base + start * itemsize,
-               (size_t)((stop - start) * itemsize));
-        found.n = 0;
-        for (int64_t i = start, n; i < stop; i += n) {
-            if (i == end) {
-                begin_run(&run, t, tables, number++, dtype, kind);
-                end = number * t->run - t->skip;
-            }
-            n = (end < stop ? end : stop) - i;
-            const uint8_t *of_segment = bytes + (i - start);
-            if (n >= SEGMENT)
-                n_beyond += look_at(&found, &run, t, i, (int)(n = SEGMENT), of_segment, dtype, kind);
-            else
-                n_beyond += look_at(&found, &run, t, i, (int)n, of_segment, dtype, kind);
-        }
-        settle(&found, t, tables, start, dtype, kind);
+#if X86
+        if (level == AVX512 && kind == FOUR_BIT && dtype != FLOAT32)
+            n_beyond += look_at_chunk_avx512(&found, &run, t, tables, start, stop, bytes, dtype);
+        else
+#endif
+            n_beyond += look_at_chunk(&found, &run, t, tables, start, stop, bytes, dtype, kind);
+        if (found.n >= SETTLED || stop == t->numel)
+            settle(&found, t, tables, dtype, kind);
     }
     return n_beyond;
 }
 
-#define ROUND(level, target) \
-    target static int64_t round##level(const struct on_grid *t) { \
+INLINE int64_t round_as(const struct on_grid *t, int dtype, int level) {
+    return t->kind == INT8 ? round_kind(t, dtype, INT8, level) : round_kind(t, dtype, FOUR_BIT, level);
+}
+
+#define ROUND(suffix, level, target) \
+    target static int64_t round##suffix(const struct on_grid *t) { \
         switch (t->dtype) { \
-        case BFLOAT16: return t->kind == INT8 ? round_as(t, BFLOAT16, INT8) : round_as(t, BFLOAT16, FOUR_BIT); \
-        case FLOAT16: return t->kind == INT8 ? round_as(t, FLOAT16, INT8) : round_as(t, FLOAT16, FOUR_BIT); \
-        default: return t->kind == INT8 ? round_as(t, FLOAT32, INT8) : round_as(t, FLOAT32, FOUR_BIT); \
+        case BFLOAT16: return round_as(t, BFLOAT16, level); \
+        case FLOAT16: return round_as(t, FLOAT16, level); \
+        default: return round_as(t, FLOAT32, level); \
         } \
     }
 LEVELS(ROUND)
@@ -412,6 +587,19 @@ struct packed {
     int64_t numel, blocksize, skip;
     int32_t dtype, level;
 };
+
+/* Scales of blocks [skip, skip + n), of codes that count from the first block of a nested block. */
+EXPORT void lorafuse_scales(
+    const uint8_t *codes, const float *map, const float *nested, float *scales, int64_t n, int64_t blocksize,
+    int64_t skip, float offset) {
+    for (int64_t i = 0, end; i < n; i = end) {
+        float outer = nested[(skip + i) / blocksize];
+        end = ((skip + i) / blocksize + 1) * blocksize - skip;
+        end = end < n ? end : n;
+        for (int64_t k = i; k < end; k++)
+            scales[k] = map[codes[skip + k]] * outer + offset;
+    }
+}
 
 #if defined(SHUFFLES)
 
@@ -473,8 +661,8 @@ INLINE int decode_as(const struct packed *p, int dtype) {
     return 1;
 }
 
-#define DECODE(level, target) \
-    target static int decode##level(const struct packed *p) { \
+#define DECODE(suffix, level, target) \
+    target static int decode##suffix(const struct packed *p) { \
         return p->dtype == BFLOAT16 ? decode_as(p, BFLOAT16) : decode_as(p, FLOAT16); \
     }
 LEVELS(DECODE)
@@ -492,6 +680,100 @@ EXPORT int32_t lorafuse_decode(const struct packed *p) {
     return 0;
 }
 
+/* bit_stream.py */
+
+/* Rows of `n_codes` codes of so many bits, one after another, in `row_nbytes` bytes: of each, code - less. */
+struct stream {
+    const uint8_t *packed;
+    float *values;
+    int64_t n_rows, row_nbytes, n_codes;
+    int32_t bits, less, level;
+};
+
+INLINE void unpack_eight(float *values, uint64_t word, int n, int bits, int less) {
+    typedef int32_t eight __attribute__((vector_size(32)));
+    typedef float floats __attribute__((vector_size(32)));
+    int32_t low = (int32_t)word, high = (int32_t)(word >> 4 * bits);
+    eight codes = {low, low, low, low, high, high, high, high};
+    const eight shifts = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
+    codes = (codes >> shifts & ((1 << bits) - 1)) - less;
+    floats made = __builtin_convertvector(codes, floats);
+    memcpy(values, &made, 4 * (size_t)n);
+}
+
+/* Eight codes are as many bytes as a code has bits. */
+INLINE void unpack_as(const struct stream *s) {
+    const int64_t n_codes = s->n_codes, row_nbytes = s->row_nbytes;
+    const int bits = s->bits, less = s->less;
+    for (int64_t row = 0; row < s->n_rows; row++) {
+        const uint8_t *packed = s->packed + row * row_nbytes;
+        float *values = s->values + row * n_codes;
+        int64_t i = 0, at = 0;
+        for (uint64_t word; i + 8 <= n_codes && at + 8 <= row_nbytes; i += 8, at += bits) {
+            memcpy(&word, packed + at, 8);
+            unpack_eight(values + i, word, 8, bits, less);
+        }
+        for (; i < n_codes; i += 8, at += bits) {
+            uint64_t word = 0;
+            for (int64_t k = at; k < at + 8 && k < row_nbytes; k++)
+                word |= (uint64_t)packed[k] << 8 * (k - at);
+            unpack_eight(values + i, word, n_codes - i < 8 ? (int)(n_codes - i) : 8, bits, less);
+        }
+    }
+}
+
+#define UNPACK(suffix, level, target) \
+    target static void unpack##suffix(const struct stream *s) { unpack_as(s); }
+LEVELS(UNPACK)
+
+/* unpack_floats. */
+EXPORT void lorafuse_unpack(const struct stream *s) { AT_LEVEL(s->level, unpack, s); }
+
+/* scaling.py */
+
+/* Rows of values, in blocks of `width`, the last of which may be narrower, each with a scale and a bias. */
+struct affine {
+    float *values;
+    const float *scales, *biases;
+    int64_t n_rows, n_cols, width;
+    int32_t dtype, level;
+};
+
+INLINE void scale_block(float *values, int64_t n, float scale, float bias, int dtype) {
+    for (int64_t k = 0; k < n; k++)
+        values[k] = rounded_to(values[k] * scale, dtype) + bias;
+}
+
+INLINE void scale_as(const struct affine *a, int dtype) {
+    const int64_t n_cols = a->n_cols, width = a->width, n_blocks = (n_cols + width - 1) / width;
+    for (int64_t row = 0; row < a->n_rows; row++)
+        for (int64_t block = 0; block < n_blocks; block++) {
+            int64_t at = row * n_blocks + block, left = n_cols - block * width;
+            float *values = a->values + row * n_cols + block * width;
+            scale_block(values, left < width ? left : width, a->scales[at], a->biases[at], dtype);
+        }
+}
+
+#define SCALE(suffix, level, target) \
+    target static void scale##suffix(const struct affine *a) { \
+        switch (a->dtype) { \
+        case BFLOAT16: scale_as(a, BFLOAT16); break; \
+        case FLOAT16: scale_as(a, FLOAT16); break; \
+        default: scale_as(a, FLOAT32); \
+        } \
+    }
+LEVELS(SCALE)
+
+/* scale_and_add; 0 where it is not done, since a scale or a bias is not finite. */
+EXPORT int32_t lorafuse_scale(const struct affine *a) {
+    int64_t n = a->n_rows * ((a->n_cols + a->width - 1) / a->width);
+    for (int64_t k = 0; k < n; k++)
+        if ((a->scales[k] - a->scales[k] != 0) | (a->biases[k] - a->biases[k] != 0))
+            return 0;
+    AT_LEVEL(a->level, scale, a);
+    return 1;
+}
+
 /* measure.py */
 
 enum { LANES = 16, SUMMED = 512 };
@@ -505,35 +787,55 @@ struct measured {
     int32_t base_dtype, stored_dtype, level;
 };
 
-/* Sums of at most SUMMED elements in fp32, in lanes, so that they are the same at all levels; they are added up
-   in float64. */
-INLINE void sum_some(struct measured *m, int64_t start, int64_t n, int base_dtype, int stored_dtype) {
-    float base_sq[LANES] = {0}, delta_sq[LANES] = {0}, residual_sq[LANES] = {0}, residual_delta[LANES] = {0};
-    int32_t changed[LANES] = {0};
-    for (int64_t k = start; k < start + n; k += LANES) {
-        int lanes = start + n - k < LANES ? (int)(start + n - k) : LANES;
-        for (int j = 0; j < lanes; j++) {
-            float w = read_at(m->base, k + j, base_dtype), s = read_at(m->stored, k + j, stored_dtype);
-            float residual = s - m->total[k + j], delta = m->total[k + j] - w;
-            base_sq[j] += w * w;
-            delta_sq[j] += delta * delta;
-            residual_sq[j] += residual * residual;
-            residual_delta[j] += residual * delta;
-            changed[j] += s != w;
-        }
-    }
-    for (int j = 0; j < LANES; j++) {
-        m->base_sq += base_sq[j];
-        m->delta_sq += delta_sq[j];
-        m->residual_sq += residual_sq[j];
-        m->residual_delta += residual_delta[j];
-        m->n_changed += changed[j];
+/* The sums in lanes, so that they are the same at all levels: of at most SUMMED elements in fp32, then in
+   float64. */
+enum { BASE_SQ, DELTA_SQ, RESIDUAL_SQ, RESIDUAL_DELTA, N_SUMS };
+
+struct lanes {
+    float some[N_SUMS][LANES];
+    double all[N_SUMS][LANES];
+    int32_t changed[LANES];
+    int64_t all_changed;
+};
+
+INLINE void sum_lanes(
+    struct lanes *sums, const struct measured *m, int64_t i, int n, int base_dtype, int stored_dtype) {
+    for (int j = 0; j < n; j++) {
+        float w = read_at(m->base, i + j, base_dtype), s = read_at(m->stored, i + j, stored_dtype);
+        float residual = s - m->total[i + j], delta = m->total[i + j] - w;
+        sums->some[BASE_SQ][j] += w * w;
+        sums->some[DELTA_SQ][j] += delta * delta;
+        sums->some[RESIDUAL_SQ][j] += residual * residual;
+        sums->some[RESIDUAL_DELTA][j] += residual * delta;
+        sums->changed[j] += s != w;
     }
 }
 
+INLINE void add_up(struct lanes *sums) {
+    for (int number = 0; number < N_SUMS; number++)
+        for (int j = 0; j < LANES; j++)
+            sums->all[number][j] += sums->some[number][j], sums->some[number][j] = 0;
+    for (int j = 0; j < LANES; j++)
+        sums->all_changed += sums->changed[j], sums->changed[j] = 0;
+}
+
 INLINE void measure_as(struct measured *m, int base_dtype, int stored_dtype) {
-    for (int64_t at = 0; at < m->numel; at += SUMMED)
-        sum_some(m, at, m->numel - at < SUMMED ? m->numel - at : SUMMED, base_dtype, stored_dtype);
+    ALIGNED struct lanes sums;
+    memset(&sums, 0, sizeof sums);
+    for (int64_t i = 0, stop; i < m->numel; i = stop) {
+        stop = i + SUMMED < m->numel ? i + SUMMED : m->numel;
+        for (; i + LANES <= stop; i += LANES)
+            sum_lanes(&sums, m, i, LANES, base_dtype, stored_dtype);
+        sum_lanes(&sums, m, i, (int)(stop - i), base_dtype, stored_dtype);
+        add_up(&sums);
+    }
+    double made[N_SUMS] = {0};
+    for (int number = 0; number < N_SUMS; number++)
+        for (int j = 0; j < LANES; j++)
+            made[number] += sums.all[number][j];
+    m->base_sq = made[BASE_SQ], m->delta_sq = made[DELTA_SQ];
+    m->residual_sq = made[RESIDUAL_SQ], m->residual_delta = made[RESIDUAL_DELTA];
+    m->n_changed = sums.all_changed;
 }
 
 INLINE void measure_base(struct measured *m, int base_dtype) {
@@ -544,8 +846,8 @@ INLINE void measure_base(struct measured *m, int base_dtype) {
     }
 }
 
-#define MEASURE(level, target) \
-    target static void measure##level(struct measured *m) { \
+#define MEASURE(suffix, level, target) \
+    target static void measure##suffix(struct measured *m) { \
         switch (m->base_dtype) { \
         case BFLOAT16: measure_base(m, BFLOAT16); break; \
         case FLOAT16: measure_base(m, FLOAT16); break; \

@@ -13,8 +13,10 @@ from importlib.util import find_spec
 from lorafuse.errors import UsageError
 
 SWITCH = "LORAFUSE_KERNEL"
-INTERFACE = 1  # of kernel.c: a library of another one is none
+INTERFACE = 2  # of kernel.c: a library of another one is none
 LEVELS = ("baseline", "avx2", "avx512")
+
+_SCALES = (*(ctypes.c_void_p,) * 4, *(ctypes.c_int64,) * 3, ctypes.c_float)  # arguments
 
 
 class Kernel:
@@ -26,6 +28,12 @@ class Kernel:
         self.round_tile.restype, self.decode.restype = ctypes.c_int64, ctypes.c_int32
         self.measure = library.lorafuse_measure
         self.measure.restype = None
+        self.unpack = library.lorafuse_unpack
+        self.unpack.restype = None
+        self.scale_and_add = library.lorafuse_scale
+        self.scale_and_add.restype = ctypes.c_int32
+        self.scales = library.lorafuse_scales
+        self.scales.restype, self.scales.argtypes = None, _SCALES
 
     def at(self, level: int) -> "Kernel":
         """The same at another level that the processor has."""

@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 import torch
 
+from lorafuse.arithmetic import compiled
+from lorafuse.arithmetic.arena import Arena
+
 CHUNK_NUMEL = 1 << 17  # what stays in cache
 
 
@@ -19,9 +22,16 @@ def subtract_zeros(values: torch.Tensor, zeros: torch.Tensor, width: int) -> Non
 
 
 def scale_and_add(
-    values: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, width: int, dtype: torch.dtype
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    biases: torch.Tensor,
+    width: int,
+    dtype: torch.dtype,
+    arena: Arena,
 ) -> None:
     """Multiplies by scales in place, rounds to a dtype, and adds biases, which are laid out as scales are."""
+    if arena.kernel and compiled.scale_and_add(arena.kernel, values, scales, biases, width, dtype):
+        return
     step = max(CHUNK_NUMEL // values.shape[1], 1)
     for first in range(0, len(values), step):
         part = slice(first, first + step)

@@ -25,10 +25,12 @@ from lorafuse.codecs import (
     torchao,
 )
 from lorafuse.codecs.other_formats import (
+    is_bare,
     is_orphan,
     is_part,
     packed_format,
     quantizations,
+    stray_part,
     unread_setting,
     way_out,
 )
@@ -127,9 +129,10 @@ def dropped(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict
 def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
     """Returns every weight of a checkpoint with its sources. Raises CheckpointError when no codec knows the
     quantization, or a stored tensor is missing or left over."""
-    refuse_unknown_quantization(ckpt.config, ckpt.folder, ckpt.tensors)
+    said_in = ckpt.folder / ckpt.config_files[-1]
+    refuse_unknown_quantization(ckpt.config, ckpt.folder, ckpt.tensors, said_in)
     weights: dict[str, Sources] = {}
-    quantized = any(quantizations(ckpt.config)) or bool(ckpt.quantize_config)
+    quantized = any(quantizations(ckpt.config))
     for codec, weight, names in claims(ckpt.tensors, ckpt.config):
         quantized = quantized or codec is not dense
         if weight in weights:
@@ -137,27 +140,27 @@ def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
         weights[weight] = codec.open_sources(weight, names, ckpt)
     _refuse_bare_codes(weights, ckpt, quantized)
     if all(sources.as_stored for sources in weights.values()):
-        _refuse_empty_promise(ckpt.config, ckpt.folder)
+        _refuse_empty_promise(ckpt.config, said_in)
     return as_stacks(weights, ckpt)
 
 
 def refuse_unknown_quantization(
-    config: Mapping[str, Any], folder: Folder, stored: Mapping[str, TensorInfo]
+    config: Mapping[str, Any], folder: Folder, stored: Mapping[str, TensorInfo], said_in: str
 ) -> None:
-    """Raises CheckpointError for a checkpoint in a quantization that no codec knows: its config names it, or
-    the tensors that no codec claims are those of one."""
+    """Raises CheckpointError for a checkpoint in a quantization that no codec knows: its config, which the
+    file `said_in` holds, names it, or the tensors that no codec claims are those of one."""
     known = {method for codec in CODECS for method in codec.QUANT_METHODS}
     for quantization in quantizations(config):
         method = quantization.get("quant_method")
         # Very old bitsandbytes configs name no method. One that is no text is not hashable, perhaps.
         if method is not None and not (isinstance(method, str) and method in known):
-            where = folder / "config.json"
             raise CheckpointError(
-                f"{where}: the checkpoint is quantized with {shown(method)}; {way_out(method)}"
+                f"{said_in}: the checkpoint is quantized with {shown(method)}; {way_out(method)}"
             )
     setting = unread_setting(config)
     if setting is not None:
-        raise CheckpointError(f"{folder / 'config.json'}: the checkpoint has a {setting}; {way_out()}")
+        field, words = setting
+        raise CheckpointError(f"{said_in}: the checkpoint has a {field} ({words}); {way_out(field)}")
     left = {name: stored[name] for codec, name, _ in claims(stored, config) if codec is dense}
     packed = packed_format(left)
     if packed is not None:
@@ -168,13 +171,13 @@ def refuse_unknown_quantization(
         )
 
 
-def _refuse_empty_promise(config: Mapping[str, Any], folder: Folder) -> None:
-    """No weight is quantized: what config.json says is not so. bitsandbytes quantizes on loading, too."""
+def _refuse_empty_promise(config: Mapping[str, Any], said_in: str) -> None:
+    """No weight is quantized: what a config says is not so. bitsandbytes quantizes on loading, too."""
     for quantization in quantizations(config):
         method = quantization.get("quant_method")
         if method not in (None, *bnb4.QUANT_METHODS):
             raise CheckpointError(
-                f"{folder / 'config.json'}: says that the checkpoint is quantized with {shown(method)}, "
+                f"{said_in}: says that the checkpoint is quantized with {shown(method)}, "
                 "but no weight is stored so. Is this the config of another checkpoint? Of one in full "
                 "precision, remove the section."
             )
@@ -187,9 +190,21 @@ def _refuse_bare_codes(weights: Mapping[str, Sources], ckpt: Checkpoint, quantiz
         if not sources.as_stored:
             continue
         module = name.removesuffix(".weight")
+        if weight := stray_part(name, weights):
+            raise CheckpointError(
+                f"{shown(ckpt.folder)}: {shown(name)} lies beside {shown(weight)}, which is stored in "
+                f"{weights[weight].scheme}, a format that has no such part: is it a companion under another "
+                "name?"
+            )
         is_one = is_part(name, sources.spec) or is_orphan(name, weights)
         if f"{name}.absmax" in weights or ((quantized or f"{module}.SCB" in weights) and is_one):
             raise CheckpointError(
                 f"{shown(ckpt.folder)}: {shown(name)} is quantized, but other parts of it (codes, scales, "
                 "quant_state, SCB) are missing."
+            )
+        if is_bare(name, sources.spec, weights):
+            raise CheckpointError(
+                f"{shown(ckpt.folder)}: {shown(name)} is {sources.spec}, which looks like the codes of a "
+                "quantized weight, and nothing says how they are decoded. Merge into the full-precision "
+                "checkpoint; if these numbers are the weight, save them in bfloat16 first."
             )

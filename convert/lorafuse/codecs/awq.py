@@ -64,7 +64,7 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
     """Returns the sources of an AWQ weight. Raises CheckpointError for another version, and where the inputs
     of the layer are scaled at run time."""
     try:
-        _check(weight.removesuffix(".weight"), ckpt)
+        _check(weight.removesuffix(".weight"), ckpt, names)
     except ValueError as e:
         raise CheckpointError(f"{shown(ckpt.folder)}: {shown(weight)}: {e}") from None
     n_inputs, n_words = ckpt.tensors[names[0]].spec.shape
@@ -72,9 +72,13 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
     return Bands(AwqMatrix(ckpt, names, spec, scheme(names, ckpt.tensors, ckpt.config)))
 
 
-def _check(module: str, ckpt: Checkpoint) -> None:
+def _check(module: str, ckpt: Checkpoint, names: tuple[str, ...]) -> None:
     section = next(quantizations(ckpt.config), None) or {}
     method = section.get("quant_method", "awq")
+    if len(names) < len(("qweight", "scales", "qzeros")) and section.get("zero_point") is not False:
+        raise ValueError(
+            f"{shown(module)}.qzeros is missing, without which only a config with zero_point: false is read."
+        )
     if method == "awq":
         version = section.get("version") or section.get("format") or "gemm"
         if str(version).lower() != "gemm":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.arithmetic.dequantize import byte_pairs, decode_four_bit, look_up, nested_absmax
+from lorafuse.arithmetic.dequantize import byte_pairs, decode_four_bit, look_up, nested_absmax, nested_scales
 from lorafuse.arithmetic.draws import Draws, of_run
 from lorafuse.arithmetic.on_grid import round_tile
 from lorafuse.codecs.bnb4_grid import FourBitGrid, levels_of
@@ -151,12 +151,10 @@ class FourBitSources(RecodedByColumns, GridSources):
         state = self._state
         if self._nested_map is None:
             return arena.place(raw[1])
-        codes, nested = arena.place(raw[1]), arena.place(raw[2])
-        outer = nested[:, None].expand(-1, state.nested_blocksize).reshape(-1)[: codes.numel()]
-        scales = nested_absmax(
-            codes, arena.place(self._nested_map), outer, state.nested_offset, first % state.nested_blocksize
-        )
-        return scales[: last - first]
+        codes, nested_map, nested = (arena.place(part) for part in (raw[1], self._nested_map, raw[2]))
+        blocksize, skip = state.nested_blocksize, first % state.nested_blocksize
+        offset, n = state.nested_offset, last - first
+        return nested_scales(codes, nested_map, nested, blocksize, offset, skip, n, arena)
 
     def codes_nbytes(self, n: int) -> int:
         return -(-n // 2)

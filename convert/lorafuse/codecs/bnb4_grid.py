@@ -53,8 +53,8 @@ class FourBitGrid(Grid):
     ) -> None:
         self._packed, self._scales = packed, scales
         self._levels, self.run, self.skip = levels, blocksize, skip
+        self._any_below: bool | None = None
         self._shift = blocksize.bit_length() - 1 if blocksize & (blocksize - 1) == 0 else 0  # faster
-        self._any_below = bool((scales < 0).any())
 
     def _scales_of(self, elements: torch.Tensor) -> torch.Tensor:
         at = elements + self.skip
@@ -64,6 +64,8 @@ class FourBitGrid(Grid):
     def _turned(self, elements: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Places among the ascending levels. Double quantization may leave a scale below 0; the lowest value
         is then that of the highest level."""
+        if self._any_below is None:
+            self._any_below = bool((self._scales < 0).any())
         if not self._any_below:
             return positions
         return torch.where(self._scales_of(elements) < 0, 15 - positions, positions)
@@ -103,7 +105,7 @@ class FourBitGrid(Grid):
 
     def coded(self) -> Coded:
         levels = self._levels
-        tables = levels.ascending, levels.codes, levels.places.to(torch.uint8)
+        tables = levels.ascending, levels.codes, levels.places
         bound = 256, levels.least, ROUNDED[levels.dtype][1]
         return Coded(
             self._packed, self._scales.contiguous(), tables, bound, levels.dtype, self.run, self.skip

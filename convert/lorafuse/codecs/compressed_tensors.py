@@ -21,7 +21,13 @@ import torch
 
 from lorafuse.arithmetic.codes import Codes, e2m1_codes, float8_codes, int8_codes, packed_codes
 from lorafuse.codecs.act_order import Groups, read_groups
-from lorafuse.codecs.ct_config import block_structure, group_width, packing, packing_by_headers
+from lorafuse.codecs.ct_config import (
+    all_asymmetric,
+    block_structure,
+    group_width,
+    packing,
+    packing_by_headers,
+)
 from lorafuse.codecs.model_dtype import out_dtype
 from lorafuse.codecs.packed_zeros import PackedZeros
 from lorafuse.codecs.run_time import run_time_tensors
@@ -123,6 +129,8 @@ def _block(
 def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sources:
     """Returns the sources of a weight. Raises CheckpointError where its tensors do not fit together."""
     stored, told = ckpt.tensors[names[0]].spec, scheme(names, ckpt.tensors, ckpt.config)
+    if stored.dtype in ("I32", "I8") and all_asymmetric(ckpt.config) and not _asymmetric(names):
+        _of(names, _ZERO, ckpt, ())
     if stored.dtype == "I32":
         return _open_packed(weight, names, ckpt)
     if stored.dtype == "U8":

@@ -21,6 +21,12 @@ def _weights(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
                 yield weights
 
 
+def all_asymmetric(config: Mapping[str, Any]) -> bool:
+    """Whether every group has zero points of its weights."""
+    said = [weights.get("symmetric") for weights in _weights(config)]
+    return bool(said) and all(symmetric is False for symmetric in said)
+
+
 def _numbers(config: Mapping[str, Any], name: str) -> set[int]:
     found = (weights.get(name) for weights in _weights(config))
     return {number for number in found if type(number) is int and number > 0}

@@ -93,6 +93,12 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
     shape = (*stored.shape[:-1], stored.shape[-1] * 2) if packed else stored.shape
     block = Block(1, FP4_GROUP) if packed else _block(shape, scales.shape, ckpt.config)
     fits = fitting_block(shape, scales.shape, block) if block else scales.numel == 1
+    told_by_shapes = packed or block in (None, Block(*_DEFAULT), Block(1, shape[-1]))
+    if not told_by_shapes and not any(quantizations(ckpt.config)):
+        raise CheckpointError(
+            f"{shown(ckpt.folder)}: {shown(weight)} has a scale for each block, and no config says of which "
+            "size: add quantization_config to config.json, with weight_block_size."
+        )
     if not fits or scales.dtype not in (*FLOATS, *E8M0):
         raise CheckpointError(
             f"{shown(ckpt.folder)}: {shown(weight)} is {stored}, its scales {shown(names[1])} are {scales}; "

@@ -123,6 +123,7 @@ def _matrix(names: tuple[str, ...], ckpt: Checkpoint) -> GptqMatrix:
         group_of = _stored_groups(names[3], n_inputs, scales.shape[0], bits, ckpt)
         n_inputs = ckpt.tensors[names[3]].spec.numel
     else:
+        _refuse_lost_order(names[0], scales.shape[0], ckpt)
         group_of = _equal_groups(names[0], n_inputs, scales.shape[0], ckpt)
     if -(-n_inputs * int(bits) // 32) != codes.shape[0]:
         raise ValueError(f"{shown(names[0])} {codes} does not hold {n_inputs} inputs of {bits} bit each.")
@@ -131,9 +132,17 @@ def _matrix(names: tuple[str, ...], ckpt: Checkpoint) -> GptqMatrix:
     return GptqMatrix(ckpt, names, spec, _scheme(int(bits), size, bits), int(bits), less_one, group_of)
 
 
+def _refuse_lost_order(codes: str, n_groups: int, ckpt: Checkpoint) -> None:
+    """Raises ValueError where the config says that groups are not runs of inputs, and g_idx is missing."""
+    if n_groups > 1 and any(section.get("desc_act") is True for section in quantizations(ckpt.config)):
+        raise ValueError(
+            f"{shown(codes.removesuffix('.qweight'))}.g_idx is missing, which says the order of inputs where "
+            "config.json has desc_act: true."
+        )
+
+
 def _equal_groups(codes: str, n_inputs: int, n_groups: int, ckpt: Checkpoint) -> int:
-    told = ckpt.config | {"compression_config": ckpt.quantize_config}
-    sizes = _fitting_groups(codes.removesuffix(".qweight"), n_inputs, n_groups, told)
+    sizes = _fitting_groups(codes.removesuffix(".qweight"), n_inputs, n_groups, ckpt.config)
     if len(sizes) != 1:
         raise ValueError(
             f"{n_groups} groups of {n_inputs} inputs, of which {shown(codes)} has no g_idx, may have "
@@ -161,7 +170,12 @@ def _stored_groups(
 def _zeros_less_one(ckpt: Checkpoint) -> bool:
     """Whether zero points are stored minus 1, as the config says. Raises ValueError for layouts that are not
     read."""
-    section = next(quantizations(ckpt.config), None) or ckpt.quantize_config
+    section = next(quantizations(ckpt.config), None)
+    if section is None:
+        raise ValueError(
+            "its tensors are those of GPTQ, and no config says of which version: 1 stores zero points minus "
+            "1, 2 as they are. Add quantization_config to config.json, with checkpoint_format."
+        )
     method = section.get("quant_method", "gptq")
     if method not in QUANT_METHODS:
         raise ValueError(f"its tensors are those of GPTQ, and the config says {shown(method)}.")

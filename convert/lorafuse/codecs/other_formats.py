@@ -1,5 +1,5 @@
 """Quantized formats by the tensors that they store: what a checkpoint is refused by, whatever its config
-says. A config may be silent: `hf_quant_config.json` and `quant_config.json` are read by nobody here.
+says. A config may be silent.
 
 A codec that reads a format claims its tensors before this table is looked at. The format's row stays, as
 `read`: what the codec leaves is a part of a weight whose other parts are missing or unlike what the format
@@ -10,7 +10,8 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorafuse.files.tensors import TensorInfo, TensorSpec
+from lorafuse.codecs.sources import Sources
+from lorafuse.files.tensors import FLOATS, TensorInfo, TensorSpec
 
 _INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 _FP8 = re.compile(r"F8_")
@@ -100,6 +101,10 @@ FORMATS: tuple[Format, ...] = (
     Format("integers or FP8 with scales", (".scales",), _codes(".weight")),
 )
 _WAY_OUT = "Dequantize it first, or merge into the full-precision checkpoint."
+_DECOMPRESS = (
+    "compressed-tensors up to 0.14 puts the zeros back: load the model with that, save it dense and merge "
+    "into the result, or merge into the full-precision checkpoint."
+)
 # What to do instead, where that is something else, by a format's title or quant_method in small letters.
 _WAYS_OUT = {
     "bitnet": "Merge into the checkpoint in bfloat16 that it was packed from.",
@@ -111,14 +116,18 @@ _WAYS_OUT = {
     "modelopt after awq or smoothquant": "The stored weight is the model's divided by `pre_quant_scale`: "
     "multiply its columns by that first, or merge into the full-precision checkpoint.",
     "metal (mlx's layout)": "Convert the full-precision checkpoint with mlx-lm, or merge into that.",
-    f"{_CT} (sparse)": "Decompress it with compressed-tensors first, or merge into the full-precision "
-    "checkpoint.",
+    f"{_CT} (sparse)": _DECOMPRESS,
+    "transform_config": "Its stored weights are rotated, and so is what runs through them; an adapter's are "
+    "not: merge into the checkpoint that was rotated, and quantize the result as that was.",
+    "sparsity_config": _DECOMPRESS,
     **dict.fromkeys(
         ("vptq", "spqr", "quark", "sinq", "hqq or sinq", "fp-quant", "fp_quant"),
         "Its own library dequantizes it: save that, or merge into the full-precision checkpoint.",
     ),
 }
 _WORDS = frozenset({"I16", "I32", "U32"})
+_CODES = _WORDS | {"U8", "I8", "U16"}
+_ROUTERS = ("gate", "router")  # may hold tables of their own
 # Ends of names that only quantized weights have, and those that others may have too unless they are bytes.
 _PARTS = (
     ".qweight", ".qzeros", ".g_idx", ".W_q", ".codes", "_qdata", "._weight_scale", "_scale_inv",
@@ -131,15 +140,41 @@ _SECTIONS = ("quantization_config", "compression_config")  # where a config says
 _ENDS = tuple({form.names[0] for form in FORMATS})
 
 
+def _is_mask(spec: TensorSpec) -> bool:
+    """Of attention, as GPT-2 and others of its time stored it."""
+    return len(spec.shape) == 4 and spec.shape[:2] == (1, 1) and spec.shape[2] == spec.shape[3]
+
+
 def is_part(name: str, spec: TensorSpec) -> bool:
     """Whether a stored tensor that no codec claimed looks like a part of a quantized weight, in a checkpoint
     where others are quantized."""
     is_bytes = spec.dtype in ("U8", "I8") or spec.dtype.startswith("F8_")
     if name.endswith(_PARTS) or spec.dtype.startswith("F8_"):
         return True
+    if _is_mask(spec):
+        return False
     if name.endswith(".weight"):
         return is_bytes or spec.dtype in _WORDS
     return is_bytes and (len(spec.shape) > 1 or name.endswith(_BYTES))
+
+
+def is_bare(name: str, spec: TensorSpec, weights: Mapping[str, Sources]) -> bool:
+    """Whether a stored tensor looks like codes, wherever it stands: a matrix of small integers, or of FP8, in
+    a module that has no weight of floating-point numbers."""
+    coded = spec.dtype in _CODES or spec.dtype.startswith(("F8_", "F6_", "F4"))
+    if not coded or len(spec.shape) < 2 or _is_mask(spec):
+        return False
+    own = weights.get(f"{name.rpartition('.')[0]}.weight")
+    return not (own and own.spec.dtype in FLOATS)
+
+
+def stray_part(name: str, weights: Mapping[str, Sources]) -> str | None:
+    """Returns the quantized weight of the module in which a tensor lies that is no part of it and no bias."""
+    module, _, leaf = name.rpartition(".")
+    weight = f"{module}.weight"
+    own = weights.get(weight)
+    other = own is not None and not own.as_stored and name != weight and not leaf.endswith("bias")
+    return weight if other and not module.endswith(_ROUTERS) else None
 
 
 def is_orphan(name: str, weights: Container[str]) -> bool:
@@ -162,8 +197,10 @@ def packed_format(stored: Mapping[str, TensorInfo]) -> tuple[str, Format] | None
 
 def quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """What a config says of quantization, at its top and in its parts (text_config)."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        yield from (section for name in _SECTIONS if isinstance(section := part.get(name), dict))
+    yield from (section for name in _SECTIONS if isinstance(section := config.get(name), dict))
+    for name, part in config.items():
+        if isinstance(part, dict) and name not in _SECTIONS:
+            yield from quantizations(part)
 
 
 def way_out(form: object = None) -> str:
@@ -172,13 +209,13 @@ def way_out(form: object = None) -> str:
     return f"this format is not read (docs/bases.md lists those that are). {hint}"
 
 
-def unread_setting(config: Mapping[str, Any]) -> str | None:
-    """Returns what a config of compressed-tensors says that changes what the stored tensors mean; None where
-    it says nothing of the kind."""
+def unread_setting(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Returns (a field, in words) of what a config of compressed-tensors says that changes what the stored
+    tensors mean; None where it says nothing of the kind."""
     for section in quantizations(config):
         transform, sparsity = section.get("transform_config"), section.get("sparsity_config")
         if transform and not (isinstance(transform, dict) and transform.get("config_groups") == {}):
-            return "transform_config (rotations that run with the model)"
+            return "transform_config", "rotations that run with the model"
         if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
-            return "sparsity_config (weights without their zeros)"
+            return "sparsity_config", "weights without their zeros"
     return None

@@ -200,17 +200,19 @@ class ScaledRows(GridSources):
         values = recipe.codes.decode(codes, len(rows), n_cols, arena)
         matrix = values.view(len(rows), n_cols)
         scales, zeros = self._numbers(stored, rest, rows, arena)
-        self._scale(matrix, scales, zeros)
+        self._scale(matrix, scales, zeros, arena)
         return round_through(values, self._dtypes, arena.get(NARROW, values.numel(), torch.int16))
 
-    def _scale(self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
+    def _scale(
+        self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, arena: Arena
+    ) -> None:
         """Makes codes (fp32 [rows, columns]) the weight's values, in place."""
         groups, width = self._recipe.groups, self._recipe.scales.width
         if groups:
             groups.scale(matrix, scales, zeros)
             return
         if zeros is not None and self._recipe.zeros_are_biases:
-            scale_and_add(matrix, scales, zeros, width, self._dtypes[-1])
+            scale_and_add(matrix, scales, zeros, width, self._dtypes[-1], arena)
             return
         if zeros is not None:
             subtract_zeros(matrix, zeros, width)

@@ -95,7 +95,8 @@ def _read_class(weight: str, codes: str, ckpt: Checkpoint) -> tuple[str, str]:
         raise ValueError("the header's metadata has nothing about it, which torchao writes there.")
     try:
         parsed = json.loads(said)
-        kind, attributes = parsed["_type"], parsed["_data"]
+        kind, attributes, parts = parsed["_type"], parsed["_data"], parsed["_tensor_data_names"]
+        missing = [name for part in parts if (name := _part(weight, part)) not in ckpt.tensors]
         dtype = SAFETENSORS_NAMES.get((attributes.get("orig_dtype") or attributes["dtype"])["_data"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"the header's metadata about it is broken: {shown(said[:200])}.") from None
@@ -104,6 +105,8 @@ def _read_class(weight: str, codes: str, ckpt: Checkpoint) -> tuple[str, str]:
             f"torchao's {shown(kind)} of {shown(dtype)} is not read, only {', '.join(_CLASSES)} of floats. "
             "Dequantize it with torchao, or merge into the full-precision checkpoint."
         )
+    if missing:
+        raise ValueError(f"{shown(missing[0])} is missing, which the header's metadata names.")
     return kind, dtype
 
 

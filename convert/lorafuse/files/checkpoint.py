@@ -14,16 +14,18 @@ from lorafuse.files.instead import instead_of_checkpoint, instead_of_safetensors
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.names import INDEX, SINGLE, TORCH_SINGLE
 from lorafuse.files.safetensors_file import FormatError
+from lorafuse.files.said_beside import with_said_beside
 from lorafuse.files.stores import ShardedStore
 from lorafuse.files.tensors import FLOATS
 
-QUANTIZE_CONFIG = "quantize_config.json"
 # Of the fields that are read somewhere.
 CONFIG_TYPES = {"model_type": str, "architectures": list, "text_config": dict, "quantization_config": dict}
 
 
 class Checkpoint(ShardedStore):
-    """The checkpoint in a folder: its stored tensors and `config` (config.json as a dict)."""
+    """The checkpoint in a folder: its stored tensors and `config` (config.json as a dict, with the section of
+    a file beside it that says how weights are stored where config.json does not). `config_files`: those that
+    were read for it."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -31,6 +33,7 @@ class Checkpoint(ShardedStore):
             self.config = read_json_dict(folder, "config.json")
             _check_types(self.config, folder)
             super().__init__(folder, weights_of(folder))
+            self._read_beside(folder)
         except (FileNotFoundError, NotADirectoryError) as e:
             raise CheckpointError(
                 f"{e.filename}: not found; {shown(folder)} is no complete checkpoint."
@@ -41,25 +44,12 @@ class Checkpoint(ShardedStore):
         except OSError as e:
             raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
 
-    @cached_property
-    def config_files(self) -> tuple[str, ...]:
-        """The files that say how weights are stored: config.json, and quantize_config.json where that stands
-        for a section in config.json."""
-        alone = "quantization_config" not in self.config and self.folder.exists(QUANTIZE_CONFIG)
-        return ("config.json", QUANTIZE_CONFIG) if alone else ("config.json",)
-
-    @cached_property
-    def quantize_config(self) -> dict[str, Any]:
-        """What quantize_config.json says, which old GPTQ checkpoints have in place of a section in
-        config.json; empty where there is none. Raises CheckpointError for a broken file."""
-        if QUANTIZE_CONFIG not in self.config_files:
-            return {}
+    def _read_beside(self, folder: Folder) -> None:
         try:
-            return read_json_dict(self.folder, QUANTIZE_CONFIG)
-        except (FormatError, ValueError) as e:
-            raise CheckpointError(str(e)) from None
-        except OSError as e:
-            raise StorageError(f"{e.filename}: cannot be read: {e.strerror}.") from None
+            self.config, self.config_files = with_said_beside(folder, self.config, self.tensors)
+        except BaseException:
+            self.close()
+            raise
 
     @cached_property
     def dtype_of_most(self) -> str | None:

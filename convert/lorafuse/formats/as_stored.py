@@ -22,8 +22,9 @@ from lorafuse.errors import UsageError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.formats.format import Format, WeightToStore
 from lorafuse.formats.keep_dense import KeepDense
-from lorafuse.formats.not_converted import with_dense_modules
+from lorafuse.formats.not_converted import experts_together, with_dense_modules
 from lorafuse.formats.quantized import on_simulated_base
+from lorafuse.formats.whole_experts import WholeExperts
 from lorafuse.settings import Settings
 
 
@@ -82,11 +83,26 @@ class AsStored(Format):
         self._config, self._weights, self._keep_dense = ckpt.config, weights, keep_dense
         self._unbiased, self._word = settings.rounding != "nearest", word
         self._of_base: dict[int, str] = {}
+        self._with_others = WholeExperts(ckpt.config, weights)
         self._quantized: set[str] = set()  # weights of the output
         self._dense: set[str] = set()  # weights that the base has quantized and the output has not
 
+    def foresee(self, weights: Mapping[str, Sources], changing: Mapping[str, Sources]) -> None:
+        if not experts_together(self._config):
+            return
+        quantized = {name: base for name, base in weights.items() if not base.as_stored}
+        dense = [
+            name
+            for name, sources in changing.items()
+            if name in quantized and (sources is not quantized[name] or self._keep_dense.names(name))
+        ]
+        self._with_others.take_beside(dense, {n: quantized[n] for n in quantized.keys() - set(dense)})
+
     def encoder_of(self, weight: WeightToStore) -> Encoder:
         base = weight.base
+        if weight.name in self._with_others:
+            self._dense.add(weight.name)
+            return PlainEncoder(weight.name, weight.spec)
         if weight.untouched:
             if base is not None and not base.as_stored:
                 self._quantized.add(weight.name)
@@ -145,4 +161,5 @@ class AsStored(Format):
         return {name: reason for name, reason in dropped.items() if serves(name, self._dense)}
 
     def warnings(self) -> list[str]:
-        return [] if self._word == "mixed" else self._keep_dense.warnings()
+        of_patterns = [] if self._word == "mixed" else self._keep_dense.warnings()
+        return [*of_patterns, *self._with_others.warnings(self._word)]

@@ -29,6 +29,11 @@ class WeightToStore:
 class Format(Protocol):
     """How the weights of one output are stored."""
 
+    def foresee(self, weights: Mapping[str, Sources], changing: Mapping[str, Sources]) -> None:
+        """Is told, before the first encoder, all weights before any update, and those that an adapter has a
+        say in, each with what it is made from then."""
+        return
+
     def encoder_of(self, weight: WeightToStore) -> Encoder:
         """Returns the encoder of a weight. Raises UsageError where the weight cannot be stored so."""
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lorafuse.codecs.sources import Sources
-from lorafuse.errors import UsageError, shown
 from lorafuse.files.names import natural_key
 from lorafuse.naming.names import Names
 from lorafuse.naming.table import Renames
@@ -65,16 +64,3 @@ class Parts(NamedTuple):
     dense: list[str]
     quantized: list[str]
     on_disk: list[str]
-
-    def refuse_parts_of_experts(self) -> None:
-        """Raises UsageError where some experts of a layer are dense, and others are not."""
-        dense, quantized = (
-            {match[1]: name for name in modules if (match := EXPERTS.fullmatch(name))}
-            for modules in (self.dense, self.quantized)
-        )
-        for experts in sorted(dense.keys() & quantized.keys(), key=natural_key):
-            raise UsageError(
-                f"{shown(dense[experts])} becomes dense and {shown(quantized[experts])} does not: this "
-                f"quantization has all experts of {shown(experts)} in one form. --format base without "
-                "--keep-dense keeps all of them quantized."
-            )

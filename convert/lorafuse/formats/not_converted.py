@@ -57,6 +57,26 @@ OWN_WORDS: dict[str, Callable[[dict[str, Any], Parts], dict[str, Any]]] = {
 }
 _IN_HEADERS = ("torchao",)
 _SECTIONS = ("quantization_config", "compression_config", "quantization")
+# A section without a quant_method is of this one.
+_USUAL = {
+    "quantization_config": "bitsandbytes",
+    "compression_config": "compressed-tensors",
+    "quantization": "MLX",
+}
+
+
+def experts_together(config: Mapping[str, Any]) -> bool:
+    """Whether a config that describes a light result names the experts of a layer together or not at all."""
+    if isinstance(config.get("quantization"), dict):  # MLX
+        return False
+    for name, value in config.items():
+        if name in _SECTIONS and isinstance(value, dict):
+            kind = LISTS.get(value.get("quant_method", _USUAL[name]))
+            if kind is None or not kind.one_by_one:
+                return True
+        elif isinstance(value, dict) and experts_together(value):
+            return True
+    return False
 
 
 def announces(name: str, value: object) -> bool:
@@ -119,7 +139,6 @@ def _entries(parts: Parts, kind: DenseList) -> list[str]:
     """What the list of a quantization has to have for the modules that are quantized no longer."""
     dense = parts.dense
     if not kind.one_by_one:
-        parts.refuse_parts_of_experts()
         dense = list(dict.fromkeys(_with_experts(name, kind) for name in dense))
     if not kind.expressions:
         return dense
@@ -138,9 +157,7 @@ def _extend(fields: dict[str, Any], parts: Parts) -> None:
     """Replaces each part of a config that lists modules, wherever it stands, by a copy with more of them."""
     for name, value in fields.items():
         if name in _SECTIONS and isinstance(value, dict):
-            usual = "compressed-tensors" if name == "compression_config" else "bitsandbytes"
-            if isinstance(fields.get("quantization"), dict):
-                usual = "MLX"
+            usual = "MLX" if isinstance(fields.get("quantization"), dict) else _USUAL[name]
             fields[name] = _of_section(value, value.get("quant_method", usual), parts)
         elif not announces(name, value):
             _extend(value, parts)

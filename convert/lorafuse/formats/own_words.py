@@ -18,8 +18,6 @@ _BLOCK = re.compile(r"(?:.*?\.)?\d+\.(.+)")  # the name in the layer
 
 
 def gptq(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
-    """Raises UsageError where some experts of a layer are dense, and others are not."""
-    parts.refuse_parts_of_experts()
     before = section.get("dynamic")
     named = parts.names.fused(parts.dense)
     excluded: dict[str, object] = {f"-:{_expression(name)}": {} for name in named}
@@ -47,8 +45,6 @@ def _expression(module: str) -> str:
 
 
 def auto_round(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
-    """Raises UsageError where some experts of a layer are dense, and others are not."""
-    parts.refuse_parts_of_experts()
     before = section.get("extra_config")
     dense = {name: {"bits": 16, "data_type": "float"} for name in parts.dense}
     return section | {"extra_config": (before if isinstance(before, dict) else {}) | dense}

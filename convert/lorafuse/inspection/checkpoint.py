@@ -16,6 +16,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.hub_folder import HubFolder
 from lorafuse.files.json_yaml import read_json_dict
 from lorafuse.files.safetensors_file import FormatError
+from lorafuse.files.said_beside import CONFIG, with_said_beside
 from lorafuse.files.stores import ShardedStore
 from lorafuse.files.tensors import DTYPES, FLOATS, TensorInfo
 from lorafuse.naming import Names
@@ -47,9 +48,8 @@ def inspect_checkpoint(folder: Folder, name: str) -> dict[str, Any]:
     except (CheckpointError, FormatError, ValueError, OSError):
         raise problem from None
     with closing(store):
-        return _facts(
-            name, _config(folder), store.tensors, [shard.name for shard in store.shards], {}, [str(problem)]
-        )
+        config, _ = _config(folder, store)
+        return _facts(name, config, store.tensors, [shard.name for shard in store.shards], {}, [str(problem)])
 
 
 def inspect_remote(folder: Folder, name: str) -> dict[str, Any]:
@@ -61,26 +61,31 @@ def inspect_remote(folder: Folder, name: str) -> dict[str, Any]:
         raise CheckpointError(str(e)) from None
     except FileNotFoundError as e:
         raise CheckpointError(f"{e.filename}: not found; {folder} is no complete checkpoint.") from None
-    config, problems = _config(folder), []
+    problems = []
     with closing(store):
+        config, said_in = _config(folder, store)
         if isinstance(folder, HubFolder) and all(folder.is_here(shard.name) for shard in store.shards):
             with suppress(CheckpointError):
                 return inspect_checkpoint(folder, name)
         try:
-            refuse_unknown_quantization(config, folder, store.tensors)
+            refuse_unknown_quantization(config, folder, store.tensors, said_in)
         except CheckpointError as e:
             problems.append(str(e))
         return _facts(name, config, store.tensors, [shard.name for shard in store.shards], {}, problems)
 
 
-def _config(folder: Folder) -> dict[str, Any]:
-    """The fields that are of the right type, of a config that may be broken or missing."""
+def _config(folder: Folder, store: ShardedStore) -> tuple[dict[str, Any], str]:
+    """The fields that are of the right type, of a config that may be broken or missing, and the file that
+    says how weights are stored."""
     config: dict[str, Any] = {}
+    files: tuple[str, ...] = (CONFIG,)
     with suppress(FormatError, OSError, ValueError):
-        config = read_json_dict(folder, "config.json")
-    return {
+        config = read_json_dict(folder, CONFIG)
+        config, files = with_said_beside(folder, config, store.tensors)
+    good = {
         name: value for name, value in config.items() if isinstance(value, CONFIG_TYPES.get(name, object))
     }
+    return good, folder / files[-1]
 
 
 def _facts(

@@ -10,7 +10,7 @@ import torch
 
 from lorafuse.arithmetic.arena import host_view
 from lorafuse.arithmetic.torch_state import own_torch_state
-from lorafuse.errors import ResultError, shown
+from lorafuse.errors import CheckpointError, LorafuseError, ResultError, shown
 from lorafuse.merge.destination import Destination
 from lorafuse.merge.feed import EVERYTHING_HERE, Feed
 from lorafuse.merge.tile import Made
@@ -64,18 +64,18 @@ def _deliver(output: Destination, variant: Variant, made: Made, buffer: torch.Te
         output.write(piece.tensor, piece.at, piece.bytes_of(view))
 
 
-def _complaint(variant: Variant, allow_nonfinite: bool) -> ResultError | None:
-    """What is wrong with the values of a weight that is finished."""
+def _complaint(variant: Variant, allow_nonfinite: bool) -> LorafuseError | None:
+    """What is wrong with the values of a weight that is finished: of the base, or of the result alone."""
     step, measures = variant.step, variant.measures
+    if measures.n_broken_base and not allow_nonfinite:
+        return CheckpointError(
+            f"{shown(step.name)}: {measures.n_broken_base} of {step.spec.numel} values are not finite in the "
+            "base; is the checkpoint damaged? --allow-nonfinite keeps them."
+        )
     if measures.n_broken:
         return ResultError(
             f"{shown(step.name)}: {measures.n_broken} of {step.spec.numel} values are not finite in "
             f"{step.spec.torch_name}, though the base's are: the update, the sum or the cast overflows. "
             "--dtype bfloat16 or float32 has a wider range."
-        )
-    if measures.n_broken_base and not allow_nonfinite:
-        return ResultError(
-            f"{shown(step.name)}: {measures.n_broken_base} of {step.spec.numel} values are not finite in the "
-            "base; is the checkpoint damaged? --allow-nonfinite keeps them."
         )
     return None

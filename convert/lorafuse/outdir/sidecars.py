@@ -46,7 +46,7 @@ def output_config(
     """The checkpoint's config without quantization and with `changes`, each set where the config has the
     field, else at the top, and a path with dots in that section; then what readers need for the tensors as
     they are `stored`, and the fields that older readers look for."""
-    result = {name: _without_quantization(value) for name, value in _without_quantization(config).items()}
+    result = _without_quantization(config)
     text = result.get("text_config") if isinstance(result.get("text_config"), dict) else None
     if "dtype" in changes:
         _set_dtype(result, changes["dtype"])
@@ -78,7 +78,7 @@ def _in_section(config: dict[str, Any], path: list[str]) -> dict[str, Any]:
 def _without_quantization(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
-    return {name: value for name, value in part.items() if not announces(name, value)}
+    return {name: _without_quantization(v) for name, v in part.items() if not announces(name, v)}
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

@@ -147,6 +147,10 @@ def _steps(
     bases, untouched = model.weights, Edit()
     if untied:
         bases = {**bases, **names.unstored()}
+    changing = {
+        name: edit.replaced or bases[name] for name, edit in edits.items() if name in bases and _changes(edit)
+    }
+    how.foresee(model.weights, changing)
     for name in sorted(bases, key=natural_key):
         base, edit = bases[name], edits.get(name, untouched)
         sources = edit.replaced or base
@@ -171,6 +175,10 @@ def _format_of(settings: Settings) -> MakeFormat:
     if make is None:
         raise UsageError(f"format is {shown(settings.format)}; expected one of {', '.join(FORMATS)}.")
     return make
+
+
+def _changes(edit: Edit) -> bool:
+    return bool(edit.patches or edit.replaced)
 
 
 def _action(edit: Edit, *, stored: bool) -> str | None:
