@@ -262,6 +262,22 @@ def of_job(on_event: OnEvent, name: str) -> OnEvent:
     return pass_on
 
 
+def warned_once(on_event: OnEvent) -> OnEvent:
+    """A sink that leaves out the warnings that it has passed on already: workers that plan the same give the
+    same."""
+    said = set[tuple[str | None, str]]()
+
+    def pass_on(event: Event) -> None:
+        if event["event"] == "warning":
+            key = (event.get("job"), event["message"])
+            if key in said:
+                return
+            said.add(key)
+        on_event(event)
+
+    return pass_on
+
+
 def warn_by(on_event: OnEvent) -> Callable[[str], None]:
     """Messages as warnings."""
     return lambda message: on_event({"event": "warning", "message": message})

@@ -17,7 +17,7 @@ from lorafuse.batching.one_pass import Pass, PlannedJob
 from lorafuse.batching.publication import Publication, publication_of
 from lorafuse.batching.spread import ChosenEngine, checked_engine, spread
 from lorafuse.errors import CheckpointError, UsageError, shown
-from lorafuse.events import DoneEvent, OnEvent, PartEvent, PlanEvent, ignore
+from lorafuse.events import DoneEvent, OnEvent, PartEvent, PlanEvent, ignore, warned_once
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
@@ -95,7 +95,7 @@ def convert(
         as_typed(out_dir), overwrite, restart, dry_run, stream, push, card, division, commit, chosen
     )  # fmt: skip
     wanted = Wanted(directory_as_typed(ckpt), named, writing, settings)
-    return cast(dict[str, Any], _convert(wanted, on_event))
+    return cast(dict[str, Any], _convert(wanted, warned_once(on_event) if chosen else on_event))
 
 
 class Writing(NamedTuple):

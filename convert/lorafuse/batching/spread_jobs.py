@@ -10,7 +10,7 @@ from lorafuse.batching.jobs import Job, JobState
 from lorafuse.batching.pass_size import MAX_MEMBERS
 from lorafuse.batching.spread import Call, ChosenEngine, for_workers, task_of, workers_event
 from lorafuse.engines.engines import engine_named
-from lorafuse.events import Event, OnEvent
+from lorafuse.events import Event, OnEvent, warned_once
 from lorafuse.settings import Settings
 
 
@@ -23,7 +23,7 @@ def spread_jobs(
 ) -> list[JobState]:
     """Have the jobs done, so that all workers have some. `call` gives what a worker does for some of them.
     Returns a state for each. Raises what a worker raises when none of its jobs can go on."""
-    began, heard, states = time.perf_counter(), Heard(on_event), dict[str, JobState]()
+    began, heard, states = time.perf_counter(), Heard(warned_once(on_event)), dict[str, JobState]()
     with engine_named(chosen.name, chosen.address, heard) as engine:
         settings = for_workers(settings, engine.cores(settings.n_workers))
         size = min(MAX_MEMBERS, -(-len(jobs) // engine.slots(settings.n_workers)))

@@ -35,7 +35,7 @@ class RayEngine:
     def __init__(self, address: str | None, on_event: OnEvent) -> None:
         self.tally = Tally()
         self._address = address or os.environ.get("RAY_ADDRESS") or "local"
-        self._relay, self._written = Relay(on_event), dict[str, int]()
+        self._relay = Relay(on_event)
         self._pending: dict[Any, Task] = {}
         self._done: list[tuple[Task, Any]] = []
 

@@ -46,14 +46,13 @@ class Teller:
 @dataclass
 class Relay:
     """In the process that the user called: passes on what workers tell. The plan of a single result was said
-    there, and a warning once is enough. What a worker resumes is progress like any other; what one that ended
-    had written does not count any more."""
+    there. What a worker resumes is progress like any other; what one that ended had written does not count
+    any more."""
 
     on_event: OnEvent
     n_again: int = 0
     _nbytes: dict[str, int] = field(default_factory=dict)  # of tasks, as far as they are
     _passes: dict[str, int] = field(default_factory=dict)  # what tasks said that they are going to write
-    _said: set[tuple[str | None, str]] = field(default_factory=set)
 
     def nbytes_of(self, task: str) -> int:
         """What a task has written so far, or resumed."""
@@ -75,13 +74,8 @@ class Relay:
         elif kind in ("progress", "resumed"):
             self._nbytes[task] = self._nbytes.get(task, 0) + event["nbytes"]
             self.on_event({"event": "progress", "nbytes": event["nbytes"]})
-        elif kind == "warning":
-            key = (event.get("job"), event["message"])
-            if key not in self._said:
-                self._said.add(key)
-                self.on_event(event)
         elif kind == "pass":
             self._passes[task] = self._passes.get(task, 0) + event["nbytes"]
             self.on_event(event)
-        elif kind in ("shard", "job") or (kind == "plan" and "job" in event):
+        elif kind in ("shard", "job", "warning") or (kind == "plan" and "job" in event):
             self.on_event(event)
