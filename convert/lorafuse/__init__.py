@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorafuse.batching.jobs import JobState
     from lorafuse.inspection import inspect
     from lorafuse.pipeline import convert
+    from lorafuse.progress_bar import ProgressBar
     from lorafuse.reporting import report
     from lorafuse.settings import Push
     from lorafuse.verification.verify import verify
@@ -39,6 +40,7 @@ __all__ = [
     "JobState",
     "LorafuseError",
     "OutDirError",
+    "ProgressBar",
     "Push",
     "ResultError",
     "StorageError",
@@ -55,6 +57,7 @@ __all__ = [
 # shows its help without it.
 _LATER = {
     "JobState": "lorafuse.batching.jobs",
+    "ProgressBar": "lorafuse.progress_bar",
     "Push": "lorafuse.settings",
     "batch": "lorafuse.batching.batch",
     "convert": "lorafuse.pipeline",
@@ -62,11 +65,14 @@ _LATER = {
     "report": "lorafuse.reporting",
     "verify": "lorafuse.verification.verify",
 }
+_FUNCTIONS = ("batch", "convert", "inspect", "report", "verify")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+        found = getattr(import_module(_LATER[name]), name)
+        spoken = import_module("lorafuse.in_python").spoken_in_python
+        return spoken(found) if name in _FUNCTIONS else found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -8,7 +8,7 @@ from os import PathLike
 from typing import Any, ParamSpec, TypeVar
 
 from lorafuse.errors import UsageError, shown
-from lorafuse.settings import parse_nbytes
+from lorafuse.settings import Push, parse_nbytes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,6 +70,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("overwrite", "restart", "dry_run", "allow_nonfinite", "double_quant"), _FLAG),
     **dict.fromkeys(("quant_experts", "stream", "card", "commit"), _FLAG),
     **dict.fromkeys(("index", "of"), _must(lambda value: type(value) is int, "a whole number")),
+    "push_to_hub": _must(lambda value: isinstance(value, str | Push), "a repository or a Push"),
     "adapters": _adapters,
     "adapter_scale": _NUMBER,
     "on_event": _must(callable, "a function of an event"),
@@ -83,7 +84,10 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind(*args, **kwargs)
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as e:  # as Python says it, with the function's name
+            raise TypeError(f"{function.__name__}() {e}") from None
         for name, value in given.arguments.items():
             optional = signature.parameters[name].default is None and value is None
             if name in _CHECKS and not optional:

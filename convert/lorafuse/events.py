@@ -100,6 +100,7 @@ class PlanEvent(TypedDict):
     memory_nbytes: NotRequired[int]
     disk: NotRequired[Disk]
     estimate: NotRequired[Estimate | None]
+    push_to_hub: NotRequired[str]
 
 
 class ResumedEvent(TypedDict):
@@ -198,7 +199,7 @@ class PassEvent(TypedDict):
 
 
 class JobEvent(TypedDict):
-    """What became of a job of a batch. `update`: how much of it was kept, as in DoneEvent."""
+    """What became of a job of a batch. `update`: how much of it was kept, and `url`, as in DoneEvent."""
 
     event: Literal["job"]
     job: str
@@ -209,6 +210,7 @@ class JobEvent(TypedDict):
     wall_s: NotRequired[float]
     nbytes: NotRequired[int]
     update: NotRequired[dict[str, Any]]
+    url: NotRequired[str]
 
 
 class ErrorEvent(TypedDict):

@@ -27,6 +27,7 @@ from lorafuse.files.names import scheme_of
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import (
     Name,
+    asks_for_base,
     checkpoint_folder,
     located_adapter,
     named_base,
@@ -41,7 +42,7 @@ from lorafuse.planning.plan import Plan
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import kept_in_sum
 from lorafuse.receipt.write import peak_rss
-from lorafuse.settings import Push, Settings, parse_nbytes
+from lorafuse.settings import JOB_NAME, Push, Settings, parse_nbytes
 from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
@@ -88,6 +89,8 @@ def convert(
     )  # fmt: skip
     named = [named_weight((adapter, settings.adapter_scale)), *map(named_weight, adapters)]
     push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
+    if push and JOB_NAME in push.repo:
+        raise UsageError(f"push_to_hub is {push.repo!r}; {JOB_NAME} is for a batch.")
     card = card or bool(push)
     division = checked_division(index, of, commit=commit, restart=restart, dry_run=dry_run, published=card)
     chosen = checked_engine(engine, address, {"of": bool(division), "commit": commit, "stream": stream})
@@ -135,7 +138,8 @@ def _convert(wanted: Wanted, on_event: OnEvent) -> Receipt | PlanEvent | PartEve
         for (name, weight), folder_name in zip(named, folder_names, strict=True)
     ]
     with opened(located) as adapters:
-        ckpt = named_base(ckpt, adapters[0].adapter)
+        if asks_for_base(ckpt):
+            ckpt = named_base(adapters[0].adapter.folder, adapters[0].adapter.config)
         ckpt_folder = checkpoint_folder(ckpt)
         check([ckpt_folder, *(adapter.root for adapter in located)])
         with closing(Checkpoint(ckpt_folder)) as base:

@@ -16,6 +16,7 @@ ROUNDING_CHOICES = ("unbiased", "nearest")
 AUTO = "auto"  # as --base-quant: what the files beside the adapter say
 BASE_QUANT_CHOICES = ("none", AUTO, "nf4", "fp4", "int8")
 QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 functional.py, quantize_4bit
+JOB_NAME = "{name}"  # in --push-to-hub of a batch
 THE_BASE = ("auto", "-")  # for CKPT: the base that the adapter's config names
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{i}B": base**power
@@ -104,8 +105,8 @@ class BaseQuant:
 
 @dataclass(frozen=True)
 class Push:
-    """Where on the hub a result goes: a repository, which is made if it is not there, and a branch of it.
-    Raises UsageError."""
+    """Where on the hub a result goes: a repository, which is made if it is not there, and a branch of it. In
+    that of a batch {name} stands for the names of its jobs. Raises UsageError."""
 
     repo: str
     private: bool = False
@@ -113,7 +114,7 @@ class Push:
     create_pr: bool = False
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.repo):
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.repo.replace(JOB_NAME, "name")):
             raise UsageError(
                 f"push_to_hub is {shown(self.repo)!r}; expected a repository on the hub, such as me/merged."
             )
@@ -237,8 +238,11 @@ def checked_weight(path: object, weight: float) -> float:
 
 
 def dtype_named(dtype: Any) -> Any:
-    """`dtype` by the name that torch has for it, where it is a short one."""
-    return _SHORT.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    """`dtype` by the name that torch has for it, where it is a short one, in capitals, or torch's own."""
+    if not isinstance(dtype, str) and type(dtype).__module__ != "torch":
+        return dtype
+    name = str(dtype).removeprefix("torch.").lower()
+    return _SHORT.get(name, name)
 
 
 def parse_nbytes(text: str | int) -> int:

@@ -191,7 +191,7 @@ def test_an_adapter_in_a_sub_folder_is_chosen_by_its_name(name, base, several, t
 
 def test_several_adapters_and_no_name_are_refused(base, several, tmp_path):
     root, _ = several
-    expected = f"{root}: holds several adapters: one, two; choose one by its name (--adapter-name)."
+    expected = f"{root}: holds several adapters: one, two; choose one by its name (adapter_name)."
     assert refused(base("fp32"), root, tmp_path) == expected
 
 

@@ -1,6 +1,7 @@
 """`.bin` adapters: a few bytes that stand for gigabytes, and tensors that are no plain values."""
 
 import collections
+import contextlib
 import os
 
 import build
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorafuse
-from lorafuse.adapters.reading.directory import BinStore
+from lorafuse.adapters.reading.directory import AdapterDir, BinStore
 from lorafuse.errors import AdapterError
 from lorafuse.files.local_folder import LocalFolder
 
@@ -142,3 +143,28 @@ def test_plain_tensors_are_read_whatever_their_layout(form, zipped, lora):
         data = bytearray(tensor.nbytes)
         store.read_into(name, 0, data)
         assert bytes(data) == tensor.numpy().tobytes()
+
+
+def test_an_ordinary_file_is_read_by_ranges(lora, tmp_path):
+    """It takes no memory, and makes what a safetensors file makes."""
+    ckpt = build.write_checkpoint(tmp_path / "ckpt")
+    expected = lorafuse.convert(ckpt, lora, tmp_path / "expected")
+    saved(lora, lambda tensors: tensors)
+    with contextlib.closing(AdapterDir(LocalFolder(lora))) as adapter:
+        assert adapter.nbytes == 0 and not isinstance(adapter.store, BinStore)
+    made = lorafuse.convert(ckpt, lora, tmp_path / "out")
+    assert [file["sha256"] for file in made["outputs"]] == [file["sha256"] for file in expected["outputs"]]
+
+
+@pytest.mark.parametrize("how", [{"_use_new_zipfile_serialization": False}, {}])
+def test_another_file_is_loaded_whole(lora, tmp_path, how):
+    """One of torch before 1.6, and one whose tensors are stored column after column."""
+    ckpt = build.write_checkpoint(tmp_path / "ckpt")
+    expected = lorafuse.convert(ckpt, lora, tmp_path / "expected")
+    by_columns = lambda tensors: {name: tensor.T.contiguous().T for name, tensor in tensors.items()}  # noqa: E731
+    saved(lora, (lambda tensors: tensors) if how else by_columns, **how)
+    with contextlib.closing(AdapterDir(LocalFolder(lora))) as adapter:
+        assert adapter.nbytes == (lora / "adapter_model.bin").stat().st_size
+        assert isinstance(adapter.store, BinStore)
+    made = lorafuse.convert(ckpt, lora, tmp_path / "out")
+    assert [file["sha256"] for file in made["outputs"]] == [file["sha256"] for file in expected["outputs"]]

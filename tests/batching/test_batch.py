@@ -452,7 +452,7 @@ def test_a_result_of_something_else_is_not_taken_for_it(ckpt, jobs, run, out, tm
     for name, reason in reasons.items():
         assert (
             str(run.error(name))
-            == f"{out / name}: exists, but {reason}; --overwrite replaces it once the new one is complete."
+            == f"{out / name}: exists, but {reason}; overwrite=True replaces it once the new one is complete."
         )
     assert files_of(out) == before
     os.truncate(jobs / "a" / "adapter_config.json", 0)  # an adapter that is broken now costs no result
@@ -464,7 +464,7 @@ def test_a_result_of_something_else_is_not_taken_for_it(ckpt, jobs, run, out, tm
 def test_other_settings_or_another_checkpoint(ckpt, jobs, run, out, tmp_path):
     run(ckpt, jobs, out)
     run(ckpt, jobs, out, dtype="float16", adapter_scale=2.0)
-    assert "exists, but was made with other settings (adapter_scale, dtype); --overwrite" in str(
+    assert "exists, but was made with other settings (adapter_scale, dtype); overwrite=True" in str(
         run.error("a")
     )
     other = write_checkpoint(

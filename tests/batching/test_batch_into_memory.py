@@ -95,8 +95,8 @@ def test_what_is_there_and_is_something_else(ckpt, jobs, object_store):
     states = lorafuse.batch(ckpt, jobs, ROOT, **SHARDS)
     assert [state.state for state in states] == ["failed", "done", "done"]
     assert str(states[0].error) == (
-        f"{ROOT}/a: exists, but holds no lorafuse_receipt.json; --overwrite replaces it once the new one is "
-        "complete."
+        f"{ROOT}/a: exists, but holds no lorafuse_receipt.json; overwrite=True replaces it once the new one "
+        "is complete."
     )
     assert batch(ckpt, jobs, ROOT, overwrite=True) == {"a": "done", "b": "skipped", "c": "skipped"}
     assert f"{ROOT}/a/mine.txt" not in object_store.objects

@@ -151,7 +151,7 @@ def test_other_settings_are_refused_for_each_job(inputs, clean, tmp_path):
     assert begun and {name for name in NAMES if states[name].state == "failed"} == begun
     for name in begun:
         assert isinstance(states[name].error, OutDirError)
-        assert "dtype was auto, is float32. Give its command again to finish it, or --restart" in str(
+        assert "dtype was auto, is float32. Give its command again to finish it, or restart=True" in str(
             states[name].error
         )
     states, _ = call(inputs, out, dtype="float32", restart=True)

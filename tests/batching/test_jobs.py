@@ -87,7 +87,7 @@ NAME = "expected the name of a directory in OUT_ROOT, not hidden and no path"
         (GOOD | {"adapter": ""}, "the adapter is ; expected a directory or a hub id"),
         (GOOD | {"adapter": 3}, "the adapter is 3; expected"),
         (GOOD | {"adapter": "a\0b"}, "the adapter is a.x00b; expected"),
-        (GOOD | {"scale": "2"}, "the scale is 2; expected a finite number"),
+        (GOOD | {"scale": "2"}, "the scale is '2'; expected a finite number"),
         (GOOD | {"scale": 10**400}, f"the scale is 1{'0' * 48}…; expected a finite number"),
         (GOOD | {"scale": True}, "the scale is True; expected"),
         ('{"adapter": "x", "name": "n", "scale": NaN}', "the scale is nan; expected"),

@@ -22,22 +22,9 @@ from lorafuse.outdir.staging import LocalOutDir
 N_SHARDS = 6
 
 
-def by_layers(path: Path, n_shards: int = N_SHARDS, n_layers: int = 8, hidden: int = 16) -> Path:
-    """A checkpoint whose files hold runs of its weights in the order of the model, the head in the last."""
-    tensors = build.checkpoint_tensors(n_layers=n_layers, hidden=hidden)
-    names, per_file = list(tensors), -(-len(tensors) // n_shards)
-    files = {name: build.shard_name(n // per_file + 1, n_shards) for n, name in enumerate(names)}
-    path.mkdir()
-    build.write_json(path / "config.json", build.CONFIG)
-    for file in sorted(set(files.values())):
-        build.save_file({n: t for n, t in tensors.items() if files[n] == file}, path / file, {"format": "pt"})
-    build.write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
-    return path
-
-
 @pytest.fixture
 def ckpt(tmp_path: Path) -> Path:
-    return by_layers(tmp_path / "ckpt")
+    return build.write_by_layers(tmp_path / "ckpt")
 
 
 @pytest.fixture
@@ -193,7 +180,7 @@ def test_room_in_the_cache(
     monkeypatch.setattr("lorafuse.files.hub_folder.shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError) as caught:
         lorafuse.convert("org/base", lora, tmp_path / "out")
-    assert "bytes are to be fetched into the hub's cache and 1000 are free there; --stream" in str(
+    assert "bytes are to be fetched into the hub's cache and 1000 are free there; stream=True" in str(
         caught.value
     )
     assert not [name for name in hub.fetched() if name.endswith(".safetensors")]

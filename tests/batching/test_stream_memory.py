@@ -35,7 +35,9 @@ def pair(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> lis
     index = {"metadata": {}, "weight_map": weight_map}
     (ckpt / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file(factors, lora / "adapter_model.safetensors")
-    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 4}')
+    (lora / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 4, "lora_alpha": 4, "base_model_name_or_path": "org/base"}'
+    )
     hub.add("org/base", ckpt)
     hub.add("me/tuned", lora)
     for name, value in hub.environ(tmp_path / "home").items():
@@ -48,3 +50,12 @@ def test_peak_memory(pair: list[object], options: list[str]) -> None:
     """The limit holds while files come and go, as it does for files that are here."""
     beyond = beyond_torch(*pair, *options)
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
+
+
+def test_peak_memory_of_a_batch(pair: list[object], tmp_path: Path) -> None:
+    """Of three jobs in a few passes, streamed, whose results go to the hub."""
+    lines = [json.dumps({"adapter": "me/tuned", "name": name, "scale": n}) for n, name in enumerate("abc", 1)]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    words = ["batch", "-q", "auto", tmp_path / "jobs.jsonl", tmp_path / "out", "--stream"]
+    beyond = beyond_torch(*words, "--push-to-hub", "me/{name}", "--memory-limit", "150MB")
+    assert beyond < 150e6, f"{beyond / 1e6:.0f} MB beyond import torch"

@@ -199,7 +199,7 @@ def test_several_adapters_in_a_repository(hub: HubServer, tmp_path: Path) -> Non
         build.write_adapter(tmp_path / "repository" / name)
     hub.add("org/name", tmp_path / "repository")
     with pytest.raises(
-        AdapterError, match=r"holds several adapters: a, b; choose one by its name \(--adapter-name\)\."
+        AdapterError, match=r"holds several adapters: a, b; choose one by its name \(adapter_name\)\."
     ):
         lorafuse.convert(ckpt, "org/name", tmp_path / "out")
     assert not [name for name in hub.fetched() if name.endswith(".safetensors")]

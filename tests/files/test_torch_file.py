@@ -144,6 +144,7 @@ class Harmful:
         ({3: torch.zeros(3)}, "has the key 3, which is no name of a tensor."),
         ({"w": [1, 2]}, "does not hold a dict of tensors."),
         ([torch.zeros(3)], "does not hold a dict of tensors."),
+        ({"w": torch.zeros(3, 4).to_sparse_csr()}, f"w is not stored row after row. {AGAIN}"),
         ({"w": torch.zeros(3).to_sparse()}, f"w is not stored row after row. {AGAIN}"),
     ],
 )

@@ -192,20 +192,20 @@ def refusal(ckpt, lora, out, **options):
 def test_wrong_wishes(base, adapter, tmp_path):
     lora, out, nf4 = adapter("nf4", target_modules=["q_proj"]), tmp_path / "out", base("nf4")
     assert refusal(nf4, lora, out, format="base", dtype="float16") == (
-        "--format base keeps the base's own dtypes: leave --dtype out."
+        "format='base' keeps the base's own dtypes: leave dtype out."
     )
     assert refusal(base("bf16"), lora, out, format="mixed") == (
-        f"{base('bf16')}: no weight of it is quantized, so that --format mixed would keep "
-        "nothing: leave --format out."
+        f"{base('bf16')}: no weight of it is quantized, so that format='mixed' would keep "
+        "nothing: leave format out."
     )
     assert refusal(nf4, lora, out, format="mixed", keep_dense=["*"]) == (
-        "--format mixed leaves all that changes dense: leave --keep-dense and --rounding out."
+        "format='mixed' leaves all that changes dense: leave keep_dense and rounding out."
     )
     assert refusal(nf4, lora, out, keep_dense=["*"]) == (
-        "--keep-dense is for a --format of quantized weights, and dense has none."
+        "keep_dense is for a format of quantized weights, and dense has none."
     )
     assert refusal(nf4, lora, out, rounding="nearest") == (
-        "--rounding is for a --format of quantized weights, and dense has none."
+        "rounding is for a format of quantized weights, and dense has none."
     )
     assert refusal(nf4, lora, out, format="gguf").startswith(
         "format is gguf; expected one of dense, base, light, mixed"
@@ -232,7 +232,7 @@ def test_a_pattern_that_matches_nothing_is_said(base, adapter, tmp_path):
         on_event=events.append,
     )
     assert [e["message"] for e in events if e["event"] == "warning"] == [
-        "--keep-dense *.v_proj: matches no quantized module that changes."
+        "keep_dense='*.v_proj': matches no quantized module that changes."
     ]
 
 

@@ -172,8 +172,8 @@ def test_rows_that_groups_do_not_divide(made, tmp_path):
     for word in ("w8a16", "w4a16"):
         said = refused(ckpt, lora, tmp_path / "out", format=word)
         assert said == (
-            f"--format {word}: {name}.weight has rows of 40 elements, which groups of 32 do not divide: "
-            f"leave it in full precision, --keep-dense '{name}', or choose --format fp8, which has no groups."
+            f"format='{word}': {name}.weight has rows of 40 elements, which groups of 32 do not divide: "
+            f"leave it in full precision, keep_dense='{name}', or choose format='fp8', which has no groups."
         )
         lorafuse.convert(ckpt, lora, tmp_path / word, format=word, keep_dense=[name])
         assert quantized(tmp_path / word) == LINEARS
@@ -184,16 +184,16 @@ def test_rows_that_groups_do_not_divide(made, tmp_path):
 def test_wishes_that_make_no_sense(made, base, adapter, tmp_path):
     ckpt, lora = made()
     assert refused(ckpt, lora, tmp_path / "out", format="w8a16", rounding="unbiased") == (
-        "--format w8a16 makes scales of its own, and rounds to the nearest: --rounding unbiased is for "
+        "format='w8a16' makes scales of its own, and rounds to the nearest: rounding='unbiased' is for "
         "formats on the base's grid."
     )
     assert refused(ckpt, lora, tmp_path / "out", format="fp8", keep_dense=["model.*"]) == (
-        f"{ckpt}: no weight of it would be quantized with --format fp8: leave --format out."
+        f"{ckpt}: no weight of it would be quantized with format='fp8': leave format out."
     )
     gpt2 = adapter("gpt2", name="gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
     assert refused(base("gpt2"), gpt2, tmp_path / "out", format="fp8") == (
-        "--format fp8: transformer.h.0.attn.c_attn.weight belongs to a Conv1D, which compressed-tensors "
-        "cannot store: choose another --format."
+        "format='fp8': transformer.h.0.attn.c_attn.weight belongs to a Conv1D, which compressed-tensors "
+        "cannot store: choose another format."
     )
     assert not (tmp_path / "out").exists()
 
@@ -267,7 +267,7 @@ def test_a_pattern_that_matches_nothing_is_warned_of(made, tmp_path):
     options = {"format": "fp8", "keep_dense": ["*.v_proj", "v_proj"]}
     lorafuse.convert(ckpt, lora, tmp_path / "out", on_event=said.append, **options)
     warnings = [event["message"] for event in said if event["event"] == "warning"]
-    assert warnings == ["--keep-dense v_proj: matches no module."]
+    assert warnings == ["keep_dense='v_proj': matches no module."]
 
 
 def test_the_command_line_has_them(made, tmp_path):

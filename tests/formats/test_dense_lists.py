@@ -175,9 +175,9 @@ def test_the_other_half_of_the_experts_becomes_dense_too(tmp_path):
     assert f"{there}.down_proj_blocks" in found
     # A stack of 2 × 8 × 32 weights: 16 bits each, less 4 bits each and 16 scales.
     assert [e["message"] for e in said if e["event"] == "warning" and "one form" in e["message"]] == [
-        "--format mixed: config.json has all experts of a layer in one form, so that those of "
-        f"{EXPERTS} become dense with the ones that do, which takes 752 bytes more. --format base without "
-        "--keep-dense keeps them all quantized."
+        "format='mixed': config.json has all experts of a layer in one form, so that those of "
+        f"{EXPERTS} become dense with the ones that do, which takes 752 bytes more. format='base' without "
+        "keep_dense keeps them all quantized."
     ]
 
 

@@ -60,7 +60,7 @@ def test_a_pattern_adds_to_it(convert, base, adapter):
     inputs = base("nf4_dq"), adapter("nf4_dq", target_modules=TARGETS)
     _, receipt, warnings = convert("out", *inputs, format="light", keep_dense=["*.1.*.q_proj", "*.x"])
     assert dense_modules(receipt) == values() | {"model.layers.1.self_attn.q_proj"}
-    assert warnings == ["--keep-dense *.x: matches no quantized module that changes."]
+    assert warnings == ["keep_dense='*.x': matches no quantized module that changes."]
 
 
 def test_without_such_a_change_it_is_base_and_says_so(convert, base, adapter):
@@ -69,8 +69,8 @@ def test_without_such_a_change_it_is_base_and_says_so(convert, base, adapter):
     as_base, _, _ = convert("base", *inputs, format="base")
     assert files_of(light) == files_of(as_base) and not dense_modules(receipt)
     assert warnings == [
-        "--format light: no quantized value projection changes, so that none becomes dense; the result is "
-        "that of --format base."
+        "format='light': no quantized value projection changes, so that none becomes dense; the result is "
+        "that of format='base'."
     ]
 
 
@@ -113,12 +113,12 @@ def test_of_a_batch(base, adapter, tmp_path, convert):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("bf16", {}, "no weight of it is quantized, so that --format light would keep nothing: leave"),
-        ("nf4", {"dtype": "float16"}, "--format light keeps the base's own dtypes: leave --dtype out."),
+        ("bf16", {}, "no weight of it is quantized, so that format='light' would keep nothing: leave"),
+        ("nf4", {"dtype": "float16"}, "format='light' keeps the base's own dtypes: leave dtype out."),
         (
             "bf16",
             {"dtype": "float16", "base_quant": "nf4"},
-            "--format light keeps the dtypes that training saw: leave --dtype out.",
+            "format='light' keeps the dtypes that training saw: leave dtype out.",
         ),
     ],
 )

@@ -92,41 +92,41 @@ def test_a_tied_embedding_that_changes(base, adapter, tmp_path):
         (
             "nf4",
             {"format": "nf4"},
-            "nf4: is quantized already, and --format nf4 would quantize it again: --format base "
+            "nf4: is quantized already, and format='nf4' would quantize it again: format='base' "
             "keeps the update on the base's own grid.",
         ),
         (
             "int8",
             {"format": "nf4"},
-            "int8: is quantized already, and --format nf4 would quantize it again: --format base "
+            "int8: is quantized already, and format='nf4' would quantize it again: format='base' "
             "keeps the update on the base's own grid.",
         ),
         (
             "bf16",
             {"format": "nf4", "base_quant": "nf4", "dtype": "float16"},
-            "--format nf4 keeps the dtypes that training saw: leave --dtype out.",
+            "format='nf4' keeps the dtypes that training saw: leave dtype out.",
         ),
         (
             "bf16",
             {"format": "base", "base_quant": "int8", "dtype": "float16"},
-            "--format base keeps the dtypes that training saw: leave --dtype out.",
+            "format='base' keeps the dtypes that training saw: leave dtype out.",
         ),
         (
             "bf16",
             {"format": "mixed", "base_quant": "nf4"},
-            "--format mixed keeps what the base stores, which is full precision where --base-quant is given: "
-            "leave --format out, or choose --format base.",
+            "format='mixed' keeps what the base stores, which is full precision where base_quant is given: "
+            "leave format out, or choose format='base'.",
         ),
         (
             "bf16",
             {"format": "nf4", "quant_experts": True},
-            "--format nf4: transformers 5 does not load experts that are quantized one by one, as "
-            "--quant-experts says they were: leave --format out.",
+            "format='nf4': transformers 5 does not load experts that are quantized one by one, as "
+            "quant_experts=True says they were: leave format out.",
         ),
         (
             "bf16",
             {"format": "nf4", "quant_skip": ["model", "lm_head"]},
-            "bf16: transformers 5 quantizes no weight of it on loading; leave --format out.",
+            "bf16: transformers 5 quantizes no weight of it on loading; leave format out.",
         ),
         (
             "bf16",
@@ -153,8 +153,8 @@ def test_four_bits_of_a_transposed_weight_with_an_odd_number_of_rows(tmp_path):
     with pytest.raises(UsageError) as e:
         lorafuse.convert(ckpt, lora, tmp_path / "out", format="nf4")
     assert str(e.value) == (
-        f"--format nf4: {name} is the weight of a Conv1D with an odd number of rows, whose 4-bit codes this "
-        "version does not write: choose --format int8, or leave --format out."
+        f"format='nf4': {name} is the weight of a Conv1D with an odd number of rows, whose 4-bit codes this "
+        "version does not write: choose format='int8', or leave format out."
     )
     lorafuse.convert(ckpt, lora, tmp_path / "out", format="int8")
 

@@ -27,6 +27,7 @@ WRONG = {
     "dry_run": (1, "dry_run is 1; expected True or False."),
     "base_quant": ("int4", "base_quant is int4; expected one of none, auto, nf4, fp4, int8."),
     "base_quant_from": (4, "base_quant_from is 4; expected a path."),
+    "push_to_hub": (3, "push_to_hub is 3; expected a repository or a Push."),
     "on_event": ("print", "on_event is 'print'; expected a function of an event."),
 }  # fmt: skip
 
@@ -38,6 +39,13 @@ def test_a_wrong_argument_of_convert(name, tmp_path):
     with pytest.raises(UsageError) as caught:
         lorafuse.convert(**arguments)
     assert str(caught.value) == message
+
+
+def test_a_name_that_is_none_of_its_parameters(tmp_path):
+    with pytest.raises(TypeError, match=r"^convert\(\) got an unexpected keyword argument 'dtpe'$"):
+        lorafuse.convert(tmp_path, tmp_path, tmp_path / "out", dtpe="float16")
+    with pytest.raises(TypeError, match=r"^verify\(\) missing a required argument: 'out_dir'$"):
+        lorafuse.verify()
 
 
 def test_the_other_functions_check_theirs(tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from build import files_of, write_adapter, write_checkpoint
 from click.testing import CliRunner
 
@@ -43,6 +44,24 @@ def test_a_directory_that_is_called_tilde_wins(inputs, tmp_path, monkeypatch):
     lora.rename(tmp_path / "~" / "lora")
     lorafuse.convert(ckpt, "~/lora", "out")
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_dtypes_in_capitals_and_of_torch(inputs, tmp_path):
+    assert Settings(dtype="BF16") == Settings(dtype=torch.bfloat16) == Settings(dtype="Bfloat16")
+    command = [*map(str, inputs), str(tmp_path / "out"), "--dtype", "BF16", "--dry-run", "--json"]
+    assert CliRunner().invoke(cli.convert, command).exit_code == 0
+    lorafuse.convert(*inputs, tmp_path / "out", dtype=torch.float16)
+    with pytest.raises(UsageError, match=r"^dtype is int8; expected one of auto, float32"):
+        lorafuse.convert(*inputs, tmp_path / "new", dtype=torch.int8)
+
+
+def test_an_adapter_as_jobs(inputs, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        lorafuse.batch(*inputs, tmp_path / "out")
+    assert str(caught.value) == (
+        f"{inputs[1]}: has no sub-directory, but is an adapter itself, which `lorafuse convert` merges; "
+        "expected a directory of adapters, or a JSONL file with a job in each line."
+    )
 
 
 @pytest.mark.parametrize(("short", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])

@@ -161,7 +161,7 @@ def test_non_finite_values_of_the_base_pass_only_if_they_may(dtype, tmp_path):
                 lorafuse.convert(base, path, out, dtype=dtype)
             assert str(caught.value) == (
                 f"{name}: 3 of 900000 values are not finite in the base; is the checkpoint damaged? "
-                "--allow-nonfinite keeps them."
+                "allow_nonfinite=True keeps them."
             )
             assert sorted(tmp_path.iterdir()) == before
         receipt = lorafuse.convert(base, path, out, dtype=dtype, allow_nonfinite=True)

@@ -63,7 +63,7 @@ def test_overwrite_replaces_everything(inputs, object_store, tmp_path):
     with pytest.raises(OutDirError) as caught:
         lorafuse.convert(*inputs, OUT)
     assert str(caught.value) == (
-        f"{OUT}: exists and is not empty; --overwrite replaces it once the new one is complete."
+        f"{OUT}: exists and is not empty; overwrite=True replaces it once the new one is complete."
     )
     assert {*object_store.objects.values()} == {b"old"}
     for out in (OUT, tmp_path / "local"):

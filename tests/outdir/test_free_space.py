@@ -82,7 +82,7 @@ def test_a_limit_of_file_sizes(inputs, tmp_path, monkeypatch):
     message = refused(inputs, tmp_path / "work/out")
     assert message.endswith(
         " bytes is to be made, and this process may make them of 1000 (ulimit -f); raise that, or lower "
-        "--max-shard-size."
+        "max_shard_size."
     )
     assert [*(tmp_path / "work").iterdir()] == []
 

@@ -195,7 +195,7 @@ def test_filled_meanwhile(object_store, inputs):
     def put(event):
         object_store.objects[f"{OUT}/mine.txt"] = b"mine"
 
-    with pytest.raises(OutDirError, match=r"^memory://out: exists and is not empty; --overwrite"):
+    with pytest.raises(OutDirError, match=r"^memory://out: exists and is not empty; overwrite=True"):
         lorafuse.convert(*inputs, OUT, max_shard_size=SHARD, on_event=put)
     assert object_store.objects == {f"{OUT}/mine.txt": b"mine"}
 

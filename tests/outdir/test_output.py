@@ -182,7 +182,7 @@ def test_overwrite_replaces_everything_at_the_end(exchange, base, lora, tmp_path
     out = tmp_path / "out"
     lorafuse.convert(base("nf4_dq"), lora, out, max_shard_size="60KB")
     (out / "stale.txt").write_text("x")
-    with pytest.raises(OutDirError, match=r"exists and is not empty; --overwrite replaces it"):
+    with pytest.raises(OutDirError, match=r"exists and is not empty; overwrite=True replaces it"):
         lorafuse.convert(base("nf4_dq"), lora, out)
     lorafuse.convert(base("nf4_dq"), lora, out, overwrite=True)
     assert sorted(p.name for p in out.iterdir()) == [

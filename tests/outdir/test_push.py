@@ -178,7 +178,7 @@ def test_refusals(
     )
     hub.add("me/open", pair[0])
     assert refusal(OutDirError, *names, push_to_hub=Push("me/open", private=True)) == (
-        "me/open: is public on the hub already, and --private is given."
+        "me/open: is public on the hub already, and private=True is given."
     )
     assert "expected a repository on the hub" in refusal(UsageError, *names, push_to_hub="merged")
     with pytest.raises(UsageError, match="does not go with revision"):

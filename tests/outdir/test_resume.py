@@ -285,7 +285,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(inputs, clean, stopped, 
     assert str(caught.value) == (
         f"{place.out}: a run that was cut off has finished 2 files with other settings: dtype "
         "was auto, is float32; allow_nonfinite was False, is True. Give its command again to finish it, or "
-        "--restart to discard that work."
+        "restart=True to discard that work."
     )
     assert len(place.staged()) == 2
     other = shutil.copytree(inputs[1], tmp_path / "other")

@@ -74,8 +74,8 @@ def test_an_adapter_of_a_quantized_base(tmp_path, name, kind, dry_run):
     assert warnings(ckpt, lora, tmp_path / "out", dry_run=dry_run) == [
         f"{lora}/adapter_model.safetensors: was trained on {name}, whose weights are quantized ({kind}), but "
         f"{ckpt} is in full precision: the update was trained on rounded weights, so on these the result is "
-        f"not the model that was trained. Merge into that checkpoint, or take --base-quant {kind}, or "
-        "--base-quant-from its config.json, which names the modules that it leaves out."
+        f"not the model that was trained. Merge into that checkpoint, or take base_quant='{kind}', or "
+        "base_quant_from its config.json, which names the modules that it leaves out."
     ]
 
 

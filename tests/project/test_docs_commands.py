@@ -63,6 +63,7 @@ def here(hub: HubServer, tmp_path: Path) -> Iterator[None]:
     shutil.copytree(nf4, "base-nf4")
     lorafuse.convert("base-nf4", lora, "base-16bit", adapter_scale=0.0)
     Path("base-16bit/lorafuse_receipt.json").unlink()
+    shutil.copytree(tuned, "tuned-adapters/a")
     for name in ("my-adapter", "style-adapter", "my-adapters/a", "my-adapters/b", "adapters/alice"):
         shutil.copytree(lora, name)
     (line,) = re.findall(r"```\n(\{\"adapter\".*?)```", text_of(ROOT / "docs" / "batch.md"), re.S)

@@ -46,20 +46,26 @@ def instructions():
 
 
 def test_the_dockerfile():
-    """As hadolint would have it: a pinned base, no root, no cache of pip, commands that are there."""
+    """As hadolint would have it: pinned bases, a user by number, no cache of pip, commands that are there.
+    What is installed is built where there is a compiler, and nothing else comes from there."""
     steps = instructions()
     words = [word for word, _ in steps]
     assert set(words) <= {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "USER", "ENTRYPOINT", "CMD"}
-    assert words[0] == "FROM" and re.fullmatch(r"python:3\.\d+-slim", dict(steps)["FROM"])
-    assert dict(steps)["USER"] not in ("root", "0") and words.index("USER") > words.index("RUN")
-    (run,) = (argument for word, argument in steps if word == "RUN")
-    assert "pip install --no-cache-dir" in run
-    for argument in (argument for word, argument in steps if word == "COPY"):
+    bases = [argument for word, argument in steps if word == "FROM"]
+    assert words[0] == "FROM" and re.fullmatch(r"(python:3\.\d+) AS build", bases[0])
+    assert bases[1:] == [bases[0].replace(" AS build", "-slim")]
+    assert re.fullmatch(r"[1-9]\d*", dict(steps)["USER"]) and "RUN" not in words[words.index("USER") :]
+    build, install = (argument for word, argument in steps if word == "RUN")
+    assert build == "pip wheel --no-cache-dir --no-deps --wheel-dir /wheels ."
+    assert "pip install --no-cache-dir" in install and f"--uid {dict(steps)['USER']} " in install
+    copies = [argument for word, argument in steps if word == "COPY"]
+    assert copies.pop() == "--from=build /wheels /wheels"
+    for argument in copies:
         *sources, _ = argument.split()
         assert all((ROOT / source).exists() for source in sources)
     (command,) = json.loads(dict(steps)["ENTRYPOINT"])
     assert command in PROJECT["scripts"]
-    copied = {source for word, argument in steps if word == "COPY" for source in argument.split()[:-1]}
+    copied = {source for argument in copies for source in argument.split()[:-1]}
     assert {PROJECT["readme"], *PROJECT["license-files"], "pyproject.toml", "convert"} <= copied
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import lorafuse
 from lorafuse.cli.show import percent, summary_text
+from lorafuse.in_python import in_python
 from lorafuse.receipt.read import ENOUGH_KEPT, kept_in_sum, worst_first
 from lorafuse.settings import BaseQuant, Settings
 
@@ -136,7 +137,7 @@ def test_small_update(tmp_path, dtype, remedy):
         "kept": kept_in_sum(merged)["kept"],
         "least": merged[worst]["kept"],
         "least_in": worst,
-        "remedy": remedy,
+        "remedy": in_python(remedy),
     }
     done = events[-1]
     assert {name: done["update"][name] for name in update} == update

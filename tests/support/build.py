@@ -153,3 +153,16 @@ def rewrite(path: Path, **fields: object) -> None:
     """Changes fields of an adapter's config."""
     settings = json.loads((path / "adapter_config.json").read_text()) | fields
     (path / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def write_by_layers(path: Path, n_shards: int = 6, n_layers: int = 8, hidden: int = 16) -> Path:
+    """A checkpoint whose files hold runs of its weights in the order of the model, the head in the last."""
+    tensors = checkpoint_tensors(n_layers=n_layers, hidden=hidden)
+    names, per_file = list(tensors), -(-len(tensors) // n_shards)
+    files = {name: shard_name(n // per_file + 1, n_shards) for n, name in enumerate(names)}
+    path.mkdir()
+    write_json(path / "config.json", CONFIG)
+    for file in sorted(set(files.values())):
+        save_file({n: t for n, t in tensors.items() if files[n] == file}, path / file, {"format": "pt"})
+    write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+    return path

@@ -243,7 +243,7 @@ def test_equal_to_merging_into_the_quantized_checkpoint(
 def test_a_quantized_checkpoint_is_refused(base, adapter, tmp_path):
     with pytest.raises(
         CheckpointError,
-        match=r"is quantized already, so this checkpoint is what training saw: leave --base-quant out",
+        match=r"is quantized already, so this checkpoint is what training saw: leave base_quant out",
     ):
         lorafuse.convert(
             base("nf4"), adapter("nf4", target_modules=["q_proj"]), tmp_path / "out", base_quant="nf4"
@@ -289,7 +289,7 @@ def test_without_it_nothing_about_it_is_in_the_receipt(tmp_path):
         ),
         (
             {"double_quant": False},
-            "no_double_quant says how the base was quantized, but base_quant is none; ",
+            "double_quant=False says how the base was quantized, but base_quant is none; ",
         ),
     ],
 )

@@ -418,7 +418,7 @@ def test_a_base_is_what_the_config_of_its_quantized_form_makes_of_it(kind, base,
     ("name", "settings", "options"),
     [
         ("base_quant", {"base_quant": "nf4"}, ["--base-quant", "nf4"]),
-        ("no_double_quant", {"double_quant": False}, ["--no-double-quant"]),
+        ("double_quant=False", {"double_quant": False}, ["--no-double-quant"]),
         ("quant_skip", {"quant_skip": ["x"]}, ["--quant-skip", "x"]),
     ],
 )

@@ -87,6 +87,19 @@ def test_damage_is_found_and_named(damage, says, merged):
         lorafuse.verify(merged[2])
 
 
+def test_a_sample_without_inputs(merged, tmp_path, monkeypatch):
+    with pytest.raises(
+        UsageError, match=r"^sample=N compares weights with what the inputs make; give ckpt and adapters\.$"
+    ):
+        lorafuse.verify(merged[2], sample=5)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ResultError,
+        match=r"^me/merged: is no directory; `hf download me/merged --local-dir DIR` fetches a result\.$",
+    ):
+        lorafuse.verify("me/merged")
+
+
 def test_a_receipt_cannot_point_outside(merged):
     out = merged[2]
     receipt = json.loads((out / "lorafuse_receipt.json").read_text())

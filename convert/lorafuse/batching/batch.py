@@ -12,13 +12,16 @@ from typing import NamedTuple
 from lorafuse.arguments import checked
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
+from lorafuse.batching.base_of_all import base_of_all
 from lorafuse.batching.common_files import CommonFiles
+from lorafuse.batching.destinations import Destinations
 from lorafuse.batching.existing_results import ExistingResults
 from lorafuse.batching.jobs import Job, JobState, checked_share, left_out, read_jobs, refuse_overlap, share_of
 from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
+from lorafuse.batching.pushes import pushes_of
 from lorafuse.batching.rehearsal import Rehearsal
-from lorafuse.batching.spread import checked_engine
+from lorafuse.batching.spread import ChosenEngine, checked_engine
 from lorafuse.batching.spread_jobs import spread_jobs
 from lorafuse.errors import LorafuseError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
@@ -29,9 +32,9 @@ from lorafuse.files.hub import as_named
 from lorafuse.files.local_folder import as_typed, directory_as_typed
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
-from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter
+from lorafuse.inputs.located import Name, asks_for_base, checkpoint_folder, located_adapter
 from lorafuse.outdir.kinds import kind_of
-from lorafuse.settings import Settings, parse_nbytes
+from lorafuse.settings import Push, Settings, parse_nbytes
 from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
@@ -48,18 +51,21 @@ def batch(
     share: str = "auto", index: int | None = None, of: int | None = None,
     engine: str = "local", address: str | None = None,
     allow_nonfinite: bool = False, overwrite: bool = False, restart: bool = False, dry_run: bool = False,
+    stream: bool = False, push_to_hub: str | Push | None = None,
     on_event: OnEvent = ignore,
 ) -> list[JobState]:  # fmt: skip
     """Merge many adapters into one checkpoint, each into `out_root`/NAME, to the byte what `convert` makes.
 
-    `jobs` is a directory whose sub-directories are adapters, or a JSONL file of {"adapter", "name"?,
-    "scale"?, "dtype"?, "format"?}; `index` and `of` choose a share of them (default: that of a Slurm array
-    task or a Kubernetes Indexed Job, else all). A result that is there already and was made from the same
-    inputs with the same settings is skipped. `share` says how files that no adapter changes are shared
-    between results: "reflink", "hardlink", "copy", or "auto", the first that works. `engine`: "ray" has the
-    jobs done by workers of Ray. The other options are those of `convert`. Returns a state for each job; a
-    failed job does not cost the others. `on_event` gets the events of `convert` with a "job" more, "pass" and
-    "job". Raises a LorafuseError or an OSError when no job can go on; the same call goes on with the rest.
+    `ckpt` may be "auto", the base that all adapters' configs name. `jobs` is a directory whose
+    sub-directories are adapters, or a JSONL file of {"adapter", "name"?, "scale"?, "dtype"?, "format"?,
+    "repo"?}; `index` and `of` choose a share of them (default: that of a Slurm array task or a Kubernetes
+    Indexed Job, else all). A result that is there already and was made from the same inputs with the same
+    settings is skipped. `share` says how files that no adapter changes are shared between results: "reflink",
+    "hardlink", "copy", or "auto", the first that works. `push_to_hub`: a pattern of repositories, such as
+    "me/{name}"; results stay here, too. `engine`: "ray" has the jobs done by workers of Ray. The other options
+    are those of `convert`. Returns a state for each job; a failed job does not cost the others. `on_event`
+    gets the events of `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when
+    no job can go on; the same call goes on with the rest.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
@@ -68,26 +74,13 @@ def batch(
         **chosen_quants(format, base_quant=base_quant, double_quant=double_quant, quant_skip=quant_skip,
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
     )  # fmt: skip
-    spread_by = checked_engine(engine, address, {"index": index is not None, "of": of is not None})
-    chosen, number = Chosen(share, overwrite, restart, dry_run), (0, 1)
-    if spread_by is None:
-        number = checked_share(index, of, os.environ)
+    push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
+    chosen = Chosen(share, overwrite, restart, dry_run, stream, push)
+    beside = {"index": index is not None, "of": of is not None, "stream": stream, "push_to_hub": bool(push)}
+    spread_by = checked_engine(engine, address, beside)
+    number = (0, 1) if spread_by else checked_share(index, of, os.environ)
     wanted = WantedBatch(directory_as_typed(ckpt), Path(as_typed(jobs)), as_typed(out_root), settings, chosen)
-    kind_of(wanted.out_root)  # before it is looked at as a folder: the scheme must be known
-    everything = _read(wanted.jobs, on_event)
-    todo = share_of(everything, *number)
-    if spread_by and not dry_run:
-        return spread_jobs(todo, settings, spread_by, partial(_call_by_worker, wanted, everything), on_event)
-    return _batch(wanted, everything, todo, on_event)
-
-
-def _read(listed_in: Path, on_event: OnEvent) -> list[Job]:
-    """All jobs; what is left out is said. Raises UsageError."""
-    jobs = read_jobs(listed_in)
-    for name in left_out(listed_in):
-        message = f"{shown(listed_in / name)}: holds no adapter, and is left out."
-        on_event({"event": "warning", "message": message})
-    return jobs
+    return _shared_out(wanted, number, spread_by if not dry_run else None, on_event)
 
 
 @dataclass(frozen=True)
@@ -98,6 +91,8 @@ class Chosen:
     overwrite: bool
     restart: bool
     dry_run: bool
+    stream: bool
+    push: Push | None
 
     def __post_init__(self) -> None:
         if self.share not in SHARE_CHOICES:
@@ -114,7 +109,24 @@ class WantedBatch(NamedTuple):
     chosen: Chosen
 
 
-def _call_by_worker(
+def _shared_out(
+    wanted: WantedBatch, number: tuple[int, int], spread_by: ChosenEngine | None, on_event: OnEvent
+) -> list[JobState]:
+    """Do the jobs of a share, or have them done."""
+    kind_of(wanted.out_root)  # before it is looked at as a folder: the scheme must be known
+    everything = read_jobs(wanted.jobs)
+    for name in left_out(wanted.jobs):
+        message = f"{shown(wanted.jobs / name)}: holds no adapter, and is left out."
+        on_event({"event": "warning", "message": message})
+    todo = share_of(everything, *number)
+    if spread_by:
+        return spread_jobs(
+            todo, wanted.settings, spread_by, partial(_by_worker, wanted, everything), on_event
+        )
+    return _batch(wanted, everything, todo, on_event)
+
+
+def _by_worker(
     wanted: WantedBatch, everything: Sequence[Job], todo: Sequence[Job], settings: Settings
 ) -> Callable[[OnEvent], list[JobState]]:
     """The call that does some of the jobs in another process."""
@@ -127,7 +139,9 @@ def _batch(
     """Do some of all jobs."""
     ckpt, _, out_root, settings, chosen = wanted
     root = open_folder(out_root)
+    pushes = pushes_of(everything, chosen.push)
     device = pick_device(settings.device)
+    ckpt = base_of_all(everything) if asks_for_base(ckpt) else ckpt
     ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)
     with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, as_named(ckpt), []) as hashes:
@@ -137,10 +151,12 @@ def _batch(
         under_way = Batch(
             base, root, settings, finished, common_files, deque(todo), on_event,
             Rehearsal(base, str(root), chosen.share, device) if chosen.dry_run else None, chosen.overwrite,
+            chosen.stream, Destinations(as_named(ckpt), pushes),
         )  # fmt: skip
         one_pass = Pass(
             base, hashes.result, device, chosen.overwrite, chosen.restart, under_way.done, under_way.failed,
             common_files.divide, asks_for_room=False,  # a batch asks while it puts the pass together
+            stream=chosen.stream,
         )  # fmt: skip
         under_way.run(one_pass)
     return [under_way.states[job.name] for job in todo]

@@ -25,19 +25,21 @@ def checked_division(
 ) -> Division | None:
     """The division that is asked for, if any. Raises UsageError for options that contradict each other."""
     if commit and (index is not None or of is not None):
-        raise UsageError("commit goes without index and of: it takes what all workers have made.")
+        raise UsageError("--commit goes without --index and --of: it takes what all workers have made.")
     if commit and restart:
-        raise UsageError("commit takes what the workers have made, which restart discards; give one of them.")
+        raise UsageError(
+            "--commit takes what the workers have made, which --restart discards; give one of them."
+        )
     if of is None and index is None:
         return None
     if of is None or (index is None and not dry_run):
-        raise UsageError("index and of go together: --index I --of N makes part I (from 0) of N.")
+        raise UsageError("--index and --of go together: --index I --of N makes part I (from 0) of N.")
     if of < 1:
-        raise UsageError(f"of is {of}; expected at least 1.")
+        raise UsageError(f"--of is {of}; expected at least 1.")
     if index is not None and not 0 <= index < of:
-        raise UsageError(f"index is {index} of {of}; expected 0 to {of - 1}.")
+        raise UsageError(f"--index is {index} of {of}; expected 0 to {of - 1}.")
     if published:
-        raise UsageError("a card and push_to_hub are of the whole result: give them with commit.")
+        raise UsageError("--card and --push-to-hub are of the whole result: give them with --commit.")
     return Division(index, of)
 
 

@@ -2,7 +2,7 @@
 knows how a job is done.
 
 JOBS is a directory whose sub-directories are adapters, or a JSONL file with a {"adapter", "name"?, "scale"?,
-"dtype"?, "format"?} in each line.
+"dtype"?, "format"?, "repo"?} in each line.
 """
 
 import json
@@ -22,7 +22,7 @@ from lorafuse.files.local_folder import as_typed
 from lorafuse.outdir.apart import Id, contents_of, place_of, places_of
 from lorafuse.settings import DTYPE_CHOICES, FORMAT_CHOICES, Settings, dtype_named
 
-KEYS = ("adapter", "name", "scale", "dtype", "format")
+KEYS = ("adapter", "name", "scale", "dtype", "format", "repo")
 MAX_NAME_NBYTES = 200  # a directory entry has 255, and the staging directory's name is longer
 # What tells a worker its number, and how many there are.
 SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
@@ -31,14 +31,15 @@ KUBERNETES = ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter and the name of its result. `scale` and `dtype` take the place of the call's, where they
-    are given."""
+    """One adapter and the name of its result. `scale`, `dtype`, `format` and `repo`, where the result goes on
+    the hub, take the place of the call's, where they are given."""
 
     adapter: str  # a directory or a hub id
     name: str
     scale: float | None = None
     dtype: str | None = None
     format: str | None = None
+    repo: str | None = None
 
     def settings(self, of_call: Settings) -> Settings:
         """The settings of a single run that makes the same."""
@@ -69,7 +70,9 @@ def read_jobs(path: Path) -> list[Job]:
     if path.is_dir():
         folders = [folder for folder in sorted(path.iterdir()) if _is_job(folder)]
         jobs = [Job(str(folder), folder.name) for folder in folders if not _is_other(folder)]
-        empty = "has no sub-directory with an adapter" if folders else "has no sub-directory"
+        empty = f"has no sub-directory{' with an adapter' if folders else ''}"
+        if (path / "adapter_config.json").exists():
+            empty += ", but is an adapter itself, which `lorafuse convert` merges"
     else:
         jobs = _read_lines(path)
         empty = "has no line"
@@ -139,19 +142,21 @@ def _parse(line: bytes, folder: Path) -> Job:
         raise ValueError(
             f"has the unknown key {listed(sorted(entry.keys() - set(KEYS)))}; known are {listed(KEYS)}"
         )
-    adapter, name, scale, dtype, form = (entry.get(key) for key in KEYS)
+    adapter, name, scale, dtype, form, repo = (entry.get(key) for key in KEYS)
     if not isinstance(adapter, str) or not adapter or "\0" in adapter:
         raise ValueError(f"the adapter is {shown(adapter)}; expected a directory or a hub id")
     if not (scale is None or _is_finite(scale)):
-        raise ValueError(f"the scale is {shown(scale, 50)}; expected a finite number")
+        raise ValueError(f"the scale is {shown(repr(scale), 50)}; expected a finite number")
     dtype = dtype_named(dtype)
     if dtype is not None and dtype not in DTYPE_CHOICES:
         raise ValueError(f"the dtype is {shown(dtype)}; expected one of {', '.join(DTYPE_CHOICES)}")
     if form is not None and form not in FORMAT_CHOICES:
         raise ValueError(f"the format is {shown(form)}; expected one of {', '.join(FORMAT_CHOICES)}")
+    if repo is not None and not isinstance(repo, str):
+        raise ValueError(f"the repo is {shown(repo)}; expected a repository on the hub")
     located = _located(as_typed(adapter), folder)
     named = _checked_name(_name_of(located) if "name" not in entry else name)
-    return Job(located, named, None if scale is None else float(scale), dtype, form)
+    return Job(located, named, None if scale is None else float(scale), dtype, form, repo)
 
 
 def _name_of(adapter: str) -> str:

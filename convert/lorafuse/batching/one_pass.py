@@ -8,7 +8,7 @@ called that.
 import errno
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -141,15 +141,15 @@ class Pass:
             outputs += [making.main for making in in_progress]
             whole = [making.job.plan for making in in_progress if not making.job.part]
             side_files = [file for plan in whole for file in copied_files(plan)]
-            fetching = self._fetching(outputs, in_progress)
-            if self.asks_for_room:
-                check_room(outputs, side_files, fetching.nbytes_beside)
-            fetching.refuse_full_cache()
-            allow_nonfinite = jobs[0].settings.allow_nonfinite
-            with told_when_full(outputs, side_files):
-                with fetching.feed() as feed:
-                    merge(outputs, memory, self.device, allow_nonfinite=allow_nonfinite, feed=feed)
-                return [making.job for making in in_progress if not self._conclude(making, began)]
+            with closing(self._fetching(outputs, in_progress)) as fetching:
+                if self.asks_for_room:
+                    check_room(outputs, side_files, fetching.nbytes_beside)
+                fetching.refuse_full_cache()
+                allow_nonfinite = jobs[0].settings.allow_nonfinite
+                with told_when_full(outputs, side_files):
+                    with fetching.feed() as feed:
+                        merge(outputs, memory, self.device, allow_nonfinite=allow_nonfinite, feed=feed)
+                    return [making.job for making in in_progress if not self._conclude(making, began)]
 
     def _fetching(self, outputs: Sequence[Output], in_progress: Sequence[JobInProgress]) -> Fetching:
         """What is fetched for the outputs; with `stream` into the place of the first result."""

@@ -46,10 +46,12 @@ def wanted_nbytes(jobs: Sequence[PlannedJob], finished: ExistingResults, *, shar
 
 
 def disk_error(
-    jobs: Sequence[PlannedJob], root: Folder, share: str, finished: ExistingResults
+    jobs: Sequence[PlannedJob], root: Folder, share: str, finished: ExistingResults, nbytes_beside: int
 ) -> StorageError | None:
-    """What is wrong when there is no room below `root` for what these write."""
-    kind, needed = kind_of(str(root)), wanted_nbytes(jobs, finished, shared=share != "copy")
+    """What is wrong when there is no room below `root` for what these write, and for what lies there for a
+    while."""
+    kind = kind_of(str(root))
+    needed = wanted_nbytes(jobs, finished, shared=share != "copy") + nbytes_beside
     space = kind.space_of(str(root))
     free = space.free_nbytes if space else None
     if free is not None and needed > free:  # not before: it lists OUT_ROOT for each member

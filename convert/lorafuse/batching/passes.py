@@ -16,6 +16,7 @@ from lorafuse.adapters.reading.beside import TRAINED_BESIDE
 from lorafuse.adapters.reading.directory import BIN
 from lorafuse.batching.answers import refuse_full
 from lorafuse.batching.common_files import CommonFiles
+from lorafuse.batching.destinations import UPLOAD_NBYTES, Destinations
 from lorafuse.batching.existing_results import ExistingResults, common_files_of
 from lorafuse.batching.jobs import Job, JobState
 from lorafuse.batching.one_pass import JobInProgress, Pass, PlannedJob
@@ -35,6 +36,7 @@ from lorafuse.errors import LorafuseError, OutDirError, StorageError, as_own, sh
 from lorafuse.events import Event, JobEvent, OnEvent, TotalEvent, of_job, warn_by
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
+from lorafuse.inputs.fetching import streamed_nbytes
 from lorafuse.inputs.located import LocatedAdapter, located_adapter, opened
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.outdir.kinds import kind_of
@@ -60,7 +62,8 @@ class Member:
 
     @property
     def held_nbytes(self) -> int:
-        return self.adapter_nbytes + sum(1 for _ in self.planned.plan.steps) * STEP_NBYTES
+        of_upload = UPLOAD_NBYTES if self.planned.publication else 0
+        return self.adapter_nbytes + sum(1 for _ in self.planned.plan.steps) * STEP_NBYTES + of_upload
 
 
 @dataclass
@@ -76,6 +79,8 @@ class Batch:
     on_event: OnEvent
     rehearsal: Rehearsal | None  # of a dry run
     overwrite: bool
+    stream: bool
+    destinations: Destinations
     states: dict[str, JobState] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -141,6 +146,8 @@ class Batch:
                         if more is None or (full and members):
                             break
                         warnings, plan = announced(member.planned.plan, dry_run=self.dry_run)
+                        if push := self.destinations.pushes.get(job.name):
+                            plan["push_to_hub"] = push.repo
                         if self.rehearsal:
                             self.rehearsal.add(plan, member.planned)
                         notes += [*warnings, plan]
@@ -165,7 +172,7 @@ class Batch:
         with ExitStack() as stack:
             adapters = stack.enter_context(opened([located]))
             files = UnchangedInputs(self.base, adapters)
-            if self._is_there(job.name, settings, files):
+            if self._is_there(job.name, settings, files) and self._is_published(job.name):
                 if not self.dry_run:
                     self.kind.clean_up(out_dir)
                 return None
@@ -174,6 +181,7 @@ class Batch:
             planned = PlannedJob(
                 job.name, out_dir, settings, plan, files, files.attempt(plan, settings),
                 of_job(self.on_event, job.name), common_files_of(plan),
+                self.destinations.of(job.name, self.base, adapters),
             )  # fmt: skip
             return Member(job, planned, adapters[0].adapter.nbytes, stack.pop_all())
 
@@ -188,6 +196,13 @@ class Batch:
                 raise
         self.kind.clean_up(str(self.root.sub_folder(name)))  # it may be a part that a run was cut off at
         return self.finished.holds(name, settings, inputs)
+
+    def _is_published(self, name: str) -> bool:
+        """Whether a result that is there is also where it is to go. Raises OutDirError."""
+        missing = self.destinations.lacks(name, self.root.sub_folder(name))
+        if missing and not self.overwrite:
+            raise OutDirError(missing)
+        return missing is None
 
     def _may_open(self, adapter: Folder, members: Sequence[Member]) -> bool:
         """Whether one more adapter may be opened beside these: by its files, and what is loaded of it."""
@@ -210,18 +225,22 @@ class Batch:
         return None if slower else memory
 
     def _held_nbytes(self, members: Sequence[Member]) -> int:
-        of_base = len(self.base.tensors) * STORED_TENSOR_NBYTES + self.base.folder.held_nbytes
+        of_hub = max(self.base.folder.held_nbytes, self.destinations.held_nbytes)
+        of_base = len(self.base.tensors) * STORED_TENSOR_NBYTES + of_hub
         of_jobs = self._n_jobs * JOB_NBYTES + sum(member.held_nbytes for member in members)
         return of_base + of_jobs + self.finished.nbytes
 
     def _disk_error(self, members: Sequence[Member]) -> StorageError | None:
         planned = [member.planned for member in members]
-        return disk_error(planned, self.root, self.common_files.share, self.finished)
+        beside = streamed_nbytes(self.base) if self.stream else 0
+        return disk_error(planned, self.root, self.common_files.share, self.finished, beside)
 
     def done(self, made: JobInProgress, receipt: Receipt) -> None:
         """The result has its name."""
         self.common_files.offer(made)
-        self._state(made.job.name, "done", receipt=receipt)
+        publication = made.job.publication
+        upload = publication.upload if publication else None
+        self._state(made.job.name, "done", receipt=receipt, url=upload.url if upload else None)
 
     def failed(self, job: PlannedJob, error: Exception) -> None:
         """An error that is the job's own."""
@@ -233,7 +252,12 @@ class Batch:
         self._state(name, "failed", as_own(error))
 
     def _state(
-        self, name: str, state: str, error: LorafuseError | None = None, receipt: Receipt | None = None
+        self,
+        name: str,
+        state: str,
+        error: LorafuseError | None = None,
+        receipt: Receipt | None = None,
+        url: str | None = None,
     ) -> None:
         folder = self.root.sub_folder(name)
         out_dir = folder.local_path or str(folder)
@@ -243,6 +267,7 @@ class Batch:
             said["wall_s"] = receipt["timing"]["wall_s"]
             said["nbytes"] = sum(output["size"] for output in receipt["outputs"])
             said["update"] = kept_in_sum(receipt["tensors"])
+            said |= {"url": url} if url else {}
             self._nbytes += said["nbytes"]
         if error:
             said["error"], said["exit_code"] = str(error), error.exit_code

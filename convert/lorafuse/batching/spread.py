@@ -37,12 +37,12 @@ def checked_engine(name: str, address: str | None, beside: Mapping[str, bool]) -
     and whether they are given. Raises UsageError."""
     if name == "local":
         if address is not None:
-            raise UsageError("address is that of an engine's cluster: it goes with engine ray.")
+            raise UsageError("--address is that of a cluster: it goes with --engine ray.")
         return None
     if name not in ENGINES:
-        raise UsageError(f"engine is {shown(name)}; expected one of local, {', '.join(ENGINES)}.")
-    if too_much := [option for option, given in beside.items() if given]:
-        raise UsageError(f"{listed(too_much)}: not with engine {name}, which divides the work itself.")
+        raise UsageError(f"--engine is {shown(name)}; expected one of local, {', '.join(ENGINES)}.")
+    if too_much := [f"--{option}" for option, given in beside.items() if given]:
+        raise UsageError(f"{listed(too_much)}: not with --engine {name}, which divides the work itself.")
     return ChosenEngine(name, address)
 
 

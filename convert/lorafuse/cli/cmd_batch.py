@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lorafuse.batching.jobs import checked_share, read_jobs
+from lorafuse.batching.pushes import pushes_of
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import (
     CONTEXT,
@@ -15,6 +16,7 @@ from lorafuse.cli.options import (
     check_base_options,
     engine_options,
     output_options,
+    push_option,
     run_options,
     version_option,
 )
@@ -50,6 +52,16 @@ from lorafuse.settings import Settings
 @click.option("--overwrite", is_flag=True,
               help="Replace results that are there but not what this call makes, once the new ones are "
                    "complete.")  # fmt: skip
+@click.option("--stream", is_flag=True,
+              help="Fetch a CKPT on the hub file by file ahead of each pass, and remove each file behind it: "
+                   "the disk holds the results and two files.")  # fmt: skip
+@click.option(
+    "--push-to-hub",
+    metavar="me/{name}",
+    help="Upload each result to a repository on the hub, too, in whose name {name} is the job's.",
+)
+@click.option("--private", is_flag=True, help="Make these repositories private ones.")
+@click.option("--revision", metavar="BRANCH", help="The branch of these repositories.")
 @click.option(
     "--restart", is_flag=True, help="Discard what earlier calls that were cut off have finished of a result."
 )
@@ -69,16 +81,17 @@ def batch(
 ) -> None:
     """Merge many adapters into CKPT, each into a directory OUT_ROOT/NAME.
 
-    JOBS is a directory whose sub-directories are adapters, or a JSONL file of {"adapter": PATH,
-    "name"?: NAME, "scale"?, "dtype"?, "format"?}; relative paths start at the file. CKPT and adapters are
-    directories or hub ids org/name[@revision]. Each result is what `lorafuse convert` makes; the base is read
-    and decoded once for many. One that is there already is skipped, and one that fails does not cost the
-    others.
+    JOBS is a directory whose sub-directories are adapters, or a JSONL file of {"adapter": PATH, "name"?:
+    NAME, "scale"?, "dtype"?, "format"?, "repo"?}; relative paths start at the file. CKPT and adapters are
+    directories or hub ids org/name[@revision]; CKPT may be auto, the base that all adapters name. Each result
+    is what `lorafuse convert` makes; the base is read and decoded once for many. One that is there already is
+    skipped, and one that fails does not cost the others.
 
     \b
     Examples:
       lorafuse batch base-nf4 my-adapters merged-root
       lorafuse batch base-nf4 jobs.jsonl merged-root --dry-run
+      lorafuse batch auto my-adapters merged-root --stream
     """
     spread = options["engine"] != "local" and not dry_run
     show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose, spread=spread)
@@ -89,7 +102,8 @@ def batch(
         )  # refuses them, as click does the others
         check_base_options(options)
         checked_share(options["index"], options["of"], os.environ)
-        read_jobs(Path(as_typed(jobs)))
+        options["push_to_hub"] = push_option(options)
+        pushes_of(read_jobs(Path(as_typed(jobs))), options["push_to_hub"])
         gc.disable()  # as for convert
         from lorafuse.batching.batch import batch as run
 

@@ -155,9 +155,9 @@ base_options = _all(
 def push_option(options: dict[str, Any]) -> Push | None:
     """--push-to-hub and its details, which are taken out of the options. Raises UsageError."""
     names = ("private", "revision", "create_pr")
-    details = {name: options.pop(name) for name in names}
+    details = {name: options.pop(name) for name in names if name in options}
     repo = options["push_to_hub"]
-    if repo is None and (without := given(*names)):
+    if repo is None and (without := given(*details)):
         raise UsageError(f"--{without[0].replace('_', '-')} goes with --push-to-hub REPO.")
     return None if repo is None else Push(repo, **details)
 

@@ -41,6 +41,8 @@ class ShowBatch:
             self._pass(event)
         elif event["event"] == "progress":
             self._progress.advance(event["nbytes"])
+        elif event["event"] == "fetched" and not self._progress.is_bar:
+            self._say(f"Fetched {event['file']}: {sized(event['nbytes'])}")
         elif event["event"] == "resumed":
             self._resumed(event)
         elif event["event"] == "job":
@@ -95,7 +97,8 @@ class ShowBatch:
         facts = cast(dict[str, Any], plan)
         changes = changes_text(facts) if self._verbose else n_changed_text(facts)
         parts = [f"changes {changes}", f"writes {sized(plan['nbytes'])}", f"disk {disk_text(facts['disk'])}"]
-        return "; ".join([*parts, time_text(plan["estimate"], brief=True), f"pass {self._n_passes}"])
+        parts += [time_text(plan["estimate"], brief=True), f"pass {self._n_passes}"]
+        return "; ".join([*parts, f"to {plan['push_to_hub']}"] if "push_to_hub" in plan else parts)
 
     def _done(self, event: JobEvent) -> None:
         update = event["update"]
@@ -105,6 +108,8 @@ class ShowBatch:
             else ""
         )
         told = f"done{kept}; {sized(event['nbytes'])} in {event['wall_s']:.1f} s"
+        if "url" in event:
+            told += f"; pushed: {event['url']}"
         self._say(f"{shown(event['job'])}: {_coloured(told, 'done')}")
         for line in too_little_text(update):
             self._warn(line, event["job"])

@@ -123,6 +123,12 @@ class HubFolder:
                 if path.relative_to(into.path).as_posix() not in wanted:
                     path.unlink()
 
+    def merge_ends(self) -> None:
+        """Large files are read in ranges again. Those in a folder of this machine go with it."""
+        self.repo.in_use, self.repo.scratch = False, None
+        self.repo.checked -= self.repo.placed.keys()
+        self.repo.placed.clear()
+
     def free_nbytes_in_cache(self) -> int:
         """What the hub's cache has room for."""
         place = self.local_path

@@ -64,7 +64,7 @@ class HubRepo:
             snapshot = Path(retried(partial(snapshot_download, repo, **options)))
         try:
             with asking(repo, revision, kind):
-                entries = retried(lambda: dict(_listed(repo, snapshot.name)))
+                entries = retried(lambda: dict(listed_files(repo, snapshot.name)))
         except LorafuseError as e:  # the library found the commit in its cache
             return cls(repo, snapshot.name, named, kind, dict(_cached(repo, snapshot)), e)
         return cls(repo, snapshot.name, named, kind, entries)
@@ -136,12 +136,12 @@ class HubRepo:
         self.placed.pop(path).unlink(missing_ok=True)
 
 
-def _listed(repo: str, commit: str) -> Iterator[tuple[str, Entry]]:
+def listed_files(repo: str, revision: str | None) -> Iterator[tuple[str, Entry]]:
     """What the hub lists."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    for file in HfApi(**AGENT).list_repo_tree(repo, recursive=True, revision=commit):
+    for file in HfApi(**AGENT).list_repo_tree(repo, recursive=True, revision=revision):
         if isinstance(file, RepoFile):
             yield file.path, Entry(file.size, file.lfs.sha256 if file.lfs else None, file.blob_id)
 

@@ -9,6 +9,7 @@ from typing import Any
 from lorafuse.errors import OutDirError, StorageError
 from lorafuse.files.folder import FileHash
 from lorafuse.files.hub_calls import AGENT, asking, retried
+from lorafuse.files.hub_repo import listed_files
 from lorafuse.files.names import INDEX
 from lorafuse.settings import Push
 
@@ -139,6 +140,20 @@ class Upload:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+
+
+def is_published(push: Push, weights: Mapping[str, str]) -> bool:
+    """Whether the branch of the repository holds just these files of weights: name → sha256. Raises
+    StorageError."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    with asking(push.repo, push.revision, StorageError):
+        try:
+            files = retried(lambda: dict(listed_files(push.repo, push.revision)))
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return False
+    there = {name: entry.sha256 for name, entry in files.items() if _is_weights(name) and name != INDEX}
+    return there == weights
 
 
 def _is_weights(file: str) -> bool:

@@ -133,8 +133,8 @@ def _located(
     dtype = SAFETENSORS_NAMES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise FormatError(f"{path}: {shown(name)} has the dtype {tensor.dtype}, which is not supported.")
-    plain = tensor.is_meta and not tensor.is_conj() and not tensor.is_neg()
-    if not plain or not tensor.is_contiguous():
+    dense = tensor.is_meta and str(tensor.layout) == "torch.strided" and not tensor.is_nested
+    if not dense or tensor.is_conj() or tensor.is_neg() or not tensor.is_contiguous():
         raise FormatError(f"{path}: {shown(name)} is not stored row after row. {SAVE_AGAIN}")
     record = records.get(key_of.get(tensor.untyped_storage()._cdata, ""))
     start = tensor.storage_offset() * tensor.itemsize

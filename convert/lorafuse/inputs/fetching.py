@@ -34,6 +34,14 @@ def fetch_shards(base: Checkpoint) -> None:
                 shard.close()  # it was read from afar
 
 
+def streamed_nbytes(base: Checkpoint) -> int:
+    """About what is held at once of a base that is streamed: two of the files that are not here."""
+    if not isinstance(base.folder, HubFolder):
+        return 0
+    far = (shard.nbytes for shard in base.shards if not base.folder.is_here(shard.name))
+    return sum(sorted(far)[-2:])
+
+
 class Fetching:
     """What a pass fetches of its base. `scratch`: where files go that do not stay; None for the cache."""
 
@@ -99,6 +107,13 @@ class Fetching:
             yield fetcher
         finally:
             fetcher.stop()
+
+    def close(self) -> None:
+        """What comes later is planned from headers again: nothing that was streamed is here any more."""
+        if self._folder:
+            for shard in self._shards.values():
+                shard.close()
+            self._folder.merge_ends()
 
     def _fetch(self, name: str, on_nbytes: Callable[[int], None]) -> None:
         assert self._folder

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lorafuse.adapters import AdapterDir, adapter_folder, open_adapter
+from lorafuse.adapters import adapter_folder, open_adapter
+from lorafuse.adapters.reading.directory import base_name_of
 from lorafuse.errors import AdapterError, CheckpointError, shown
 from lorafuse.events import OnEvent, warn_by
 from lorafuse.files.folder import Folder
@@ -30,13 +31,16 @@ def checkpoint_folder(name: str) -> Folder:
     return folder_of(name, CheckpointError)
 
 
-def named_base(ckpt: str, adapter: AdapterDir) -> str:
-    """CKPT, or where it is "auto" or "-" the base that the adapter's config names, at its revision. Raises
-    AdapterError where it names none."""
-    if ckpt not in THE_BASE or open_folder(ckpt).is_there():
-        return ckpt
-    base, revision = adapter.base_name, adapter.config.get("revision")
-    where = f"{shown(adapter.folder)}: the config"
+def asks_for_base(ckpt: str) -> bool:
+    """Whether CKPT stands for the base that adapters name: a directory of that name is a checkpoint."""
+    return ckpt in THE_BASE and not open_folder(ckpt).is_there()
+
+
+def named_base(folder: Folder, config: dict[str, Any]) -> str:
+    """The base that the config of an adapter in `folder` names, at its revision. Raises AdapterError where it
+    names none."""
+    base, revision = base_name_of(config), config.get("revision")
+    where = f"{shown(folder)}: the config"
     if base is None:
         raise AdapterError(f"{where} names no base; give the checkpoint.")
     if open_folder(base).is_there():

@@ -102,6 +102,7 @@ class PushedOutDir:
 
     def take(self, file: str, other: FinishedFile, how: str) -> None:
         self._inner.take(file, other, how)
+        self._upload.send(file, self._path(file), self._inner.hash(file))
 
     def give_away(self, file: str) -> None:
         self._inner.give_away(file)

@@ -60,8 +60,8 @@ def _by_size(values: Sequence[float]) -> Scale:
 def _by_loss(values: Sequence[float]) -> Scale:
     """How far `kept` is from all of the update."""
     bounds = (0.001, 0.01, 0.03, 0.1, 0.5)
-    labels = [*(f"within {bound:.1%}".replace(".0%", "%") for bound in bounds), "further"]
-    return Scale("loss-", bounds, [f"{label} of 1" for label in labels], lambda kept: abs(1 - kept))
+    labels = [*(f"within {bound:.1%} of 1".replace(".0%", "%") for bound in bounds), "further from 1"]
+    return Scale("loss-", bounds, labels, lambda kept: abs(1 - kept))
 
 
 def _by_noise(values: Sequence[float]) -> Scale:

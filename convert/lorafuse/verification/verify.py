@@ -14,6 +14,7 @@ from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
+from lorafuse.files.hub import hub_name
 from lorafuse.files.local_folder import directory_as_typed
 from lorafuse.files.names import RECEIPT
 from lorafuse.formats.dense import Values
@@ -56,9 +57,12 @@ def verify(
             "A checkpoint without an adapter, or the other way round, says nothing of a merge; give both or "
             "neither."
         )
+    if sample and ckpt is None:
+        raise UsageError("--sample N compares weights with what the inputs make; give --ckpt and --adapter.")
     folder = open_folder(directory_as_typed(out_dir))
     if not folder.is_there():
-        raise ResultError(f"{shown(folder)}: is no directory.")
+        on_hub = f"; `hf download {folder} --local-dir DIR` fetches a result" if hub_name(str(folder)) else ""
+        raise ResultError(f"{shown(folder)}: is no directory{on_hub}.")
     receipt = read_receipt(folder)
     if not receipt and ckpt is None:
         raise ResultError(

@@ -37,6 +37,12 @@ def is_mlx(config: dict[str, Any]) -> bool:
     return "peft_type" not in config and not {"fine_tune_type", "lora_parameters"}.isdisjoint(config)
 
 
+def base_name_of(config: dict[str, Any]) -> str | None:
+    """What a config calls the base that its adapter was trained on: a repository or a path, if anything."""
+    name = config.get("model" if is_mlx(config) else "base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
 def adapters_in(root: Folder) -> tuple[bool, list[str]]:
     """Whether a folder itself holds an adapter, and the names of the sub-folders that hold adapters."""
     at_root = any(root.exists(file) for file in (CONFIG, SAFETENSORS, INDEX, BIN, MLX))
@@ -85,6 +91,7 @@ class AdapterDir:
             self.store: Store
             self.patterns: dict[str, ModulePatterns] = {}  # those that were looked into
             self.nbytes = 0
+            self._bins: list[ShardedStore] = []
             single = MLX if is_mlx(self.config) else SAFETENSORS
             index = f"{single}.index.json"
             self.file_name = index if folder.exists(index) else single
@@ -94,8 +101,7 @@ class AdapterDir:
                 raise AdapterError(f"{folder / CONFIG}: is an MLX-LM config, but {_missing_mlx(folder)}")
             elif folder.exists(BIN):
                 self.file_name = BIN
-                self.store = BinStore(folder, BIN)
-                self.nbytes = folder.facts(BIN).nbytes
+                self.store = self._open_bin(BIN)
             else:
                 raise AdapterError(
                     f"{shown(folder)}: holds neither {SAFETENSORS} nor {BIN}: the adapter's weights are "
@@ -119,13 +125,23 @@ class AdapterDir:
         if not self.beside:
             return
         try:
-            stores = {self.folder / name: BinStore(self.folder, name) for name in self.beside}
+            stores = {self.folder / name: self._open_bin(name) for name in self.beside}
             self.beside_tensors = frozenset(key for store in stores.values() for key in store.tensors)
             self.store = Stores({self.file: self._own_store, **stores})
         except BaseException:
             self.close()
             raise
-        self.nbytes += sum(self.folder.facts(name).nbytes for name in self.beside)
+
+    def _open_bin(self, name: str) -> Store:
+        """A file of torch.save: read by ranges, and only where that cannot be done (torch before 1.6 wrote
+        it, or its tensors do not lie row after row) loaded whole. Raises AdapterError."""
+        try:
+            store = ShardedStore(self.folder, name)
+        except FormatError:
+            self.nbytes += self.folder.facts(name).nbytes
+            return BinStore(self.folder, name)
+        self._bins.append(store)
+        return store
 
     @property
     def file(self) -> str:
@@ -143,8 +159,7 @@ class AdapterDir:
     def base_name(self) -> str | None:
         """What the config calls the base that the adapter was trained on: a repository or a path, if
         anything."""
-        name = self.config.get("model" if is_mlx(self.config) else "base_model_name_or_path")
-        return name if isinstance(name, str) and name else None
+        return base_name_of(self.config)
 
     @property
     def files(self) -> list[str]:
@@ -154,8 +169,9 @@ class AdapterDir:
         return list(dict.fromkeys([CONFIG, self.file_name, *shards, *self.beside]))
 
     def close(self) -> None:
-        if isinstance(self._own_store, ShardedStore):
-            self._own_store.close()
+        for store in (self._own_store, *self._bins):
+            if isinstance(store, ShardedStore):
+                store.close()
 
 
 def _missing_mlx(folder: Folder) -> str:
@@ -165,8 +181,8 @@ def _missing_mlx(folder: Folder) -> str:
 
 
 class BinStore:
-    """A `.bin` adapter as a Store. The whole file is loaded: the format of torch.save offers no ranged
-    reads. Raises AdapterError for what is no dict of plain tensors, or takes more than `max_nbytes`."""
+    """A `.bin` adapter that cannot be read by ranges, as a Store: the whole file is loaded. Raises
+    AdapterError for what is no dict of plain tensors, or takes more than `max_nbytes`."""
 
     def __init__(self, folder: Folder, name: str, max_nbytes: int = MAX_BIN_NBYTES) -> None:
         path, file = folder / name, folder.open(name)
