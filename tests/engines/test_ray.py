@@ -310,8 +310,8 @@ def test_another_version_of_ray(inputs, tmp_path, monkeypatch):
         ({"engine": "dask"}, "expected one of local, ray"),
         ({"engine": "local", "address": "auto"}, "goes with engine ray"),
         ({"engine": "ray", "index": 0, "of": 2}, "of: not with engine ray"),
-        ({"engine": "ray", "commit": True}, "commit: not with engine ray"),
-        ({"engine": "ray", "stream": True}, "stream: not with engine ray"),
+        ({"engine": "ray", "commit": True}, "commit=True: not with engine ray"),
+        ({"engine": "ray", "stream": True}, "stream=True: not with engine ray"),
     ],
 )
 def test_options_that_contradict_each_other(options, words, inputs, tmp_path):

@@ -266,7 +266,7 @@ def test_an_adapter_that_changed_between_the_workers(inputs, out):
         ({"index": 0, "of": 0}, "at least 1"),
         ({"index": 0, "of": True}, "a whole number"),
         ({"index": 0, "of": 2, "commit": True}, "without index and of"),
-        ({"commit": True, "restart": True}, "restart discards"),
+        ({"commit": True, "restart": True}, "restart=True discards"),
         ({"index": 0, "of": 2, "card": True}, "give them with commit"),
         ({"index": 0, "of": 2, "push_to_hub": "me/merged"}, "give them with commit"),
     ],

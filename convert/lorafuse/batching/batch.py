@@ -62,10 +62,10 @@ def batch(
     Indexed Job, else all). A result that is there already and was made from the same inputs with the same
     settings is skipped. `share` says how files that no adapter changes are shared between results: "reflink",
     "hardlink", "copy", or "auto", the first that works. `push_to_hub`: a pattern of repositories, such as
-    "me/{name}"; results stay here, too. `engine`: "ray" has the jobs done by workers of Ray. The other options
-    are those of `convert`. Returns a state for each job; a failed job does not cost the others. `on_event`
-    gets the events of `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an OSError when
-    no job can go on; the same call goes on with the rest.
+    "me/{name}"; results stay here, too. `engine`: "ray" has the jobs done by workers of Ray. The other
+    options are those of `convert`. Returns a state for each job; a failed job does not cost the others.
+    `on_event` gets the events of `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an
+    OSError when no job can go on; the same call goes on with the rest.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
@@ -76,7 +76,7 @@ def batch(
     )  # fmt: skip
     push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     chosen = Chosen(share, overwrite, restart, dry_run, stream, push)
-    beside = {"index": index is not None, "of": of is not None, "stream": stream, "push_to_hub": bool(push)}
+    beside = {"index": index is not None, "of": of is not None, "stream": stream, "push-to-hub": bool(push)}
     spread_by = checked_engine(engine, address, beside)
     number = (0, 1) if spread_by else checked_share(index, of, os.environ)
     wanted = WantedBatch(directory_as_typed(ckpt), Path(as_typed(jobs)), as_typed(out_root), settings, chosen)
