@@ -1,5 +1,6 @@
 """The command line: the only package that prints or exits. Everything else is `pipeline.convert`."""
 
+import gc
 from collections.abc import Callable
 
 import click
@@ -53,6 +54,8 @@ def _entry(command: click.Command, name: str) -> Callable[[], None]:
             if e.code in INTERRUPTED:
                 leave(e.code)
             raise
+        finally:
+            gc.freeze()  # the process ends: what is left needs no search for garbage
 
     return main
 

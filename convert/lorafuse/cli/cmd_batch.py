@@ -24,6 +24,7 @@ from lorafuse.cli.show_batch import ShowBatch
 from lorafuse.errors import BatchError
 from lorafuse.files.local_folder import as_typed
 from lorafuse.files.sharing import SHARE_CHOICES
+from lorafuse.files.uncollected import uncollected
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import Settings
 
@@ -104,11 +105,10 @@ def batch(
         checked_share(options["index"], options["of"], os.environ)
         options["push_to_hub"] = push_option(options)
         pushes_of(read_jobs(Path(as_typed(jobs))), options["push_to_hub"])
-        gc.disable()  # as for convert
-        from lorafuse.batching.batch import batch as run
+        with uncollected():  # as for convert
+            from lorafuse.batching.batch import batch as run
 
-        gc.freeze()
-        gc.enable()
+            gc.freeze()
 
         try:
             states = run(ckpt, jobs, out_root, dry_run=dry_run, on_event=show, **options)

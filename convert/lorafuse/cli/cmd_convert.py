@@ -20,6 +20,7 @@ from lorafuse.cli.options import (
 )
 from lorafuse.cli.show import Show, summary_text, weights_text
 from lorafuse.cli.streams import say, tell
+from lorafuse.files.uncollected import uncollected
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import THE_BASE, Settings
 
@@ -96,11 +97,10 @@ def convert(
     show = Show("merging", as_json=as_json, quiet=quiet, dry_run=dry_run, verbose=verbose)
     with exit_codes(WHEN_INTERRUPTED, as_json=as_json):
         _check(out_dir, options)
-        gc.disable()  # what importing torch makes stays: looking for garbage in it only takes time
-        from lorafuse.pipeline import convert as run
+        with uncollected():  # what importing torch makes stays
+            from lorafuse.pipeline import convert as run
 
-        gc.freeze()
-        gc.enable()
+            gc.freeze()
 
         try:
             receipt = run(ckpt, adapter, out_dir, dry_run=dry_run, on_event=show, **options)

@@ -20,6 +20,7 @@ from lorafuse.errors import CheckpointError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.names import natural_key
 from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, StoredTensor, TensorSpec
+from lorafuse.files.uncollected import uncollected
 from lorafuse.formats import FORMATS
 from lorafuse.formats.format import Format, MakeFormat, WeightToStore
 from lorafuse.naming import Names
@@ -46,6 +47,7 @@ from lorafuse.structure import Structure, structure_of
 from lorafuse.trained_base.base_weights import base_weights
 
 
+@uncollected()
 def make_plan(
     ckpt: Checkpoint,
     adapters: Sequence[WeightedAdapter],

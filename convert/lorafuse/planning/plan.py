@@ -65,11 +65,10 @@ class Step:
         copied."""
         return self.spec.numel if self.encoder.needs_values else self.nbytes
 
-    @property
-    def _row_multiple(self) -> int:
+    def _row_multiple(self, row_numel: int) -> int:
         needed = math.lcm(self.encoder.row_multiple, *(patch.needs.row_multiple for patch in self.patches))
         wanted = math.lcm(needed, self.sources.rows_at_once)
-        fits = (self.row_numel,) == self.spec.shape[-1:] and wanted * self.row_numel <= TILE_NUMEL
+        fits = (row_numel,) == self.spec.shape[-1:] and wanted * row_numel <= TILE_NUMEL
         return wanted if fits else needed
 
     @property
@@ -84,8 +83,9 @@ class Step:
         """Of the tiles, in the units of `size`."""
         if not self.encoder.needs_values:
             return COPY_NBYTES
-        rows = self._row_multiple
-        return max(TILE_NUMEL // (rows * self.row_numel), 1) * rows * self.row_numel
+        row_numel = self.row_numel
+        least = self._row_multiple(row_numel) * row_numel
+        return max(TILE_NUMEL // least, 1) * least
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """(start, stop) in the units of `size`, in order."""
