@@ -17,9 +17,9 @@ PACKAGE = Path(lorafuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from the rooms before it; rooms of one floor, joined by commas, do not know each other.
 FLOORS = """
-    _version, errors < settings, events < arguments, in_python, progress_bar < files < arithmetic < codecs
-    < patches < adapters, naming < structure, trained_base, side_files < formats < planning < merge < outdir
-    < receipt < inputs < batching < pipeline, verification, inspection, reporting < cli < __main__
+    _version, errors < settings, events < engines, arguments, in_python, progress_bar < files < arithmetic
+    < codecs < patches < adapters, naming < structure, trained_base, side_files < formats < planning < merge
+    < outdir < receipt < inputs < batching < pipeline, verification, inspection, reporting < cli < __main__
 """
 RANK = {room.strip(): rank for rank, floor in enumerate(FLOORS.split("<")) for room in floor.split(",")}
 ARCHITECTURE = Path(__file__).resolve().parents[2] / "ARCHITECTURE.md"

@@ -63,7 +63,10 @@ class Disk:
 
     def _open(self, path, flags, *args, **kw):
         if not flags & os.O_CREAT:
-            return self.real["open"](path, flags, *args, **kw)
+            fd = self.real["open"](path, flags, *args, **kw)
+            if flags & os.O_RDWR:  # a lock that was there already
+                self._fds.add(fd)
+            return fd
         fd = self._step("open", self.real["open"], path, flags, *args, **kw)
         self._fds.add(fd)
         return fd

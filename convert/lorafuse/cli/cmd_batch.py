@@ -14,6 +14,7 @@ from lorafuse.cli.options import (
     CONTEXT,
     base_options,
     check_base_options,
+    engine_options,
     output_options,
     push_option,
     run_options,
@@ -43,6 +44,7 @@ from lorafuse.settings import Settings
               help="Do share I (from 0) of the jobs; with --of. Default: the task of a Slurm array or of a "
                    "Kubernetes Indexed Job, if this is one, else all.")  # fmt: skip
 @click.option("--of", type=int, metavar="N", help="Into how many shares the jobs are divided.")
+@engine_options
 @click.option(
     "--allow-nonfinite",
     is_flag=True,
@@ -92,7 +94,8 @@ def batch(
       lorafuse batch base-nf4 jobs.jsonl merged-root --dry-run
       lorafuse batch auto my-adapters merged-root --stream
     """
-    show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose)
+    spread = options["engine"] != "local" and not dry_run
+    show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose, spread=spread)
     with exit_codes("what is finished stays, and the same command goes on", as_json=as_json):
         refuse_nameless(out_root)
         Settings(

@@ -11,6 +11,7 @@ from lorafuse.cli.options import (
     CONTEXT,
     base_options,
     check_base_options,
+    engine_options,
     output_options,
     push_option,
     run_options,
@@ -57,6 +58,13 @@ WHEN_INTERRUPTED = "OUT_DIR is as it was, and the same command goes on from what
 @click.option("--private", is_flag=True, help="Make that repository a private one.")
 @click.option("--revision", metavar="BRANCH", help="The branch of that repository.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request there instead.")
+@click.option("--index", type=int, metavar="I",
+              help="Make only part I (from 0) of the files of weights, with --of; other workers make the "
+                   "others, and --commit gives the result its name.")  # fmt: skip
+@click.option("--of", type=int, metavar="N", help="Into how many parts the files of weights are divided.")
+@click.option("--commit", is_flag=True,
+              help="Complete the result whose parts the workers have made.")  # fmt: skip
+@engine_options
 @click.option("--card", is_flag=True, help="Write a model card, README.md; --push-to-hub does.")
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also what happens to each weight that changes.")
@@ -98,7 +106,7 @@ def convert(
             receipt = run(ckpt, adapter, out_dir, dry_run=dry_run, on_event=show, **options)
         finally:
             show.close()
-        if dry_run:
+        if dry_run or options["index"] is not None:
             return
         if verbose and not quiet:
             say(weights_text(receipt))

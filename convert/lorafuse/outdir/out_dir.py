@@ -4,10 +4,10 @@ Nothing is visible under its final name before it is complete. An equal run take
 finished before it was cut off.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.events import OnEvent
@@ -28,6 +28,14 @@ class Space:
     n_files: int | None = None
     file_nbytes: int | None = None
     unfinished_nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which worker makes some of a result's files, counted from 0, and how many workers make all of them."""
+
+    index: int
+    of: int
 
 
 class FinishedFile(Protocol):
@@ -132,3 +140,40 @@ class OutDirKind(Protocol):
 
     def space_of(self, out_root: str) -> Space | None:
         """What there is room for below a directory that may not be there yet."""
+
+
+@runtime_checkable
+class SharedKind(Protocol):
+    """What a kind of place has besides where several workers may make one result, each some of its files."""
+
+    def open_part(
+        self,
+        out_dir: str,
+        plan_id: str,
+        attempt: Attempt,
+        part: Part,
+        *,
+        overwrite: bool = False,
+        restart: bool = False,
+        on_event: OnEvent = ...,
+    ) -> OutDir:
+        """Where a worker makes the files of a part. Its `commit` leaves them for whoever opens the whole; so
+        do I/O errors and interruptions. Entering it raises HeldError while another run makes the part or the
+        whole, OutDirError when other parts are of another attempt or division, unless `restart`."""
+
+    def open_whole(
+        self,
+        out_dir: str,
+        plan_id: str,
+        attempt: Attempt,
+        files: Collection[str],
+        *,
+        overwrite: bool = False,
+        on_event: OnEvent = ...,
+    ) -> OutDir:
+        """`open_out_dir` of a result whose `files` the parts have made. Entering it raises StorageError when
+        a file is not there or is not what its worker wrote; then the parts keep theirs. Raises HeldError
+        while a part is made."""
+
+    def files_of_whole(self, out_dir: str, attempt: Attempt) -> set[str]:
+        """The files that an equal run of the whole has taken from the parts already."""
