@@ -175,7 +175,7 @@ def test_inspected_by_its_headers(bits, shape, tmp_path, monkeypatch):
     assert row["n_parameters"] == values.numel()
 
 
-@pytest.mark.parametrize("form", ["base", "light", "mixed"])
+@pytest.mark.parametrize("form", ["base", "light", "mixed", "nf4"])
 def test_no_light_format(form, tmp_path):
     """What is said is the reason, and a way out that there is."""
 
@@ -184,8 +184,10 @@ def test_no_light_format(form, tmp_path):
 
     said = refusal_of_format(tmp_path, form, make, quantization())
     assert said == {
+        "nf4": f"Error: {tmp_path}/ckpt: is quantized already, and --format nf4 would quantize it again: "
+        "leave --format out.\n",
         "mixed": "Error: A checkpoint in hqq that is dense in part cannot be described in config.json by "
-        "this version: leave --format out.\n"
+        "this version: leave --format out.\n",
     }.get(
         form,
         f"Error: --format {form}: {WEIGHT} is stored in HQQ, 4 bit, block size 16, whose codes this "

@@ -23,7 +23,7 @@ from lorafuse.files.tensors import FLOATS
 from lorafuse.formats.dense import dense_encoder
 from lorafuse.formats.format import Format, WeightToStore
 from lorafuse.formats.keep_dense import KeepDense
-from lorafuse.formats.not_converted import dense_modules
+from lorafuse.formats.not_converted import dense_modules, has_words_for_dense
 from lorafuse.settings import BaseQuant, Settings
 from lorafuse.trained_base.which_weights import quantized_on_load
 
@@ -58,9 +58,11 @@ class Quantized(Format):
     def _refuse(self) -> None:
         settings, word = self._settings, f"--format {self._settings.format}"
         if any(sources.scheme.kind != "dense" for sources in self._weights.values()):
+            own_grid = "--format base keeps the update on the base's own grid"
+            way_out = own_grid if has_words_for_dense(self._ckpt.config) else "leave --format out"
             raise UsageError(
                 f"{shown(self._ckpt.folder)}: is quantized already, and {word} would quantize it again: "
-                "--format base keeps the update on the base's own grid."
+                f"{way_out}."
             )
         if self._quant.experts:
             raise UsageError(
