@@ -55,7 +55,8 @@ def test_a_merged_directory_is_as_its_receipt_says(merged):
 
 def test_a_config_without_a_model_type(base, adapter, tmp_path):
     """As the checkpoint has it, so has the result."""
-    ckpt, lora = base("nf4"), adapter("nf4", target_modules=LINEARS)
+    ckpt, lora = tmp_path / "ckpt", adapter("nf4", target_modules=LINEARS)
+    shutil.copytree(base("nf4"), ckpt)
     config = json.loads((ckpt / "config.json").read_text())
     del config["model_type"]
     (ckpt / "config.json").write_text(json.dumps(config))
