@@ -81,7 +81,7 @@ def convert(
     named = [named_weight((adapter, settings.adapter_scale)), *map(named_weight, adapters)]
     push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     if push and JOB_NAME in push.repo:
-        raise UsageError(f"push_to_hub is {push.repo!r}; {JOB_NAME} is for a batch.")
+        raise UsageError(f"--push-to-hub is {push.repo!r}; {JOB_NAME} is for a batch.")
     writing = Writing(as_typed(out_dir), overwrite, restart, dry_run, stream, push, card or bool(push))
     return cast(dict[str, Any], _convert(directory_as_typed(ckpt), named, writing, settings, on_event))
 
@@ -150,7 +150,7 @@ def _convert(
 
 def _check_out_dir(writing: Writing, inputs: Iterable[Folder]) -> None:
     if writing.push and scheme_of(writing.out_dir):
-        raise UsageError(f"{shown(writing.out_dir)}: push_to_hub needs a directory of this machine.")
+        raise UsageError(f"{shown(writing.out_dir)}: --push-to-hub needs a directory of this machine.")
     kind_of(writing.out_dir).check_out_dir(writing.out_dir, inputs, overwrite=writing.overwrite)
 
 

@@ -157,7 +157,7 @@ def test_details_that_the_files_say_are_refused_beside_auto(inputs, tmp_path):
     with pytest.raises(UsageError) as caught:
         lorafuse.convert(*inputs, tmp_path / "out", base_quant="auto", double_quant=False)
     assert str(caught.value) == (
-        "base_quant auto and double_quant=False both say how the base was quantized; give one of the two."
+        "base_quant='auto' and double_quant=False both say how the base was quantized; give one of the two."
     )
 
 

@@ -96,7 +96,7 @@ def _batch(
     kind_of(out_root)  # before it is looked at as a folder: the scheme must be known
     root = open_folder(out_root)
     if chosen.share not in SHARE_CHOICES:
-        raise UsageError(f"share is {shown(chosen.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
+        raise UsageError(f"--share is {shown(chosen.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
     number, n_workers = checked_share(chosen.index, chosen.of, os.environ)
     everything = read_jobs(jobs)
     pushes = pushes_of(everything, chosen.push)

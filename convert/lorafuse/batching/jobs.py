@@ -260,9 +260,9 @@ def checked_share(index: int | None, of: int | None, environ: Mapping[str, str])
         index, of = _slurm(environ) or _kubernetes(environ) or (0, 1)
     if not 0 <= index < of:
         raise UsageError(
-            f"index is {index} of {of}; expected 0 to {of - 1}."
+            f"--index is {index} of {of}; expected 0 to {of - 1}."
             if of > 0
-            else f"of is {of}; expected at least 1."
+            else f"--of is {of}; expected at least 1."
         )
     return index, of
 

@@ -79,7 +79,7 @@ def settled(settings: Settings, ckpt: Checkpoint, folders: Iterable[Folder]) -> 
     told = {said.quant: said for said in said_beside(*folders)} if in_full_precision else {}
     if len(told) > 1:
         raise UsageError(
-            f"base_quant is auto, and the files beside the adapters differ: "
+            f"--base-quant is auto, and the files beside the adapters differ: "
             f"{listed(map(str, told.values()))}. Say how training quantized the base."
         )
     quant = next(iter(told), None)
