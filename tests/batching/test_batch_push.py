@@ -198,7 +198,7 @@ def test_a_dry_run_asks_nobody(hub: HubServer, ckpt: Path, jobs: Path, tmp_path:
         "me/{name}",
     ]
     ran = CliRunner().invoke(command, arguments)
-    assert [line.rpartition("; ")[2] for line in ran.stdout.splitlines()[:2]] == ["to me/a", "to me/b"]
+    assert [line.rpartition("; ")[2] for line in ran.stdout.splitlines()[1:3]] == ["to me/a", "to me/b"]
 
 
 @pytest.mark.parametrize("after", [2, 9])

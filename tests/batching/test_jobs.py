@@ -290,7 +290,10 @@ def test_dry_run(inputs, run):
     assert (code, stderr) == (0, "")
     disk = r"disk \d+ KB needed, [\d,.]+ [GT]B free; less than a second"
     one = rf"changes 4 of 21 weights; writes 10\.9 KB; {disk}; pass 1"
-    assert re.fullmatch(rf"good: {one}\nother: {one}\nIn all: 2 planned; writes 21\.8 KB; {disk}\n", stdout)
+    base, *planned = stdout.splitlines(keepends=True)
+    assert base == f"base: {inputs[0]}: llama: 21 weights in full precision\n"
+    jobs = rf"good: {one}\nother: {one}\nIn all: 2 planned; writes 21\.8 KB; {disk}\n"
+    assert re.fullmatch(jobs, "".join(planned))
     assert files_of(inputs[0].parent) == before and not inputs[2].exists()
 
 

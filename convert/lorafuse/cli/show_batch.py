@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import click
 
-from lorafuse.cli.plan_text import changes_text, disk_text, n_changed_text, time_text
+from lorafuse.cli.plan_text import changes_text, disk_text, inputs_text, n_changed_text, time_text
 from lorafuse.cli.progress import Progress, lasting
 from lorafuse.cli.show import warning_text
 from lorafuse.cli.streams import styled
@@ -25,7 +25,7 @@ class ShowBatch:
     def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
         self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
         self._plans: dict[str, PlanEvent] = {}
-        self._n_passes, self._noted = 0, False
+        self._n_passes, self._noted, self._n_planned = 0, False, 0
         self._progress = Progress(quiet=quiet)
 
     def __call__(self, event: Event) -> None:
@@ -75,7 +75,7 @@ class ShowBatch:
         plan = self._plans.pop(name, None)
         if state == "planned" and plan:
             if not self._as_json:
-                self._progress.tell(f"{shown(name)}: {self._planned(plan)}")
+                self._tell_planned(name, cast(dict[str, Any], plan))
         elif state == "failed":  # with --quiet too
             told = f"failed with exit code {event['exit_code']}: {event['error']}"
             self._progress.say(f"{shown(name)}: {_coloured(told, state)}")
@@ -86,13 +86,16 @@ class ShowBatch:
         if state in ("done", "skipped") and not self._as_json:
             self._progress.tell(os.fsencode(event["out_dir"]))
 
-    def _planned(self, plan: PlanEvent) -> str:
-        """A job of a dry run, in a line."""
-        facts = cast(dict[str, Any], plan)
-        changes = changes_text(facts) if self._verbose else n_changed_text(facts)
-        parts = [f"changes {changes}", f"writes {sized(plan['nbytes'])}", f"disk {disk_text(facts['disk'])}"]
+    def _tell_planned(self, name: str, plan: dict[str, Any]) -> None:
+        """A job of a dry run, in a line; before the first, the base of all."""
+        if not self._n_planned:
+            self._progress.tell(f"base: {dict(inputs_text(plan))['base']}")
+        self._n_planned += 1
+        changes = changes_text(plan) if self._verbose else n_changed_text(plan)
+        parts = [f"changes {changes}", f"writes {sized(plan['nbytes'])}", f"disk {disk_text(plan['disk'])}"]
         parts += [time_text(plan["estimate"], brief=True), f"pass {self._n_passes}"]
-        return "; ".join([*parts, f"to {plan['push_to_hub']}"] if "push_to_hub" in plan else parts)
+        parts += [f"to {plan['push_to_hub']}"] if "push_to_hub" in plan else []
+        self._progress.tell(f"{shown(name)}: {'; '.join(parts)}")
 
     def _done(self, event: JobEvent) -> None:
         update = event["update"]
