@@ -29,7 +29,7 @@ class ShowBatch:
         self._progress = Progress(quiet=quiet)
 
     def __call__(self, event: Event) -> None:
-        if self._as_json and event["event"] != "progress":
+        if self._as_json and event["event"] not in ("progress", "fetching"):
             self._progress.tell(json.dumps(event))
         if event["event"] == "warning":
             self._warn(event["message"], event.get("job"))
@@ -40,6 +40,8 @@ class ShowBatch:
             self._pass(event)
         elif event["event"] == "progress":
             self._progress.advance(event["nbytes"])
+        elif event["event"] == "fetching":
+            self._progress.wait(event["file"], event["nbytes"], event["of_nbytes"])
         elif event["event"] == "fetched" and not self._progress.is_bar:
             self._say(f"Fetched {event['file']}: {sized(event['nbytes'])}")
         elif event["event"] == "resumed":
