@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 BUILD := build
 
-.PHONY: demo test soak oracle check format real faithfulness bench fixtures wheel package clean
+.PHONY: demo test soak oracle check format real faithfulness bench bench-check fixtures wheel package clean
 
 demo: $(VENV)/.demo
 	rm -rf $(BUILD)/demo
@@ -44,6 +44,10 @@ faithfulness: $(VENV)/.real
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.run --work $(BUILD)/bench
+
+# Fails when a ratio is worse than that in bench/ratios.json by more than a quarter.
+bench-check: $(VENV)/.dev
+	$(BIN)/python -m bench.check --work $(BUILD)/bench
 
 fixtures: $(VENV)/.dev
 	$(BIN)/python fixtures/make.py

@@ -3,34 +3,63 @@
     python -m bench.run --work build/bench [--only compute] [--docs docs/benchmarks.md]
 
 Nothing else should run meanwhile. The work directory needs about 50 GB; the inputs in it are kept for the
-next run.
+next run. With --docs the page is written, its picture beside it, and bench/ratios.json, with which
+`make bench-check` compares.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
+from bench import check
 from bench.memory import peak
-from bench.speed import base_quant, bases, batch, compute, kernel, peers
-from bench.support import measure
+from bench.speed import (
+    base_quant,
+    bases,
+    batch,
+    compute,
+    cores,
+    fleet,
+    hashing,
+    instructions,
+    kernel,
+    peers,
+    planning,
+    start,
+)
+from bench.support import measure, ratios
 
 LAYERS = 16
+CHECKED_ROUNDS = 11  # of what `make bench-check` measures in fewer
 BENCHMARKS = {
+    "peers": peers,
     "compute": compute,
     "kernel": kernel,
     "bases": bases,
     "base_quant": base_quant,
+    "instructions": instructions,
     "memory": peak,
-    "peers": peers,
+    "cores": cores,
     "batch": batch,
+    "fleet": fleet,
+    "planning": planning,
+    "hashing": hashing,
+    "start": start,
 }
 TITLES = {
+    "peers": "The whole merge",
     "compute": "CPU time of the arithmetic",
     "kernel": "The compiled kernel",
     "bases": "Quantized bases",
     "base_quant": "CPU time of --base-quant",
     "memory": "Memory",
-    "peers": "The whole merge",
+    "instructions": "Instructions",
+    "cores": "Many cores",
     "batch": "Many adapters",
+    "fleet": "Many workers",
+    "planning": "Many tensors",
+    "hashing": "Hashing the inputs",
+    "start": "The start",
 }
 PREAMBLE = """# Benchmarks
 
@@ -71,7 +100,13 @@ def main() -> None:
         print(f"\n{parts[-1]}", flush=True)
     if args.docs:
         args.docs.parent.mkdir(parents=True, exist_ok=True)
+        picture = args.docs.with_suffix(".svg")
+        shutil.copyfile(args.work / "benchmarks.svg", picture)
+        parts.insert(2, f"![wall time, CPU time and arithmetic of a merge, side by side]({picture.name})")
         args.docs.write_text("\n\n".join(parts) + "\n")
+        ratios.save(
+            check.COMMITTED, check.medians(check.measured(args.work, CHECKED_ROUNDS)), measure.processor()
+        )
 
 
 if __name__ == "__main__":

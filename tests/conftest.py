@@ -147,3 +147,37 @@ def object_store(in_memory, monkeypatch):
     store = ObjectStore(in_memory.store)
     monkeypatch.setitem(OUT_DIRS, "memory", MemoryOutDirs(store))
     return store
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """An S3 server on this machine, of all tests of a process."""
+    from s3_server import S3Server
+
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server, tmp_path, monkeypatch):
+    """The same with an empty bucket `models`, and as the store that s3:// is; errors that may pass are told
+    soon."""
+    from lorafuse.files import cloud_client
+
+    s3_server.bucket("models")
+    s3_server.log.clear()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "hush"), ("AWS_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", s3_server.url),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cloud_client, "N_RETRIES", 3)
+    monkeypatch.setattr(cloud_client, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(cloud_client, "LONGEST_WAIT_S", 0.1)
+    cloud_client._store.cache_clear()
+    yield s3_server
+    cloud_client._store.cache_clear()

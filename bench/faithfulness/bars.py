@@ -17,9 +17,10 @@ text { font: 13px system-ui, sans-serif; fill: #1f2328; }
 .paper { fill: #ffffff; } .right { fill: #1a7f5a; } .light { fill: #3f7fbf; } \
 .wrong { fill: #c4501b; } .none { fill: #8c959f; }
 line { stroke: #d0d7de; }
+line.spread { stroke: #1f2328; stroke-width: 2; }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3; } .paper { fill: #0d1117; } .right { fill: #3fb68b; } .wrong { fill: #e5824f; }
-  line { stroke: #30363d; }
+  line { stroke: #30363d; } line.spread { stroke: #e6edf3; }
 }
 """
 
@@ -67,10 +68,11 @@ def svg(title: str, panels: Mapping[str, Sequence[Bar]]) -> str:
                 f'<text class="small" x="{LABELS + width + 6:.1f}" y="{y + 15}">{bar.value:.1e}</text>'
             )
         top = bottom + 30
-    return _page(title, out, top)
+    return page(title, out, top)
 
 
-def _page(title: str, out: Sequence[str], height: int) -> str:
+def page(title: str, out: Sequence[str], height: int) -> str:
+    """The whole file, of what is drawn on it."""
     size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
@@ -116,7 +118,7 @@ def scatter(title: str, panels: Mapping[str, Sequence[Point]]) -> str:
         out += [f'<circle class="light" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in placed.values()]
         out += _labels(placed)
         top = bottom + 30
-    return _page(title, out, top)
+    return page(title, out, top)
 
 
 def _labels(placed: Mapping[Point, tuple[float, float]]) -> list[str]:

@@ -8,18 +8,24 @@ Prints how many elements differ, and of how many. Fails where names or shapes di
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
 
+def tensors(directory: Path) -> dict[str, Any]:
+    """Name → the open file that holds it."""
+    files = [safe_open(path, "pt") for path in directory.glob("*.safetensors")]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (it cannot be iterated)
+
+
 def main() -> None:
     n_differing = n_total = 0
-    first, second = (safe_open(Path(directory) / "model.safetensors", "pt") for directory in sys.argv[1:])
-    names = set(first.keys())
-    if alone := names ^ set(second.keys()):
+    first, second = (tensors(Path(directory)) for directory in sys.argv[1:])
+    if alone := first.keys() ^ second.keys():
         raise SystemExit(f"these weights are in one directory only: {alone}")
-    for name in names:
-        ours, theirs = first.get_tensor(name), second.get_tensor(name)
+    for name, file in first.items():
+        ours, theirs = file.get_tensor(name), second[name].get_tensor(name)
         if ours.shape != theirs.shape:
             raise SystemExit(f"{name}: {ours.shape} against {theirs.shape}")
         n_differing += int((ours != theirs).sum())

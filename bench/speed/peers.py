@@ -1,95 +1,89 @@
-"""The whole merge: against transformers + PEFT, against writing the bytes alone, and how soon the command
-answers.
+"""The whole merge, side by side: lorafuse with its kernel and without, transformers + PEFT, `dd` of the
+result, and bitsandbytes' dequantization of the base.
 
     python -m bench.speed.peers --work build/bench
 
-Each pair of commands takes turns; every output goes to the work directory, and before each run nothing waits
-to be written. lorafuse's time includes hashing all it reads and writes and syncing it to disk, which the save
-of transformers does not do; dd writes and syncs (conv=fdatasync) the same number of bytes. The inputs lie in
-the page cache.
+All take turns, each in a process of its own, and each round begins with another one; every output goes to the
+work directory, and before each run nothing waits to be written. lorafuse's time includes hashing all it reads
+and writes and syncing it to disk, which the save of transformers does not do; dd writes and syncs
+(conv=fdatasync) the same bytes. Of bitsandbytes the arithmetic counts, the calls of dequantize_4bit alone;
+lorafuse's is decode, update, cast and measures. The inputs lie in the page cache. Ratios are medians of the
+rounds' quotients, with the least and the greatest.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.support import measure
-from bench.support.measure import GB, MB, Usage, each, median, table
+from bench.support import chart, measure, sides
+from bench.support.measure import GB, MB, each, table
+from bench.support.ratios import Ratio, ratio
+from bench.support.sides import BNB, DD, FULL, KERNEL, PEFT, TORCH, Side
 
-PAIRS = 3
-STARTS = 10
+ROUNDS = 5
+Runs = Mapping[str, Sequence[Side]]
 
 
-def merges(work: Path, layers: int) -> str:
-    """lorafuse against what a user of transformers and PEFT does (peft_merge.py), and whether the results
-    agree."""
-    base, adapter = measure.inputs(work, "llama", layers)
-    with measure.scratch(work) as outputs:
-        ours_dir, theirs_dir = outputs / "lorafuse", outputs / "peft"
+def times(runs: Runs) -> str:
+    """What each side took, run by run."""
+    rows = []
+    for name, of_name in runs.items():
+        arithmetic = "" if name in (PEFT, DD) else each(sides.arithmetics(of_name))
+        peak = each([nbytes / MB for nbytes in sides.peaks(of_name)], 0)
+        rows.append((name, each(sides.walls(of_name)), each(sides.cpus(of_name)), arithmetic, peak))
+    return table(("", "wall, s", "CPU, s", "arithmetic, CPU s", "peak memory, MB"), rows)
 
-        def theirs() -> Usage:
-            return measure.python("-m", "bench.speed.peft_merge", base, adapter, measure.fresh(theirs_dir))
 
-        a, b = measure.alternate(
-            lambda: measure.convert(base, adapter, measure.fresh(ours_dir)), theirs, PAIRS
-        )
-        differing, total = measure.python("-m", "bench.speed.differing", ours_dir, theirs_dir).stdout.split()
-    rows = [
-        versus("wall time, s", [run.wall_s for run in a], [run.wall_s for run in b]),
-        versus("CPU time, s", [run.cpu_s for run in a], [run.cpu_s for run in b]),
-        versus(
-            "peak memory, MB", [run.peak_rss / MB for run in a], [run.peak_rss / MB for run in b], digits=0
-        ),
-    ]
-    header = (f"whole merge, Llama of {layers} layers", "lorafuse", "transformers + PEFT", "PEFT / lorafuse")
-    return (
-        f"{table(header, rows)}\n\nOf {int(total):,} elements, {int(differing):,} differ between the two "
-        "results."
+def ratios(runs: Runs) -> dict[str, Ratio]:
+    """What lorafuse takes of what the others take."""
+    ours, torch, peft, dd, bnb = (runs[name] for name in FULL)
+    return {
+        "wall, of dd": ratio(sides.walls(ours), sides.walls(dd)),
+        "wall, of transformers + PEFT": ratio(sides.walls(ours), sides.walls(peft)),
+        "CPU, of transformers + PEFT": ratio(sides.cpus(ours), sides.cpus(peft)),
+        "peak memory, of transformers + PEFT": ratio(sides.peaks(ours), sides.peaks(peft)),
+        "wall, of lorafuse without its kernel": ratio(sides.walls(ours), sides.walls(torch)),
+        "CPU, of lorafuse without its kernel": ratio(sides.cpus(ours), sides.cpus(torch)),
+        "arithmetic, of bitsandbytes' dequantization": ratio(sides.arithmetics(ours), sides.arithmetics(bnb)),
+        "arithmetic without the kernel, of the same": ratio(sides.arithmetics(torch), sides.arithmetics(bnb)),
+    }
+
+
+def drawn(runs: Runs, nbytes: int) -> str:
+    """The SVG of the page."""
+    colours = {KERNEL: "right", TORCH: "right", PEFT: "wrong", DD: "none", BNB: "light"}
+    whole = [name for name in runs if name != BNB]
+    return chart.bars(
+        f"A merge of {nbytes / GB:.1f} GB, median and spread of {len(runs[KERNEL])} runs",
+        {
+            "wall time, s": [chart.Spread(n, sides.walls(runs[n]), colours[n]) for n in whole],
+            "CPU time, s": [chart.Spread(n, sides.cpus(runs[n]), colours[n]) for n in whole],
+            "CPU time of the arithmetic, s": [
+                chart.Spread(n, sides.arithmetics(runs[n]), colours[n]) for n in (KERNEL, TORCH, BNB)
+            ],
+        },
     )
-
-
-def versus(what: str, ours: list[float], theirs: list[float], digits: int = 1) -> tuple[str, ...]:
-    return what, each(ours, digits), each(theirs, digits), f"**{median(theirs) / median(ours):.1f}**"
-
-
-def disk(work: Path, layers: int) -> str:
-    """The merge against copying its result to the same disk with dd."""
-    base, adapter = measure.inputs(work, "llama", layers)
-    with measure.scratch(work) as outputs:
-        merged, copy = outputs / "merged", outputs / "copy"
-        measure.convert(base, adapter, merged)
-        result = merged / "model.safetensors"
-
-        def dd() -> float:
-            measure.fresh(copy).mkdir()
-            return measure.run(
-                ["dd", f"if={result}", f"of={copy / result.name}", "bs=8M", "conv=fdatasync"]
-            ).wall_s
-
-        a, b = measure.alternate(
-            lambda: measure.convert(base, adapter, measure.fresh(outputs / "again")).wall_s, dd, PAIRS
-        )
-        n_bytes = result.stat().st_size
-    header = (f"{n_bytes / GB:.2f} GB to the same disk", "lorafuse", "dd, synced", "lorafuse / dd")
-    return table(header, [("wall time, s", each(a), each(b), f"**{median(a) / median(b):.2f}**")])
-
-
-def start() -> str:
-    """How long --help takes, and that it does not import torch."""
-    command = ("-m", "lorafuse.cli", "convert", "--help")
-    imported = measure.python("-X", "importtime", *command).stderr
-    has_torch = any(line.rpartition("|")[2].strip() == "torch" for line in imported.splitlines())
-    ours, floor = measure.alternate(
-        lambda: measure.python(*command).wall_s, lambda: measure.python("-c", "pass").wall_s, STARTS
-    )
-    header = (f"median of {STARTS} starts", "wall time, s", "imports torch")
-    rows = [
-        ("`lorafuse-convert --help`", f"**{median(ours):.2f}**", "yes" if has_torch else "no"),
-        ("`python -c pass`", f"{median(floor):.2f}", "no"),
-    ]
-    return table(header, rows)
 
 
 def report(work: Path, layers: int) -> str:
-    return "\n\n".join([merges(work, layers), disk(work, layers), start()])
+    """Also draws work/benchmarks.svg."""
+    base, adapter = measure.inputs(work, "llama", layers)
+    with measure.scratch(work) as outputs:
+        runs = sides.in_turns(sides.sides_of(FULL, base, adapter, outputs), ROUNDS)
+        nbytes = (outputs / sides.RESULT).stat().st_size
+        compared = measure.python("-m", "bench.speed.differing", outputs / "merged", outputs / "peft")
+        differing, total = map(int, compared.stdout.split())
+    (work / "benchmarks.svg").write_text(drawn(runs, nbytes))
+    rows = [
+        (name, f"**{one.median:.2f}**", f"{one.low:.2f} to {one.high:.2f}")
+        for name, one in ratios(runs).items()
+    ]
+    header = (
+        f"of a merge with the kernel, Llama of {layers} layers, {nbytes / GB:.2f} GB",
+        "ratio",
+        "spread",
+    )
+    agree = f"Of {total:,} elements, {differing:,} differ between the results of lorafuse and of PEFT."
+    return f"{times(runs)}\n\n{table(header, rows)}\n\n{agree}"
 
 
 if __name__ == "__main__":

@@ -48,8 +48,9 @@ class Usage:
     stderr: str
 
 
-def run(argv: Sequence[str | Path]) -> Usage:
-    """Runs a command to its end; a failure is an error, never a measurement."""
+def run(argv: Sequence[str | Path], **environment: str) -> Usage:
+    """Runs a command to its end; a failure is an error, never a measurement. `environment`: what it has
+    beside that of this process."""
     own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
     if own_peak > LARGEST_PARENT:
         raise RuntimeError(
@@ -57,7 +58,8 @@ def run(argv: Sequence[str | Path]) -> Usage:
         )
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.perf_counter()
-        process = subprocess.Popen([str(word) for word in argv], stdout=out, stderr=err)
+        words, env = [str(word) for word in argv], os.environ | environment
+        process = subprocess.Popen(words, stdout=out, stderr=err, env=env)
         _, status, used = os.wait4(process.pid, 0)
         wall_s = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -77,13 +79,13 @@ def run(argv: Sequence[str | Path]) -> Usage:
     return usage
 
 
-def python(*args: str | Path) -> Usage:
-    return run([sys.executable, *args])
+def python(*args: str | Path, **environment: str) -> Usage:
+    return run([sys.executable, *args], **environment)
 
 
-def convert(base: Path, adapter: Path, out_dir: Path) -> Usage:
+def convert(base: Path, adapter: Path, out_dir: Path, **environment: str) -> Usage:
     """`lorafuse-convert`, in this interpreter."""
-    return python("-m", "lorafuse.cli", "convert", base, adapter, out_dir, "--quiet")
+    return python("-m", "lorafuse.cli", "convert", base, adapter, out_dir, "--quiet", **environment)
 
 
 @contextmanager
@@ -177,15 +179,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], n_words: int = 1
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
-def machine() -> str:
-    """What the figures were measured on, as one Markdown table."""
+def processor() -> str:
+    """Its name, and how many cores it has."""
     models = [
         line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")
     ]
+    return f"{models[0] if models else os.uname().machine}, {os.cpu_count()} cores"
+
+
+def machine() -> str:
+    """What the figures were measured on, as one Markdown table."""
     total_kib = next(int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
     packages = ("torch", "bitsandbytes", "transformers", "peft", "safetensors")
     facts = [
-        ("processor", f"{models[0] if models else os.uname().machine}, {os.cpu_count()} cores"),
+        ("processor", processor()),
         ("memory", f"{total_kib * KIB / GB:.0f} GB"),
         ("kernel", f"{os.uname().sysname} {os.uname().release}"),
         ("Python", sys.version.split()[0]),

@@ -46,7 +46,7 @@ class AdapterError(LorafuseError):
 
 
 class StorageError(LorafuseError):
-    """Reading or writing failed: an I/O error, no space, an unreachable hub."""
+    """Reading or writing failed: an I/O error, no space, an unreachable hub or object store."""
 
     exit_code = 5
 
@@ -99,15 +99,19 @@ def as_own(error: Exception) -> LorafuseError:
 def shown(text: object, limit: int = 200) -> str:
     """`text` as it may be printed: control characters and lone surrogates escaped, at most `limit`
     characters."""
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+    escaped = str(text)
+    if not escaped.isprintable():
+        escaped = "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in escaped
+        )
     return escaped if len(escaped) <= limit else f"{escaped[: limit - 1]}…"
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:
     """The first `most` names, comma-separated, and how many more there are."""
-    everything = [shown(name) for name in names]
+    everything = list(names)
     rest = len(everything) - most
-    return ", ".join(everything[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(shown, everything[:most])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def sized(nbytes: float) -> str:

@@ -38,6 +38,20 @@ class PlannedInput(TypedDict):
     kind: str
 
 
+class PlannedPart(TypedDict):
+    """What one of several workers makes."""
+
+    files: list[str]
+    nbytes: int
+
+
+class PartNumber(TypedDict):
+    """A worker, counted from 0, and how many there are."""
+
+    index: int
+    of: int
+
+
 class Disk(TypedDict):
     """What is going to be written, and what is free; None where nobody can tell."""
 
@@ -58,7 +72,8 @@ class PlanEvent(TypedDict):
     """What is going to happen. `weights`: the number of weights by action; `decoded`: the number of elements
     by how they are stored, where they are quantized; `held_whole`: the weights that are held in memory whole;
     `notes`: what to ask oneself, though nothing is wrong;
-    `job`: of a batch. The fields after it are those of a dry run: the bytes of all weights in each
+    `parts`: what each of several workers makes, and `part`: which of them this is, whose files alone are in
+    `shards`; `job`: of a batch. The fields after it are those of a dry run: the bytes of all weights in each
     format that the base allows; the inputs; the weights that change, by name and as a number for each kind of
     module; the memory limit; the disk; and the time, None where nobody can tell. A verification says `nbytes`
     and no shards."""
@@ -75,6 +90,8 @@ class PlanEvent(TypedDict):
     side_files: NotRequired[PlannedSideFiles]
     held_whole: NotRequired[list[str]]
     notes: NotRequired[list[str]]
+    parts: NotRequired[list[PlannedPart]]
+    part: NotRequired[PartNumber]
     job: NotRequired[str]
     formats: NotRequired[dict[str, int]]
     inputs: NotRequired[list[PlannedInput]]
@@ -96,7 +113,8 @@ class ResumedEvent(TypedDict):
 
 
 class ProgressEvent(TypedDict):
-    """So many bytes more are written, or compared."""
+    """So many bytes more are written, or compared; fewer, where a worker's process ended and its task begins
+    again."""
 
     event: Literal["progress"]
     nbytes: int
@@ -148,6 +166,37 @@ class DoneEvent(TypedDict):
     peak_rss: int
     url: NotRequired[str]
     kept_here: NotRequired[bool]
+
+
+class PartEvent(TypedDict):
+    """A worker has made the files that fall to it, of a result that another call commits. `nbytes`: of their
+    weights, also where an earlier run made them."""
+
+    event: Literal["part"]
+    out_dir: str
+    index: int
+    of: int
+    n_shards: int
+    nbytes: int
+    wall_s: float
+    peak_rss: int
+
+
+class WorkerDid(TypedDict):
+    """What a machine did of what an engine spread. `nbytes`: of weights that it wrote, or resumed."""
+
+    host: str
+    n_tasks: int
+    nbytes: int
+    busy_s: float
+
+
+class WorkersEvent(TypedDict):
+    """What an engine spread is done. `n_again`: tasks that were begun again, since a process had ended."""
+
+    event: Literal["workers"]
+    workers: list[WorkerDid]
+    n_again: int
 
 
 class PassEvent(TypedDict):
@@ -203,6 +252,8 @@ Event = (
     | FetchedEvent
     | ShardEvent
     | DoneEvent
+    | PartEvent
+    | WorkersEvent
     | PassEvent
     | JobEvent
     | TotalEvent
@@ -220,6 +271,22 @@ def of_job(on_event: OnEvent, name: str) -> OnEvent:
     def pass_on(event: Event) -> None:
         named: Any = {**event, "job": name}
         on_event(named)
+
+    return pass_on
+
+
+def warned_once(on_event: OnEvent) -> OnEvent:
+    """A sink that leaves out the warnings that it has passed on already: workers that plan the same give the
+    same."""
+    said = set[tuple[str | None, str]]()
+
+    def pass_on(event: Event) -> None:
+        if event["event"] == "warning":
+            key = (event.get("job"), event["message"])
+            if key in said:
+                return
+            said.add(key)
+        on_event(event)
 
     return pass_on
 

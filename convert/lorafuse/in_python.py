@@ -17,13 +17,14 @@ R = TypeVar("R")
 
 FLAGS = {
     **{name: f"{name}=True" for name in ("overwrite", "restart", "allow_nonfinite", "quant_experts")},
-    **{name: f"{name}=True" for name in ("dry_run", "stream", "card", "private", "create_pr")},
+    **{name: f"{name}=True" for name in ("dry_run", "stream", "card", "private", "create_pr", "commit")},
     "no_double_quant": "double_quant=False",
 }
 VALUED = {
     *("dtype", "format", "keep_dense", "rounding", "max_shard_size", "device", "memory_limit"),
     *("adapter_scale", "adapter_name", "base_quant", "quant_blocksize", "quant_skip", "base_quant_from"),
     *("adapters", "share", "index", "of", "ckpt", "sample", "push_to_hub", "revision"),
+    *("engine", "address"),
 }
 _WORDS = {*DTYPE_CHOICES, *FORMAT_CHOICES, *BASE_QUANT_CHOICES, *ROUNDING_CHOICES, "cpu", "cuda"}
 TEXTS, LISTS = ("message", "error"), ("notes", "problems")  # fields that people read

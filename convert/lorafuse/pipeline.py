@@ -1,7 +1,7 @@
 """The whole tool on one screen: read this first."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, cast
@@ -12,10 +12,12 @@ from lorafuse.arguments import checked
 from lorafuse.arithmetic.arena import pick_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.answers import add_answers, refuse_full, speeds_of
+from lorafuse.batching.division import Division, announce_parts, checked_division, part_of
 from lorafuse.batching.one_pass import Pass, PlannedJob
 from lorafuse.batching.publication import Publication, publication_of
-from lorafuse.errors import UsageError, shown
-from lorafuse.events import DoneEvent, OnEvent, PlanEvent, ignore
+from lorafuse.batching.spread import ChosenEngine, checked_engine, spread
+from lorafuse.errors import CheckpointError, UsageError, shown
+from lorafuse.events import DoneEvent, OnEvent, PartEvent, PlanEvent, ignore, warned_once
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
@@ -36,8 +38,10 @@ from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.planning.announce import announced
 from lorafuse.planning.make_plan import make_plan
+from lorafuse.planning.plan import Plan
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import kept_in_sum
+from lorafuse.receipt.write import peak_rss
 from lorafuse.settings import JOB_NAME, Push, Settings, parse_nbytes
 from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
@@ -55,6 +59,8 @@ def convert(
     quant_skip: Sequence[str] = (), quant_experts: bool = False, base_quant_from: Name | None = None,
     allow_nonfinite: bool = False, overwrite: bool = False, restart: bool = False, dry_run: bool = False,
     stream: bool = False, push_to_hub: str | Push | None = None, card: bool = False,
+    index: int | None = None, of: int | None = None, commit: bool = False,
+    engine: str = "local", address: str | None = None,
     on_event: OnEvent = ignore,
 ) -> dict[str, Any]:  # fmt: skip
     """Merge a PEFT or MLX-LM adapter into a checkpoint and write the result to `out_dir`.
@@ -65,8 +71,11 @@ def convert(
     tokenizer is taken. `base_quant` and the five after it: how training quantized this full-precision base
     (`trained_base.options.chosen_base_quant`). `stream`: a base on the hub is fetched ahead of the merge, and
     removed behind it. `push_to_hub`: a repository, or a Push with more details, that gets the result; with
-    `stream` no weights stay here, and `out_dir` is not made. `card`: write README.md. Returns the receipt, or
-    with `dry_run` the plan. `on_event` gets a dict for each "event" (`events.py`). Raises a LorafuseError or
+    `stream` no weights stay here, and `out_dir` is not made. `card`: write README.md. `index` and `of`: make
+    only the files that fall to worker `index` (from 0) of `of`; `commit`: give the result that all workers
+    have made its name. `engine`: "ray" has the files made by workers of Ray, of the cluster at `address` or,
+    without, on this machine. Returns the receipt; with `dry_run` the plan, with `index` what the worker made.
+    `on_event` gets a dict for each "event" (`events.py`). Raises a LorafuseError or
     an OSError; then `out_dir` is as it was, and after an I/O error or an interruption the same call goes on,
     unless `restart`.
     """
@@ -82,12 +91,19 @@ def convert(
     push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     if push and JOB_NAME in push.repo:
         raise UsageError(f"--push-to-hub is {push.repo!r}; {JOB_NAME} is for a batch.")
-    writing = Writing(as_typed(out_dir), overwrite, restart, dry_run, stream, push, card or bool(push))
-    return cast(dict[str, Any], _convert(directory_as_typed(ckpt), named, writing, settings, on_event))
+    card = card or bool(push)
+    division = checked_division(index, of, commit=commit, restart=restart, dry_run=dry_run, published=card)
+    chosen = checked_engine(engine, address, {"of": bool(division), "commit": commit, "stream": stream})
+    writing = Writing(
+        as_typed(out_dir), overwrite, restart, dry_run, stream, push, card, division, commit, chosen
+    )  # fmt: skip
+    wanted = Wanted(directory_as_typed(ckpt), named, writing, settings)
+    return cast(dict[str, Any], _convert(wanted, warned_once(on_event) if chosen else on_event))
 
 
 class Writing(NamedTuple):
-    """What is written, if anything, and what becomes of what is there."""
+    """What is written, if anything, and what becomes of what is there. `plan_id`: that of the call that has a
+    part made."""
 
     out_dir: str
     overwrite: bool
@@ -96,17 +112,25 @@ class Writing(NamedTuple):
     stream: bool
     push: Push | None
     card: bool
+    division: Division | None
+    commit: bool
+    engine: ChosenEngine | None = None
+    plan_id: str | None = None
 
 
-def _convert(
-    ckpt: str,
-    named: Sequence[tuple[str, float]],
-    writing: Writing,
-    settings: Settings,
-    on_event: OnEvent,
-) -> Receipt | PlanEvent:
-    """The same with checked options. `named`: (adapter, weight) of all adapters."""
-    began, device, check = time.perf_counter(), pick_device(settings.device), partial(_check_out_dir, writing)
+class Wanted(NamedTuple):
+    """A call with checked options. `named`: (adapter, weight) of all adapters."""
+
+    ckpt: str
+    named: Sequence[tuple[str, float]]
+    writing: Writing
+    settings: Settings
+
+
+def _convert(wanted: Wanted, on_event: OnEvent) -> Receipt | PlanEvent | PartEvent:
+    """The same with checked options."""
+    began, (ckpt, named, writing, settings) = time.perf_counter(), wanted
+    device, check = pick_device(settings.device), partial(_check_out_dir, writing)
     check(map(open_folder, [ckpt, *(name for name, _ in named)]))  # before anything is fetched
     folder_names = [settings.adapter_name, *[None] * (len(named) - 1)]
     located = [
@@ -120,14 +144,16 @@ def _convert(
         check([ckpt_folder, *(adapter.root for adapter in located)])
         with closing(Checkpoint(ckpt_folder)) as base:
             settings = settled(settings, base, [folder for each in located for folder in each.folders])
-            plan = make_plan(base, adapters, settings, each_format=writing.dry_run)
+            held = kind_of(writing.out_dir).held_nbytes
+            plan = make_plan(base, adapters, settings, each_format=writing.dry_run, held_by_writing=held)
             warnings, planned = announced(plan, dry_run=writing.dry_run)
             for warning in warnings:
                 on_event(warning)
+            if writing.division:
+                announce_parts(planned, plan, writing.division)
             if writing.dry_run:
                 add_answers(planned, plan, base, adapters, settings, writing.out_dir)
-                speeds = speeds_of(plan, base, writing.out_dir, device)
-                planned["estimate"] = speeds.estimate(plan.shards)
+                planned["estimate"] = speeds_of(plan, base, writing.out_dir, device).estimate(plan.shards)
             on_event(planned)
             if writing.dry_run:
                 if not writing.push:  # then little of the result need be here at once
@@ -136,16 +162,34 @@ def _convert(
             files = UnchangedInputs(base, adapters)
             files.refuse_nonfinite()
             publication = publication_of(writing.push, as_named(ckpt), base, adapters, stream=writing.stream)
-            attempt = files.attempt(plan, settings)
-            if not publication.keeps:  # what an earlier run finished lies there
-                attempt.command["push_to_hub"] = str(writing.push)
-            job = PlannedJob(
-                writing.out_dir, writing.out_dir, settings, plan, files, attempt, on_event,
-                publication=publication if writing.card else None,
-            )  # fmt: skip
-            receipt = _made(job, as_named(ckpt), base, device, writing, began)
+            job = _job(plan, files, publication, writing, settings, on_event)
+            if part := part_of(job, writing.division):
+                return _part_made(part, base, device, writing, began)
+            receipt = _made(job, as_named(ckpt), base, device, wanted, began)
             on_event(done_event(writing.out_dir, receipt, publication))
             return receipt
+
+
+def _job(
+    plan: Plan,
+    files: UnchangedInputs,
+    publication: Publication,
+    writing: Writing,
+    settings: Settings,
+    on_event: OnEvent,
+) -> PlannedJob:
+    """What is going to be made. Raises CheckpointError for a worker that was called for another plan."""
+    if writing.plan_id not in (None, plan.plan_id):
+        raise CheckpointError(
+            f"{shown(writing.out_dir)}: a worker sees another checkpoint or adapter than who called it."
+        )
+    attempt = files.attempt(plan, settings)
+    if not publication.keeps:  # what an earlier run finished lies there
+        attempt.command["push_to_hub"] = str(writing.push)
+    return PlannedJob(
+        writing.out_dir, writing.out_dir, settings, plan, files, attempt, on_event,
+        publication=publication if writing.card else None, commits=writing.commit or bool(writing.engine),
+    )  # fmt: skip
 
 
 def _check_out_dir(writing: Writing, inputs: Iterable[Folder]) -> None:
@@ -155,11 +199,13 @@ def _check_out_dir(writing: Writing, inputs: Iterable[Folder]) -> None:
 
 
 def _made(
-    job: PlannedJob, ckpt: str, base: Checkpoint, device: torch.device, writing: Writing, began: float
+    job: PlannedJob, ckpt: str, base: Checkpoint, device: torch.device, wanted: Wanted, began: float
 ) -> Receipt:
-    """Carry it out. Returns the receipt."""
-    receipts: list[Receipt] = []
+    """Carry it out, or have its parts made by the workers of an engine. Returns the receipt."""
+    writing, receipts = wanted.writing, list[Receipt]()
     with InputHashes(base, ckpt, []) as hashes:
+        if writing.engine:
+            job = spread(job, writing.engine, partial(_part_by_worker, wanted), restart=writing.restart)
         one_pass = Pass(
             base, hashes.result, device, writing.overwrite, writing.restart,
             on_done=lambda made, receipt: receipts.append(receipt), on_failed=_raise, stream=writing.stream,
@@ -167,6 +213,36 @@ def _made(
         one_pass.run([job], job.plan.memory, began)
     [receipt] = receipts
     return receipt
+
+
+def _part_by_worker(
+    wanted: Wanted, plan_id: str, division: Division, settings: Settings
+) -> Callable[[OnEvent], Any]:
+    """The call that makes a part in another process."""
+    writing = wanted.writing._replace(
+        restart=False, push=None, card=False, division=division, engine=None, plan_id=plan_id
+    )
+    return partial(_convert, wanted._replace(writing=writing, settings=settings))
+
+
+def _part_made(
+    job: PlannedJob, base: Checkpoint, device: torch.device, writing: Writing, began: float
+) -> PartEvent:
+    """Carry out what falls to a worker, and say so."""
+    assert job.part
+    one_pass = Pass(
+        base, list, device, writing.overwrite, writing.restart,
+        on_done=lambda made, receipt: None, on_failed=_raise, stream=writing.stream,
+    )  # fmt: skip
+    one_pass.run([job], job.plan.memory, began)
+    own = [shard for shard in job.plan.shards if shard.file in job.part.files]
+    made: PartEvent = {
+        "event": "part", "out_dir": job.out_dir, "index": job.part.which.index, "of": job.part.which.of,
+        "n_shards": len(own), "nbytes": sum(shard.nbytes for shard in own),
+        "wall_s": time.perf_counter() - began, "peak_rss": peak_rss(),
+    }  # fmt: skip
+    job.on_event(made)
+    return made
 
 
 def _raise(job: PlannedJob, error: Exception) -> NoReturn:

@@ -152,8 +152,8 @@ def test_a_root_that_touches_an_input(root, says, ckpt, jobs, in_memory, object_
 
 
 def test_a_kind_that_is_not_known(ckpt, jobs):
-    with pytest.raises(UsageError, match=r"^memory://root: results cannot be written to memory://\.$"):
-        batch(ckpt, jobs, ROOT)
+    with pytest.raises(UsageError, match=r"^ftp://root: results cannot be written to ftp://\.$"):
+        batch(ckpt, jobs, "ftp://root")
 
 
 def test_a_file_of_a_folder(in_memory, tmp_path):

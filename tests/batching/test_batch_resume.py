@@ -55,7 +55,8 @@ def check(out, clean, names=NAMES):
 
 
 def cut_off(inputs, out, n_shards, **options):
-    """Interrupt a call after so many files. Returns those that it finished."""
+    """Interrupt a call after so many files. Returns those; others that had all their bytes are finished,
+    too."""
     made = []
 
     def stop(event):
@@ -82,9 +83,11 @@ def test_only_what_is_missing_is_made(inputs, clean, tmp_path):
         states, events = call(inputs, out)
         check(out, clean)
         assert not [path for path in out.iterdir() if path.name.startswith(".")]
-        assert sorted([*made, *shards_made(events)]) == sorted(everything)
+        again = shards_made(events)
+        finished = {*everything} - {*again}
+        assert {*again} <= {*everything} and len({*again}) == len(again) and {*made} <= finished
         resumed = {event["job"]: event["n_shards"] for event in events if event["event"] == "resumed"}
-        assert sum(resumed.values()) == n_shards - sum(job not in resumed for job, _ in made)
+        assert sum(resumed.values()) == sum(job in resumed for job, _ in finished)
         assert {state.state for state in states.values()} <= {"done", "skipped"}
     equal = [path for path in (out / "a").iterdir() if path.stat().st_nlink == 3]
     assert len(equal) >= 3
@@ -123,7 +126,8 @@ def test_a_single_run_goes_on_with_a_job_and_the_reverse(inputs, clean, tmp_path
         inputs[0], inputs[1] / "a", tmp_path / "out" / "a", max_shard_size=SHARD, on_event=events.append
     )
     own = sum(job == "a" for job, _ in made)
-    assert own and [event["n_shards"] for event in events if event["event"] == "resumed"] == [own]
+    [resumed] = [event["n_shards"] for event in events if event["event"] == "resumed"]
+    assert 0 < own <= resumed
     assert content(tmp_path / "out" / "a") == clean["a"]
     call(inputs, tmp_path / "out")
     check(tmp_path / "out", clean)
@@ -137,9 +141,8 @@ def test_a_single_run_goes_on_with_a_job_and_the_reverse(inputs, clean, tmp_path
             inputs[0], inputs[1] / "b", tmp_path / "new" / "b", max_shard_size=SHARD, on_event=stop
         )
     _, events = call(inputs, tmp_path / "new")
-    assert [(event["job"], event["n_shards"]) for event in events if event["event"] == "resumed"] == [
-        ("b", 1)
-    ]
+    [resumed] = [event for event in events if event["event"] == "resumed"]
+    assert resumed["job"] == "b" and resumed["n_shards"] >= 1
     check(tmp_path / "new", clean)
 
 
@@ -147,8 +150,8 @@ def test_other_settings_are_refused_for_each_job(inputs, clean, tmp_path):
     out = tmp_path / "out"
     made = cut_off(inputs, out, 6)
     states, _ = call(inputs, out, dtype="float32")
-    begun = {job for job, _ in made}
-    assert begun and {name for name in NAMES if states[name].state == "failed"} == begun
+    begun = {name for name in NAMES if states[name].state == "failed"}
+    assert made and {job for job, _ in made} <= begun
     for name in begun:
         assert isinstance(states[name].error, OutDirError)
         assert "dtype was auto, is float32. Give its command again to finish it, or restart=True" in str(

@@ -439,12 +439,13 @@ def test_full_disk(
     """No space ends with 5 and leaves nothing behind."""
     real_write = os.write
 
-    def write(fd: int, data: memoryview) -> int:
+    def write(fd: int, data: memoryview, *at: int) -> int:
         if ".lorafuse-" in os.readlink(f"/proc/self/fd/{fd}"):
             raise OSError(28, os.strerror(28))
         return real_write(fd, data)
 
     monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(os, "pwrite", write)
     assert run(ckpt, adapter, out) == 5
     assert run.err == f"Error: {out}: No space left on device.\n"
 
@@ -567,7 +568,8 @@ def test_interrupted(
     message = "Error: interrupted; OUT_DIR is as it was, and the same command goes on from what is finished."
     assert (run.out, run.err.splitlines()[-1], out.exists()) == ("", message, False)
     assert run(ckpt, adapter, out, "--max-shard-size", "1KB") == 0
-    assert run.err.startswith("Going on after 3 of 16 files that an earlier run finished.\nmodel-")
+    said = re.match(r"Going on after (\d+) of 16 files that an earlier run finished\.\nmodel-", run.err)
+    assert said and 3 <= int(said[1]) < 16  # those that had all their bytes, too
     shutil.rmtree(out)
 
 

@@ -82,8 +82,8 @@ class TarFile:
         pass
 '''
 IMPORT = "from lorafuse.files.local_folder import LocalFolder\n"
-TABLE = '= {"": LocalFolder.at}'
-WORD = '= {"": LocalFolder.at, "tar": TarFolder}'
+TABLE = '= {"": LocalFolder.at,'
+WORD = '= {"": LocalFolder.at, "tar": TarFolder,'
 
 
 def test_one_file_and_one_word(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_hub_names(name: str, repo: str, folder: str | None, revision: str | Non
 
 NO_NAMES = [
     *("name", "./org/name", "/org/name", "org/name@", "org/name@a@b", "-org/name", "org/", "a/b/../c"),
-    *("here/b/c", "https://example.com/org/name", "https://huggingface.co/name", "s3://org/name"),
+    *("here/b/c", "https://example.com/org/name", "https://huggingface.co/name"),
 ]
 
 
@@ -62,6 +62,16 @@ def test_no_hub_name(hub: HubServer, name: str, kind: type[LorafuseError]) -> No
     with pytest.raises(kind) as caught:
         folder_of(name, kind)
     assert str(caught.value) == f"{name}: no such directory."
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, AdapterError])
+def test_a_url_of_an_unknown_kind(hub: HubServer, kind: type[LorafuseError]) -> None:
+    with pytest.raises(kind) as caught:
+        folder_of("ftp://org/name", kind)
+    assert str(caught.value) == (
+        "ftp://org/name: no such directory, and no URL of an object store, as s3://, gs:// and az:// are."
+    )
     assert hub.log == []
 
 

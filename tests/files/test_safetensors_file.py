@@ -102,13 +102,14 @@ def test_pieces_of_columns_are_remembered_as_few(tmp_path: Path) -> None:
     spec = TensorSpec("U8", (n_rows, n_cols))
     data = bytes(i % 251 for i in range(spec.numel))
     writer, most = writer_of(tmp_path / "x", StoredTensor("a", spec)), 0
+    hashed = writer._hash
     for col in range(n_cols - 1, -1, -1):
         for row in range(0, spec.numel, n_cols):
             writer.write("a", row + col, memoryview(data[row + col : row + col + 1]))
-            most = max(most, len(writer._ahead), len(writer._starts_by_end))
+            most = max(most, len(hashed._ahead), len(hashed._starts_by_end))
     assert most == n_rows
     digest = writer.finish()
-    assert not writer._ahead and not writer._starts_by_end
+    assert not hashed._ahead and not hashed._starts_by_end
     assert digest == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
     assert load((tmp_path / "x").read_bytes())["a"].numpy().tobytes() == data
 
@@ -225,11 +226,11 @@ def test_a_writer_that_cannot_write_its_header_leaves_nothing_open(
 ) -> None:
     """A disk that is full from the start: the constructor closes what it opened."""
 
-    def no_space(fd: int, data: memoryview) -> int:
+    def no_space(fd: int, data: memoryview, at: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(os, "write", no_space)
+    monkeypatch.setattr(os, "pwrite", no_space)
     with pytest.raises(OSError, match="No space left") as caught:
         writer_of(tmp_path / "x.safetensors", A)
     monkeypatch.undo()
@@ -239,8 +240,8 @@ def test_a_writer_that_cannot_write_its_header_leaves_nothing_open(
 
 def test_short_writes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that the kernel cuts short is continued, not lost."""
-    real_write = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: real_write(fd, memoryview(data)[:7]))
+    real_write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real_write(fd, memoryview(data)[:7], at))
     content = bytes(range(100))
     write(tmp_path / "x.safetensors", {"a": (TensorSpec("U8", (100,)), content)})
     assert load((tmp_path / "x.safetensors").read_bytes())["a"].tolist() == list(content)

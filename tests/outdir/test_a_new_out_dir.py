@@ -38,6 +38,10 @@ def open_out_dir(out_dir, plan_id, attempt=None, *, overwrite=False, restart=Fal
     return ZipOutDir(out_dir)
 
 
+def held_nbytes(sizes, ckpt):
+    return 0
+
+
 def clean_up(out_dir):
     pass
 
@@ -61,7 +65,7 @@ class ZipOutDir:
     def __exit__(self, kind, error, trace):
         pass
 
-    def create(self, file):
+    def create(self, file, nbytes):
         return ZipMember(self, file)
 
     def put(self, file, chunks):
@@ -102,15 +106,18 @@ class ZipMember:
     def read(self, offset, nbytes):
         return bytes(self.data[offset : offset + nbytes])
 
+    def passed(self, end):
+        pass
+
     def finish(self, nbytes):
         self.out_dir.data[self.name] = self.data
 
     def close(self):
         pass
 '''
-IMPORT = "from lorafuse.outdir import local\n"
-TABLE = '= {"": local}'
-WORD = '= {"": local, "zip": zip_out_dir}'
+IMPORT = "from lorafuse.outdir import cloud, local\n"
+TABLE = '= {"": local,'
+WORD = '= {"": local, "zip": zip_out_dir,'
 
 
 def test_one_file_and_one_word(tmp_path: Path) -> None:
@@ -123,7 +130,7 @@ def test_one_file_and_one_word(tmp_path: Path) -> None:
     assert text.count(IMPORT) == text.count(TABLE) == 1
     (package / "outdir/zip_out_dir.py").write_text(FILE)
     table.write_text(
-        text.replace(IMPORT, "from lorafuse.outdir import local, zip_out_dir\n").replace(TABLE, WORD)
+        text.replace(IMPORT, "from lorafuse.outdir import cloud, local, zip_out_dir\n").replace(TABLE, WORD)
     )
 
     inputs = [str(write_checkpoint(tmp_path / "ckpt", n_shards=2)), str(write_adapter(tmp_path / "lora"))]

@@ -91,16 +91,16 @@ def test_a_limit_of_file_sizes(inputs, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_meanwhile(code, inputs, disk, tmp_path, monkeypatch):
     """The message has what is missing; what is finished stays, what is not makes room; and the next run needs
     less."""
-    real_write, n = os.write, [0]
+    real_write, n = os.pwrite, [0]
 
-    def write(fd, data):
+    def write(fd, data, at):
         n[0] += ".part" in os.readlink(f"/proc/self/fd/{fd}")
         if n[0] > 12:
             disk.f_bavail = 3
             raise OSError(code, os.strerror(code))
-        return real_write(fd, data)
+        return real_write(fd, data, at)
 
-    monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(os, "pwrite", write)
     message = refused(inputs, tmp_path / "work/out")
     (folder,) = (tmp_path / "work").iterdir()
     kept = [p.name for p in (folder / "out").iterdir()]
@@ -118,7 +118,7 @@ def test_a_disk_that_fills_up_meanwhile(code, inputs, disk, tmp_path, monkeypatc
         assert message.startswith(f"{os.strerror(code)}; ") and message.endswith(
             f" bytes are still to be written. {end}"
         )
-    monkeypatch.setattr(os, "write", real_write)
+    monkeypatch.setattr(os, "pwrite", real_write)
     first = int(refused(inputs, tmp_path / "work/out").split()[0])
     disk.f_bavail = 10**6
     lorafuse.convert(*inputs, tmp_path / "work/out", max_shard_size=SHARD)
@@ -151,8 +151,8 @@ def test_a_really_full_file_system(inputs, tmp_path):
     """A tmpfs of its own, as small as no result, then one that a stranger fills while the run writes."""
     lorafuse.convert(*inputs, tmp_path / "clean", max_shard_size=SHARD)
     code = """
-import os, sys, lorafuse
-from lorafuse.outdir import output
+import os, sys, time, lorafuse
+from lorafuse.outdir.staging import LocalOutDir
 args, work = sys.argv[1:3], sys.argv[3]
 def run():
     try:
@@ -162,16 +162,20 @@ def run():
         return str(e)
 assert "are missing" in run() and os.listdir(work) == []
 os.system(f"mount -o remount,size=600k {work}")
-real, n = output.Output._finish, []
-def finish(self, shard, writer):
-    real(self, shard, writer)
-    n.append(1)
-    if len(n) == 3:
+real_create, real_record, created, recorded = LocalOutDir.create, LocalOutDir.record, [], []
+def record(self, *args):
+    real_record(self, *args)
+    recorded.append(1)
+def create(self, file):
+    created.append(1)
+    if len(created) == 5:
+        while len(recorded) < 3: time.sleep(0.01)
         with open(work + "/filler", "wb", buffering=0) as f:
             try:
                 while f.write(b"x" * 4096): pass
             except OSError: pass
-output.Output._finish = finish
+    return real_create(self, file)
+LocalOutDir.create, LocalOutDir.record = create, record
 assert "bytes more than it has are needed" in (said := run()), said
 os.unlink(work + "/filler")
 assert "3 files" in said and run() is None and os.listdir(work) == ["out"]

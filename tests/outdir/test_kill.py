@@ -163,7 +163,9 @@ def traced(warm, inject, numbers, argv, *options):
             return
 
 
-@pytest.mark.parametrize("calls", ["write", "fsync", "rename,renameat2", "mkdir", "unlink,unlinkat,rmdir"])
+@pytest.mark.parametrize(
+    "calls", ["write,pwrite64", "fsync", "rename,renameat2", "mkdir", "unlink,unlinkat,rmdir"]
+)
 def test_killed_in_a_system_call(calls, inputs, clean, warm, tmp_path, monkeypatch):
     work = Work("exchange", inputs, tmp_path / "work", monkeypatch)
     statuses = []
@@ -179,7 +181,7 @@ def test_killed_in_a_system_call(calls, inputs, clean, warm, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("inject", "of"),
     [
-        ("write:error=ENOSPC", None),
+        ("write,pwrite64:error=ENOSPC", None),
         ("fsync:error=EIO", None),
         ("rename:error=EACCES", None),
         ("preadv,preadv2,pread64:error=EIO", "ckpt/model.safetensors"),

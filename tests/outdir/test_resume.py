@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from contextlib import nullcontext, suppress
+from threading import Lock
 
 import pytest
 import torch
@@ -142,13 +143,13 @@ def test_short_writes(inputs, clean, tmp_path, monkeypatch):
 
 def test_a_write_that_lies_is_noticed(inputs, clean, tmp_path, monkeypatch):
     """One that says more than it did."""
-    real_write = os.write
-    monkeypatch.setattr(
-        os,
-        "write",
-        lambda fd, data: real_write(fd, data[:-1]) + 1 if len(data) > 400 else real_write(fd, data),
-    )
-    with pytest.raises(StorageError, match=r"\d+ bytes were written, the plan has \d+"):
+    real_write = os.pwrite
+
+    def write(fd, data, at):
+        return real_write(fd, data[:-1], at) + 1 if len(data) > 400 else real_write(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    with pytest.raises(StorageError, match=r"said that \d+ bytes were written at byte \d+, and not all"):
         lorafuse.convert(*inputs, tmp_path / "out", max_shard_size=SHARD)
     assert not (tmp_path / "out").exists()
 
@@ -176,13 +177,16 @@ def stopped(inputs, place, monkeypatch):
     """stopped(n) interrupts a run for OUT_DIR after n shards, and returns the names of these."""
 
     def stop(n_shards, adapter=inputs[1], **options):
-        real_finish, n = output.Output._finish, [0]
+        real_finish, n, lock = output.Output._finish, [0], Lock()
 
         def finish(self, shard, writer):
-            real_finish(self, shard, writer)
-            n[0] += 1
-            if n[0] == n_shards:
-                raise Stop
+            with lock:
+                n[0] += 1
+                if n[0] <= n_shards:
+                    written = real_finish(self, shard, writer)
+                if n[0] >= n_shards:
+                    raise Stop
+                return written
 
         with monkeypatch.context() as patch:
             patch.setattr(output.Output, "_finish", finish)
@@ -466,10 +470,10 @@ def test_a_killed_process(inputs, clean, tmp_path):
     import sys
 
     code = (
-        "import os, signal, sys, lorafuse\nfrom lorafuse.outdir import output\nreal, n = "
-        "output.Output._finish, "
-        "[]\ndef finish(self, shard, writer):\n    real(self, shard, writer)\n    n.append(1)\n"
-        "    if len(n) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys, threading, lorafuse\nfrom lorafuse.outdir import output\n"
+        "real, n, lock = output.Output._finish, [], threading.Lock()\n"
+        "def finish(self, shard, writer):\n  with lock:\n    written = real(self, shard, writer)\n"
+        "    n.append(1)\n    if len(n) == 3: os.kill(os.getpid(), signal.SIGKILL)\n    return written\n"
         f"output.Output._finish = finish\nlorafuse.convert(*sys.argv[1:], max_shard_size={SHARD!r})"
     )
     work = tmp_path / "work"

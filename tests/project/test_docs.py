@@ -80,7 +80,14 @@ def test_every_interface_has_its_line_in_the_architecture():
     section = re.search(r"## Interfaces\n(.*?)\n### ", ARCHITECTURE, re.S)[1]
     assert set(re.findall(r"^\| `(\w+)` \| `([\w/]+\.py)` \|", section, re.M)) == there
     tables = re.findall(r"\| ([A-Z_]+) in `([\w/]+\.py)` \|", section)
-    assert {table for table, _ in tables} == {"ADAPTERS", "CODECS", "FOLDERS", "FORMATS", "OUT_DIRS"}
+    assert {table for table, _ in tables} == {
+        "ADAPTERS",
+        "CODECS",
+        "ENGINES",
+        "FOLDERS",
+        "FORMATS",
+        "OUT_DIRS",
+    }
     for table, file in tables:
         assert table in defined_in(PACKAGE / file), f"{file}: {table}"
 

@@ -1,6 +1,7 @@
 """Every command and every piece of Python in the pages runs: page by page, in a directory where the names of
 the pages are the fixtures, and against a hub on this machine. Commands within lines name options that exist.
-docs/hub.md has tests of its own (test_docs_hub.py), docs/accuracy.md has them in test_faithfulness.py.
+Pages with tests of their own: docs/hub.md (test_docs_hub.py), docs/object-storage.md
+(test_docs_object_storage.py), docs/accuracy.md (test_faithfulness.py).
 
 `python tests/project/test_docs_commands.py` writes the pages' blocks of --help.
 """
@@ -22,7 +23,7 @@ from lorafuse import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = {"hub.md", "accuracy.md"}
+ELSEWHERE = {"hub.md", "object-storage.md", "accuracy.md"}
 ABOUT_RESULTS = {"inspect.md", "report.md"}  # pages that begin with one
 PROGRAMS = {"lorafuse-convert": cli.convert, "lorafuse": cli.lorafuse}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)

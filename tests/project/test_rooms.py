@@ -17,9 +17,9 @@ PACKAGE = Path(lorafuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from the rooms before it; rooms of one floor, joined by commas, do not know each other.
 FLOORS = """
-    _version, errors < settings, events < arguments, in_python, progress_bar < files < arithmetic < codecs
-    < patches < adapters, naming < structure, trained_base, side_files < formats < planning < merge < outdir
-    < receipt < inputs < batching < pipeline, verification, inspection, reporting < cli < __main__
+    _version, errors < settings, events < engines, arguments, in_python, progress_bar < files < arithmetic
+    < codecs < patches < adapters, naming < structure, trained_base, side_files < formats < planning < merge
+    < outdir < receipt < inputs < batching < pipeline, verification, inspection, reporting < cli < __main__
 """
 RANK = {room.strip(): rank for rank, floor in enumerate(FLOORS.split("<")) for room in floor.split(",")}
 ARCHITECTURE = Path(__file__).resolve().parents[2] / "ARCHITECTURE.md"
@@ -28,12 +28,12 @@ ROOMS_IN_ARCHITECTURE = re.compile(r"(<!-- rooms:begin -->\n)(.*?)(\n<!-- rooms:
 ROUNDINGS = {"codecs/plain.py: PlainEncoder.encode"}
 CASTS = {"bfloat16", "copy_", "double", "float", "half", "to", "type", "type_as"}
 # Files and rooms that know paths: those that are a file system's own, those that ask where an input lies, the
-# list of a batch's jobs, and what asks the kernel about this process.
+# list of a batch's jobs, the files of the AWS tools, and what asks the kernel about this process.
 KNOW_PATHS = {
     *("files/local_folder.py", "files/folder.py", "files/hub.py", "files/hub_folder.py"),
-    *("files/hub_repo.py", "files/hub_upload.py"),
+    *("files/hub_repo.py", "files/hub_upload.py", "files/cloud_aws.py"),
     *("files/safetensors_writer.py", "files/sharing.py", "settings.py", "outdir", "cli"),
-    *("batching/batch.py", "batching/jobs.py", "batching/existing_results.py"),
+    *("batching/jobs_afar.py", "batching/places.py", "batching/jobs.py", "batching/existing_results.py"),
     *("batching/pass_size.py", "receipt/write.py"),
 }
 

@@ -9,13 +9,14 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 
 import pytest
 
 import lorafuse
 from lorafuse.outdir import commit, staging
 
-CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir")
+CALLS = ("write", "pwrite", "fsync", "rename", "mkdir", "unlink", "rmdir")
 
 
 class Killed(BaseException):
@@ -32,6 +33,7 @@ class Disk:
         self.n_calls, self.dead, self.before = 0, False, before
         self.max_write = 1 << 40
         self._watched = False
+        self._lock = RLock()  # files are written and finished by several threads
         self._fds: set[int] = set()
         self.real = {name: getattr(os, name) for name in (*CALLS, "open", "close")}
         self.real["fsync"] = os.fstat  # fails like it, and need not wait: `Power` says what is on the disk
@@ -44,21 +46,27 @@ class Disk:
         monkeypatch.setattr(commit, "_exchange", lambda *args: self._step("exchange", exchange, *args))
 
     def _step(self, name, call, *args, **kw):
-        if self._watched:
-            if self.dead:
-                raise Killed
-            self.n_calls += 1
-            self.before(self.n_calls, name)
-        return call(*args, **kw)
+        with self._lock:
+            if self._watched:
+                if self.dead:
+                    raise Killed
+                self.n_calls += 1
+                self.before(self.n_calls, name)
+            return call(*args, **kw)
 
     def _wrapped(self, name):
-        if name == "write":
-            return lambda fd, data: self._step(name, self.real[name], fd, memoryview(data)[: self.max_write])
+        if name.endswith("write"):
+            return lambda fd, data, *at: self._step(
+                name, self.real[name], fd, memoryview(data)[: self.max_write], *at
+            )
         return lambda *args, **kw: self._step(name, self.real[name], *args, **kw)
 
     def _open(self, path, flags, *args, **kw):
         if not flags & os.O_CREAT:
-            return self.real["open"](path, flags, *args, **kw)
+            fd = self.real["open"](path, flags, *args, **kw)
+            if flags & os.O_RDWR:  # a lock that was there already
+                self._fds.add(fd)
+            return fd
         fd = self._step("open", self.real["open"], path, flags, *args, **kw)
         self._fds.add(fd)
         return fd

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import RLock
 from typing import Self
 
 from faults import Killed
@@ -44,16 +45,18 @@ class ObjectStore:
         self.capacity: int | None = None
         self.leases: set[bytes] = set()
         self.n_calls, self.dead = 0, False
+        self.lock = RLock()  # files are written and finished by several threads
         self.before: Callable[[int, str], None] = lambda n, name: None
         self._watched = False
 
     def step(self, name: str) -> None:
         """Something is about to change."""
-        if self._watched:
-            if self.dead:
-                raise Killed
-            self.n_calls += 1
-            self.before(self.n_calls, name)
+        with self.lock:
+            if self._watched:
+                if self.dead:
+                    raise Killed
+                self.n_calls += 1
+                self.before(self.n_calls, name)
 
     def put(self, url: str, data: bytes | bytearray, call: str = "put") -> None:
         """Make an object, or replace it as a whole."""
@@ -145,6 +148,9 @@ class MemoryOutDirs:
         return MemoryOutDir(
             self.store, out_dir, attempt, overwrite=overwrite, restart=restart, on_event=on_event
         )
+
+    def held_nbytes(self, sizes: list[int], ckpt: Folder) -> int:
+        return 0
 
     def clean_up(self, out_dir: str) -> None:
         if self.store.below(hidden(out_dir)):
@@ -301,7 +307,7 @@ class MemoryOutDir:
         finally:
             self._unlock()
 
-    def create(self, file: str) -> "Upload":
+    def create(self, file: str, nbytes: int) -> "Upload":
         return Upload(self._store, f"{self.place}/{file}")
 
     def put(self, file: str, chunks: Iterable[bytes]) -> None:
@@ -389,12 +395,16 @@ class Upload:
         self._data = bytearray()
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        self._store.step("write")
-        self._data.extend(bytes(max(offset - len(self._data), 0)))
-        self._data[offset : offset + len(data)] = data
+        with self._store.lock:
+            self._store.step("write")
+            self._data.extend(bytes(max(offset - len(self._data), 0)))
+            self._data[offset : offset + len(data)] = data
 
     def read(self, offset: int, nbytes: int) -> bytes:
         return bytes(self._data[offset : offset + nbytes])
+
+    def passed(self, end: int) -> None:
+        """All is kept."""
 
     def finish(self, nbytes: int) -> None:
         if len(self._data) != nbytes:

@@ -2,10 +2,11 @@
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import NamedTuple
 
 from lorafuse.arguments import checked
 from lorafuse.arithmetic.arena import pick_device
@@ -14,11 +15,14 @@ from lorafuse.batching.base_of_all import base_of_all
 from lorafuse.batching.common_files import CommonFiles
 from lorafuse.batching.destinations import Destinations
 from lorafuse.batching.existing_results import ExistingResults
-from lorafuse.batching.jobs import Job, JobState, checked_share, left_out, read_jobs, refuse_overlap, share_of
+from lorafuse.batching.jobs import Job, JobState, checked_share, refuse_overlap, share_of
+from lorafuse.batching.jobs_afar import listed_jobs
 from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
 from lorafuse.batching.pushes import pushes_of
 from lorafuse.batching.rehearsal import Rehearsal
+from lorafuse.batching.spread import ChosenEngine, checked_engine
+from lorafuse.batching.spread_jobs import spread_jobs
 from lorafuse.errors import LorafuseError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
@@ -26,6 +30,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named
 from lorafuse.files.local_folder import as_typed, directory_as_typed
+from lorafuse.files.names import scheme_of
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, asks_for_base, checkpoint_folder, located_adapter
@@ -45,6 +50,7 @@ def batch(
     base_quant: str = "none", double_quant: bool = True, quant_blocksize: int = 64,
     quant_skip: Sequence[str] = (), quant_experts: bool = False, base_quant_from: Name | None = None,
     share: str = "auto", index: int | None = None, of: int | None = None,
+    engine: str = "local", address: str | None = None,
     allow_nonfinite: bool = False, overwrite: bool = False, restart: bool = False, dry_run: bool = False,
     stream: bool = False, push_to_hub: str | Push | None = None,
     on_event: OnEvent = ignore,
@@ -57,10 +63,10 @@ def batch(
     Indexed Job, else all). A result that is there already and was made from the same inputs with the same
     settings is skipped. `share` says how files that no adapter changes are shared between results: "reflink",
     "hardlink", "copy", or "auto", the first that works. `push_to_hub`: a pattern of repositories, such as
-    "me/{name}"; results stay here, too. The other options are those of `convert`. Returns a state for each
-    job; a failed job does not cost the others. `on_event` gets the events of `convert` with a "job" more,
-    "pass" and "job". Raises a LorafuseError or an OSError when no job can go on; the same call goes on with
-    the rest.
+    "me/{name}"; results stay here, too. `engine`: "ray" has the jobs done by workers of Ray. The other
+    options are those of `convert`. Returns a state for each job; a failed job does not cost the others.
+    `on_event` gets the events of `convert` with a "job" more, "pass" and "job". Raises a LorafuseError or an
+    OSError when no job can go on; the same call goes on with the rest.
     """
     settings = Settings(
         dtype=dtype, format=format, keep_dense=tuple(keep_dense), rounding=rounding, device=device,
@@ -70,39 +76,72 @@ def batch(
             quant_blocksize=quant_blocksize, quant_experts=quant_experts, base_quant_from=base_quant_from),
     )  # fmt: skip
     push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
-    chosen = Chosen(share, index, of, overwrite, restart, dry_run, stream, push)
-    base, listed_in = directory_as_typed(ckpt), Path(as_typed(jobs))
-    return _batch(base, listed_in, as_typed(out_root), settings, chosen, on_event)
+    chosen = Chosen(share, overwrite, restart, dry_run, stream, push)
+    beside = {"index": index is not None, "of": of is not None, "stream": stream, "push-to-hub": bool(push)}
+    spread_by = checked_engine(engine, address, beside)
+    number = (0, 1) if spread_by else checked_share(index, of, os.environ)
+    wanted = WantedBatch(directory_as_typed(ckpt), as_typed(jobs), as_typed(out_root), settings, chosen)
+    return _shared_out(wanted, number, spread_by if not dry_run else None, on_event)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the caller chose beside the settings of a merge."""
+    """What the caller chose beside the settings of a merge. Raises UsageError."""
 
     share: str
-    index: int | None
-    of: int | None
     overwrite: bool
     restart: bool
     dry_run: bool
     stream: bool
     push: Push | None
 
+    def __post_init__(self) -> None:
+        if self.share not in SHARE_CHOICES:
+            raise UsageError(f"--share is {shown(self.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
+
+
+class WantedBatch(NamedTuple):
+    """A call with checked options."""
+
+    ckpt: str
+    jobs: str
+    out_root: str
+    settings: Settings
+    chosen: Chosen
+
+
+def _shared_out(
+    wanted: WantedBatch, number: tuple[int, int], spread_by: ChosenEngine | None, on_event: OnEvent
+) -> list[JobState]:
+    """Do the jobs of a share, or have them done."""
+    kind_of(wanted.out_root)  # before it is looked at as a folder: the scheme must be known
+    everything, others = listed_jobs(wanted.jobs)
+    for name in others:
+        on_event({"event": "warning", "message": f"{shown(name)}: holds no adapter, and is left out."})
+    todo = share_of(everything, *number)
+    if spread_by:
+        return spread_jobs(
+            todo, wanted.settings, spread_by, partial(_by_worker, wanted, everything), on_event
+        )
+    return _batch(wanted, everything, todo, on_event)
+
+
+def _by_worker(
+    wanted: WantedBatch, everything: Sequence[Job], todo: Sequence[Job], settings: Settings
+) -> Callable[[OnEvent], list[JobState]]:
+    """The call that does some of the jobs in another process."""
+    return partial(_batch, wanted._replace(settings=settings), everything, todo)
+
 
 def _batch(
-    ckpt: str, jobs: Path, out_root: str, settings: Settings, chosen: Chosen, on_event: OnEvent
+    wanted: WantedBatch, everything: Sequence[Job], todo: Sequence[Job], on_event: OnEvent
 ) -> list[JobState]:
-    """The same with checked settings."""
-    kind_of(out_root)  # before it is looked at as a folder: the scheme must be known
+    """Do some of all jobs."""
+    ckpt, _, out_root, settings, chosen = wanted
     root = open_folder(out_root)
-    if chosen.share not in SHARE_CHOICES:
-        raise UsageError(f"--share is {shown(chosen.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
-    number, n_workers = checked_share(chosen.index, chosen.of, os.environ)
-    everything = read_jobs(jobs)
     pushes = pushes_of(everything, chosen.push)
-    for name in left_out(jobs):
-        on_event({"event": "warning", "message": f"{shown(jobs / name)}: holds no adapter, and is left out."})
-    todo = share_of(everything, number, n_workers)
+    if pushes and scheme_of(out_root):
+        raise UsageError(f"{shown(out_root)}: --push-to-hub needs a directory of this machine.")
     device = pick_device(settings.device)
     ckpt = base_of_all(everything) if asks_for_base(ckpt) else ckpt
     ckpt_folder = checkpoint_folder(ckpt)

@@ -8,18 +8,18 @@ JOBS is a directory whose sub-directories are adapters, or a JSONL file with a {
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from lorafuse.batching.places import around, folders_there, inside
 from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, shown
 from lorafuse.files.folder import Folder
-from lorafuse.files.folders import has_scheme, open_folder
+from lorafuse.files.folders import has_scheme
 from lorafuse.files.hub import hub_name
 from lorafuse.files.local_folder import as_typed
-from lorafuse.outdir.apart import Id, contents_of, place_of, places_of
+from lorafuse.outdir.apart import places_of
 from lorafuse.settings import DTYPE_CHOICES, FORMAT_CHOICES, Settings, dtype_named
 
 KEYS = ("adapter", "name", "scale", "dtype", "format", "repo")
@@ -113,24 +113,29 @@ def _read_lines(path: Path) -> list[Job]:
         raise UsageError(
             f"{shown(path)}: {'is no regular file' if path.exists() else 'no such file or directory'}."
         )
+    with open(path, "rb") as f:
+        return parsed_lines(f, path, lambda adapter: _located(as_typed(adapter), path.parent))
+
+
+def parsed_lines(lines: Iterable[bytes], file: object, locate: Callable[[str], str]) -> list[Job]:
+    """Of a JSONL `file`; `locate` says where an adapter lies. Raises UsageError, with the line's number."""
     jobs: list[Job] = []
     line_of: dict[str, int] = {}
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                job = _parse(line, path.parent)
-                if job.name in line_of:
-                    raise ValueError(f"the name {shown(job.name)} is also that of line {line_of[job.name]}")
-            except (ValueError, RecursionError) as e:
-                raise UsageError(f"{shown(path)}, line {number}: {shown(e) or type(e).__name__}.") from None
-            line_of[job.name] = number
-            jobs.append(job)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            job = _parse(line, locate)
+            if job.name in line_of:
+                raise ValueError(f"the name {shown(job.name)} is also that of line {line_of[job.name]}")
+        except (ValueError, RecursionError) as e:
+            raise UsageError(f"{shown(file)}, line {number}: {shown(e) or type(e).__name__}.") from None
+        line_of[job.name] = number
+        jobs.append(job)
     return jobs
 
 
-def _parse(line: bytes, folder: Path) -> Job:
+def _parse(line: bytes, locate: Callable[[str], str]) -> Job:
     """One line. Raises ValueError."""
     try:
         entry = json.loads(line)
@@ -154,7 +159,7 @@ def _parse(line: bytes, folder: Path) -> Job:
         raise ValueError(f"the format is {shown(form)}; expected one of {', '.join(FORMAT_CHOICES)}")
     if repo is not None and not isinstance(repo, str):
         raise ValueError(f"the repo is {shown(repo)}; expected a repository on the hub")
-    located = _located(as_typed(adapter), folder)
+    located = locate(adapter)
     named = _checked_name(_name_of(located) if "name" not in entry else name)
     return Job(located, named, None if scale is None else float(scale), dtype, form, repo)
 
@@ -207,42 +212,19 @@ def refuse_overlap(jobs: Sequence[Job], out_root: Folder, ckpt: Folder) -> None:
     checkpoint, or one job's name is where the adapter or the checkpoint of another lies."""
     if out_root.exists("") and not out_root.is_there():
         raise OutDirError(f"{shown(out_root)}: exists and is not a directory.")
-    if ckpt.is_there() and _around(ckpt)[0] in _around(out_root):
+    if ckpt.is_there() and around(ckpt)[0] in around(out_root):
         raise OutDirError(
             f"{shown(out_root)}: is or lies inside the input {shown(ckpt)}; choose another directory."
         )
-    name_of = {place: job.name for job in jobs for place in _inside(out_root.sub_folder(job.name))}
-    for folder in (ckpt, *_folders_of(jobs)):
-        places = places_of(folder.local_path) if folder.local_path else _around(folder)
+    name_of = {place: job.name for job in jobs for place in inside(out_root.sub_folder(job.name))}
+    for folder in (ckpt, *folders_there(job.adapter for job in jobs)):
+        places = places_of(folder.local_path) if folder.local_path else around(folder)
         name = next((name_of[place] for place in places if place in name_of), None)
         if name is not None:
             raise OutDirError(
                 f"{shown(out_root)}: the result {shown(name)} would take the place of the input "
                 f"{shown(folder.local_path or folder)}."
             )
-
-
-def _folders_of(jobs: Sequence[Job]) -> Iterator[Folder]:
-    """Where the adapters of jobs lie, as far as that can be told; else it is the job's own error, later."""
-    for job in jobs:
-        with suppress(OSError, UsageError):
-            folder = open_folder(job.adapter)
-            if folder.is_there():
-                yield folder
-
-
-def _around(folder: Folder) -> Sequence[Id | PurePath]:
-    """A folder and what it lies in, innermost first: by device and inode, or by its URL, which is nothing
-    that lies on this machine."""
-    if folder.local_path:
-        return place_of(folder.local_path)
-    url = PurePath(folder.address)
-    return [url, *url.parents]
-
-
-def _inside(folder: Folder) -> Iterable[Id | PurePath]:
-    """A folder and what lies in it, in the same terms. A URL stands for all in it."""
-    return contents_of(folder.local_path) if folder.local_path else [PurePath(folder.address)]
 
 
 def share_of(jobs: Sequence[Job], index: int, of: int) -> list[Job]:

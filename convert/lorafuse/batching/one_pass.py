@@ -7,7 +7,7 @@ called that.
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 
@@ -17,16 +17,16 @@ from lorafuse.batching.publication import Publication
 from lorafuse.errors import LorafuseError
 from lorafuse.events import OnEvent
 from lorafuse.files.checkpoint import Checkpoint
-from lorafuse.files.names import RECEIPT
+from lorafuse.files.names import RECEIPT, scheme_of
 from lorafuse.inputs.fetching import Fetching
 from lorafuse.inputs.unchanged import UnchangedInputs
 from lorafuse.merge.destination import Written
 from lorafuse.merge.loop import merge
 from lorafuse.outdir.free_space import check_room, told_when_full
 from lorafuse.outdir.journal import Attempt
-from lorafuse.outdir.kinds import kind_of
-from lorafuse.outdir.out_dir import OutDir
-from lorafuse.outdir.output import Output, output_of
+from lorafuse.outdir.kinds import kind_of, shared_kind_of
+from lorafuse.outdir.out_dir import OutDir, Part
+from lorafuse.outdir.output import N_FINISHING, Output, output_of
 from lorafuse.outdir.read_back import verify_shards
 from lorafuse.outdir.sidecars import copied_files, write_json, write_sidecars
 from lorafuse.planning.plan import Memory, Plan
@@ -43,7 +43,8 @@ UNREADABLE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP}
 @dataclass(frozen=True)
 class PlannedJob:
     """A result that is planned; its adapters are open. `common`: the files that other results may need too,
-    each with a key that stands for its bytes. `publication`: what is published of it, if anything is."""
+    each with a key that stands for its bytes. `publication`: what is published of it, if anything is. `part`:
+    the files that are made, where other workers make the others; `commits`: workers have made all files."""
 
     name: str
     out_dir: str
@@ -54,6 +55,39 @@ class PlannedJob:
     on_event: OnEvent
     common: Mapping[str, str] = field(default_factory=dict)
     publication: Publication | None = None
+    part: "PartOfJob | None" = None
+    commits: bool = False
+
+    def opened(self, *, overwrite: bool, restart: bool) -> OutDir:
+        """Where it is made."""
+        key = (self.out_dir, self.plan.plan_id, self.attempt)
+        if self.part:
+            return shared_kind_of(self.out_dir).open_part(
+                *key, self.part.which, overwrite=overwrite, restart=restart, on_event=self.on_event
+            )
+        if self.commits:
+            files = [shard.file for shard in self.plan.shards]
+            return shared_kind_of(self.out_dir).open_whole(
+                *key, files, overwrite=overwrite, on_event=self.on_event
+            )
+        return kind_of(self.out_dir).open_out_dir(
+            *key, overwrite=overwrite, restart=restart, on_event=self.on_event
+        )
+
+    @property
+    def elsewhere(self) -> Iterable[str]:
+        """The files that come from other results, or that other workers make."""
+        if self.part is None:
+            return self.common
+        return {shard.file for shard in self.plan.shards} - self.part.files
+
+
+@dataclass(frozen=True)
+class PartOfJob:
+    """The files of a job that one of several workers makes."""
+
+    which: Part
+    files: frozenset[str]
 
 
 @dataclass
@@ -105,7 +139,8 @@ class Pass:
             # Commons first: their files are complete before an output that waits for one is.
             outputs = [making.commons for making in in_progress if making.commons]
             outputs += [making.main for making in in_progress]
-            side_files = [file for making in in_progress for file in copied_files(making.job.plan)]
+            whole = [making.job.plan for making in in_progress if not making.job.part]
+            side_files = [file for plan in whole for file in copied_files(plan)]
             with closing(self._fetching(outputs, in_progress)) as fetching:
                 if self.asks_for_room:
                     check_room(outputs, side_files, fetching.nbytes_beside)
@@ -129,14 +164,7 @@ class Pass:
         in_progress = []
         with ExitStack() as stack:
             for job in jobs:
-                result = kind_of(job.out_dir).open_out_dir(
-                    job.out_dir,
-                    job.plan.plan_id,
-                    job.attempt,
-                    overwrite=self.overwrite,
-                    restart=self.restart,
-                    on_event=job.on_event,
-                )
+                result = job.opened(overwrite=self.overwrite, restart=self.restart)
                 if job.publication:
                     result = job.publication.out_dir(result, job.plan)
                 try:
@@ -144,7 +172,9 @@ class Pass:
                 except LorafuseError as e:
                     self.on_failed(job, e)
                     continue
-                main = output_of(job.plan, result, job.on_event, job.common)
+                # What waits for its last byte takes memory on its way to a store, and room on a small disk.
+                few = bool(scheme_of(job.out_dir)) or bool(job.publication and not job.publication.keeps)
+                main = output_of(job.plan, result, job.on_event, {*job.elsewhere}, 0 if few else N_FINISHING)
                 in_progress.append(JobInProgress(job, result, main))
             yield in_progress
 
@@ -159,13 +189,15 @@ class Pass:
                 raise error
             if making.commons:
                 making.main.outcome.timing.add(making.commons.outcome.timing)
-            receipt = self._complete(making, began)
+            receipt = None if job.part else self._complete(making, began)
             job.files.refuse_changed()
             making.result.commit()
         except Exception as e:
             if isinstance(e, OSError) and e.errno not in UNREADABLE:
                 raise
             self.on_failed(job, e)
+            return True
+        if receipt is None:
             return True
         if nothing := no_update(receipt["tensors"]):
             job.on_event({"event": "warning", "message": nothing})

@@ -9,6 +9,7 @@ from lorafuse.batching.one_pass import PlannedJob
 from lorafuse.errors import StorageError, listed, shown, sized
 from lorafuse.files.folder import Folder
 from lorafuse.outdir.kinds import kind_of
+from lorafuse.outdir.output import N_FINISHING
 from lorafuse.planning.plan import Memory
 
 # A pass of 32 spends 3% of its time on what its jobs share: a larger one would gain little, and no result is
@@ -17,9 +18,11 @@ MAX_MEMBERS = 32
 JOB_NBYTES = 1500  # a job, its state and its error
 # A weight's step, patch, adapter tensors and measures; 1,650 were measured with LoRA on 560 of 723.
 STEP_NBYTES = 3000
-MEMBER_FILES = (
-    5  # open at once beside its adapter: two shards, a lock, a journal, and one that is synced or copied
-)
+# Stacks of the threads that finish an output's files, and what one of them reads back.
+OUTPUT_NBYTES = 1_000_000
+# Open at once beside its adapter: two shards, those that are finished, a lock, a journal, and one that is
+# copied.
+MEMBER_FILES = 5 + N_FINISHING
 SPARE_FILES = 16  # for hashing, sidecars, directories that are synced
 
 

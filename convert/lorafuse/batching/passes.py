@@ -24,6 +24,7 @@ from lorafuse.batching.pass_size import (
     JOB_NBYTES,
     MAX_MEMBERS,
     MEMBER_FILES,
+    OUTPUT_NBYTES,
     SPARE_FILES,
     STEP_NBYTES,
     disk_error,
@@ -62,8 +63,9 @@ class Member:
 
     @property
     def held_nbytes(self) -> int:
+        of_steps = sum(1 for _ in self.planned.plan.steps) * STEP_NBYTES
         of_upload = UPLOAD_NBYTES if self.planned.publication else 0
-        return self.adapter_nbytes + sum(1 for _ in self.planned.plan.steps) * STEP_NBYTES + of_upload
+        return self.adapter_nbytes + of_steps + of_upload + OUTPUT_NBYTES
 
 
 @dataclass
@@ -176,7 +178,10 @@ class Batch:
                 if not self.dry_run:
                     self.kind.clean_up(out_dir)
                 return None
-            plan = make_plan(self.base, adapters, settings, weights=self.weights, each_format=self.dry_run)
+            plan = make_plan(
+                self.base, adapters, settings, weights=self.weights, each_format=self.dry_run,
+                held_by_writing=self.kind.held_nbytes,
+            )  # fmt: skip
             files.refuse_nonfinite()
             planned = PlannedJob(
                 job.name, out_dir, settings, plan, files, files.attempt(plan, settings),
@@ -228,7 +233,9 @@ class Batch:
         of_hub = max(self.base.folder.held_nbytes, self.destinations.held_nbytes)
         of_base = len(self.base.tensors) * STORED_TENSOR_NBYTES + of_hub
         of_jobs = self._n_jobs * JOB_NBYTES + sum(member.held_nbytes for member in members)
-        return of_base + of_jobs + self.finished.nbytes
+        largest = [max(shard.nbytes for shard in member.planned.plan.shards) for member in members]
+        of_writing = self.kind.held_nbytes(largest, self.base.folder)
+        return of_base + of_jobs + of_writing + self.finished.nbytes
 
     def _disk_error(self, members: Sequence[Member]) -> StorageError | None:
         planned = [member.planned for member in members]

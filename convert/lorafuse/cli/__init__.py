@@ -1,10 +1,12 @@
 """The command line: the only package that prints or exits. Everything else is `pipeline.convert`."""
 
+import gc
 from collections.abc import Callable
 
 import click
 
 from lorafuse.cli.cmd_batch import batch
+from lorafuse.cli.cmd_clean import clean
 from lorafuse.cli.cmd_completion import completion
 from lorafuse.cli.cmd_convert import convert
 from lorafuse.cli.cmd_env import env
@@ -17,6 +19,7 @@ from lorafuse.cli.streams import make_usable
 
 __all__ = [
     "batch",
+    "clean",
     "completion",
     "convert",
     "env",
@@ -40,6 +43,7 @@ lorafuse.add_command(batch)
 lorafuse.add_command(inspect)
 lorafuse.add_command(report)
 lorafuse.add_command(verify)
+lorafuse.add_command(clean)
 lorafuse.add_command(env)
 lorafuse.add_command(completion)
 
@@ -53,6 +57,8 @@ def _entry(command: click.Command, name: str) -> Callable[[], None]:
             if e.code in INTERRUPTED:
                 leave(e.code)
             raise
+        finally:
+            gc.freeze()  # the process ends: what is left needs no search for garbage
 
     return main
 

@@ -2,18 +2,19 @@
 
 import gc
 import os
-from pathlib import Path
 from typing import Any
 
 import click
 
-from lorafuse.batching.jobs import checked_share, read_jobs
+from lorafuse.batching.jobs import checked_share
+from lorafuse.batching.jobs_afar import listed_jobs
 from lorafuse.batching.pushes import pushes_of
 from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import (
     CONTEXT,
     base_options,
     check_base_options,
+    engine_options,
     output_options,
     push_option,
     run_options,
@@ -23,6 +24,7 @@ from lorafuse.cli.show_batch import ShowBatch
 from lorafuse.errors import BatchError
 from lorafuse.files.local_folder import as_typed
 from lorafuse.files.sharing import SHARE_CHOICES
+from lorafuse.files.uncollected import uncollected
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import Settings
 
@@ -42,6 +44,7 @@ from lorafuse.settings import Settings
               help="Do share I (from 0) of the jobs; with --of. Default: the task of a Slurm array or of a "
                    "Kubernetes Indexed Job, if this is one, else all.")  # fmt: skip
 @click.option("--of", type=int, metavar="N", help="Into how many shares the jobs are divided.")
+@engine_options
 @click.option(
     "--allow-nonfinite",
     is_flag=True,
@@ -81,9 +84,9 @@ def batch(
 
     JOBS is a directory whose sub-directories are adapters, or a JSONL file of {"adapter": PATH, "name"?:
     NAME, "scale"?, "dtype"?, "format"?, "repo"?}; relative paths start at the file. CKPT and adapters are
-    directories or hub ids org/name[@revision]; CKPT may be auto, the base that all adapters name. Each result
-    is what `lorafuse convert` makes; the base is read and decoded once for many. One that is there already is
-    skipped, and one that fails does not cost the others.
+    directories or hub ids org/name[@revision]; CKPT may be auto, the base that all adapters name. All may be
+    URLs s3://, gs://, az://. Each result is what `lorafuse convert` makes; the base is read and decoded once
+    for many. One that is there already is skipped, and one that fails does not cost the others.
 
     \b
     Examples:
@@ -91,7 +94,8 @@ def batch(
       lorafuse batch base-nf4 jobs.jsonl merged-root --dry-run
       lorafuse batch auto my-adapters merged-root --stream
     """
-    show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose)
+    spread = options["engine"] != "local" and not dry_run
+    show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose, spread=spread)
     with exit_codes("what is finished stays, and the same command goes on", as_json=as_json):
         refuse_nameless(out_root)
         Settings(
@@ -100,12 +104,11 @@ def batch(
         check_base_options(options)
         checked_share(options["index"], options["of"], os.environ)
         options["push_to_hub"] = push_option(options)
-        pushes_of(read_jobs(Path(as_typed(jobs))), options["push_to_hub"])
-        gc.disable()  # as for convert
-        from lorafuse.batching.batch import batch as run
+        pushes_of(listed_jobs(as_typed(jobs))[0], options["push_to_hub"])
+        with uncollected():  # as for convert
+            from lorafuse.batching.batch import batch as run
 
-        gc.freeze()
-        gc.enable()
+            gc.freeze()
 
         try:
             states = run(ckpt, jobs, out_root, dry_run=dry_run, on_event=show, **options)

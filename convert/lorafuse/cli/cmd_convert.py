@@ -11,6 +11,7 @@ from lorafuse.cli.options import (
     CONTEXT,
     base_options,
     check_base_options,
+    engine_options,
     output_options,
     push_option,
     run_options,
@@ -19,6 +20,7 @@ from lorafuse.cli.options import (
 )
 from lorafuse.cli.show import Show, summary_text, weights_text
 from lorafuse.cli.streams import say, tell
+from lorafuse.files.uncollected import uncollected
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import THE_BASE, Settings
 
@@ -56,6 +58,13 @@ WHEN_INTERRUPTED = "OUT_DIR is as it was, and the same command goes on from what
 @click.option("--private", is_flag=True, help="Make that repository a private one.")
 @click.option("--revision", metavar="BRANCH", help="The branch of that repository.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request there instead.")
+@click.option("--index", type=int, metavar="I",
+              help="Make only part I (from 0) of the files of weights, with --of; other workers make the "
+                   "others, and --commit gives the result its name.")  # fmt: skip
+@click.option("--of", type=int, metavar="N", help="Into how many parts the files of weights are divided.")
+@click.option("--commit", is_flag=True,
+              help="Complete the result whose parts the workers have made.")  # fmt: skip
+@engine_options
 @click.option("--card", is_flag=True, help="Write a model card, README.md; --push-to-hub does.")
 @run_options
 @click.option("-v", "--verbose", is_flag=True, help="Also what happens to each weight that changes.")
@@ -76,7 +85,8 @@ def convert(
     CKPT is a checkpoint in full precision or a quantized one (bitsandbytes NF4, FP4, int8; FP8, GPTQ, AWQ,
     MXFP4, MLX and others), ADAPTER a PEFT or MLX-LM adapter; each a directory, a hub id
     org/name[/folder][@revision] or its URL. CKPT may be auto, the base that the adapter's config names.
-    OUT_DIR gets safetensors files that transformers, vLLM and others load, and lorafuse_receipt.json.
+    All three may lie in an object store: s3://, gs://, az://. OUT_DIR gets safetensors files that
+    transformers, vLLM and others load, and lorafuse_receipt.json.
 
     \b
     Examples:
@@ -88,17 +98,16 @@ def convert(
     show = Show("merging", as_json=as_json, quiet=quiet, dry_run=dry_run, verbose=verbose)
     with exit_codes(WHEN_INTERRUPTED, as_json=as_json):
         _check(out_dir, options)
-        gc.disable()  # what importing torch makes stays: looking for garbage in it only takes time
-        from lorafuse.pipeline import convert as run
+        with uncollected():  # what importing torch makes stays
+            from lorafuse.pipeline import convert as run
 
-        gc.freeze()
-        gc.enable()
+            gc.freeze()
 
         try:
             receipt = run(ckpt, adapter, out_dir, dry_run=dry_run, on_event=show, **options)
         finally:
             show.close()
-        if dry_run:
+        if dry_run or options["index"] is not None:
             return
         if verbose and not quiet:
             say(weights_text(receipt))

@@ -10,6 +10,7 @@ from lorafuse.cli.options import CONTEXT, Size
 from lorafuse.cli.show import Show
 from lorafuse.cli.streams import tell
 from lorafuse.errors import ResultError, shown, sized
+from lorafuse.files.uncollected import uncollected
 from lorafuse.verification.relations import EXPLAINED, GOOD, what_is_wrong
 
 N_WORST = 20
@@ -59,7 +60,8 @@ def verify(out_dir: str, *, as_json: bool, quiet: bool, sample: int | None, **op
     """
     show = Show("comparing", as_json=False, quiet=quiet)
     with exit_codes():
-        from lorafuse.verification.verify import verify as run
+        with uncollected():  # as for convert
+            from lorafuse.verification.verify import verify as run
 
         try:
             checked = run(out_dir, sample=sample or 0, on_event=show, **options)

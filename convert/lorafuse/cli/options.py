@@ -118,6 +118,15 @@ output_options = _all(
     click.option("--memory-limit", type=Size(), default="100MB", show_default=True,
                  help="Bound on what the process holds beyond `import torch`."),
 )  # fmt: skip
+# Who does the work.
+engine_options = _all(
+    click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+                 help="Who does the work: this process, or processes that Ray starts, on this machine or in "
+                      "a cluster; pip install 'lorafuse[ray]'."),
+    click.option("--address", metavar="ADDRESS",
+                 help="The cluster of --engine ray: HOST:PORT, or auto for that of this machine. Default: "
+                      "RAY_ADDRESS, else Ray is started here."),
+)  # fmt: skip
 # What is printed, and whether anything is written.
 run_options = _all(
     click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),

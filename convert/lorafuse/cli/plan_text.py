@@ -43,6 +43,9 @@ def _lines(plan: Plan) -> Lines:
     yield "writes", f"{sized(plan['nbytes'])} in {n_shards} file{'s' if n_shards != 1 else ''} of weights"
     for shard in plan["shards"]:
         yield "", f"{shard['file']}  {sized(shard['nbytes'])}  {shard['n_weights']} weights"
+    for index, part in enumerate(plan.get("parts", [])):
+        n_files = len(part["files"])
+        yield f"part {index}", f"{sized(part['nbytes'])} in {n_files} file{'' if n_files == 1 else 's'}"
     if len(plan["formats"]) > 1:
         yield "--format", ", ".join(f"{word} {sized(nbytes)}" for word, nbytes in plan["formats"].items())
     yield "disk", disk_text(plan["disk"])

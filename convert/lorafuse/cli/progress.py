@@ -42,6 +42,16 @@ class Progress:
             )  # fmt: skip
             self._bar.refresh()
 
+    def grow(self, label: str, nbytes: int) -> None:
+        """So many bytes more belong to the task, which begins with the first."""
+        if not self._total:
+            self.begin(label, nbytes)
+            return
+        self._total += nbytes
+        if self._bar is not None:
+            self._bar.total = self._total
+            self._bar.refresh()
+
     def skip(self, nbytes: int) -> None:
         """Bytes that are there already: they say nothing of the rate."""
         nbytes = min(nbytes, self._total - self._done)

@@ -6,10 +6,10 @@ from typing import Any, cast
 import click
 
 from lorafuse.cli.plan_text import plan_text
-from lorafuse.cli.progress import Progress
+from lorafuse.cli.progress import Progress, lasting
 from lorafuse.cli.streams import styled
 from lorafuse.errors import listed, shown, sized
-from lorafuse.events import Event, PlanEvent
+from lorafuse.events import Event, PartEvent, PlanEvent, WorkersEvent
 from lorafuse.receipt.in_words import ACTIONS, percent, too_little_text
 from lorafuse.receipt.read import kept_in_sum, sizes_in_sum
 
@@ -31,7 +31,11 @@ class Show:
     def __call__(self, event: Event) -> None:
         if self._as_json and event["event"] not in ("progress", "fetching"):
             self._progress.tell(json.dumps(event))
-        if event["event"] == "done":
+        if event["event"] == "part":
+            self._say(part_text(event))
+        elif event["event"] == "workers":
+            self._say(workers_text(event))
+        elif event["event"] == "done":
             self.url, self.kept_here = event.get("url", ""), event.get("kept_here", True)
         elif event["event"] == "plan":
             self._plan(event)
@@ -71,6 +75,32 @@ class Show:
     def close(self) -> None:
         """Nothing more comes, at the end or after an error."""
         self._progress.end()
+
+
+def part_text(event: PartEvent) -> str:
+    """What a worker has made, and what comes after it."""
+    n = event["n_shards"]
+    return (
+        f"Part {event['index']} of {event['of']}: {n} file{'' if n == 1 else 's'} of weights, "
+        f"{sized(event['nbytes'])} in {event['wall_s']:.1f} s, peak {sized(event['peak_rss'])}. When all "
+        "parts are made, the same command with --commit gives the result its name."
+    )
+
+
+def workers_text(event: WorkersEvent) -> str:
+    """A table of what each machine did."""
+    rows = [("worker", "tasks", "written", "busy")]
+    for worker in event["workers"]:
+        sizes = (sized(worker["nbytes"]), lasting(worker["busy_s"]))
+        rows.append((shown(worker["host"]), f"{worker['n_tasks']:,}", *sizes))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+        for cells in (zip(row, widths, strict=True) for row in rows)
+    ]
+    if n := event["n_again"]:
+        lines.append(f"{n} {'task was' if n == 1 else 'tasks were'} begun again, since a process had ended.")
+    return "\n".join(lines)
 
 
 def warning_text(message: str) -> str:

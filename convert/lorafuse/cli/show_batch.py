@@ -9,7 +9,7 @@ import click
 
 from lorafuse.cli.plan_text import changes_text, disk_text, inputs_text, n_changed_text, time_text
 from lorafuse.cli.progress import Progress, lasting
-from lorafuse.cli.show import warning_text
+from lorafuse.cli.show import warning_text, workers_text
 from lorafuse.cli.streams import styled
 from lorafuse.errors import shown, sized
 from lorafuse.events import Event, JobEvent, PassEvent, PlanEvent, ResumedEvent, TotalEvent
@@ -22,8 +22,9 @@ class ShowBatch:
     """Shows events: JSON lines, or finished results and plans, one a line, on stdout; warnings, progress and
     what became of each job on stderr."""
 
-    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
+    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool, spread: bool = False) -> None:
         self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
+        self._spread = spread  # passes run beside each other, and are one task
         self._plans: dict[str, PlanEvent] = {}
         self._n_passes, self._noted, self._n_planned = 0, False, 0
         self._progress = Progress(quiet=quiet)
@@ -48,6 +49,8 @@ class ShowBatch:
             self._resumed(event)
         elif event["event"] == "job":
             self._job(event)
+        elif event["event"] == "workers":
+            self._say(workers_text(event))
         elif event["event"] == "total":
             self._total(event)
 
@@ -65,7 +68,10 @@ class ShowBatch:
             jobs = f"{len(names)} jobs, {sized(event['nbytes'])}: {' '.join(map(shown, names))}"
             self._say(f"Pass {self._n_passes}: {jobs}")
         if "disk" not in self._plans[names[0]]:  # no dry run
-            self._progress.begin(f"pass {self._n_passes}", event["nbytes"])
+            if self._spread:
+                self._progress.grow("merging", event["nbytes"])
+            else:
+                self._progress.begin(f"pass {self._n_passes}", event["nbytes"])
 
     def _resumed(self, event: ResumedEvent) -> None:
         done = f"{event['n_shards']} of {len(self._plans[event['job']]['shards'])} files"

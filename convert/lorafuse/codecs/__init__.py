@@ -40,6 +40,7 @@ from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
 from lorafuse.files.tensors import TensorInfo
+from lorafuse.files.uncollected import uncollected
 
 
 class Codec(Protocol):
@@ -126,6 +127,7 @@ def dropped(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict
     return {name: reason for _, taken in _claims(stored, config) for name, reason in taken.dropped.items()}
 
 
+@uncollected()
 def open_weights(ckpt: Checkpoint) -> dict[str, Sources]:
     """Returns every weight of a checkpoint with its sources. Raises CheckpointError when no codec knows the
     quantization, or a stored tensor is missing or left over."""

@@ -3,10 +3,12 @@ here."""
 
 from collections.abc import Callable
 
+from lorafuse.files.cloud_folder import CloudFolder
+from lorafuse.files.cloud_url import SCHEMES
 from lorafuse.files.folder import Folder
 from lorafuse.files.local_folder import LocalFolder
 
-FOLDERS: dict[str, Callable[[str], Folder]] = {"": LocalFolder.at}
+FOLDERS: dict[str, Callable[[str], Folder]] = {"": LocalFolder.at, **dict.fromkeys(SCHEMES, CloudFolder.at)}
 
 
 def has_scheme(name: str) -> bool:

@@ -12,6 +12,7 @@ from io import FileIO
 from os import PathLike, fspath
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import unquote
 
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.folder import Buffer, FileFacts
@@ -136,14 +137,17 @@ def _refuse_escape(source: Path, root: Path) -> None:
         )
 
 
+FILE_URL = "file:///"
 # Whoever names one of these means the directory that it lies in.
 SUFFIXES = (".safetensors", ".json", ".bin", ".gguf")
 
 
 def as_typed(name: str | PathLike[str]) -> str:
     """A path with the home directory in place of `~`, which a shell leaves alone in quotes. What is called so
-    wins."""
+    wins. Of a URL file:///PATH the path."""
     path = fspath(name)
+    if path.startswith(FILE_URL):
+        return "/" + unquote(path.removeprefix(FILE_URL)).strip("/")
     return os.path.expanduser(path) if path.startswith("~") and not os.path.lexists(path) else path
 
 

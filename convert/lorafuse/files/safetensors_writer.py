@@ -1,19 +1,25 @@
-"""Writes one safetensors file: tensors in any order, each byte once, hashed on the way."""
+"""Writes one safetensors file: tensors in any order, by any threads, each byte once, hashed on the way."""
 
-import hashlib
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from threading import Lock
 from typing import Protocol
 
 from lorafuse.errors import StorageError
 from lorafuse.files.safetensors_file import header_of
 from lorafuse.files.tensors import StoredTensor
+from lorafuse.files.trailing_hash import TrailingHash
 
-READ_NBYTES = 1 << 20  # read back at once, where bytes came before those that the hash waits for
+Behind = Callable[[Callable[[], None]], "Future[None]"]
+"""Runs a function in another thread, beside those that write."""
 
 
 class OutFile(Protocol):
-    """A file in the making. It has its name once it is finished, and not before. Errors of the file system
-    pass through."""
+    """A file in the making. It has its name once it is finished, and not before. Any thread may write, in any
+    order, at places of its own, while another one reads what was written. Errors of the file system pass
+    through."""
 
     name: str  # of the file in its directory, for messages
 
@@ -23,77 +29,92 @@ class OutFile(Protocol):
     def read(self, offset: int, nbytes: int) -> bytes:
         """Bytes that were written."""
 
+    def passed(self, end: int) -> None:
+        """A hint: nothing before the byte `end` is read again."""
+
     def finish(self, nbytes: int) -> None:
-        """Make the file, of `nbytes` bytes, durable and give it its name. Raises StorageError when it has
-        another size."""
+        """Make the file, of `nbytes` bytes, durable and give it its name; nobody writes any more. Raises
+        StorageError when it has another size."""
 
     def close(self) -> None:
         """Give the file up, unless it is finished."""
 
 
 class ShardWriter:
-    """One safetensors file in the making. `nbytes`: written so far."""
+    """One safetensors file in the making. `nbytes`: written so far; `seconds`: spent on it, over all threads.
+    Bytes that have to be read back for the hash are read by a thread of `behind`, or by the one that writes.
+    Who writes waits for the hash, unless more than `wait_nbytes` are to be hashed before."""
 
-    def __init__(self, file: OutFile, tensors: Sequence[StoredTensor]) -> None:
-        self._file = file
-        self._sha256 = hashlib.sha256()
+    def __init__(
+        self,
+        file: OutFile,
+        tensors: Sequence[StoredTensor],
+        behind: Behind | None = None,
+        wait_nbytes: int = sys.maxsize,
+    ) -> None:
+        self._file, self._behind = file, behind
+        self._hash = TrailingHash(file.read, wait_nbytes)
+        self._catching_up: Future[None] | None = None
+        self._lock, self.seconds = Lock(), 0.0
         header = header_of(tensors)
         self._starts: dict[str, int] = {}
         self._expected = len(header)
         for tensor in tensors:
             self._starts[tensor.name] = self._expected
             self._expected += tensor.nbytes
-        self.nbytes = 0
-        self._hashed = 0  # bytes from the start
-        # Start → end of what was written further on, without gaps, and the reverse.
-        self._ahead: dict[int, int] = {}
-        self._starts_by_end: dict[int, int] = {}
         try:
             self._put(0, header)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def nbytes(self) -> int:
+        return self._hash.n_added
+
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
-        """Put bytes of a tensor, from its byte `offset` on, into the file."""
-        self._put(self._starts[tensor] + offset, data)
+        """Put bytes of a tensor, from its byte `offset` on, into the file. Any thread may."""
+        if data:
+            self._put(self._starts[tensor] + offset, data)
 
     def _put(self, start: int, data: bytes | memoryview) -> None:
+        began = time.perf_counter()
         self._file.write(start, data)
-        self.nbytes += len(data)
-        if start != self._hashed:
-            self._remember(start, start + len(data))
-            return
-        self._sha256.update(data)
-        self._hashed += len(data)
-        end = self._ahead.pop(self._hashed, self._hashed)
-        self._starts_by_end.pop(end, None)
-        while self._hashed < end:
-            data = self._file.read(self._hashed, min(READ_NBYTES, end - self._hashed))
-            self._sha256.update(data)
-            self._hashed += len(data)
+        waits = self._hash.add(start, data)
+        self._file.passed(self._hash.nbytes)
+        self._spent(began)
+        if waits and self._behind:
+            self._catching_up = self._behind(self._catch_up)
+        elif waits:
+            self._catch_up()
 
-    def _remember(self, start: int, end: int) -> None:
-        """One entry for bytes without a gap: a matrix may come in hundreds of thousands of pieces."""
-        start = self._starts_by_end.pop(start, start)
-        end = self._ahead.pop(end, end)
-        self._ahead[start], self._starts_by_end[end] = end, start
+    def _catch_up(self) -> None:
+        began = time.perf_counter()
+        self._hash.catch_up()
+        self._spent(began)
 
-    @property
-    def is_complete(self) -> bool:
-        """All bytes of all tensors are written."""
-        return self.nbytes == self._expected
+    def _spent(self, began: float) -> None:
+        with self._lock:
+            self.seconds += time.perf_counter() - began
 
     def finish(self) -> str:
-        """Give the file its name. Returns its sha256. Raises StorageError unless every byte was written,
-        once."""
-        if not self.is_complete or self._hashed != self._expected:
+        """Give the file its name, when nobody writes any more. Returns its sha256. Raises StorageError unless
+        every byte was written, once."""
+        if self._catching_up:
+            self._catching_up.result()
+        began = time.perf_counter()
+        if not self.nbytes == self._hash.nbytes == self._expected:
             raise StorageError(
                 f"{self._file.name}: {self.nbytes} bytes were written, the plan has {self._expected}."
             )
         self._file.finish(self._expected)
-        return self._sha256.hexdigest()
+        self._spent(began)
+        return self._hash.hexdigest()
+
+    def stop(self) -> None:
+        """The file is going to be given up: what runs behind ends soon."""
+        self._hash.stop()
 
     def close(self) -> None:
-        """Give the file up, unless it is finished."""
+        """Give the file up, unless it is finished; nobody writes any more."""
         self._file.close()

@@ -12,6 +12,7 @@ from lorafuse.files.names import stays_inside
 from lorafuse.files.safetensors_file import FormatError, Shard, read_header
 from lorafuse.files.tensors import TensorInfo
 from lorafuse.files.torch_file import read_torch_header
+from lorafuse.files.uncollected import uncollected
 
 
 class Store(Protocol):
@@ -46,6 +47,7 @@ class ShardedStore:
     that is no JSON object, OSError. `warnings`: what is wrong and does no harm.
     """
 
+    @uncollected()
     def __init__(self, folder: Folder, single: str) -> None:
         index = _read_index(folder, single)
         weight_map = _weight_map(index, folder, single)

@@ -36,7 +36,12 @@ class InputFile(NamedTuple):
 
 
 class InputHashes:
-    """sha256 of every input file, taken in a thread beside the merge; leaving the context early stops it."""
+    """sha256 of every input file, taken in a thread beside the merge; leaving the context early stops it.
+
+    Each file is read for it once more, in its own order, mostly from the page cache; a merge reads in the
+    order of names. That takes a sixth of what SHA-256 takes (bench/speed/hashing.py). A file whose hash this
+    run has compared when it was fetched is not read.
+    """
 
     def __init__(self, ckpt: Checkpoint, ckpt_name: str, adapters: Sequence["WeightedAdapter"]) -> None:
         names = [*ckpt.config_files, *(shard.name for shard in ckpt.shards)]

@@ -14,6 +14,7 @@ from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named, folder_of
 from lorafuse.files.local_folder import directory_as_typed
 from lorafuse.files.names import INDEX, RECEIPT, SINGLE, TORCH_INDEX, TORCH_SINGLE
+from lorafuse.files.uncollected import uncollected
 from lorafuse.inspection.merged import inspect_merged
 
 __all__ = ["inspect"]
@@ -33,11 +34,11 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
     name = as_named(name)
     if folder.exists(RECEIPT):
         return inspect_merged(folder, name)
-    # These import torch.
-    from lorafuse.adapters.reading.directory import adapters_in
-    from lorafuse.arithmetic.torch_state import own_torch_state
-    from lorafuse.inspection.adapter import inspect_adapters
-    from lorafuse.inspection.checkpoint import inspect_checkpoint, inspect_remote
+    with uncollected():  # these import torch
+        from lorafuse.adapters.reading.directory import adapters_in
+        from lorafuse.arithmetic.torch_state import own_torch_state
+        from lorafuse.inspection.adapter import inspect_adapters
+        from lorafuse.inspection.checkpoint import inspect_checkpoint, inspect_remote
 
     with own_torch_state():
         at_root, names = adapters_in(folder)

@@ -1,14 +1,13 @@
 """The loop: for every weight, for every tile: read, decode, then for every output patch, round once, write.
 
-Tiles are made ahead of the writer, within the plan's memory; they are hashed and written in order by the
-calling thread. The first error ends the run; an error of one output alone ends that output.
+All of this is done by the worker that has the tile. The calling thread accounts for finished tiles, in order.
+The first error ends the run; an error of one output alone ends that output.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from lorafuse.arithmetic.arena import host_view
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.errors import CheckpointError, LorafuseError, ResultError, shown
 from lorafuse.merge.destination import Destination
@@ -34,15 +33,14 @@ def merge(
     try:
         with own_torch_state(), TileWorkers(planned, memory, device, feed) as workers:
             for tile in workers.tiles(outputs):
-                for variant, made, buffer in zip(tile.weight.variants, tile.made, tile.buffers, strict=True):
+                for variant, made in zip(tile.weight.variants, tile.made, strict=True):
                     if made.measures:
                         variant.measures.add(made.measures)
                     if tile.last:
                         made.error = made.error or _complaint(variant, allow_nonfinite)
                     for number in variant.outputs:
                         if outputs[number].error is None:
-                            _deliver(outputs[number], variant, made, buffer)
-                workers.give_back(tile.buffers)
+                            _account(outputs[number], variant, made)
         for output in outputs:
             if output.error is None:
                 output.finish()
@@ -51,17 +49,16 @@ def merge(
             output.close()
 
 
-def _deliver(output: Destination, variant: Variant, made: Made, buffer: torch.Tensor) -> None:
-    """A finished tile to one output: account for it and write it, or give the output up."""
+def _account(output: Destination, variant: Variant, made: Made) -> None:
+    """A tile that is written to one output: add its figures to those of the output, or give it up."""
     if made.error:
         output.fail(made.error)
         return
     output.outcome.timing.add(made.timing)
     if variant.step.patches:
         output.outcome.measures[variant.step.name] = variant.measures
-    view = host_view(buffer)
-    for piece in made.pieces:
-        output.write(piece.tensor, piece.at, piece.bytes_of(view))
+    for tensor, nbytes in made.written.items():
+        output.wrote(tensor, nbytes)
 
 
 def _complaint(variant: Variant, allow_nonfinite: bool) -> LorafuseError | None:

@@ -2,16 +2,16 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from lorafuse.arithmetic.arena import DECODED_FP32
+from lorafuse.arithmetic.arena import DECODED_FP32, host_view
 from lorafuse.arithmetic.measure import Measures, count_broken, measure_tile
 from lorafuse.codecs import Arena, Sources
 from lorafuse.codecs.encoder import FinishedTile, Piece
-from lorafuse.merge.destination import Timing
+from lorafuse.merge.destination import Destination, Timing
 from lorafuse.patches.patch import Base
 from lorafuse.planning.plan import Step
 from lorafuse.planning.shared_weights import SharedWeight, Variant
@@ -19,12 +19,14 @@ from lorafuse.planning.shared_weights import SharedWeight, Variant
 
 @dataclass
 class Made:
-    """What a finished tile holds for one variant. `pieces` say which bytes of the buffer belong where."""
+    """What a finished tile holds for one variant. `pieces` say which bytes of the buffer belong where, until
+    they are `written`: so many bytes of each stored tensor."""
 
     pieces: tuple[Piece, ...] = ()
     timing: Timing = field(default_factory=Timing)
     measures: Measures | None = None
     error: Exception | None = None  # of these outputs alone
+    written: dict[str, int] = field(default_factory=dict)
 
 
 def prepare(step: Step, sources: Sources, arena: Arena) -> None:
@@ -101,6 +103,17 @@ def _made(variant: Variant, tile: FinishedTile, buffer: torch.Tensor, arena: Are
         made.measures.n_clipped = encoded.n_clipped
     made.timing.stats_cpu_s = time.thread_time() - cpu_ended
     return made
+
+
+def write_tile(made: Made, buffer: torch.Tensor, outputs: Sequence[Destination]) -> None:
+    """Hand the bytes of a tile to each output that gets them; none, of a tile that went wrong."""
+    pieces, made.pieces = made.pieces, ()
+    view = host_view(buffer)
+    for piece in () if made.error else pieces:
+        data = piece.bytes_of(view)
+        for output in outputs:
+            output.write(piece.tensor, piece.at, data)
+        made.written[piece.tensor] = made.written.get(piece.tensor, 0) + piece.nbytes
 
 
 def patched(step: Step, base: torch.Tensor, start: int, arena: Arena) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The threads that make tiles, ahead of the writer.
+"""The threads that make tiles and write them.
 
 A tile belongs to one worker, whose torch ops are single-threaded and work in buffers that it reuses;
 parallelism is over tiles, never inside one, so the result does not depend on the number of threads.
@@ -19,24 +19,22 @@ from lorafuse.codecs import Arena, Sources
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.merge.destination import Destination
 from lorafuse.merge.feed import EVERYTHING_HERE, Feed
-from lorafuse.merge.tile import Made, make_tile, prepare, release
+from lorafuse.merge.tile import Made, make_tile, prepare, release, write_tile
 from lorafuse.planning.plan import Memory
 from lorafuse.planning.shared_weights import SharedWeight, SharedWeights
 
 
 @dataclass
 class Tile:
-    """A finished tile: what each variant of its weight gets, in buffers that go back to the pool once they
-    are written."""
+    """A finished tile: what was made and written for each variant of its weight."""
 
     weight: SharedWeight
-    buffers: list[torch.Tensor]
     made: list[Made]
     last: bool  # of its weight
 
 
 class TileWorkers:
-    """Worker threads, their scratch memory, and a pool of buffers for finished tiles."""
+    """Worker threads, and the scratch memory and buffers of each."""
 
     def __init__(
         self, planned: SharedWeights, memory: Memory, device: torch.device, feed: Feed = EVERYTHING_HERE
@@ -44,31 +42,30 @@ class TileWorkers:
         self._planned, self._memory, self._device, self._feed = planned, memory, device, feed
         self._executor = ThreadPoolExecutor(memory.n_workers, "tile", initializer=self._start_worker)
         self._local = local()
-        # Last in, first out: the buffer that was written last is still in cache.
-        self._buffers: queue.LifoQueue[torch.Tensor] = queue.LifoQueue()
+        self._buffers: queue.SimpleQueue[list[torch.Tensor]] = queue.SimpleQueue()  # of each worker
         self._pending: deque[tuple[SharedWeight, int | None, Future[Tile]]] = deque()
         self._held_nbytes = 0  # by weights that are prepared and not released
         self._loader = Arena(device)
 
     def __enter__(self) -> "TileWorkers":
-        for _ in range(self._memory.n_tiles * self._memory.n_variants):
-            self._buffers.put(torch.empty(self._memory.tile_nbytes, dtype=torch.uint8))
+        # Not by the workers themselves: malloc keeps some of what is freed for a thread that is no more.
+        memory = self._memory
+        for _ in range(memory.n_workers):
+            sizes = [memory.tile_nbytes] * memory.n_variants
+            self._buffers.put([torch.empty(n, dtype=torch.uint8, device="cpu") for n in sizes])
         return self
 
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
-        # The executor refers to this object, a cycle: without this, buffers may still be there when the next
+        # The executor refers to this object, a cycle: without this, scratch may still be there when the next
         # pass makes its own.
         self._pending.clear()
-        self._buffers, self._loader = queue.LifoQueue(), Arena(self._device)
+        self._local, self._buffers, self._loader = local(), queue.SimpleQueue(), Arena(self._device)
 
     def _start_worker(self) -> None:
         one_thread_here()
         self._local.arena = Arena(self._device)
-
-    def give_back(self, buffers: list[torch.Tensor]) -> None:
-        for buffer in buffers:
-            self._buffers.put(buffer)
+        self._local.buffers = self._buffers.get()
 
     def tiles(self, outputs: Sequence[Destination]) -> Iterator[Tile]:
         """Finished tiles, weight by weight; none for outputs that were given up meanwhile."""
@@ -88,6 +85,7 @@ class TileWorkers:
             if not weight.variants:
                 continue
             self._held_nbytes += weight.resident_nbytes
+            yield from self._opened(weight, outputs)
             if following and following.needs_values and self._feed.is_ready(n + 1):
                 # A pass over the next weight, if it needs one, beside the making of this one; tiles report
                 # its errors.
@@ -96,8 +94,7 @@ class TileWorkers:
                 while len(self._pending) >= self._memory.n_tiles:
                     yield self._take()
                 weight.will_need(start, stop)
-                buffers = [self._buffers.get() for _ in weight.variants]
-                future = self._executor.submit(self._make, weight, start, stop, buffers)
+                future = self._executor.submit(self._make, weight, start, stop, outputs)
                 self._pending.append((weight, n if stop == weight.size else None, future))
         while self._pending:
             yield self._take()
@@ -110,6 +107,16 @@ class TileWorkers:
         if not self._pending:
             self._feed.made(n - 1)
         self._feed.wait(n)
+
+    def _opened(self, weight: SharedWeight, outputs: Sequence[Destination]) -> Iterator[Tile]:
+        """Finished tiles of the weights before, where an output has to be opened for this one."""
+        for variant in weight.variants if weight.size else ():
+            for output in (outputs[number] for number in variant.outputs):
+                if output.error is None and not output.is_open(variant.step):
+                    while self._pending:
+                        yield self._take()
+                    if output.error is None:
+                        output.open(variant.step)
 
     def _prepared(self, weight: SharedWeight, outputs: Sequence[Destination]) -> SharedWeight:
         """The weight with its patches prepared, less the outputs whose patches cannot be."""
@@ -149,11 +156,15 @@ class TileWorkers:
     def _prepare(self, sources: Sources) -> None:
         sources.prepare(self._local.arena)
 
-    def _make(self, weight: SharedWeight, start: int, stop: int, buffers: list[torch.Tensor]) -> Tile:
+    def _make(self, weight: SharedWeight, start: int, stop: int, outputs: Sequence[Destination]) -> Tile:
+        buffers = self._local.buffers[: len(weight.variants)]
         try:
             made = make_tile(weight, start, stop, buffers, self._local.arena)
         except Exception as e:
             if isinstance(weight.sources.store, Checkpoint):  # which all outputs share
                 raise
             made = [Made(error=e) for _ in weight.variants]
-        return Tile(weight, buffers, made, last=stop == weight.size)
+        for variant, of_variant, buffer in zip(weight.variants, made, buffers, strict=True):
+            takers = [outputs[number] for number in variant.outputs]
+            write_tile(of_variant, buffer, [output for output in takers if output.error is None])
+        return Tile(weight, made, last=stop == weight.size)

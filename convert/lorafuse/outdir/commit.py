@@ -19,13 +19,13 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorafuse.errors import OutDirError, shown
-from lorafuse.files.names import RECEIPT
+from lorafuse.files.names import RECEIPT, natural_key
 from lorafuse.outdir.journal import fsync_dir
-from lorafuse.outdir.lock import is_own
+from lorafuse.outdir.lock import Lock, PartLock, is_own
 
 OUT = "out"
 OLD = "old"
@@ -33,14 +33,18 @@ LAST = ("config.json", RECEIPT)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _MAX_NAME_NBYTES = 160
+_RUN_NBYTES = 4
+_FOLDER = "-[0-9a-f]{8}-[0-9a-f]{8}"  # how the name of a hidden directory ends
 
 
 @dataclass(frozen=True)
 class StagingPlace:
-    """An OUT_DIR (its real path, through symbolic links) and where it is staged: `inside`, or beside it."""
+    """An OUT_DIR (its real path, through symbolic links) and where it is staged: `inside`, or beside it; or
+    where a `part` of its files is, as "2of4"."""
 
     out_dir: Path
     inside: bool
+    part: str = ""
 
     @classmethod
     def of(cls, out_dir: Path) -> "StagingPlace":
@@ -54,6 +58,10 @@ class StagingPlace:
 
     @property
     def _prefix(self) -> str:
+        return f"{self._prefix_of_all}.{self.part}" if self.part else self._prefix_of_all
+
+    @property
+    def _prefix_of_all(self) -> str:
         if self.inside:
             return ".lorafuse"
         name = os.fsencode(self.out_dir.name)
@@ -65,18 +73,34 @@ class StagingPlace:
     def lock(self) -> Path:
         return self.home / f"{self._prefix}.lock"
 
+    @property
+    def part_in_words(self) -> str:
+        index, _, of = self.part.partition("of")
+        return f"part {index} of {of}"
+
+    def run_lock(self, out_dir: Path) -> Lock | PartLock:
+        """What a run for this OUT_DIR, which the user calls `out_dir`, or for this part of it holds."""
+        if self.part:
+            return PartLock(self.lock, replace(self, part="").lock, out_dir, self.part_in_words)
+        return Lock(self.lock, out_dir)
+
     def new_folder(self, plan_id: str) -> Path:
         """A name for a hidden directory that no other run has."""
-        return self.home / f"{self._prefix}-{plan_id[:8]}-{secrets.token_hex(4)}"
+        return self.home / f"{self._prefix}-{plan_id[:8]}-{secrets.token_hex(_RUN_NBYTES)}"
 
     def folders(self) -> list[Path]:
-        """The hidden directories of runs for this OUT_DIR."""
-        pattern = re.compile(re.escape(self._prefix) + r"-[0-9a-f]{8}-[0-9a-f]{8}")
-        return (
-            [self.home / name for name in sorted(os.listdir(self.home)) if pattern.fullmatch(name)]
-            if self.home.is_dir()
-            else []
-        )
+        """The hidden directories of runs for this OUT_DIR, or for this part of it."""
+        pattern = re.compile(re.escape(self._prefix) + _FOLDER)
+        return [self.home / name for name in sorted(self._names()) if pattern.fullmatch(name)]
+
+    def parts(self) -> list["StagingPlace"]:
+        """Where runs have made parts of this OUT_DIR."""
+        pattern = re.compile(re.escape(self._prefix_of_all) + r"\.([0-9]+of[0-9]+)" + _FOLDER)
+        found = {match[1] for name in self._names() if (match := pattern.fullmatch(name))}
+        return [replace(self, part=part) for part in sorted(found, key=natural_key)]
+
+    def _names(self) -> list[str]:
+        return os.listdir(self.home) if self.home.is_dir() else []
 
     def own_folders(self) -> list[Path]:
         """The hidden directories that nobody but this user can have filled, so that what is in them may be
@@ -85,19 +109,23 @@ class StagingPlace:
 
     def _foreign(self) -> Iterator[Path]:
         """What is in OUT_DIR and not there for staging; a new file system has lost+found."""
-        own = (
-            {self.lock.name, "lost+found", *(folder.name for folder in self.folders())} if self.inside else {}
-        )
-        return (
-            (self.out_dir / name for name in os.listdir(self.out_dir) if name not in own)
-            if self.out_dir.is_dir()
-            else iter(())
-        )
+        prefix = re.escape(self._prefix_of_all)
+        own = re.compile(rf"{prefix}(\.[0-9]+of[0-9]+)?(\.lock|{_FOLDER})|lost\+found")
+        names = os.listdir(self.out_dir) if self.out_dir.is_dir() else []
+        return (self.out_dir / name for name in names if not (self.inside and own.fullmatch(name)))
 
     @property
     def filled(self) -> bool:
         """Whether OUT_DIR has something in it."""
         return any(True for _ in self._foreign())
+
+    def refuse_filled(self, name: str, *, overwrite: bool) -> None:
+        """Raises OutDirError where something is in OUT_DIR, which the user calls `name`, that may not go."""
+        if not overwrite and self.filled:
+            raise OutDirError(
+                f"{shown(name)}: exists and is not empty; --overwrite replaces it once the new one is "
+                "complete."
+            )
 
     def make_home(self) -> None:
         """Missing parents, each synced into its own."""
@@ -150,6 +178,11 @@ class StagingPlace:
                 os.rename(folder / OUT / name, self.out_dir / name)
             fsync_dir(self.out_dir)
             fsync_dir(folder / OUT)
+
+
+def other_name(folder: Path) -> Path:
+    """Another name for a hidden directory, of the same plan and part, that no other run has."""
+    return folder.with_name(folder.name[: -_RUN_NBYTES * 2] + secrets.token_hex(_RUN_NBYTES))
 
 
 def _is_own_folder(folder: Path) -> bool:

@@ -13,13 +13,13 @@ class FolderFile:
     """A FinishedFile in a folder."""
 
     def __init__(self, folder: Folder, file: str) -> None:
-        self._folder, self._file = folder, file
+        self.folder, self.file = folder, file
         self.local_path: Path | None = folder.local_path / file if folder.local_path else None
 
     def hash(self) -> FileHash:
-        return hash_file(self._folder, self._file)
+        return hash_file(self.folder, self.file)
 
     def chunks(self) -> Iterator[bytes]:
-        with stream(self._folder.open(self._file)) as f:
+        with stream(self.folder.open(self.file)) as f:
             while chunk := f.read(READ_NBYTES):
                 yield chunk

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from lorafuse.errors import StorageError, shown
 from lorafuse.files.folder import Folder
 from lorafuse.files.names import scheme_of
-from lorafuse.files.safetensors_file import header_of
 from lorafuse.outdir.out_dir import Space
 from lorafuse.outdir.output import Output
 from lorafuse.planning.plan import Plan, PlannedShard
@@ -41,7 +40,7 @@ def check_room(
         raise StorageError(
             f"{place}: {n_files} files are to be made, and the file system has room for {space.n_files}."
         )
-    largest = max(map(_file_nbytes, lacking), default=0)
+    largest = max((shard.file_nbytes for shard in lacking), default=0)
     if space.file_nbytes is not None and largest > space.file_nbytes:
         raise StorageError(
             f"{place}: a file of {largest} bytes is to be made, and this process may make them of "
@@ -76,10 +75,6 @@ def planned_nbytes(plan: Plan, side_files: Sequence[tuple[Folder, str]], space: 
     return _on_disk([plan], plan.shards, side_files, space)
 
 
-def _file_nbytes(shard: PlannedShard) -> int:
-    return len(header_of(list(shard.tensors))) + shard.nbytes
-
-
 def _needed(outputs: Sequence[Output], side_files: Sequence[tuple[Folder, str]]) -> int:
     """Bytes, each file rounded up to whole blocks."""
     lacking = [shard for output in outputs for shard in output.lacking]
@@ -95,7 +90,7 @@ def _on_disk(
     block = space.block_nbytes if space else 1
     fixed = [FIXED_NBYTES + NBYTES_PER_WEIGHT * sum(1 for _ in plan.steps) for plan in plans]
     side = [folder.facts(name).nbytes for folder, name in side_files]
-    sizes = (*fixed, *map(_file_nbytes, shards), *side)
+    sizes = (*fixed, *(shard.file_nbytes for shard in shards), *side)
     return sum(-(-nbytes // block) * block for nbytes in sizes)
 
 

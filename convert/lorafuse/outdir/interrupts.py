@@ -1,8 +1,8 @@
-"""Where an interruption waits: between a shard's name and its line in the journal, and while OUT_DIR gets its
-name.
+"""Where an interruption waits: while a file is handed to the thread that finishes it, and while OUT_DIR gets
+its name.
 
 Everywhere else the exception of a signal may come at any moment, since what is not in the journal does not
-count.
+count. It comes in the main thread, and files are finished by others.
 """
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from lorafuse.arithmetic.measure import Measures
@@ -68,6 +69,7 @@ class Journal:
     finished already."""
 
     def __init__(self, folder: Path, attempt: Attempt, finished: Mapping[str, FinishedShard]) -> None:
+        self._lock = Lock()  # files are finished by threads beside the one that gives them away
         new = folder / f"{JOURNAL}.new"
         self._fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
@@ -90,9 +92,10 @@ class Journal:
 
     def _append(self, fact: Attempt | FinishedShard | list[str]) -> None:
         data = memoryview(line_of(fact))
-        while data:
-            data = data[os.write(self._fd, data) :]
-        os.fsync(self._fd)
+        with self._lock:
+            while data:
+                data = data[os.write(self._fd, data) :]
+            os.fsync(self._fd)
 
     def close(self) -> None:
         if self._fd >= 0:

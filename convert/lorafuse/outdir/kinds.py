@@ -1,13 +1,14 @@
 """The kinds of places that results are written to, by the scheme of their names."""
 
 from lorafuse.errors import UsageError, shown
+from lorafuse.files.cloud_url import SCHEMES
 from lorafuse.files.names import scheme_of
-from lorafuse.outdir import local
+from lorafuse.outdir import cloud, local
 from lorafuse.outdir.apart import refuse_nameless
-from lorafuse.outdir.out_dir import OutDirKind
+from lorafuse.outdir.out_dir import OutDirKind, SharedKind
 
 # Scheme, as in memory://name → kind; none is a directory of this machine.
-OUT_DIRS: dict[str, OutDirKind] = {"": local}
+OUT_DIRS: dict[str, OutDirKind] = {"": local, **dict.fromkeys(SCHEMES, cloud)}
 
 
 def kind_of(out_dir: str) -> OutDirKind:
@@ -18,3 +19,14 @@ def kind_of(out_dir: str) -> OutDirKind:
     if kind is None:
         raise UsageError(f"{shown(out_dir)}: results cannot be written to {shown(scheme)}://.")
     return kind
+
+
+def shared_kind_of(out_dir: str) -> SharedKind:
+    """The same where several workers may make one result. Raises UsageError for other kinds of places."""
+    kind = kind_of(out_dir)
+    if isinstance(kind, SharedKind):
+        return kind
+    raise UsageError(
+        f"{shown(out_dir)}: workers cannot make parts of one result in {shown(scheme_of(out_dir))}://. Give "
+        "a directory that all workers share, or let one run make it all."
+    )

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,10 +10,11 @@ from lorafuse.errors import HeldError, OutDirError, shown
 from lorafuse.events import OnEvent
 from lorafuse.files.folder import Folder
 from lorafuse.outdir.apart import contents_of, is_around_here, place_of, places_of
-from lorafuse.outdir.commit import StagingPlace
-from lorafuse.outdir.journal import Attempt
-from lorafuse.outdir.out_dir import Space
-from lorafuse.outdir.staging import LocalOutDir, refuse_filled, space_below
+from lorafuse.outdir.commit import OUT, StagingPlace
+from lorafuse.outdir.journal import Attempt, read_journal
+from lorafuse.outdir.local_space import space_below
+from lorafuse.outdir.out_dir import Part, Space
+from lorafuse.outdir.staging import LocalOutDir
 
 
 def open_out_dir(
@@ -29,6 +30,47 @@ def open_out_dir(
     return LocalOutDir(
         Path(out_dir), plan_id, attempt, overwrite=overwrite, restart=restart, on_event=on_event
     )
+
+
+def open_part(
+    out_dir: str,
+    plan_id: str,
+    attempt: Attempt,
+    part: Part,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    on_event: OnEvent = lambda event: None,
+) -> LocalOutDir:
+    """Where a worker makes the files of a part. See SharedKind."""
+    return LocalOutDir(
+        Path(out_dir), plan_id, attempt, part=part, overwrite=overwrite, restart=restart, on_event=on_event
+    )
+
+
+def open_whole(
+    out_dir: str,
+    plan_id: str,
+    attempt: Attempt,
+    files: Collection[str],
+    *,
+    overwrite: bool = False,
+    on_event: OnEvent = lambda event: None,
+) -> LocalOutDir:
+    """A directory whose `files` workers have made. See SharedKind."""
+    return LocalOutDir(Path(out_dir), plan_id, attempt, overwrite=overwrite, on_event=on_event, wanted=files)
+
+
+def files_of_whole(out_dir: str, attempt: Attempt) -> set[str]:
+    """The files that an equal run of the whole has. See SharedKind."""
+    folders = StagingPlace.of(Path(out_dir)).own_folders()
+    records = [(folder, read_journal(folder)) for folder in folders]
+    return {
+        file
+        for folder, record in records
+        for file in record.finished
+        if record.attempt == attempt and (folder / OUT / file).exists()
+    }
 
 
 def check_out_dir(out_dir: str, inputs: Iterable[Folder], *, overwrite: bool) -> None:
@@ -60,7 +102,12 @@ def check_out_dir(out_dir: str, inputs: Iterable[Folder], *, overwrite: bool) ->
     place = StagingPlace.of(path_out)
     # Else it is seen later what a run that was cut off got done.
     if not place.lock.exists() and not place.own_folders():
-        refuse_filled(place, path_out, overwrite)
+        place.refuse_filled(out_dir, overwrite=overwrite)
+
+
+def held_nbytes(sizes: Sequence[int], ckpt: Folder) -> int:
+    """The kernel takes what is written."""
+    return 0
 
 
 def clean_up(out_dir: str) -> None:
@@ -75,7 +122,9 @@ def clean_up(out_dir: str) -> None:
 def left_nbytes(out_dirs: Iterable[str]) -> int:
     """What runs for these that were cut off left on disk, and the next ones use or remove. A file that has a
     name elsewhere too stays, and does not count."""
-    folders = [folder for out_dir in out_dirs for folder in StagingPlace.of(Path(out_dir)).own_folders()]
+    wholes = [StagingPlace.of(Path(out_dir)) for out_dir in out_dirs]
+    places = [place for whole in wholes for place in (whole, *whole.parts())]
+    folders = [folder for place in places for folder in place.own_folders()]
     files = [path.lstat() for folder in folders for path in folder.rglob("*") if path.is_file()]
     n_names = Counter((file.st_dev, file.st_ino) for file in files)
     sizes = {

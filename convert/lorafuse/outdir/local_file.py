@@ -1,11 +1,15 @@
 """A file of a result on this machine in the making: `NAME.part` until it is synced and has its name."""
 
+import ctypes
 import os
 from pathlib import Path
+from threading import Lock
 
 from lorafuse.errors import StorageError
 
 WRITEBACK_NBYTES = 32 << 20
+TAIL_NBYTES = 16
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 class LocalOutFile:
@@ -20,29 +24,31 @@ class LocalOutFile:
         # A file object, which an interruption right here closes; a number would stay open.
         self._file = open(self._part, "w+b", buffering=0)
         self._fd = self._file.fileno()
-        self._end = 0  # of what was written without a gap, where the next write is expected
-        self._dirty: list[int] = [0, 0]  # what was written since the last writeback, as one run of bytes
+        self._lock = Lock()
+        self._dirty_nbytes = 0  # since the last writeback
+        self._dropped = 0  # from the page cache, from the start on
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         view, at = memoryview(data), offset
-        # Appended rather than put at its place, where that is the same: then a write that did less than it
-        # said shows in the file's size.
-        appends = offset == self._end
         while view:
-            n = os.write(self._fd, view) if appends else os.pwrite(self._fd, view, at)
+            n = os.pwrite(self._fd, view, at)
             view, at = view[n:], at + n
-        if appends:
-            self._end = at
-        self._start_writeback(offset, at)
+        tail = bytes(memoryview(data)[-TAIL_NBYTES:])
+        if os.pread(self._fd, len(tail), at - len(tail)) != tail:
+            raise StorageError(
+                f"{self.name}: the system said that {len(data)} bytes were written at byte {offset}, and not "
+                "all of them are there; is the disk sound?"
+            )
+        self._start_writeback(len(data))
 
-    def _start_writeback(self, start: int, end: int) -> None:
-        """Lets the kernel write what is dirty, without waiting: the final fsync then finds little to do."""
-        first, last = self._dirty
-        first, last = (start, end) if start != last else (first, end)
-        if last - first >= WRITEBACK_NBYTES:
-            os.posix_fadvise(self._fd, first, last - first, os.POSIX_FADV_DONTNEED)
-            first = last
-        self._dirty = [first, last]
+    def _start_writeback(self, nbytes: int) -> None:
+        """Has the kernel write what is dirty, without waiting: the final fsync then finds little to do."""
+        with self._lock:
+            self._dirty_nbytes += nbytes
+            if self._dirty_nbytes < WRITEBACK_NBYTES:
+                return
+            self._dirty_nbytes = 0
+        start_writeback(self._fd)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         data = os.pread(self._fd, nbytes, offset)
@@ -50,14 +56,33 @@ class LocalOutFile:
             raise StorageError(f"{self.name}: ends at byte {offset}; something else wrote to it.")
         return data
 
+    def passed(self, end: int) -> None:
+        """Pages are dropped when the disk should have them; those that it has not yet stay."""
+        with self._lock:
+            first, last = self._dropped, end - 2 * WRITEBACK_NBYTES
+            if last - first < WRITEBACK_NBYTES:
+                return
+            self._dropped = last
+        os.posix_fadvise(self._fd, first, last - first, os.POSIX_FADV_DONTNEED)
+
     def finish(self, nbytes: int) -> None:
         size = os.fstat(self._fd).st_size
         if size != nbytes:
             raise StorageError(f"{self.name}: {size} bytes were written, the plan has {nbytes}.")
         os.fsync(self._fd)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         self.close()
         os.rename(self._part, self._path)
 
     def close(self) -> None:
         self._file.close()
         self._fd = -1
+
+
+def start_writeback(fd: int) -> None:
+    """Has the kernel write what is dirty of a file, where it knows sync_file_range. What goes wrong, fsync
+    says."""
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        nowhere = ctypes.c_int64(0)  # from the start, to the end
+        call(ctypes.c_int(fd), nowhere, nowhere, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))

@@ -1,5 +1,5 @@
 """One run for one OUT_DIR at a time: flock on a hidden file beside it, which the kernel lets go of when the
-process ends.
+process ends. Runs that make parts of one result share that lock, and each has one of its own part.
 
 Where others may write too, they may have put anything there: only what this user made counts.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorafuse.errors import HeldError, OutDirError, shown
 
+HELD = ": another run is writing it; wait for it, or choose another directory."
 # A file system that knows no locks: whose result is OUT_DIR is then decided by the rename.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
@@ -27,10 +28,12 @@ def is_own(status: os.stat_result) -> bool:
 
 
 class Lock:
-    """Held from `acquire` to `release`, which also removes the file."""
+    """Held from `acquire` to `release`, which also removes the file. A `shared` lock keeps out only those who
+    want it alone, and its file stays: another run may hold it too. `held`: what a message says of another
+    run, after the name of OUT_DIR."""
 
-    def __init__(self, path: Path, out_dir: Path) -> None:
-        self._path, self._out_dir = path, out_dir
+    def __init__(self, path: Path, out_dir: Path, *, held: str = HELD, shared: bool = False) -> None:
+        self._path, self._out_dir, self._held, self._shared = path, out_dir, held, shared
         self._fd = -1
 
     def acquire(self) -> None:
@@ -39,14 +42,11 @@ class Lock:
         while self._fd < 0:
             fd = self._open()
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 if self._is_named(fd):
                     self._fd = fd
             except BlockingIOError:
-                raise HeldError(
-                    f"{shown(self._out_dir)}: another run is writing it; wait for it, or choose another "
-                    "directory."
-                ) from None
+                raise HeldError(f"{shown(self._out_dir)}{self._held}") from None
             except OSError as e:
                 if e.errno not in UNSUPPORTED:
                     raise
@@ -88,7 +88,30 @@ class Lock:
 
     def release(self) -> None:
         if self._fd >= 0:
-            with suppress(OSError):  # a file that nobody holds does no harm
-                self._path.unlink()
+            if not self._shared:
+                with suppress(OSError):  # a file that nobody holds does no harm
+                    self._path.unlink()
             os.close(self._fd)
             self._fd = -1
+
+
+class PartLock:
+    """The same for a run that makes a part of OUT_DIR: it shares the lock of the whole, `path_of_whole`, so
+    that nobody else makes that meanwhile, and has the lock of its part alone."""
+
+    def __init__(self, path: Path, path_of_whole: Path, out_dir: Path, part: str) -> None:
+        self._whole = Lock(path_of_whole, out_dir, shared=True)
+        self._own = Lock(path, out_dir, held=f": another run is making {part}; wait for it.")
+
+    def acquire(self) -> None:
+        """Raises what `Lock.acquire` raises, and holds nothing then."""
+        self._whole.acquire()
+        try:
+            self._own.acquire()
+        except BaseException:
+            self._whole.release()
+            raise
+
+    def release(self) -> None:
+        self._own.release()
+        self._whole.release()

@@ -4,10 +4,10 @@ Nothing is visible under its final name before it is complete. An equal run take
 finished before it was cut off.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from lorafuse.arithmetic.measure import Measures
 from lorafuse.events import OnEvent
@@ -28,6 +28,14 @@ class Space:
     n_files: int | None = None
     file_nbytes: int | None = None
     unfinished_nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which worker makes some of a result's files, counted from 0, and how many workers make all of them."""
+
+    index: int
+    of: int
 
 
 class FinishedFile(Protocol):
@@ -59,8 +67,8 @@ class OutDir(Protocol):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None: ...
 
-    def create(self, file: str) -> OutFile:
-        """A file to be written in pieces."""
+    def create(self, file: str, nbytes: int) -> OutFile:
+        """A file that is to have `nbytes`, to be written in pieces."""
 
     def put(self, file: str, chunks: Iterable[bytes]) -> None:
         """A small file, which may lie in a sub-folder, durable at once."""
@@ -79,7 +87,8 @@ class OutDir(Protocol):
         reads from it. Raises ResultError for a file that it cannot read."""
 
     def record(self, written: Written, measures: dict[str, Measures]) -> None:
-        """A shard is complete, and need not be made again."""
+        """A shard is complete, and need not be made again. Called by a thread beside the others, one at a
+        time."""
 
     def give_away(self, file: str) -> None:
         """A shard that is recorded lies elsewhere now: remove it, and remember that it is complete."""
@@ -119,6 +128,10 @@ class OutDirKind(Protocol):
         """The place for a result. With an `attempt` it goes on from what an equal one has finished, unless
         `restart`."""
 
+    def held_nbytes(self, sizes: Sequence[int], ckpt: Folder) -> int:
+        """Host bytes that writing results takes, beside what reading from `ckpt` does. `sizes`: of the
+        largest file of each."""
+
     def clean_up(self, out_dir: str) -> None:
         """Remove what a run left that was killed when its result had its name already."""
 
@@ -127,3 +140,40 @@ class OutDirKind(Protocol):
 
     def space_of(self, out_root: str) -> Space | None:
         """What there is room for below a directory that may not be there yet."""
+
+
+@runtime_checkable
+class SharedKind(Protocol):
+    """What a kind of place has besides where several workers may make one result, each some of its files."""
+
+    def open_part(
+        self,
+        out_dir: str,
+        plan_id: str,
+        attempt: Attempt,
+        part: Part,
+        *,
+        overwrite: bool = False,
+        restart: bool = False,
+        on_event: OnEvent = ...,
+    ) -> OutDir:
+        """Where a worker makes the files of a part. Its `commit` leaves them for whoever opens the whole; so
+        do I/O errors and interruptions. Entering it raises HeldError while another run makes the part or the
+        whole, OutDirError when other parts are of another attempt or division, unless `restart`."""
+
+    def open_whole(
+        self,
+        out_dir: str,
+        plan_id: str,
+        attempt: Attempt,
+        files: Collection[str],
+        *,
+        overwrite: bool = False,
+        on_event: OnEvent = ...,
+    ) -> OutDir:
+        """`open_out_dir` of a result whose `files` the parts have made. Entering it raises StorageError when
+        a file is not there or is not what its worker wrote; then the parts keep theirs. Raises HeldError
+        while a part is made."""
+
+    def files_of_whole(self, out_dir: str, attempt: Attempt) -> set[str]:
+        """The files that an equal run of the whole has taken from the parts already."""

@@ -57,9 +57,9 @@ class PushedOutDir:
         self._upload.stop()
         self._inner.__exit__(kind, error, trace)
 
-    def create(self, file: str) -> OutFile:
+    def create(self, file: str, nbytes: int) -> OutFile:
         self._settle(N_PENDING)
-        return self._inner.create(file)
+        return self._inner.create(file, nbytes)
 
     def _settle(self, most: int) -> None:
         """Until at most so many files are on their way; those that arrived are removed here."""

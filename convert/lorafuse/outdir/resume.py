@@ -16,20 +16,37 @@ def goes_on(
         return False
     if was == now:
         return True
-    changed = [name for name in was.inputs if name in now.inputs and was.inputs[name] != now.inputs[name]]
-    names = [name for name in now.command | was.command if was.command.get(name) != now.command.get(name)]
-    if names and not changed:
-        differences = "; ".join(
-            f"{name} was {shown(was.command.get(name))}, is {shown(now.command.get(name))}" for name in names
-        )
+    if _other_settings(was, now) and not _changed(was, now):
         raise OutDirError(
             f"{shown(out_dir)}: a run that was cut off has finished {len(record.finished)} files with other "
-            f"settings: {differences}. Give its command again to finish it, or --restart to discard that "
-            "work."
+            f"settings: {difference(was, now)}. Give its command again to finish it, or --restart to discard "
+            "that work."
         )
-    why = f"{listed(changed)} changed" if changed else "another version of lorafuse or torch began it"
-    warn(f"{shown(out_dir)}: a run that was cut off is not resumed, since {why}; starting over.")
+    warn(
+        f"{shown(out_dir)}: a run that was cut off is not resumed, since {difference(was, now)}; starting "
+        "over."
+    )
     return False
+
+
+def difference(was: Attempt, now: Attempt) -> str:
+    """Why one attempt does not go on from the other, in words."""
+    if changed := _changed(was, now):
+        return f"{listed(changed)} changed"
+    words = (
+        f"{name} was {shown(was.command.get(name))}, is {shown(now.command.get(name))}"
+        for name in _other_settings(was, now)
+    )
+    return "; ".join(words) or "another version of lorafuse or torch began it"
+
+
+def _changed(was: Attempt, now: Attempt) -> list[str]:
+    """The inputs of both whose contents differ."""
+    return [name for name in was.inputs if name in now.inputs and was.inputs[name] != now.inputs[name]]
+
+
+def _other_settings(was: Attempt, now: Attempt) -> list[str]:
+    return [name for name in now.command | was.command if was.command.get(name) != now.command.get(name)]
 
 
 def leaves_work(error: BaseException | None) -> bool:

@@ -8,9 +8,8 @@ are here too.
 
 import errno
 import os
-import resource
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,49 +21,30 @@ from lorafuse.events import OnEvent
 from lorafuse.files.folder import FileHash
 from lorafuse.files.hashing import hash_file
 from lorafuse.files.local_folder import LocalFolder
-from lorafuse.files.safetensors_file import FormatError
 from lorafuse.files.sharing import share_file
 from lorafuse.merge.destination import Written
-from lorafuse.outdir.commit import OUT, StagingPlace
+from lorafuse.outdir.commit import OUT, StagingPlace, other_name
 from lorafuse.outdir.folder_file import FolderFile
 from lorafuse.outdir.interrupts import UNINTERRUPTED
 from lorafuse.outdir.journal import Attempt, FinishedShard, Journal, Record, fsync_dir, read_journal
 from lorafuse.outdir.local_file import LocalOutFile
-from lorafuse.outdir.lock import Lock
-from lorafuse.outdir.out_dir import FinishedFile, Space
+from lorafuse.outdir.local_space import space_below
+from lorafuse.outdir.out_dir import FinishedFile, Part, Space
+from lorafuse.outdir.parts import PartsLeft, is_whole, refuse_missing, refuse_other_parts
 from lorafuse.outdir.read_back import read_shapes
 from lorafuse.outdir.resume import goes_on, leaves_work
 
 SCRATCH = "base"
 
 
-def refuse_filled(place: StagingPlace, out_dir: Path, overwrite: bool) -> None:
-    if not overwrite and place.filled:
-        raise OutDirError(
-            f"{shown(out_dir)}: exists and is not empty; --overwrite replaces it once the new one is "
-            "complete."
-        )
-
-
-def space_below(folder: Path) -> Space:
-    """What there is room for in a directory that is there."""
-    status, (largest, _) = os.statvfs(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
-    return Space(
-        # Some file systems say nothing of their blocks and files.
-        free_nbytes=status.f_bavail * status.f_frsize if status.f_blocks else None,
-        block_nbytes=status.f_frsize or 1,
-        n_files=status.f_favail if status.f_files else None,
-        file_nbytes=None if largest == resource.RLIM_INFINITY else largest,
-    )
-
-
 class LocalOutDir:
     """A context in which this run alone writes OUT_DIR: `path` is the directory to fill, `commit` gives it
     its name.
 
-    With an `attempt` it goes on from what an equal one has finished, `finished`, and keeps what the next can
-    go on from if it ends with an I/O error or an interruption. Without, and after any other error, nothing is
-    left.
+    With an `attempt` it goes on from what an equal one has finished, `finished`, and from what workers made
+    in parts; it keeps what the next can go on from if it ends with an I/O error or an interruption. Without,
+    and after any other error, nothing is left. `wanted`: the files that have to be finished already. `part`:
+    what this run makes of OUT_DIR, if not all.
 
     Raises HeldError when another run holds OUT_DIR; OutDirError when an attempt with other settings could be
     resumed and `restart` does not say to discard it, or when OUT_DIR was filled meanwhile.
@@ -79,19 +59,21 @@ class LocalOutDir:
         overwrite: bool = False,
         restart: bool = False,
         on_event: OnEvent = lambda event: None,
+        wanted: Collection[str] = (),
+        part: Part | None = None,
     ) -> None:
         self.name = os.fspath(out_dir)
         self._out_dir, self._attempt, self._overwrite, self._restart = out_dir, attempt, overwrite, restart
-        self._on_event = on_event
-        self._place = StagingPlace.of(out_dir)
-        self._lock = Lock(self._place.lock, out_dir)
-        self._folder = self._place.new_folder(plan_id)
+        self._on_event, self._wanted = on_event, wanted
+        self._place = replace(StagingPlace.of(out_dir), part=f"{part.index}of{part.of}" if part else "")
+        self._lock = self._place.run_lock(out_dir)
         self._journal: Journal | None = None
-        self._committed = False
+        self._committed = self._is_part_done = False
         self._moving: list[str] = []
+        self.finished: dict[str, FinishedShard] = {}
+        self._folder = self._place.new_folder(plan_id)
         self.path = self._folder / OUT
         self.place = str(self.path)
-        self.finished: dict[str, FinishedShard] = {}
 
     def __enter__(self) -> Self:
         self._place.make_home()
@@ -106,28 +88,53 @@ class LocalOutDir:
         return self
 
     def _open(self) -> None:
+        if self._place.part and self._attempt and not self._restart:
+            refuse_other_parts(self.name, self._place, self._attempt)
         left = self._leftovers()
-        refuse_filled(self._place, self._out_dir, self._overwrite)
+        self._place.refuse_filled(self.name, overwrite=self._overwrite)
         taken = next((folder for folder, record in left.items() if self._goes_on(record)), None)
         for folder in left:
             if folder != taken:
                 self._discard(folder)
+        parts = self._parts_left()
         if taken is None:
             self._folder.mkdir(0o700)
             self.path.mkdir()  # by the umask, as OUT_DIR is to be
         else:
             os.rename(taken, self._folder)  # of two runs that no lock keeps apart, one has it
             self._folder.chmod(0o700)
-            self.finished = left[taken].finished
-            self.finished = {
-                file: shard
-                for file, shard in self.finished.items()
-                if shard.elsewhere or self._is_whole(shard.written)
-            }
+            self._keep_whole(left[taken], parts)
             self._clear()
+        self.finished |= self._whole_of(parts)
         if self._attempt:
             self._journal = Journal(self._folder, self._attempt, self.finished)
             fsync_dir(self._place.home)
+        parts.move_to(self.path)
+        for folder in parts.folders:
+            self._discard(folder)
+
+    def _parts_left(self) -> PartsLeft:
+        """What workers have made of this result, each some of its files."""
+        folders = [folder for place in self._place.parts() for folder in place.own_folders()]
+        left = {folder: read_journal(folder) for folder in (() if self._place.part else folders)}
+        return PartsLeft.of(left, [folder for folder, record in left.items() if self._goes_on(record)])
+
+    def _keep_whole(self, record: Record, parts: PartsLeft) -> None:
+        """Keep of what is finished the files that still are what the journal says."""
+        for file, shard in record.finished.items():
+            if file in parts.found and not (self.path / file).exists():
+                continue  # on its way here when the run was cut off
+            if shard.elsewhere or self._is_whole(shard.written):
+                self.finished[file] = shard
+                parts.leave(file)
+
+    def _whole_of(self, parts: PartsLeft) -> Mapping[str, FinishedShard]:
+        """The files of parts that are what their workers wrote. Raises StorageError where one that is wanted
+        is missing."""
+        for file in parts.broken():
+            self._warn(f"{shown(file)}: is not what its worker wrote.")
+        refuse_missing(self.name, self._wanted, {*self.finished, *parts.found})
+        return parts.finished
 
     def clean_up(self) -> None:
         """Remove what is only to be cleaned up, and change nothing else. Raises HeldError."""
@@ -158,7 +165,7 @@ class LocalOutDir:
     def _discard(self, folder: Path) -> None:
         """Remove a hidden directory. Where no lock keeps runs apart another one may be at work in it, which
         the new name stops."""
-        garbage = self._place.new_folder(folder.name[-17:])
+        garbage = other_name(folder)
         with suppress(FileNotFoundError):
             os.rename(folder, garbage)
         shutil.rmtree(garbage, ignore_errors=True)
@@ -168,10 +175,7 @@ class LocalOutDir:
 
     def _is_whole(self, written: Written) -> bool:
         """Whether a finished shard still is what the journal says. Reads it."""
-        try:
-            whole = hash_file(LocalFolder(self.path), written.file) == (written.nbytes, written.sha256)
-        except (FileNotFoundError, FormatError):
-            whole = False
+        whole = is_whole(self.path, written)
         if not whole:
             self._warn(
                 f"{shown(written.file)}: is not what was written before the run was cut off; it is made "
@@ -188,7 +192,7 @@ class LocalOutDir:
             if path.name not in self.finished:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def create(self, file: str) -> LocalOutFile:
+    def create(self, file: str, nbytes: int) -> LocalOutFile:
         return LocalOutFile(self.path / file)
 
     def put(self, file: str, chunks: Iterable[bytes]) -> None:
@@ -244,12 +248,16 @@ class LocalOutDir:
         (self.path / file).unlink()
 
     def commit(self) -> None:
-        """Sync the directory and give it its name, in place of what is there if that is to be overwritten."""
+        """Sync the directory and give it its name, in place of what is there if that is to be overwritten; a
+        part stays for whoever commits the whole."""
+        if self._place.part:
+            self._is_part_done = True
+            return
         with UNINTERRUPTED:
             for folder, _, _ in os.walk(self.path):
                 fsync_dir(Path(folder))
             if self._place.inside:
-                refuse_filled(self._place, self._out_dir, self._overwrite)
+                self._place.refuse_filled(self.name, overwrite=self._overwrite)
                 self._moving = os.listdir(self.path)
                 if self._journal:
                     self._journal.moving(self._moving)
@@ -269,6 +277,10 @@ class LocalOutDir:
                 f"{shown(self._out_dir)}: another run took over what this one had begun."
             ) from error
 
+    def _keeps(self, error: BaseException | None) -> bool:
+        """Whether what is finished stays for a further run."""
+        return bool(self.finished) and not self._committed and (self._is_part_done or leaves_work(error))
+
     def _leave(self, error: BaseException | None) -> None:
         """Keep what can be resumed, remove the rest."""
         try:
@@ -276,7 +288,7 @@ class LocalOutDir:
                 self._journal.close()
             if self._folder.exists() and not self._committed:
                 self._place.restore(self._folder, self._moving)
-            if self._folder.exists() and self.finished and leaves_work(error) and not self._committed:
+            if self._folder.exists() and self._keeps(error):
                 self._clear()
             else:
                 shutil.rmtree(self._folder, ignore_errors=True)

@@ -18,8 +18,10 @@ from lorafuse.codecs.dense import DenseSources
 from lorafuse.codecs.stored import StoredEncoder
 from lorafuse.errors import CheckpointError, UsageError, listed, shown
 from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.folder import Folder
 from lorafuse.files.names import natural_key
 from lorafuse.files.tensors import DTYPES, FLOATS, SAFETENSORS_NAMES, StoredTensor, TensorSpec
+from lorafuse.files.uncollected import uncollected
 from lorafuse.formats import FORMATS
 from lorafuse.formats.format import Format, MakeFormat, WeightToStore
 from lorafuse.naming import Names
@@ -45,7 +47,12 @@ from lorafuse.side_files.choose import Embedding, SideFiles, choose_side_files
 from lorafuse.structure import Structure, structure_of
 from lorafuse.trained_base.base_weights import base_weights
 
+HeldByWriting = Callable[[Sequence[int], Folder], int]
+"""Bytes of each result's largest file, folder of the checkpoint → host bytes that writing takes beside
+reading."""
 
+
+@uncollected()
 def make_plan(
     ckpt: Checkpoint,
     adapters: Sequence[WeightedAdapter],
@@ -54,10 +61,11 @@ def make_plan(
     make_format: MakeFormat | None = None,
     *,
     each_format: bool = False,
+    held_by_writing: HeldByWriting = lambda sizes, ckpt: 0,
 ) -> Plan:
     """Decide everything. The updates of all adapters are added. Plans that get the same `weights`, those of
-    `ckpt`, can be carried out together. `each_format`: say the size in each format, too. Raises
-    CheckpointError, AdapterError, or UsageError when the memory limit is too small."""
+    `ckpt`, can be carried out together. `each_format`: say the size in each format, too.
+    Raises CheckpointError, AdapterError, or UsageError when the memory limit is too small."""
     warnings, notes = [*ckpt.warnings], list[str]()
     weights = weights or base_weights(ckpt, settings.base_quant, warnings.append)
     summed = in_order(adapters)
@@ -81,6 +89,7 @@ def make_plan(
     shards = split_shards(steps, settings.max_shard_nbytes)
     n_entries = len(ckpt.tensors) + max(len(steps) - len(weights), 0)
     held_nbytes = _held_nbytes(ckpt, adapters, n_entries)
+    held_nbytes += held_by_writing([max(shard.nbytes for shard in shards)], ckpt.folder)
     memory = fit_memory(SharedWeights([steps]), held_nbytes, settings, len(steps) * RECEIPT_ENTRY_NBYTES)
     config_changes = model.changes | _config_changes(names, steps, untied, files)
     used = sorted({key for edit in edits.values() for key in edit.keys}.union(*model.added.values()))

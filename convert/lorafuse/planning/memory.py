@@ -1,4 +1,4 @@
-"""How the memory limit is spent: workers, tiles ahead of the writer, and what patches hold."""
+"""How the memory limit is spent: workers, each with the tile that it makes, and what patches hold."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,7 @@ from lorafuse.settings import Settings
 # Interpreter, libraries' buffers and allocator slack beyond `import torch`, measured by bench/memory.py.
 RUNTIME_NBYTES = 26_000_000
 LARGE_TABLES_NBYTES = 1_000_000  # with less, a refusal names a weight
-TILES_PER_WORKER = (6, 3, 1)  # the more, the longer workers go on while a write waits for the disk
-MIN_TILES_AHEAD = 2
+TILES_PER_WORKER = 4  # in the making and before it: of those that wait for one before them, no bytes are held
 
 
 def _hold_less(weight: SharedWeight) -> bool:
@@ -58,20 +57,19 @@ class Needs:
 def within_limit(needs: Needs, held_nbytes: int, settings: Settings) -> Memory | None:
     """As many workers as the limit allows, with what patches hold left as it is; None when it does not even
     allow one. `held_nbytes` is what is held beside the weights."""
-    for n_workers, per_worker in ((w, t) for w in range(settings.n_workers, 0, -1) for t in TILES_PER_WORKER):
-        memory = _spent(needs, held_nbytes, settings, n_workers, per_worker)
+    for n_workers in range(settings.n_workers, 0, -1):
+        memory = _spent(needs, held_nbytes, settings, n_workers)
         if needs.resident_nbytes <= memory.resident_nbytes:
             return memory
     return None
 
 
-def _spent(needs: Needs, held_nbytes: int, settings: Settings, n_workers: int, per_worker: int) -> Memory:
+def _spent(needs: Needs, held_nbytes: int, settings: Settings, n_workers: int) -> Memory:
     """What so many workers leave for what patches hold; less than nothing when they are too many."""
     held_nbytes += needs.held_nbytes  # prepared ahead of its weight
-    n_tiles = n_workers * per_worker + MIN_TILES_AHEAD
-    of_tiles = n_tiles * needs.n_variants * needs.tile_nbytes
-    fixed = RUNTIME_NBYTES + held_nbytes + n_workers * needs.worker_nbytes + of_tiles
-    return Memory(n_workers, n_tiles, needs.n_variants, needs.tile_nbytes, settings.memory_nbytes - fixed)
+    of_worker = needs.worker_nbytes + needs.n_variants * needs.tile_nbytes
+    left = settings.memory_nbytes - RUNTIME_NBYTES - held_nbytes - n_workers * of_worker
+    return Memory(n_workers, n_workers * TILES_PER_WORKER, needs.n_variants, needs.tile_nbytes, left)
 
 
 def fit_memory(
@@ -89,7 +87,7 @@ def fit_memory(
         memory = within_limit(needs, held_nbytes, settings)
         if memory and at_the_end <= settings.memory_nbytes:
             return memory
-        least = _spent(needs, held_nbytes, settings, 1, TILES_PER_WORKER[-1])
+        least = _spent(needs, held_nbytes, settings, 1)
         for weight in planned:
             while attempt != "resident" or weight.resident_nbytes > least.resident_nbytes:
                 if not _hold_less(weight):

@@ -9,6 +9,7 @@ from lorafuse.adapters import Patch
 from lorafuse.arithmetic import measure
 from lorafuse.codecs import Sources
 from lorafuse.codecs.encoder import Encoder
+from lorafuse.files.safetensors_file import header_of
 from lorafuse.files.tensors import Box, StoredTensor, TensorSpec
 from lorafuse.patches.patch import TILE_NUMEL
 from lorafuse.planning.base_check import BaseCopy
@@ -65,11 +66,10 @@ class Step:
         copied."""
         return self.spec.numel if self.encoder.needs_values else self.nbytes
 
-    @property
-    def _row_multiple(self) -> int:
+    def _row_multiple(self, row_numel: int) -> int:
         needed = math.lcm(self.encoder.row_multiple, *(patch.needs.row_multiple for patch in self.patches))
         wanted = math.lcm(needed, self.sources.rows_at_once)
-        fits = (self.row_numel,) == self.spec.shape[-1:] and wanted * self.row_numel <= TILE_NUMEL
+        fits = (row_numel,) == self.spec.shape[-1:] and wanted * row_numel <= TILE_NUMEL
         return wanted if fits else needed
 
     @property
@@ -84,8 +84,9 @@ class Step:
         """Of the tiles, in the units of `size`."""
         if not self.encoder.needs_values:
             return COPY_NBYTES
-        rows = self._row_multiple
-        return max(TILE_NUMEL // (rows * self.row_numel), 1) * rows * self.row_numel
+        row_numel = self.row_numel
+        least = self._row_multiple(row_numel) * row_numel
+        return max(TILE_NUMEL // least, 1) * least
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """(start, stop) in the units of `size`, in order."""
@@ -131,7 +132,7 @@ class Memory:
     """How the memory limit is spent."""
 
     n_workers: int
-    n_tiles: int  # in the making or waiting to be written, at once
+    n_tiles: int  # in the making or waiting for those before them, at once
     n_variants: int  # of a tile: for so many outputs it differs
     tile_nbytes: int  # of each
     resident_nbytes: int  # for what patches hold from a weight's first tile to its last
@@ -151,6 +152,11 @@ class PlannedShard:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def file_nbytes(self) -> int:
+        """With the header."""
+        return len(header_of(list(self.tensors))) + self.nbytes
 
 
 @dataclass

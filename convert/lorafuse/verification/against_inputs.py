@@ -3,6 +3,7 @@ written."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from threading import local
 from typing import Any
 
 import numpy as np
@@ -24,19 +25,28 @@ class Comparison:
         self.outcome = Outcome()
         self.error: Exception | None = None
         self._merged, self._steps, self._on_event = merged, steps, on_event
-        self._buffer = bytearray()
+        self._local = local()
 
     def steps(self) -> Iterable[Step]:
         return self._steps
 
+    def is_open(self, step: Step) -> bool:
+        return True
+
+    def open(self, step: Step) -> None:
+        """Nothing is to be opened."""
+
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
-        if len(self._buffer) < len(data):
-            self._buffer = bytearray(len(data))
-        stored = memoryview(self._buffer)[: len(data)]
+        buffer = getattr(self._local, "buffer", b"")
+        if len(buffer) < len(data):
+            buffer = self._local.buffer = bytearray(len(data))
+        stored = memoryview(buffer)[: len(data)]
         self._merged.read_into(tensor, offset, stored)
         if stored != data:
             raise ResultError(self._difference(tensor, offset, stored, data))
-        self._on_event({"event": "progress", "nbytes": len(data)})
+
+    def wrote(self, tensor: str, nbytes: int) -> None:
+        self._on_event({"event": "progress", "nbytes": nbytes})
 
     def _difference(self, name: str, at: int, stored: memoryview, made: memoryview) -> str:
         spec = self._merged.tensors[name].spec

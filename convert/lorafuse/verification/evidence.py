@@ -6,7 +6,8 @@ alone: nothing else is to be learnt from it, and it is what a right merge consis
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -76,6 +77,15 @@ class Evidence:
         self.measures.add(measure_tile(w, v, s, arena))
         return not exact
 
+    def add_all(self, other: "Evidence") -> None:
+        """What was seen of further chunks."""
+        self.measures.add(other.measures)
+        for m, sums in self.multiples.items():
+            _add_sums(sums, other.multiples[m])
+        if self.cells and other.cells:
+            _add_sums(self.cells, other.cells)
+        _add_sums(self, other)
+
     def _look(self, w: torch.Tensor, v: torch.Tensor, s: torch.Tensor, rounded: torch.Tensor) -> None:
         """`w` and `v` float64, `rounded` X_1."""
         delta, values = v - w, s.double()
@@ -120,6 +130,14 @@ class Evidence:
         allowed = torch.maximum(w.abs(), made.abs()).mul_(THREE_ROUNDINGS).add_(FLOAT16_STEP)
         sums.n_far += int((~((values - made).abs() <= allowed + abs(m) * update_error)).sum())
         return off
+
+
+def _add_sums(sums: Any, others: Any) -> None:
+    """Adds up the fields of two dataclasses that are sums."""
+    for field_ in fields(sums):
+        value = getattr(sums, field_.name)
+        if field_.name != "n_cols" and isinstance(value, int | float):
+            setattr(sums, field_.name, value + getattr(others, field_.name))
 
 
 def _narrowest(s: torch.Tensor) -> torch.dtype:

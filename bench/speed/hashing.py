@@ -1,0 +1,49 @@
+"""What it costs to hash the inputs: how much of it is reading them once more, beside the merge.
+
+    python -m bench.speed.hashing --work build/bench
+
+A merge reads a weight's tensors from several places of a file at once, in the order of names; SHA-256 needs
+the file's own order. So a thread reads each file again, which the merge has brought into the page cache. That
+is saved where the file is known: one that this run fetched from the hub was compared on the way. CPU time of
+one thread, in this process; the least of several runs.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.support import measure
+
+PIECE = 1 << 20  # as files/hashing.py
+ROUNDS = 7
+
+
+def cpu_s(path: Path, use: Callable[[memoryview], object]) -> float:
+    """Reads the file in pieces, each given to `use`."""
+    view, at = memoryview(bytearray(PIECE)), 0
+    with path.open("rb", buffering=0) as file:
+        began = time.thread_time()
+        while n := os.preadv(file.fileno(), [view], at):
+            use(view[:n])
+            at += n
+        return time.thread_time() - began
+
+
+def report(work: Path, layers: int) -> str:
+    base, _ = measure.inputs(work, "llama", layers)
+    path = base / "model.safetensors"
+    n_bytes = path.stat().st_size
+    uses: dict[str, Callable[[], Callable[[memoryview], object]]] = {
+        "reading from the page cache": lambda: len,
+        "reading and SHA-256": lambda: hashlib.sha256().update,
+    }
+    seconds = {name: min(cpu_s(path, make()) for _ in range(ROUNDS)) for name, make in uses.items()}
+    whole = max(seconds.values())
+    rows = [(name, f"{1e9 * s / n_bytes:.2f}", f"{s / whole:.0%}") for name, s in seconds.items()]
+    return measure.table((f"{n_bytes / measure.GB:.2f} GB", "CPU, ns a byte", "of both"), rows)
+
+
+if __name__ == "__main__":
+    measure.main(__doc__, report)

@@ -1,0 +1,47 @@
+"""Instructions that the parts of a merge take, which no other process changes.
+
+    python -m bench.speed.instructions --work build/bench
+
+`perf stat` counts, or valgrind where the machine has no counters: then for a processor without AVX-512 and
+without instructions for SHA-256. The base has two layers of the 1B model's shapes in NF4, or the many tensors
+of planning.py; *beyond* is without `import torch`.
+"""
+
+import sys
+from pathlib import Path
+
+from bench.speed.bases import NF4, inputs
+from bench.speed.planning import mixture
+from bench.support import measure
+from bench.support.instructions import count, counter
+
+TENSORS = 10_000
+FLOOR = "`import torch`"
+
+
+def report(work: Path, layers: int) -> str:
+    tool = counter()
+    if tool is None:
+        return "Neither perf nor valgrind counts on this machine."
+    small, experts = inputs(work, NF4), mixture(work, TENSORS)
+    python = (sys.executable, "-m")
+    merge = (*python, "lorafuse.cli", "convert", "--quiet", small / "base", small / "adapter")
+    with measure.scratch(work) as outputs:
+        counted = {
+            FLOOR: count(tool, (sys.executable, "-c", "import torch")),
+            "merge": count(tool, (*merge, outputs / "on"), LORAFUSE_KERNEL="on"),
+            "merge without the kernel": count(tool, (*merge, outputs / "off"), LORAFUSE_KERNEL="off"),
+            f"plan of {TENSORS:,} tensors": count(
+                tool, (*python, "bench.speed.plan_once", experts / "base", experts / "attention")
+            ),
+        }
+    floor = counted[FLOOR] or 0
+    rows = [
+        (name, f"{n / 1e6:,.0f}", f"{(n - floor) / 1e6:,.0f}") if n else (name, "not counted", "")
+        for name, n in counted.items()
+    ]
+    return measure.table((f"counted by {tool}", "million instructions", "beyond"), rows)
+
+
+if __name__ == "__main__":
+    measure.main(__doc__, report)

@@ -1,0 +1,93 @@
+"""The sha256 of a file that any threads write, in any order: it follows the lowest byte that is not written.
+
+Bytes that nothing is missing before are hashed by the thread that wrote them, while they are in its cache: it
+waits for its turn. All others are read back, which costs a quarter of hashing.
+"""
+
+import hashlib
+from collections.abc import Callable
+from threading import Condition
+
+READ_NBYTES = 1 << 17  # read back at once
+
+
+class TrailingHash:
+    """`nbytes` are hashed, from the start on, of `n_added`. `read_back(start, n)` has at most n bytes that
+    were added. A thread does not wait for its turn when more than `wait_nbytes` are before its own bytes."""
+
+    def __init__(self, read_back: Callable[[int, int], bytes], wait_nbytes: int) -> None:
+        self._read_back, self._sha256 = read_back, hashlib.sha256()
+        self._wait_nbytes = wait_nbytes
+        self._turn = Condition()
+        self._busy = False  # a thread hashes, or is going to: so it is whenever bytes up to `_end` wait
+        self._stopped = False
+        self.nbytes = self.n_added = 0
+        self._end = 0  # no byte before it is missing
+        self._waiting: set[int] = set()  # starts of what is hashed by the threads that wrote it
+        # Start → end of what was added further on, without gaps, and the reverse.
+        self._ahead: dict[int, int] = {}
+        self._starts_by_end: dict[int, int] = {}
+
+    def add(self, start: int, data: bytes | memoryview) -> bool:
+        """Bytes of the file from `start` on, at least one. Returns whether bytes wait that `catch_up` alone
+        hashes: then it has to be called, once, by any thread."""
+        with self._turn:
+            self.n_added += len(data)
+            if start != self._end:
+                self._remember(start, start + len(data))
+                return False
+            self._end = self._ahead.pop(start + len(data), start + len(data))
+            self._starts_by_end.pop(self._end, None)
+            if self._busy and not self._waited(start):
+                return False
+            self._busy = True
+        self._sha256.update(data)
+        return self._passed(len(data))
+
+    def _waited(self, start: int) -> bool:
+        """Waits until all before `start` is hashed, unless that is much. Returns whether it is."""
+        if start - self.nbytes > self._wait_nbytes:
+            return False
+        self._waiting.add(start)
+        self._turn.wait_for(lambda: self._stopped or self.nbytes == start)
+        self._waiting.remove(start)
+        return self.nbytes == start
+
+    def catch_up(self) -> None:
+        """Hash what waits, and what is added meanwhile, up to the lowest byte that is missing."""
+        try:
+            waits = True
+            while waits and not self._stopped:
+                with self._turn:
+                    start, end = self.nbytes, min(self._waiting, default=self._end)
+                data = self._read_back(start, min(READ_NBYTES, end - start))
+                self._sha256.update(data)
+                waits = self._passed(len(data))
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Nobody wants to know any more."""
+        with self._turn:
+            self._stopped = True
+            self._turn.notify_all()
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+    def _passed(self, nbytes: int) -> bool:
+        """So many more bytes are hashed. Returns whether the next have to be read back."""
+        with self._turn:
+            self.nbytes += nbytes
+            if self.nbytes in self._waiting:
+                self._turn.notify_all()
+                return False
+            self._busy = self.nbytes < self._end
+            return self._busy
+
+    def _remember(self, start: int, end: int) -> None:
+        """One entry for bytes without a gap: a matrix may come in hundreds of thousands of pieces."""
+        start = self._starts_by_end.pop(start, start)
+        end = self._ahead.pop(end, end)
+        self._ahead[start], self._starts_by_end[end] = end, start

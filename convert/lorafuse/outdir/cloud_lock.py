@@ -1,0 +1,147 @@
+"""One run for one result at a time, in an object store: an object that is made only if it is not there, and
+that its run replaces every few seconds. Who holds it is told by its tag; when it was replaced, by the clock
+of the store alone.
+
+A lock whose run is gone ends by itself: at once on the machine of that run, elsewhere after LEASE_S seconds.
+"""
+
+import json
+import os
+from contextlib import suppress
+from datetime import datetime
+from threading import Event, Lock, Thread
+from typing import Any
+
+from lorafuse.errors import HeldError, OutDirError, StorageError, shown
+from lorafuse.files.cloud_store import CloudPlace, Tag
+
+LEASE_S, RENEW_S = 90, 20
+LOCK, CLOCK = "lock", "clock-"
+
+
+def clocks_in(hidden: CloudPlace) -> list[str]:
+    """What runs that were killed while they asked for the time left."""
+    return [meta.name for meta in hidden.list_here()[0] if meta.name.startswith(CLOCK)]
+
+
+class CloudLock:
+    """Held from `acquire` to `release`, by the run of that name. `out`: the result, for messages."""
+
+    def __init__(self, hidden: CloudPlace, out: str, run: str) -> None:
+        self._hidden, self._out, self._run = hidden, out, run
+        self._content = json.dumps({"run": run, **_process(os.getpid())}).encode()
+        self._tag: Tag | None = None
+        self._taken_over = False
+        self._ended, self._renewing = Event(), Lock()
+        self._thread: Thread | None = None
+        self.is_known = True  # whether the store has such objects
+
+    @property
+    def is_held(self) -> bool:
+        return self._tag is not None and not self._taken_over
+
+    def acquire(self) -> None:
+        """Raises HeldError when another run has it, StorageError."""
+        try:
+            tag = self._own(self._hidden.put_new(LOCK, self._content)) or self._after_another()
+        except NotImplementedError:
+            self.is_known = False
+            return
+        if not tag:
+            raise HeldError(
+                f"{shown(self._out)}: another run is writing it; wait for it, or choose another place. (The "
+                f"lock of a run that was killed on another machine ends after {LEASE_S} seconds.)"
+            )
+        self._tag = tag
+        self._thread = Thread(target=self._renew_often, name="lock", daemon=True)
+        self._thread.start()
+
+    def _own(self, tag: Tag | None) -> Tag | None:
+        """The same, or that of the lock where this run made it: of an answer that was lost the condition does
+        not hold when the call is made again."""
+        if tag:
+            return tag
+        with suppress(FileNotFoundError):
+            data, meta = self._hidden.get(LOCK)
+            return meta.tag if data == self._content else None
+        return None
+
+    def _after_another(self) -> Tag | None:
+        """The tag, where the lock was that of a run that is no more: of two that see it, one replaces it."""
+        try:
+            data, meta = self._hidden.get(LOCK)
+        except FileNotFoundError:  # released in between
+            return self._hidden.put_new(LOCK, self._content)
+        if not _is_gone(data):
+            now = self._now()
+            if now is None or (now - meta.modified).total_seconds() < LEASE_S:
+                return None
+        return self._own(self._hidden.replace(LOCK, self._content, meta.tag))
+
+    def _now(self) -> datetime | None:
+        """By the store's clock; None where another run has just cleaned up."""
+        clock = CLOCK + self._run
+        self._hidden.put(clock, b"")
+        try:
+            return self._hidden.head(clock).modified
+        except FileNotFoundError:
+            return None
+        finally:
+            self._hidden.delete([clock])
+
+    def _renew_often(self) -> None:
+        while not self._ended.wait(RENEW_S):
+            with suppress(StorageError, OutDirError):  # what lasts shows where it is needed
+                self.renew()
+
+    def renew(self) -> None:
+        """Raises OutDirError where another run has the lock by now, StorageError."""
+        if not self.is_known:
+            return
+        with self._renewing:
+            if self._tag and not self._taken_over:
+                # Other content each time, since an ETag is a hash of it, as a rule.
+                holder = {**json.loads(self._content), "renewed": os.urandom(4).hex()}
+                self._content = json.dumps(holder).encode()
+                self._tag = self._own(self._hidden.replace(LOCK, self._content, self._tag))
+                self._taken_over = self._tag is None
+        self.check()
+
+    def check(self) -> None:
+        """The same by what is known here."""
+        if self._taken_over:
+            raise OutDirError(f"{shown(self._out)}: another run took over what this one had begun.")
+
+    def release(self) -> None:
+        self._ended.set()
+        if self._thread:
+            self._thread.join()
+        if self.is_held:
+            with suppress(StorageError, OSError, OutDirError):  # a lock whose run is gone does no harm
+                self.renew()
+                self._hidden.delete([LOCK])
+        self._tag = None
+
+
+def _process(pid: int) -> dict[str, Any]:
+    """What tells a process from all others, of this machine and of others."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
+            boot = f.read().strip()
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
+            started = f.read().rpartition(")")[2].split()[19]
+        return {"machine": f"{boot} {os.readlink('/proc/self/ns/pid')}", "pid": pid, "started": started}
+    except (OSError, IndexError):
+        return {}
+
+
+def _is_gone(lock: bytes) -> bool:
+    """Whether a lock is that of a process of this machine that has ended."""
+    try:
+        holder = json.loads(lock)
+        here = _process(os.getpid())
+        if not here or holder["machine"] != here["machine"]:
+            return False
+        return bool(_process(int(holder["pid"])).get("started") != holder["started"])
+    except (ValueError, TypeError, KeyError):
+        return False

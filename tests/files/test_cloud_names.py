@@ -1,0 +1,136 @@
+"""What names an object store, and where credentials are found; none of it asks a store."""
+
+import subprocess
+import sys
+
+import pytest
+from build import files_of, write_adapter, write_checkpoint
+
+import lorafuse
+from lorafuse.errors import UsageError
+from lorafuse.files.cloud_aws import aws_options
+from lorafuse.files.cloud_errors import explained
+from lorafuse.files.cloud_url import cloud_url
+
+
+@pytest.mark.parametrize(
+    ("name", "root", "prefix"),
+    [
+        ("s3://bucket", "s3://bucket", ""),
+        ("s3://bucket/a b/%20/ü/", "s3://bucket", "a b/%20/ü"),
+        ("gs://bucket/a", "gs://bucket", "a"),
+        ("az://container/a/b", "az://container", "a/b"),
+        ("abfss://c@account.dfs.core.windows.net/a", "abfss://c@account.dfs.core.windows.net", "a"),
+        ("memory:///a", "memory://", "a"),
+        ("memory://a/b", "memory://", "a/b"),
+    ],
+)
+def test_urls(name, root, prefix):
+    """A key is what is written: nothing in it is escaped."""
+    assert cloud_url(name) == (root, prefix)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("s3://", "s3://: names no bucket."),
+        ("s3:///a", "s3:///a: names no bucket."),
+        ("s3://b/a//c", "s3://b/a//c: has an empty part, '.' or '..' in its path."),
+        ("s3://b/../c", "s3://b/../c: has an empty part, '.' or '..' in its path."),
+    ],
+)
+def test_no_urls(name, says):
+    with pytest.raises(UsageError) as caught:
+        cloud_url(name)
+    assert str(caught.value) == says
+
+
+def test_a_password_in_the_url_of_azure():
+    with pytest.raises(UsageError) as caught:
+        cloud_url("abfss://c:hush@account.dfs.core.windows.net/a")
+    assert "hush" not in str(caught.value)
+
+
+@pytest.fixture
+def home(tmp_path):
+    """The files of `aws configure`."""
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/config").write_text(
+        "[default]\nregion = eu-west-1\n[profile work]\nregion = eu-north-1\nendpoint_url = http://here:9000\n"
+        "[profile login]\nsso_session = x\n"
+    )
+    (tmp_path / ".aws/credentials").write_text(
+        "[default]\naws_access_key_id = a\naws_secret_access_key = b%c\n"
+        "[work]\naws_access_key_id = w\naws_secret_access_key = s\naws_session_token = t\n"
+    )
+    return {"HOME": str(tmp_path)}
+
+
+def test_the_files_of_the_aws_tools(home):
+    """The environment wins over them."""
+    assert aws_options(home, "s3://b") == {
+        "access_key_id": "a",
+        "secret_access_key": "b%c",
+        "region": "eu-west-1",
+    }
+    assert aws_options(home | {"AWS_PROFILE": "work"}, "s3://b") == {
+        "access_key_id": "w",
+        "secret_access_key": "s",
+        "session_token": "t",
+        "region": "eu-north-1",
+        "endpoint": "http://here:9000",
+        "client_options": {"allow_http": True},
+    }
+    of_environment = {"AWS_ACCESS_KEY_ID": "x", "AWS_REGION": "y", "AWS_ENDPOINT_URL": "https://z"}
+    assert aws_options(home | of_environment, "s3://b") == {}
+    assert aws_options({"HOME": "/nowhere"}, "s3://b") == {}
+
+
+def test_profiles_without_keys(home):
+    with pytest.raises(UsageError) as caught:
+        aws_options(home | {"AWS_PROFILE": "other"}, "s3://b")
+    assert str(caught.value) == "s3://b: AWS_PROFILE is other, which no file of the AWS tools has."
+    with pytest.raises(UsageError) as caught:
+        aws_options(home | {"AWS_PROFILE": "login"}, "s3://b")
+    assert str(caught.value) == (
+        "s3://b: the profile login has no keys of its own; put them into the environment: "
+        '`eval "$(aws configure export-credentials --format env)"`.'
+    )
+
+
+def test_no_secret_is_repeated():
+    """Of an answer only its code is told."""
+    body = (
+        "<Error><Code>SignatureDoesNotMatch</Code><Message>hush</Message><AWSAccessKeyId>hush</AWSAccessKeyId>"
+        "<StringToSign>hush</StringToSign></Error>"
+    )
+    errors = [
+        "Error performing PUT https://host/x?X-Amz-Signature=hush in 1s - Server returned non-2xx status "
+        f"code: {status} Forbidden: {body}"
+        for status in (403, 418)
+    ]
+    errors += [
+        "Generic S3 error: HTTP error: error sending request for https://me:hush@host/x?token=hush\nhush"
+    ]
+    for error in errors:
+        assert "hush" not in str(explained(Exception(error), "s3://b/x", "s3://b"))
+    none = "Error performing PUT http://169.254.169.254/latest/api/token in 6ms - HTTP error"
+    assert str(explained(Exception(none), "s3://b/x", "s3://b")) == (
+        "s3://b/x: no credentials were found; set those that the cloud's own tools read "
+        "(docs/object-storage.md)."
+    )
+
+
+def test_a_file_url_is_a_path(tmp_path):
+    ckpt, lora = write_checkpoint(tmp_path / "a ckpt"), write_adapter(tmp_path / "lora")
+    lorafuse.convert(f"file://{tmp_path}/a%20ckpt", f"file://{lora}/", f"file://{tmp_path}/out")
+    lorafuse.convert(ckpt, lora, tmp_path / "expected")
+    names = [name for name in files_of(tmp_path / "out") if name.endswith(".safetensors")]
+    assert names
+    assert all(files_of(tmp_path / "out")[name] == files_of(tmp_path / "expected")[name] for name in names)
+
+
+def test_obstore_is_imported_for_such_urls_alone():
+    code = "import sys, lorafuse.cli, lorafuse.pipeline, lorafuse.batching.batch as _; "
+    code += "sys.exit('obstore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,122 @@
+"""A mixture of experts has a quarter of a million stored tensors: what is done with them is counted in calls
+and bytes, which are the same on every machine. bench/speed/planning.py has the seconds."""
+
+import gc
+import sys
+import threading
+import tracemalloc
+from contextlib import closing
+
+import pytest
+
+import lorafuse
+from bench.support import mixture
+from lorafuse.adapters import open_adapter
+from lorafuse.files.checkpoint import Checkpoint
+from lorafuse.files.local_folder import LocalFolder
+from lorafuse.files.uncollected import uncollected
+from lorafuse.planning.combine import WeightedAdapter
+from lorafuse.planning.make_plan import make_plan
+from lorafuse.settings import Settings
+
+SIZES = 600, 1200, 2400
+KINDS = "attention", "experts"
+LINEAR = 2.15  # 2.07 at most, since a table grows in jumps
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory):
+    """Folders with a base of so many tensors each, and its adapters."""
+    root = tmp_path_factory.mktemp("mixtures")
+    mixture.write(root / "warm", SIZES[0])
+    for size in SIZES:
+        mixture.write(root / str(size), size)
+    return root
+
+
+def planned(folder, kind):
+    with (
+        closing(Checkpoint(LocalFolder(folder / "base"))) as base,
+        closing(open_adapter(LocalFolder(folder / kind))) as adapter,
+    ):
+        return make_plan(base, [WeightedAdapter(adapter, 1.0)], Settings(), each_format=True)
+
+
+def n_calls(work):
+    """Calls of functions, Python's and C's, in all threads that are started meanwhile."""
+    n = 0
+
+    def count(frame, event, arg):
+        nonlocal n
+        n += event in ("call", "c_call")
+
+    threading.setprofile(count)
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return n
+
+
+def peak_nbytes(work):
+    gc.collect()
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def growth(measure, work, root):
+    """How much more a doubling adds than the one before it: 2 where cost is linear, 4 where it is
+    quadratic, whatever is spent once."""
+    work(root / "warm")
+    small, middle, large = (measure(lambda size=size: work(root / str(size))) for size in SIZES)
+    return (large - middle) / (middle - small)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("measure", [n_calls, peak_nbytes])
+def test_a_plan_is_linear(mixtures, measure, kind):
+    assert growth(measure, lambda folder: planned(folder, kind), mixtures) < LINEAR
+
+
+def test_a_merge_and_its_receipt_are_linear(mixtures, tmp_path):
+    def merge(folder):
+        out = tmp_path / folder.name
+        lorafuse.convert(folder / "base", folder / "experts", out, overwrite=True, max_shard_size="100KB")
+
+    assert growth(n_calls, merge, mixtures) < LINEAR
+    for work in (lorafuse.verify, lorafuse.inspect, lorafuse.report):
+        assert growth(n_calls, lambda folder, work=work: work(tmp_path / folder.name), mixtures) < LINEAR
+
+
+def test_no_garbage_is_looked_for_while_tables_are_made(mixtures):
+    searches = []
+
+    def count(phase, info):
+        searches.append(phase)
+
+    gc.callbacks.append(count)
+    try:
+        planned(mixtures / str(SIZES[-1]), "experts")
+    finally:
+        gc.callbacks.remove(count)
+    assert len(searches) < 20  # after each 700 new objects there would be hundreds
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_search_for_garbage_is_then_as_it_was(on):
+    before = gc.isenabled()
+    (gc.enable if on else gc.disable)()
+    try:
+        with uncollected():
+            with uncollected():
+                assert not gc.isenabled()
+            assert not gc.isenabled()
+        assert gc.isenabled() is on
+    finally:
+        (gc.enable if before else gc.disable)()
