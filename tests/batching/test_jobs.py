@@ -163,8 +163,13 @@ def test_shares_by_environment(environ, share):
 @pytest.mark.parametrize(
     ("index", "of", "environ", "complaint"),
     [
-        (1, None, {}, "index and of go together"),
-        (None, 4, {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1"}, "index and of go together"),
+        (1, None, {}, "--index and --of go together"),
+        (
+            None,
+            4,
+            {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1"},
+            "--index and --of go together",
+        ),
         (4, 4, {}, "index is 4 of 4; expected 0 to 3"),
         (-1, 4, {}, "index is -1 of 4"),
         (0, 0, {}, "of is 0; expected at least 1"),
