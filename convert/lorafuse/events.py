@@ -121,6 +121,16 @@ class ProgressEvent(TypedDict):
     job: NotRequired[str]
 
 
+class FetchingEvent(TypedDict):
+    """A merge waits for a file of the base, of which `nbytes` of `of_nbytes` are here; said once a second."""
+
+    event: Literal["fetching"]
+    file: str
+    nbytes: int
+    of_nbytes: int
+    job: NotRequired[str]
+
+
 class FetchedEvent(TypedDict):
     """A file of the base is on this machine, and is what the hub lists."""
 
@@ -238,6 +248,7 @@ Event = (
     | PlanEvent
     | ResumedEvent
     | ProgressEvent
+    | FetchingEvent
     | FetchedEvent
     | ShardEvent
     | DoneEvent

@@ -90,7 +90,7 @@ def convert(
     named = [named_weight((adapter, settings.adapter_scale)), *map(named_weight, adapters)]
     push = Push(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     if push and JOB_NAME in push.repo:
-        raise UsageError(f"push_to_hub is {push.repo!r}; {JOB_NAME} is for a batch.")
+        raise UsageError(f"--push-to-hub is {push.repo!r}; {JOB_NAME} is for a batch.")
     card = card or bool(push)
     division = checked_division(index, of, commit=commit, restart=restart, dry_run=dry_run, published=card)
     chosen = checked_engine(engine, address, {"of": bool(division), "commit": commit, "stream": stream})
@@ -194,7 +194,7 @@ def _job(
 
 def _check_out_dir(writing: Writing, inputs: Iterable[Folder]) -> None:
     if writing.push and scheme_of(writing.out_dir):
-        raise UsageError(f"{shown(writing.out_dir)}: push_to_hub needs a directory of this machine.")
+        raise UsageError(f"{shown(writing.out_dir)}: --push-to-hub needs a directory of this machine.")
     kind_of(writing.out_dir).check_out_dir(writing.out_dir, inputs, overwrite=writing.overwrite)
 
 

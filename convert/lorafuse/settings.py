@@ -49,11 +49,11 @@ class BaseQuant:
     def __post_init__(self) -> None:
         if self.kind not in BASE_QUANT_CHOICES[1:]:
             raise UsageError(
-                f"base_quant is {shown(self.kind)}; expected one of {', '.join(BASE_QUANT_CHOICES)}."
+                f"--base-quant is {shown(self.kind)}; expected one of {', '.join(BASE_QUANT_CHOICES)}."
             )
         if self.blocksize not in QUANT_BLOCKSIZES:
             raise UsageError(
-                f"quant_blocksize is {shown(self.blocksize)}; expected one of "
+                f"--quant-blocksize is {shown(self.blocksize)}; expected one of "
                 f"{', '.join(map(str, QUANT_BLOCKSIZES))}."
             )
         for name in (self.skip or ()) if self.skip_version is None else ():
@@ -61,7 +61,7 @@ class BaseQuant:
                 re.compile(name)
             except re.error as e:
                 raise UsageError(
-                    f"quant_skip {shown(name)!r} is no name or regular expression of modules: {e}."
+                    f"--quant-skip: {shown(name)!r} is no name or regular expression of modules: {e}."
                 ) from None
 
     @property
@@ -116,10 +116,10 @@ class Push:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.repo.replace(JOB_NAME, "name")):
             raise UsageError(
-                f"push_to_hub is {shown(self.repo)!r}; expected a repository on the hub, such as me/merged."
+                f"{shown(self.repo)!r} is no repository on the hub; expected a name such as me/merged."
             )
         if self.revision and self.create_pr:
-            raise UsageError("create_pr asks for a branch of its own; it does not go with revision.")
+            raise UsageError("A pull request has a branch of its own; it does not go with a revision.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,18 +145,20 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_named(self.dtype))
         if self.dtype not in DTYPE_CHOICES:
-            raise UsageError(f"dtype is {shown(self.dtype)}; expected one of {', '.join(DTYPE_CHOICES)}.")
+            raise UsageError(f"--dtype is {shown(self.dtype)}; expected one of {', '.join(DTYPE_CHOICES)}.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UsageError(f"device is {shown(self.device)}; expected auto, cpu, cuda or cuda:N.")
+            raise UsageError(f"--device is {shown(self.device)}; expected auto, cpu, cuda or cuda:N.")
         if self.rounding not in (None, *ROUNDING_CHOICES):
             raise UsageError(
-                f"rounding is {shown(self.rounding)}; expected one of {', '.join(ROUNDING_CHOICES)}."
+                f"--rounding is {shown(self.rounding)}; expected one of {', '.join(ROUNDING_CHOICES)}."
             )
         if not math.isfinite(self.adapter_scale):
-            raise UsageError(f"adapter_scale is {self.adapter_scale}; expected a finite number.")
+            raise UsageError(f"--adapter-scale is {self.adapter_scale}; expected a finite number.")
         name = self.adapter_name
         if name is not None and (name in ("", ".", "..") or set(name) & set("/\\\0")):
-            raise UsageError(f"adapter_name is {shown(name)!r}; expected the name of an adapter, not a path.")
+            raise UsageError(
+                f"--adapter-name is {shown(name)!r}; expected the name of an adapter, not a path."
+            )
 
     @property
     def n_workers(self) -> int:

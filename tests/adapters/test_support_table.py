@@ -32,7 +32,7 @@ MLX stands for the adapters of MLX-LM, whose configs have a `fine_tune_type` ins
 ## Merged
 
 *Memory*: what is held of one weight at a time beside its tiles and the module's own adapter tensors; *tiles*
-means nothing.
+stands for nothing more.
 
 """
 

@@ -135,6 +135,11 @@ def test_room_for_what_is_streamed(
 
 def test_the_base_that_all_name(hub: HubServer, ckpt: Path, jobs: Path, tmp_path: Path) -> None:
     hub.add("org/base", ckpt)
+    planned = CliRunner().invoke(command, ["batch", "auto", str(jobs), str(tmp_path / "out"), "--dry-run"])
+    assert (
+        planned.stdout.startswith("base: org/base: llama: ")
+        and "; time not known; pass 1\n" in planned.stdout
+    )
     (jobs / "empty").mkdir()  # its own error
     states = lorafuse.batch("auto", jobs, tmp_path / "out")
     assert [(state.name, state.state) for state in states] == [

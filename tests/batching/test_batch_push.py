@@ -167,8 +167,8 @@ def test_from_the_hub_to_the_hub(hub: HubServer, ckpt: Path, jobs: Path, tmp_pat
     [
         ("me/merged", "The results a and b would both go to me/merged; give a pattern, such as me/{name}, or "
                       "a repo for each job."),
-        ("me", "push_to_hub is 'me'; expected a repository on the hub, such as me/merged."),
-        (Push("me/{name}", create_pr=True), "create_pr is for a single merge; "),
+        ("me", "'me' is no repository on the hub; expected a name such as me/merged."),
+        (Push("me/{name}", create_pr=True), "create_pr=True is for a single merge; "),
     ],
 )  # fmt: skip
 def test_wrong_patterns(ckpt: Path, jobs: Path, tmp_path: Path, push: Any, said: str) -> None:
@@ -179,7 +179,7 @@ def test_wrong_patterns(ckpt: Path, jobs: Path, tmp_path: Path, push: Any, said:
 
 def test_a_name_that_no_repository_can_have(ckpt: Path, jobs: Path, tmp_path: Path) -> None:
     (jobs / "a").rename(jobs / "my run")
-    with pytest.raises(UsageError, match=r"^my run: push_to_hub is 'me/my run'; expected a repository"):
+    with pytest.raises(UsageError, match=r"^my run: 'me/my run' is no repository on the hub; expected"):
         lorafuse.batch(ckpt, jobs, tmp_path / "out", push_to_hub="me/{name}")
     with pytest.raises(UsageError, match=r"^push_to_hub is 'me/\{name\}'; \{name\} is for a batch\.$"):
         lorafuse.convert(ckpt, jobs / "b", tmp_path / "out", push_to_hub="me/{name}")
@@ -198,7 +198,7 @@ def test_a_dry_run_asks_nobody(hub: HubServer, ckpt: Path, jobs: Path, tmp_path:
         "me/{name}",
     ]
     ran = CliRunner().invoke(command, arguments)
-    assert [line.rpartition("; ")[2] for line in ran.stdout.splitlines()[:2]] == ["to me/a", "to me/b"]
+    assert [line.rpartition("; ")[2] for line in ran.stdout.splitlines()[1:3]] == ["to me/a", "to me/b"]
 
 
 @pytest.mark.parametrize("after", [2, 9])

@@ -163,8 +163,13 @@ def test_shares_by_environment(environ, share):
 @pytest.mark.parametrize(
     ("index", "of", "environ", "complaint"),
     [
-        (1, None, {}, "index and of go together"),
-        (None, 4, {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1"}, "index and of go together"),
+        (1, None, {}, "--index and --of go together"),
+        (
+            None,
+            4,
+            {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1"},
+            "--index and --of go together",
+        ),
         (4, 4, {}, "index is 4 of 4; expected 0 to 3"),
         (-1, 4, {}, "index is -1 of 4"),
         (0, 0, {}, "of is 0; expected at least 1"),
@@ -292,7 +297,10 @@ def test_dry_run(inputs, run):
     assert (code, stderr) == (0, "")
     disk = r"disk \d+ KB needed, [\d,.]+ [GT]B free; less than a second"
     one = rf"changes 4 of 21 weights; writes 10\.9 KB; {disk}; pass 1"
-    assert re.fullmatch(rf"good: {one}\nother: {one}\nIn all: 2 planned; writes 21\.8 KB; {disk}\n", stdout)
+    base, *planned = stdout.splitlines(keepends=True)
+    assert base == f"base: {inputs[0]}: llama: 21 weights in full precision\n"
+    jobs = rf"good: {one}\nother: {one}\nIn all: 2 planned; writes 21\.8 KB; {disk}\n"
+    assert re.fullmatch(jobs, "".join(planned))
     assert files_of(inputs[0].parent) == before and not inputs[2].exists()
 
 

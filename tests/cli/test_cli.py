@@ -301,11 +301,11 @@ WRONG_OPTIONS = [
     (["a", "b", "c", "--base-quant", "nf5"], "'nf5' is not one of"),
     (
         ["a", "b", "c", "--base-quant", "nf4", "--quant-blocksize", "65"],
-        "quant_blocksize is 65; expected one of 32, 64, 128, ",
+        "--quant-blocksize is 65; expected one of 32, 64, 128, ",
     ),
     (
         ["a", "b", "c", "--quant-experts"],
-        "quant_experts says how the base was quantized, but base_quant is none; ",
+        "--quant-experts says how the base was quantized, but --base-quant is none; ",
     ),
     (
         ["a", "b", "c", "--max-shard-size", "5XB"],
@@ -319,10 +319,10 @@ WRONG_OPTIONS = [
     (["a", "b", "c", "--memory-limit", "9" * 400 + "GB"], "is no size"),
     (["a", "b", "c", "--memory-limit", "much"], "'much' is no size"),
     (["a", "b", "c", "--adapter-scale", "x"], "'x' is not a valid float."),
-    (["a", "b", "c", "--adapter-scale", "nan"], "adapter_scale is nan; expected a finite number."),
-    (["a", "b", "c", "--adapter-scale", "inf"], "adapter_scale is inf; expected a finite number."),
-    (["a", "b", "c", "--device", "tpu"], "device is tpu; expected auto, cpu, cuda or cuda:N."),
-    (["a", "b", "c", "--device", "cuda:x"], "device is cuda:x; expected auto, cpu, cuda or cuda:N."),
+    (["a", "b", "c", "--adapter-scale", "nan"], "--adapter-scale is nan; expected a finite number."),
+    (["a", "b", "c", "--adapter-scale", "inf"], "--adapter-scale is inf; expected a finite number."),
+    (["a", "b", "c", "--device", "tpu"], "--device is tpu; expected auto, cpu, cuda or cuda:N."),
+    (["a", "b", "c", "--device", "cuda:x"], "--device is cuda:x; expected auto, cpu, cuda or cuda:N."),
 ]
 
 

@@ -161,6 +161,18 @@ def test_a_heartbeat_where_nothing_is_a_terminal(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_heartbeat_of_a_download(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    shown = progress.Progress()
+    shown.begin("merging", 10**9)
+    shown.wait("model.safetensors", 10**9, 5 * 10**9)
+    assert capsys.readouterr().err == ""
+    now += progress.HEARTBEAT_S
+    shown.wait("model.safetensors", 2 * 10**9, 5 * 10**9)
+    assert capsys.readouterr().err == "Fetching model.safetensors: 2.00 GB of 5.00 GB\n"
+
+
 def test_more_than_all_is_not_counted(monkeypatch, capsys):
     """Two results may both have a file that they share."""
     shown = Progress()

@@ -180,8 +180,8 @@ def test_refusals(
     assert refusal(OutDirError, *names, push_to_hub=Push("me/open", private=True)) == (
         "me/open: is public on the hub already, and private=True is given."
     )
-    assert "expected a repository on the hub" in refusal(UsageError, *names, push_to_hub="merged")
-    with pytest.raises(UsageError, match="does not go with revision"):
+    assert "is no repository on the hub" in refusal(UsageError, *names, push_to_hub="merged")
+    with pytest.raises(UsageError, match="does not go with a revision"):
         Push("me/merged", revision="v2", create_pr=True)
     monkeypatch.delenv("HF_TOKEN")
     assert refusal(StorageError, *names, push_to_hub="me/merged") == (

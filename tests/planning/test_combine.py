@@ -564,7 +564,8 @@ def test_the_plan_counts_what_all_adapters_hold(base, adapter, trained, tmp_path
     """Adapters loaded whole, the factors of a weight, and the copies of a tile for types that do more than
     add."""
     one, two = (adapter("nf4_dq", name=name, target_modules=["q_proj"], r=4) for name in ("one", "two"))
-    torch.save(read_adapter(two), two / "adapter_model.bin")
+    # As torch before 1.6 wrote it: not read by ranges.
+    torch.save(read_adapter(two), two / "adapter_model.bin", _use_new_zipfile_serialization=False)
     (two / "adapter_model.safetensors").unlink()
     alone, both, thrice = (plan_of(base("nf4_dq"), *paths) for paths in ((one,), (one, two), (one, two, two)))
     held = (two / "adapter_model.bin").stat().st_size

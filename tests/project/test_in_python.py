@@ -36,9 +36,12 @@ SPOKEN = {
         "leave it in full precision, keep_dense='model.head', or choose format='fp8', which",
     "go together: --index I --of N takes share I": "go together: index=I, of=N takes share I",
     "choose one by its name (--adapter-name).": "choose one by its name (adapter_name).",
-    "no_double_quant says how": "double_quant=False says how",
+    "--no-double-quant says how the base was quantized, but --base-quant is none;":
+        "double_quant=False says how the base was quantized, but base_quant is none;",
+    "--base-quant auto and --quant-skip both say": "base_quant='auto' and quant_skip both say",
+    "--quant-skip: '(' is no name": "quant_skip: '(' is no name",
     "is public already, and --private is given.": "is public already, and private=True is given.",
-    "set the option base-quant to nf4.": "set base_quant to nf4.",
+    "give --base-quant nf4.": "give base_quant='nf4'.",
     "--base-quant on a GPU needs bitsandbytes": "base_quant on a GPU needs bitsandbytes",
     "give --ckpt and --adapter.": "give ckpt and adapters.",
     "python zero_to_fp32.py . OUT --safe_serialization": "python zero_to_fp32.py . OUT --safe_serialization",
@@ -78,6 +81,23 @@ def test_every_message_of_the_package_can_be_said_in_python():
     foreign = {"python zero_to_fp32.py", "--local-dir"}  # options of other programs
     left = [text for text in told if re.search(r"--[a-z]+(-[a-z]+)*\b(?!_)", in_python(text))]
     assert [text for text in left if not any(word in text for word in foreign)] == []
+
+
+def refusals() -> Iterator[tuple[str, str]]:
+    """(file, text) of every UsageError, but of those that only Python's callers get."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UsageError":
+                texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+                yield from ((path.name, text) for text in texts if isinstance(text, str))
+
+
+def test_no_message_of_the_package_names_a_parameter():
+    """It names the option, of which `in_python` makes a parameter."""
+    names = [name for name in sorted(FLAGS.keys() | VALUED) if "_" in name]
+    told = [(file, text) for file, text in refusals() if file != "arguments.py"]
+    assert len(told) > 50
+    assert [said for said in told if re.search(rf"\b({'|'.join(names)})\b", said[1])] == []
 
 
 @pytest.fixture

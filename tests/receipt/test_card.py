@@ -112,6 +112,21 @@ def test_the_commands_of_the_card(repos: HubServer, tmp_path: Path, monkeypatch:
     )
 
 
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_the_commands_of_the_card_on_the_hub(repos: HubServer, tmp_path: Path, revision: str | None) -> None:
+    """They load and verify what is published there, on the branch that the card is on."""
+    push = lorafuse.Push("me/merged", revision=revision)
+    lorafuse.convert("org/base", "me/tuned", tmp_path / "out", push_to_hub=push)
+    text = card_of(tmp_path / "out").text
+    where = '"me/merged", revision="v2"' if revision else '"me/merged"'
+    assert f"AutoModelForCausalLM.from_pretrained({where}, dtype=" in text
+    assert f"AutoTokenizer.from_pretrained({where})" in text
+    verify = next(line for line in text.splitlines() if line.startswith("lorafuse verify"))
+    assert shlex.split(verify)[2] == ("me/merged@v2" if revision else "me/merged")
+    ran = CliRunner().invoke(cli.lorafuse, shlex.split(verify)[1:])
+    assert ran.exit_code == 0 and "21 weights are what the inputs make." in ran.output, ran.output
+
+
 def test_verify_with_a_card(repos: HubServer, tmp_path: Path) -> None:
     """A card is no part of the model: it may be written and edited."""
     lorafuse.convert("org/base", "me/tuned", tmp_path / "out", card=True)

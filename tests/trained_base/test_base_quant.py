@@ -281,7 +281,7 @@ def test_without_it_nothing_about_it_is_in_the_receipt(tmp_path):
         ),
         (
             {"base_quant": "nf4", "quant_skip": ["("]},
-            "quant_skip '(' is no name or regular expression of modules: ",
+            "quant_skip: '(' is no name or regular expression of modules: ",
         ),
         (
             {"quant_skip": ["lm_head"]},

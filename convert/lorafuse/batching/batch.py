@@ -97,7 +97,7 @@ class Chosen:
 
     def __post_init__(self) -> None:
         if self.share not in SHARE_CHOICES:
-            raise UsageError(f"share is {shown(self.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
+            raise UsageError(f"--share is {shown(self.share)}; expected one of {', '.join(SHARE_CHOICES)}.")
 
 
 class WantedBatch(NamedTuple):
@@ -141,7 +141,7 @@ def _batch(
     root = open_folder(out_root)
     pushes = pushes_of(everything, chosen.push)
     if pushes and scheme_of(out_root):
-        raise UsageError(f"{shown(out_root)}: push_to_hub needs a directory of this machine.")
+        raise UsageError(f"{shown(out_root)}: --push-to-hub needs a directory of this machine.")
     device = pick_device(settings.device)
     ckpt = base_of_all(everything) if asks_for_base(ckpt) else ckpt
     ckpt_folder = checkpoint_folder(ckpt)

@@ -237,14 +237,14 @@ def checked_share(index: int | None, of: int | None, environ: Mapping[str, str])
     """Which share a call takes: the one asked for, else that of a Slurm array or a Kubernetes Indexed Job,
     else all. Raises UsageError."""
     if (index is None) != (of is None):
-        raise UsageError("index and of go together: --index I --of N takes share I (from 0) of N.")
+        raise UsageError("--index and --of go together: --index I --of N takes share I (from 0) of N.")
     if index is None or of is None:
         index, of = _slurm(environ) or _kubernetes(environ) or (0, 1)
     if not 0 <= index < of:
         raise UsageError(
-            f"index is {index} of {of}; expected 0 to {of - 1}."
+            f"--index is {index} of {of}; expected 0 to {of - 1}."
             if of > 0
-            else f"of is {of}; expected at least 1."
+            else f"--of is {of}; expected at least 1."
         )
     return index, of
 

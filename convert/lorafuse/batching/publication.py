@@ -46,8 +46,8 @@ class Publication:
         if self.upload:
             self.upload.instead[RECEIPT] = json_bytes(public)
         made = output_config(dict(config), plan.config_changes, plan.stored_config)
-        repo = self.upload.push.repo if self.upload else None
-        card = model_card(public, self.base, self.base_id, self.adapters, made, repo)
+        push = self.upload.push if self.upload else None
+        card = model_card(public, self.base, self.base_id, self.adapters, made, push)
         out_dir.put(CARD, [card.encode()])
 
 

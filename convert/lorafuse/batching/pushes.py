@@ -13,7 +13,7 @@ def pushes_of(jobs: Sequence[Job], push: Push | None) -> Mapping[str, Push]:
     in one repository, for what is no repository, and for pull requests, which hold no result to go on from.
     """
     if push and push.create_pr:
-        raise UsageError("create_pr is for a single merge; a batch needs a branch of each repository.")
+        raise UsageError("--create-pr is for a single merge; a batch needs a branch of each repository.")
     pushes: dict[str, Push] = {}
     job_of: dict[str, str] = {}
     for job in jobs:

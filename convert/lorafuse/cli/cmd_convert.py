@@ -82,10 +82,11 @@ def convert(
 ) -> None:
     """Merge ADAPTER into CKPT and write the result to OUT_DIR.
 
-    CKPT is a safetensors checkpoint (bitsandbytes NF4, FP4, int8, or full precision), ADAPTER a PEFT or
-    MLX-LM adapter; each a directory, a hub id org/name[/folder][@revision] or its URL. CKPT may be auto, the
-    base that the adapter's config names. All three may lie in an object store: s3://, gs://, az://. OUT_DIR
-    gets full-precision shards that transformers, vLLM and others load, and lorafuse_receipt.json.
+    CKPT is a checkpoint in full precision or a quantized one (bitsandbytes NF4, FP4, int8; FP8, GPTQ, AWQ,
+    MXFP4, MLX and others), ADAPTER a PEFT or MLX-LM adapter; each a directory, a hub id
+    org/name[/folder][@revision] or its URL. CKPT may be auto, the base that the adapter's config names.
+    All three may lie in an object store: s3://, gs://, az://. OUT_DIR gets safetensors files that
+    transformers, vLLM and others load, and lorafuse_receipt.json.
 
     \b
     Examples:

@@ -20,7 +20,9 @@ FIGURES = ("scale", "kept", "noise", "delta_rel", "fits")
 @click.command(context_settings=CONTEXT)
 @click.argument("out_dir")
 @click.option(
-    "--ckpt", help="The checkpoint that was merged into: make the merge again and compare every byte."
+    "--ckpt",
+    help="The checkpoint that was merged into: make the merge again and compare every byte. auto is the base "
+    "that the adapter's config names.",
 )
 @click.option(
     "--adapter",
@@ -44,15 +46,17 @@ FIGURES = ("scale", "kept", "noise", "delta_rel", "fits")
 def verify(out_dir: str, *, as_json: bool, quiet: bool, sample: int | None, **options: Any) -> None:
     """Check a merged directory against its receipt.
 
-    Sizes and hashes of all files, headers, index and config; with --ckpt and --adapter the merge is made
-    again, and compared instead of written. Ends with 8 at the first difference. A directory that another tool
-    made has no receipt: --ckpt and --adapter then show how each of its weights relates to the base and to
-    base + update. OUT_DIR is not changed.
+    OUT_DIR is a directory or a hub id org/name[@revision]. Sizes and hashes of all files, headers, index and
+    config are compared; with --ckpt and --adapter the merge is made again, and compared instead of written.
+    Ends with 8 at the first difference. A directory that another tool made has no receipt: --ckpt and
+    --adapter then show how each of its weights relates to the base and to base + update. OUT_DIR is not
+    changed.
 
     \b
     Examples:
       lorafuse verify merged
       lorafuse verify merged --ckpt base-nf4 --adapter my-adapter
+      lorafuse verify me/merged --ckpt auto --adapter org/tuned
     """
     show = Show("comparing", as_json=False, quiet=quiet)
     with exit_codes():

@@ -66,9 +66,10 @@ class DType(click.ParamType[str]):
 
 
 def given(*names: str) -> list[str]:
-    """Those of the options that stand in the command line, whatever their values."""
+    """The options, of parameters of these names, that stand in the command line, whatever their values."""
     context = click.get_current_context()
-    return [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    typed = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return [f"--{name.replace('_', '-')}" for name in typed]
 
 
 def weighted(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:
@@ -158,7 +159,7 @@ def push_option(options: dict[str, Any]) -> Push | None:
     details = {name: options.pop(name) for name in names if name in options}
     repo = options["push_to_hub"]
     if repo is None and (without := given(*details)):
-        raise UsageError(f"--{without[0].replace('_', '-')} goes with --push-to-hub REPO.")
+        raise UsageError(f"{without[0]} goes with --push-to-hub REPO.")
     return None if repo is None else Push(repo, **details)
 
 

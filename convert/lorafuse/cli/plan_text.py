@@ -31,9 +31,7 @@ def plan_text(plan: Plan, *, verbose: bool = False) -> str:
 
 
 def _lines(plan: Plan) -> Lines:
-    for entry in plan["inputs"]:
-        role = "base" if entry["role"] == "checkpoint" else "adapter"
-        yield role, f"{shown(entry['path'])}: {shown(entry['kind'], 1000)}"
+    yield from inputs_text(plan)
     for scheme, n in plan["decoded"].items():
         yield "decoded", f"{n:,} parameters from {shown(scheme)}"
     yield (
@@ -56,6 +54,13 @@ def _lines(plan: Plan) -> Lines:
     yield "time", time_text(plan["estimate"])
 
 
+def inputs_text(plan: Plan) -> Lines:
+    """The base, then the adapters: where they lie, and what they are."""
+    for entry in plan["inputs"]:
+        role = "base" if entry["role"] == "checkpoint" else "adapter"
+        yield role, f"{shown(entry['path'])}: {shown(entry['kind'], 1000)}"
+
+
 def changes_text(plan: Plan) -> str:
     """How many weights change, by the kind of their module."""
     kinds = [f"{n:,} {shown(kind.partition('*.')[2] or kind)}" for kind, n in plan["changes"].items()]
@@ -74,6 +79,8 @@ def disk_text(disk: dict[str, Any]) -> str:
 
 def time_text(estimate: Mapping[str, Any] | None, *, brief: bool = False) -> str:
     """How long it may take, and that this is an estimate."""
+    if estimate is None and brief:
+        return "time not known"
     if estimate is None:
         return "not known: the base is not on this machine, or its disk does not tell"
     wall = f"{'about ' if estimate['wall_s'] >= 1 else ''}{lasting(estimate['wall_s'])}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lorafuse.cli.streams import say, tell
-from lorafuse.errors import sized
+from lorafuse.errors import shown, sized
 
 HEARTBEAT_S = 30.0
 BAR = "{desc}  {percentage:3.0f}% |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
@@ -20,6 +20,7 @@ class Progress:
         self._quiet = quiet
         self._bar: Any = None
         self._label, self._total, self._done, self._skipped = "", 0, 0, 0
+        self._waits = False
         self._began = self._said = 0.0
 
     @property
@@ -60,8 +61,21 @@ class Progress:
             self._bar.n += nbytes
             self._bar.refresh()
 
+    def wait(self, file: str, nbytes: int, of_nbytes: int) -> None:
+        """So much of a file is here that the task waits for."""
+        here = f"{sized(nbytes)} of {sized(of_nbytes)}"
+        if self._bar is not None:
+            self._waits = True
+            self._bar.set_description_str(f"{self._label}, fetching {here}")
+        elif not self._quiet and time.monotonic() - self._said >= HEARTBEAT_S:
+            self._said = time.monotonic()
+            say(f"Fetching {shown(file)}: {here}")
+
     def advance(self, nbytes: int) -> None:
         self._done += nbytes
+        if self._bar is not None and self._waits:
+            self._waits = False
+            self._bar.set_description_str(self._label)
         if self._bar is not None:
             self._bar.update(nbytes)
             if self._done >= self._total:

@@ -29,7 +29,7 @@ class Show:
         self.url, self.kept_here = "", True
 
     def __call__(self, event: Event) -> None:
-        if self._as_json and event["event"] != "progress":
+        if self._as_json and event["event"] not in ("progress", "fetching"):
             self._progress.tell(json.dumps(event))
         if event["event"] == "part":
             self._say(part_text(event))
@@ -49,6 +49,8 @@ class Show:
             self._progress.advance(event["nbytes"])
         elif event["event"] == "warning":
             self._say(warning_text(event["message"]))
+        elif event["event"] == "fetching":
+            self._progress.wait(event["file"], event["nbytes"], event["of_nbytes"])
         elif event["event"] == "fetched" and not self._progress.is_bar:
             self._say(f"Fetched {event['file']}: {sized(event['nbytes'])}")
         elif event["event"] == "shard":

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import click
 
-from lorafuse.cli.plan_text import changes_text, disk_text, n_changed_text, time_text
+from lorafuse.cli.plan_text import changes_text, disk_text, inputs_text, n_changed_text, time_text
 from lorafuse.cli.progress import Progress, lasting
 from lorafuse.cli.show import warning_text, workers_text
 from lorafuse.cli.streams import styled
@@ -26,11 +26,11 @@ class ShowBatch:
         self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
         self._spread = spread  # passes run beside each other, and are one task
         self._plans: dict[str, PlanEvent] = {}
-        self._n_passes, self._noted = 0, False
+        self._n_passes, self._noted, self._n_planned = 0, False, 0
         self._progress = Progress(quiet=quiet)
 
     def __call__(self, event: Event) -> None:
-        if self._as_json and event["event"] != "progress":
+        if self._as_json and event["event"] not in ("progress", "fetching"):
             self._progress.tell(json.dumps(event))
         if event["event"] == "warning":
             self._warn(event["message"], event.get("job"))
@@ -41,6 +41,8 @@ class ShowBatch:
             self._pass(event)
         elif event["event"] == "progress":
             self._progress.advance(event["nbytes"])
+        elif event["event"] == "fetching":
+            self._progress.wait(event["file"], event["nbytes"], event["of_nbytes"])
         elif event["event"] == "fetched" and not self._progress.is_bar:
             self._say(f"Fetched {event['file']}: {sized(event['nbytes'])}")
         elif event["event"] == "resumed":
@@ -81,7 +83,7 @@ class ShowBatch:
         plan = self._plans.pop(name, None)
         if state == "planned" and plan:
             if not self._as_json:
-                self._progress.tell(f"{shown(name)}: {self._planned(plan)}")
+                self._tell_planned(name, cast(dict[str, Any], plan))
         elif state == "failed":  # with --quiet too
             told = f"failed with exit code {event['exit_code']}: {event['error']}"
             self._progress.say(f"{shown(name)}: {_coloured(told, state)}")
@@ -92,13 +94,16 @@ class ShowBatch:
         if state in ("done", "skipped") and not self._as_json:
             self._progress.tell(os.fsencode(event["out_dir"]))
 
-    def _planned(self, plan: PlanEvent) -> str:
-        """A job of a dry run, in a line."""
-        facts = cast(dict[str, Any], plan)
-        changes = changes_text(facts) if self._verbose else n_changed_text(facts)
-        parts = [f"changes {changes}", f"writes {sized(plan['nbytes'])}", f"disk {disk_text(facts['disk'])}"]
+    def _tell_planned(self, name: str, plan: dict[str, Any]) -> None:
+        """A job of a dry run, in a line; before the first, the base of all."""
+        if not self._n_planned:
+            self._progress.tell(f"base: {dict(inputs_text(plan))['base']}")
+        self._n_planned += 1
+        changes = changes_text(plan) if self._verbose else n_changed_text(plan)
+        parts = [f"changes {changes}", f"writes {sized(plan['nbytes'])}", f"disk {disk_text(plan['disk'])}"]
         parts += [time_text(plan["estimate"], brief=True), f"pass {self._n_passes}"]
-        return "; ".join([*parts, f"to {plan['push_to_hub']}"] if "push_to_hub" in plan else parts)
+        parts += [f"to {plan['push_to_hub']}"] if "push_to_hub" in plan else []
+        self._progress.tell(f"{shown(name)}: {'; '.join(parts)}")
 
     def _done(self, event: JobEvent) -> None:
         update = event["update"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lorafuse.planning.plan import Step
 
 STOP_S = 30  # a download hears of a stop with its next bytes
+SAID_S = 1.0  # between two words of how far a download is, while the merge waits for it
 
 
 def fetch_shards(base: Checkpoint) -> None:
@@ -101,7 +102,7 @@ class Fetching:
         if not self.plan.actions:
             yield EVERYTHING_HERE
             return
-        fetcher = _Fetcher(self.plan, self._fetch, self._drop, self._say)
+        fetcher = _Fetcher(self.plan, self._fetch, self._drop, self._say, self._say_waiting)
         fetcher.start()
         try:
             yield fetcher
@@ -122,6 +123,10 @@ class Fetching:
 
     def _say(self, name: str) -> None:
         self._on_event({"event": "fetched", "file": name, "nbytes": self._shards[name].nbytes})
+
+    def _say_waiting(self, name: str, nbytes: int) -> None:
+        of = self._shards[name].nbytes
+        self._on_event({"event": "fetching", "file": name, "nbytes": min(nbytes, of), "of_nbytes": of})
 
     def _drop(self, name: str) -> None:
         assert self._folder and self._scratch
@@ -147,9 +152,12 @@ class _Fetcher:
         fetch: Callable[[str, Callable[[int], None]], None],
         drop: Callable[[str], None],
         say: Callable[[str], None],
+        say_waiting: Callable[[str, int], None],
     ) -> None:
         self._thread = Thread(target=self._run, name="fetch", daemon=True)
         self._plan, self._fetch, self._drop, self._say = plan, fetch, drop, say
+        self._say_waiting = say_waiting
+        self._file, self._n_here = "", 0  # the file that is under way, and how many bytes of it came
         self._n_said = 0
         self._changed = Condition()
         self._n_done = 0  # actions
@@ -171,7 +179,8 @@ class _Fetcher:
                     self._wait_for_made(action.weight)
                     self._drop(action.file)
                 else:
-                    self._fetch(action.file, self._go_on)
+                    self._file, self._n_here = action.file, 0
+                    self._fetch(action.file, self._came)
                 with self._changed:
                     self._n_done += 1
                     self._changed.notify_all()
@@ -191,13 +200,21 @@ class _Fetcher:
         if self._stopped:
             raise Stopped
 
+    def _came(self, nbytes: int) -> None:
+        self._n_here += nbytes
+        self._go_on(nbytes)
+
     def is_ready(self, weight: int) -> bool:
         needed = max((n for first, n in self._until if first <= weight), default=0)
         return self._n_done >= needed
 
     def wait(self, weight: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or self.is_ready(weight))
+            while not self._changed.wait_for(
+                lambda: self._error is not None or self.is_ready(weight), timeout=SAID_S
+            ):
+                if self._n_here:
+                    self._say_waiting(self._file, self._n_here)
         self._tell()
         if self._error is not None and not self.is_ready(weight):
             raise self._error

@@ -182,7 +182,7 @@ def _copied(name: str, ckpt: Checkpoint) -> Step:
 def _format_of(settings: Settings) -> MakeFormat:
     make = FORMATS.get(settings.format)
     if make is None:
-        raise UsageError(f"format is {shown(settings.format)}; expected one of {', '.join(FORMATS)}.")
+        raise UsageError(f"--format is {shown(settings.format)}; expected one of {', '.join(FORMATS)}.")
     return make
 
 

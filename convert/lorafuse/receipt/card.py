@@ -1,6 +1,7 @@
 """The model card of a result: what was merged into what and how, how much of it was kept, and how to load,
 make and verify it; a card of the adapter stays below it."""
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from lorafuse.files.safetensors_file import FormatError
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.portable import InputName
 from lorafuse.receipt.read import kept_in_sum
+from lorafuse.settings import Push
 
 CARD = "README.md"
 # What a card says of an adapter that is not true of a whole model.
@@ -43,15 +45,15 @@ def model_card(
     base_id: str | None,
     adapters: Sequence[InputName],
     config: Mapping[str, Any],
-    repo: str | None,
+    push: Push | None,
 ) -> str:
     """The card of a result whose config.json is `config`. `base_id`: the repository of the base, if that is
-    known; `repo`: where the result goes."""
+    known; `push`: where on the hub the result goes."""
     from huggingface_hub import ModelCard, ModelCardData
 
     base_said, *said = [_said(source.folder) for source in (base, *adapters)]
     data = ModelCardData(**_metadata(base_said, said, base_id, adapters))
-    text = "\n".join(_text(receipt, base, adapters, config, repo))
+    text = "\n".join(_text(receipt, base, adapters, config, push))
     for source, card in zip(adapters, said, strict=True):
         if card.text.strip():
             text += f"\n## The card of the adapter {_code(source.published)}\n\n{card.text.strip()}\n"
@@ -102,15 +104,15 @@ def _text(
     base: InputName,
     adapters: Sequence[InputName],
     config: Mapping[str, Any],
-    repo: str | None,
+    push: Push | None,
 ) -> Iterator[str]:
     merged = " and ".join(_code(source.published) for source in adapters)
-    yield f"# {shown(repo.rpartition('/')[2]) if repo else 'Merged model'}\n"
+    yield f"# {shown(push.repo.rpartition('/')[2]) if push else 'Merged model'}\n"
     yield f"{_code(base.published)} with {merged} merged into its weights by lorafuse {__version__}.\n"
     yield "| | |\n|---|---|"
     yield from (f"| {label} | {value} |" for label, value in _table(receipt, base, adapters))
     yield "\n## Load\n\n```python"
-    yield from _loading(config, repo)
+    yield from _loading(config, push)
     inputs = [shlex.quote(source.published) for source in (base, *adapters)]
     yield "```\n\n## Reproduce and verify\n\n```"
     yield shlex.join(
@@ -123,7 +125,12 @@ def _text(
             *_options(receipt, adapters),
         ]
     )
-    yield f"lorafuse verify OUT_DIR --ckpt {inputs[0]}" + "".join(f" --adapter {name}" for name in inputs[1:])
+    result = (
+        shlex.quote(f"{push.repo}@{push.revision}" if push.revision else push.repo) if push else "OUT_DIR"
+    )
+    yield f"lorafuse verify {result} --ckpt {inputs[0]}" + "".join(
+        f" --adapter {name}" for name in inputs[1:]
+    )
     yield "```\n\nThe hashes of all inputs and outputs are in `lorafuse_receipt.json`.\n"
 
 
@@ -144,14 +151,17 @@ def _table(receipt: Receipt, base: InputName, adapters: Sequence[InputName]) -> 
         yield "noise by rounding", f"{update['noise']:.2g} times the size of the update"
 
 
-def _loading(config: Mapping[str, Any], repo: str | None) -> Iterator[str]:
+def _loading(config: Mapping[str, Any], push: Push | None) -> Iterator[str]:
     architectures = config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else ""
     auto = "AutoModelForCausalLM" if str(first).endswith(("CausalLM", "LMHeadModel")) else "AutoModel"
     more = ", trust_remote_code=True" if config.get("auto_map") else ""
+    where = json.dumps(push.repo if push else "OUT_DIR")
+    if push and push.revision:
+        where += f", revision={json.dumps(push.revision)}"
     yield f"from transformers import {auto}, AutoTokenizer\n"
-    yield f'model = {auto}.from_pretrained("{repo or "OUT_DIR"}", dtype="auto"{more})'
-    yield f'tokenizer = AutoTokenizer.from_pretrained("{repo or "OUT_DIR"}"{more})'
+    yield f'model = {auto}.from_pretrained({where}, dtype="auto"{more})'
+    yield f"tokenizer = AutoTokenizer.from_pretrained({where}{more})"
 
 
 def _options(receipt: Receipt, adapters: Sequence[InputName]) -> Iterator[str]:

@@ -21,7 +21,7 @@ SAYING = (CARD, "*.yaml", "*.yml", "*quantization_config*.json", "*bnb_config*.j
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---\s*$", re.M | re.S)
 NOT_TOLD = (
     "Nothing beside {adapter} tells how training loaded its base. If it was in 4 bits (load_in_4bit), this "
-    "result is not the model that was trained: set the option base-quant to nf4."
+    "result is not the model that was trained: give --base-quant nf4."
 )
 
 
@@ -79,7 +79,7 @@ def settled(settings: Settings, ckpt: Checkpoint, folders: Iterable[Folder]) -> 
     told = {said.quant: said for said in said_beside(*folders)} if in_full_precision else {}
     if len(told) > 1:
         raise UsageError(
-            f"base_quant is auto, and the files beside the adapters differ: "
+            f"--base-quant is auto, and the files beside the adapters differ: "
             f"{listed(map(str, told.values()))}. Say how training quantized the base."
         )
     quant = next(iter(told), None)

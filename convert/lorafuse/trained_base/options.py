@@ -40,9 +40,9 @@ def chosen_base_quant(
         }
         return _by_options(base_quant, skip=quant_skip, **details)
     said = {
-        "base_quant": base_quant != "none",
-        "no_double_quant": not double_quant,
-        "quant_skip": bool(quant_skip),
+        "--base-quant": base_quant != "none",
+        "--no-double-quant": not double_quant,
+        "--quant-skip": bool(quant_skip),
     }
     refuse_beside_file(name for name, given in said.items() if given)
     return replace(
@@ -74,7 +74,7 @@ def chosen_quants(
     return {"base_quant": of_base, "quant_anew": None}
 
 
-def refuse_beside_file(options: Iterable[str], file: str = "base_quant_from") -> None:
+def refuse_beside_file(options: Iterable[str], file: str = "--base-quant-from") -> None:
     """Raises UsageError for options that say what the file says."""
     for name in options:
         raise UsageError(f"{file} and {name} both say how the base was quantized; give one of the two.")
@@ -86,8 +86,8 @@ def _by_options(
     """What the options of a conversion ask for; None for "none". Raises UsageError for details without a
     kind."""
     if kind == AUTO:
-        said = {"no_double_quant": not double_quant, "quant_skip": bool(skip)}
-        refuse_beside_file((name for name, given in said.items() if given), "base_quant auto")
+        said = {"--no-double-quant": not double_quant, "--quant-skip": bool(skip)}
+        refuse_beside_file((name for name, given in said.items() if given), "--base-quant auto")
     if kind != "none":
         return BaseQuant(
             kind=kind,
@@ -97,13 +97,13 @@ def _by_options(
             experts=experts,
         )
     given = {
-        "no_double_quant": not double_quant,
-        "quant_blocksize": blocksize != 64,
-        "quant_skip": skip,
-        "quant_experts": experts,
+        "--no-double-quant": not double_quant,
+        "--quant-blocksize": blocksize != 64,
+        "--quant-skip": skip,
+        "--quant-experts": experts,
     }
     for name in (name for name, value in given.items() if value):
         raise UsageError(
-            f"{name} says how the base was quantized, but base_quant is none; expected nf4, fp4 or int8."
+            f"{name} says how the base was quantized, but --base-quant is none; expected nf4, fp4 or int8."
         )
     return None

@@ -34,7 +34,7 @@ def _skip_pattern(entry: str) -> Pattern:
     try:
         return Pattern(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
     except re.error as e:
-        raise UsageError(f"quant_skip {shown(entry)!r} cannot be matched: {e}.") from None
+        raise UsageError(f"--quant-skip: {shown(entry)!r} cannot be matched: {e}.") from None
 
 
 def is_skipped_by_4(module: str, skip: Iterable[str], version: tuple[int, int]) -> bool:

@@ -13,13 +13,19 @@ from lorafuse.errors import ResultError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import Folder
-from lorafuse.files.folders import open_folder
-from lorafuse.files.hub import hub_name
+from lorafuse.files.hub import folder_of
 from lorafuse.files.local_folder import directory_as_typed
 from lorafuse.files.names import RECEIPT
 from lorafuse.formats.dense import Values
 from lorafuse.inputs.fetching import fetch_shards
-from lorafuse.inputs.located import Name, checkpoint_folder, located_adapter, opened
+from lorafuse.inputs.located import (
+    Name,
+    asks_for_base,
+    checkpoint_folder,
+    located_adapter,
+    named_base,
+    opened,
+)
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.receipt.fields import Receipt
@@ -44,10 +50,10 @@ def verify(
     memory_limit: str | int = "100MB",
     on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
-    """Check a merged directory against its receipt, and with `ckpt` and `adapters` against what they make,
-    byte by byte: all weights, or a `sample` of so many. Writes nothing. Returns what was checked: "files",
-    "nbytes" and "weights" (0 without inputs). Raises ResultError at the first difference, UsageError, and for
-    inputs CheckpointError or AdapterError.
+    """Check a merged directory, or a result on the hub, against its receipt, and with `ckpt` and `adapters`
+    against what they make, byte by byte: all weights, or a `sample` of so many. Changes nothing. Returns what
+    was checked: "files", "nbytes" and "weights" (0 without inputs). Raises ResultError at the first
+    difference, UsageError, StorageError, and for inputs CheckpointError or AdapterError.
 
     A directory without a receipt, which another tool made, is compared with its inputs: the result has
     "relations" and, as "related", what each weight is (`other_tools.relate`), whatever that is.
@@ -59,10 +65,8 @@ def verify(
         )
     if sample and ckpt is None:
         raise UsageError("--sample N compares weights with what the inputs make; give --ckpt and --adapter.")
-    folder = open_folder(directory_as_typed(out_dir))
-    if not folder.is_there():
-        on_hub = f"; `hf download {folder} --local-dir DIR` fetches a result" if hub_name(str(folder)) else ""
-        raise ResultError(f"{shown(folder)}: is no directory{on_hub}.")
+    # Files on the hub are read once without inputs, and more often beside these: then from the cache.
+    folder = folder_of(directory_as_typed(out_dir), ResultError, whole=ckpt is not None)
     receipt = read_receipt(folder)
     if not receipt and ckpt is None:
         raise ResultError(
@@ -74,13 +78,20 @@ def verify(
     if ckpt is None:
         return checked
     located = [located_adapter(directory_as_typed(adapter), 1.0, None, on_event) for adapter in adapters]
-    ckpt_name = directory_as_typed(ckpt)
-    with opened(located) as given, closing(Checkpoint(checkpoint_folder(ckpt_name))) as base:
+    with opened(located) as given, closing(_checkpoint(directory_as_typed(ckpt), given)) as base:
         fetch_shards(base)
         inputs = MergeInputs(base, given)
         if receipt:
             return checked | _against_inputs(folder, receipt, inputs, settings, sample, on_event)
         return checked | _another_tools(folder, inputs, settings, on_event)
+
+
+def _checkpoint(name: str, adapters: Sequence[WeightedAdapter]) -> Checkpoint:
+    """The checkpoint of that name; of "auto", that which the config of the first adapter names."""
+    first = adapters[0].adapter
+    return Checkpoint(
+        checkpoint_folder(named_base(first.folder, first.config) if asks_for_base(name) else name)
+    )
 
 
 class MergeInputs(NamedTuple):
