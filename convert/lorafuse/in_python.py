@@ -33,10 +33,12 @@ TEXTS, LISTS = ("message", "error"), ("notes", "problems")  # fields that people
 _CHOICE = "|".join(sorted(_WORDS))
 _VALUE = rf"'[^']*'|[A-Z]+\b|[\w*?/.-]+(?=:)|[^\s,;:]*[./][^\s,;:]*[^\s,;:.)]|(?:{_CHOICE})\b"
 _OPTION = re.compile(rf"--([a-z]+(?:-[a-z]+)*)(?: ({_VALUE}))?( (?=--))?")
+_NAMED = re.compile(r"the option ([a-z]+(?:-[a-z]+)+)")
 
 
 def in_python(message: str) -> str:
     """The message with parameters in place of options. What is no parameter stays as it is."""
+    message = _NAMED.sub(lambda match: match[1].replace("-", "_"), message)
     return _OPTION.sub(_parameter, message)
 
 

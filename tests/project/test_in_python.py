@@ -41,7 +41,7 @@ SPOKEN = {
     "--base-quant auto and --quant-skip both say": "base_quant='auto' and quant_skip both say",
     "--quant-skip: '(' is no name": "quant_skip: '(' is no name",
     "is public already, and --private is given.": "is public already, and private=True is given.",
-    "give --base-quant nf4.": "give base_quant='nf4'.",
+    "set the option base-quant to nf4.": "set base_quant to nf4.",
     "--base-quant on a GPU needs bitsandbytes": "base_quant on a GPU needs bitsandbytes",
     "give --ckpt and --adapter.": "give ckpt and adapters.",
     "python zero_to_fp32.py . OUT --safe_serialization": "python zero_to_fp32.py . OUT --safe_serialization",

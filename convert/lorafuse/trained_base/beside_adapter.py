@@ -21,7 +21,7 @@ SAYING = (CARD, "*.yaml", "*.yml", "*quantization_config*.json", "*bnb_config*.j
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---\s*$", re.M | re.S)
 NOT_TOLD = (
     "Nothing beside {adapter} tells how training loaded its base. If it was in 4 bits (load_in_4bit), this "
-    "result is not the model that was trained: give --base-quant nf4."
+    "result is not the model that was trained: set the option base-quant to nf4."
 )
 
 
