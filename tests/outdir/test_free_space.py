@@ -166,7 +166,7 @@ real_create, real_record, created, recorded = LocalOutDir.create, LocalOutDir.re
 def record(self, *args):
     real_record(self, *args)
     recorded.append(1)
-def create(self, file):
+def create(self, file, nbytes):
     created.append(1)
     if len(created) == 5:
         while len(recorded) < 3: time.sleep(0.01)
@@ -174,7 +174,7 @@ def create(self, file):
             try:
                 while f.write(b"x" * 4096): pass
             except OSError: pass
-    return real_create(self, file)
+    return real_create(self, file, nbytes)
 LocalOutDir.create, LocalOutDir.record = create, record
 assert "bytes more than it has are needed" in (said := run()), said
 os.unlink(work + "/filler")

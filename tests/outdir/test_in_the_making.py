@@ -90,11 +90,11 @@ def test_the_next_files_are_made_while_one_is_synced(inputs, clean, tmp_path, mo
     last = threading.Event()
     create, finish, n = LocalOutDir.create, LocalOutFile.finish, [0]
 
-    def count(self, file):
+    def count(self, file, nbytes):
         n[0] += 1
         if n[0] == N_SHARDS:
             last.set()
-        return create(self, file)
+        return create(self, file, nbytes)
 
     def wait(self, nbytes):
         assert last.wait(BEFORE_A_WORD_IS_SAID)
@@ -111,10 +111,10 @@ def test_few_files_wait_to_be_synced(inputs, clean, tmp_path, monkeypatch):
     monkeypatch.setattr("lorafuse.batching.one_pass.N_FINISHING", 1)
     create, record, n, most = LocalOutDir.create, LocalOutDir.record, [0], [0]
 
-    def count(self, file):
+    def count(self, file, nbytes):
         n[0] += 1
         most[0] = max(most[0], n[0])
-        return create(self, file)
+        return create(self, file, nbytes)
 
     def recorded(self, *args):
         time.sleep(0.05)

@@ -285,7 +285,7 @@ def test_a_place_that_workers_cannot_share(inputs):
 HOLD = """
 import sys, time, lorafuse
 def wait(event):
-    if event["event"] == "shard":
+    if event["event"] == "progress":  # before its file is finished
         print("at work", flush=True)
         time.sleep(60)
 lorafuse.convert(*sys.argv[1:4], max_shard_size=sys.argv[4], on_event=wait, **eval(sys.argv[5]))

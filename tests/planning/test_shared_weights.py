@@ -38,7 +38,7 @@ class Bare:
     def __init__(self, path):
         self.path = path
 
-    def create(self, file):
+    def create(self, file, nbytes):
         return LocalOutFile(self.path / file)
 
 
