@@ -3,12 +3,19 @@ here."""
 
 from collections.abc import Callable
 
-from lorafuse.files.cloud_folder import CloudFolder
 from lorafuse.files.cloud_url import SCHEMES
 from lorafuse.files.folder import Folder
 from lorafuse.files.local_folder import LocalFolder
 
-FOLDERS: dict[str, Callable[[str], Folder]] = {"": LocalFolder.at, **dict.fromkeys(SCHEMES, CloudFolder.at)}
+
+def _in_store(name: str) -> Folder:
+    """Imported when it is asked for: of small limits on memory it would be a part."""
+    from lorafuse.files.cloud_folder import CloudFolder
+
+    return CloudFolder.at(name)
+
+
+FOLDERS: dict[str, Callable[[str], Folder]] = {"": LocalFolder.at, **dict.fromkeys(SCHEMES, _in_store)}
 
 
 def has_scheme(name: str) -> bool:

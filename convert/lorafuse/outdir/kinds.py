@@ -1,14 +1,18 @@
 """The kinds of places that results are written to, by the scheme of their names."""
 
+from importlib import import_module
+from typing import cast
+
 from lorafuse.errors import UsageError, shown
 from lorafuse.files.cloud_url import SCHEMES
 from lorafuse.files.names import scheme_of
-from lorafuse.outdir import cloud, local
+from lorafuse.outdir import local
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.outdir.out_dir import OutDirKind, SharedKind
 
-# Scheme, as in memory://name → kind; none is a directory of this machine.
-OUT_DIRS: dict[str, OutDirKind] = {"": local, **dict.fromkeys(SCHEMES, cloud)}
+# Scheme, as in memory://name → kind, or the name of its module, which is imported when it is asked for; none
+# is a directory of this machine.
+OUT_DIRS: dict[str, OutDirKind | str] = {"": local, **dict.fromkeys(SCHEMES, "lorafuse.outdir.cloud")}
 
 
 def kind_of(out_dir: str) -> OutDirKind:
@@ -18,6 +22,8 @@ def kind_of(out_dir: str) -> OutDirKind:
     kind = OUT_DIRS.get(scheme)
     if kind is None:
         raise UsageError(f"{shown(out_dir)}: results cannot be written to {shown(scheme)}://.")
+    if isinstance(kind, str):
+        return cast(OutDirKind, import_module(kind))
     return kind
 
 
