@@ -115,7 +115,7 @@ class ZipMember:
     def close(self):
         pass
 '''
-IMPORT = "from lorafuse.outdir import cloud, local\n"
+IMPORT = "from lorafuse.outdir import local\n"
 TABLE = '= {"": local,'
 WORD = '= {"": local, "zip": zip_out_dir,'
 
@@ -130,7 +130,7 @@ def test_one_file_and_one_word(tmp_path: Path) -> None:
     assert text.count(IMPORT) == text.count(TABLE) == 1
     (package / "outdir/zip_out_dir.py").write_text(FILE)
     table.write_text(
-        text.replace(IMPORT, "from lorafuse.outdir import cloud, local, zip_out_dir\n").replace(TABLE, WORD)
+        text.replace(IMPORT, "from lorafuse.outdir import local, zip_out_dir\n").replace(TABLE, WORD)
     )
 
     inputs = [str(write_checkpoint(tmp_path / "ckpt", n_shards=2)), str(write_adapter(tmp_path / "lora"))]
