@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from compiled_kernel import at_every_level
+from compiled_kernel import arena_of, at_every_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafuse.arithmetic import compiled
-from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.dequantize import byte_pairs, decode_four_bit
 from lorafuse.arithmetic.measure import Measures, measure_tile
 from lorafuse.arithmetic.quantize import quant_map
@@ -22,12 +21,6 @@ SUMS = ("base_sq", "delta_sq", "residual_sq")
 @pytest.fixture(scope="module")
 def kernels(kernel_path):
     return at_every_level(kernel_path)
-
-
-def arena_of(kernel):
-    arena = Arena(torch.device("cpu"))
-    arena.kernel = kernel
-    return arena
 
 
 def same_bits(a, b):

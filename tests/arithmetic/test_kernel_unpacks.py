@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from compiled_kernel import at_every_level
+from compiled_kernel import arena_of, at_every_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafuse.arithmetic import compiled
-from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.bit_stream import unpack_floats
 from lorafuse.arithmetic.dequantize import nested_scales
 from lorafuse.arithmetic.scaling import scale_and_add
@@ -18,12 +17,6 @@ STRANGE = torch.tensor([0.0, -0.0, 1e-42, -1e-38, 3e38, float("inf"), float("nan
 @pytest.fixture(scope="module")
 def kernels(kernel_path):
     return at_every_level(kernel_path)
-
-
-def arena_of(kernel):
-    arena = Arena(torch.device("cpu"))
-    arena.kernel = kernel
-    return arena
 
 
 def same_bits(a, b):

@@ -15,6 +15,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from build import adapter_tensors, checkpoint_tensors, write_adapter, write_checkpoint
 from scenario import content
@@ -24,8 +25,6 @@ from lorafuse.engines.engine import Task
 from lorafuse.engines.ray_worker import carry_out, versions
 from lorafuse.errors import AdapterError, StorageError, UsageError
 
-psutil = pytest.importorskip("psutil")
-pytest.importorskip("ray")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(lorafuse.__file__).parents[1])}
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/ray.sh"

@@ -248,6 +248,17 @@ def wait_for(condition, process):
         time.sleep(0.01)
 
 
+def test_a_store_without_conditions(s3, inputs, clean):
+    """It answers 501 to a call that makes an object only if it is not there."""
+    events = []
+    with s3.disturbed(times(99, (501, xml("NotImplemented")), "PUT", "/lock")):
+        merged(inputs, on_event=events.append)
+    assert [event["message"] for event in events if event["event"] == "warning"] == [
+        f"{OUT}: the store has no locks; let one run at a time write it."
+    ]
+    check(s3, clean)
+
+
 def test_killed_and_resumed(s3, inputs, clean):
     """A run that is killed holds its lock no longer, on this machine."""
     with s3.disturbed(times(99, 30.0, "PUT", "/out/model-00003")):

@@ -13,11 +13,12 @@ import obstore
 import pytest
 from disturbed_store import DisturbedStore, DisturbedWriter
 from faults import Killed
-from scenario import N_SHARDS, SHARD, five_shards, uninterrupted, without_times
+from scenario import N_SHARDS, SHARD, without_times
 
 import lorafuse
 from lorafuse.errors import HeldError, OutDirError, StorageError
 from lorafuse.files import cloud_client, cloud_store
+from lorafuse.files.cloud_errors import NoConditionsError
 from lorafuse.files.cloud_store import CloudPlace
 from lorafuse.files.names import RECEIPT
 from lorafuse.outdir import cloud_lock
@@ -37,16 +38,6 @@ def store(monkeypatch):
     monkeypatch.setattr(obstore, "open_writer", DisturbedWriter)
     monkeypatch.setattr(cloud_lock, "_is_gone", lambda lock: True)
     return store
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    return five_shards(tmp_path)
-
-
-@pytest.fixture
-def clean(inputs, tmp_path):
-    return uninterrupted(inputs, tmp_path / "clean")
 
 
 class Work:
@@ -234,7 +225,7 @@ def test_a_store_without_conditions(store, inputs, clean, monkeypatch):
     """There is no lock then, and that is said."""
 
     def refuse(self, *args):
-        raise NotImplementedError
+        raise NoConditionsError
 
     monkeypatch.setattr(CloudPlace, "_put_if", refuse)
     events, work = [], Work(store, inputs, old=False)

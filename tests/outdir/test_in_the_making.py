@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from scenario import N_SHARDS, SHARD, content, five_shards, uninterrupted
+from scenario import N_SHARDS, SHARD, content
 
 import lorafuse
 from lorafuse.errors import StorageError
@@ -22,16 +22,6 @@ STAGES = {
     "recorded": (LocalOutDir, "record"),
 }
 BEFORE_A_WORD_IS_SAID = 20  # seconds
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    return five_shards(tmp_path)
-
-
-@pytest.fixture
-def clean(inputs, tmp_path):
-    return uninterrupted(inputs, tmp_path / "clean")
 
 
 @pytest.fixture

@@ -18,23 +18,13 @@ from types import SimpleNamespace
 
 import pytest
 import warm as warm_process
-from scenario import SHARD, Work, content, five_shards, uninterrupted
+from scenario import SHARD, Work, content
 
 import lorafuse
 from lorafuse.files.names import RECEIPT
 
 N_KILLS, N_KILLS_SOAKED = 50, 150
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(lorafuse.__file__).parents[1])}
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    return five_shards(tmp_path)
-
-
-@pytest.fixture
-def clean(inputs, tmp_path):
-    return uninterrupted(inputs, tmp_path / "clean")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from contextlib import nullcontext, suppress
 
 import pytest
 from faults import Killed
-from scenario import N_SHARDS, SHARD, Bucket, five_shards, uninterrupted
+from scenario import N_SHARDS, SHARD, Bucket
 
 import lorafuse
 from lorafuse.errors import HeldError, OutDirError, StorageError
@@ -20,16 +20,6 @@ from lorafuse.outdir.kinds import kind_of
 
 OLD = {"config.json": b"old", "model.safetensors": b"old", RECEIPT: b"old", "sub/mine.txt": b"old"}
 OUT, HIDDEN = "memory://out", "memory://.out.lorafuse"
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    return five_shards(tmp_path)
-
-
-@pytest.fixture
-def clean(inputs, tmp_path):
-    return uninterrupted(inputs, tmp_path / "clean")
 
 
 class Work:

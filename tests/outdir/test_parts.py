@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from build import files_of
 from faults import Disk, Killed
-from scenario import N_SHARDS, SHARD, Work, content, five_shards, uninterrupted
+from scenario import N_SHARDS, SHARD, Work, content
 
 import lorafuse
 from lorafuse.errors import HeldError, OutDirError, StorageError, UsageError
@@ -20,16 +20,6 @@ from lorafuse.planning.parts import divided
 from lorafuse.planning.plan import PlannedShard
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(lorafuse.__file__).parents[1])}
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    return five_shards(tmp_path)
-
-
-@pytest.fixture
-def clean(inputs, tmp_path):
-    return uninterrupted(inputs, tmp_path / "clean")
 
 
 @pytest.fixture

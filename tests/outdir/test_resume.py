@@ -18,23 +18,13 @@ import torch
 from build import write_adapter, write_checkpoint
 from faults import Disk, Killed, Power
 from safetensors.torch import load, load_file, save_file
-from scenario import N_SHARDS, SHARD, WAYS, Bucket, Directory, Work, content, five_shards, uninterrupted
+from scenario import N_SHARDS, SHARD, WAYS, Bucket, Directory, Work, content
 
 import lorafuse
 from lorafuse.errors import CheckpointError, OutDirError, StorageError
 from lorafuse.merge import workers as merge
 from lorafuse.outdir import output
 from lorafuse.outdir.staging import LocalOutDir
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    return five_shards(tmp_path)
-
-
-@pytest.fixture
-def clean(inputs, tmp_path):
-    return uninterrupted(inputs, tmp_path / "clean")
 
 
 def finish(work, clean, complete):

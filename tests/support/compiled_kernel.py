@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorafuse.arithmetic import kernel as lorafuse_kernel
+from lorafuse.arithmetic.arena import Arena
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT / "convert/lorafuse/arithmetic/kernel.c", ROOT / "setup.py")
@@ -31,3 +33,10 @@ def at_every_level(path: Path) -> list[lorafuse_kernel.Kernel]:
     best = lorafuse_kernel.load(str(path))
     assert best, "the kernel cannot be loaded"
     return [best.at(level) for level in range(best.level + 1)]
+
+
+def arena_of(kernel: lorafuse_kernel.Kernel | None) -> Arena:
+    """An arena whose work a kernel does; None: torch."""
+    arena = Arena(torch.device("cpu"))
+    arena.kernel = kernel
+    return arena

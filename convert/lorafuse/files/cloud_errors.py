@@ -33,6 +33,16 @@ def is_broken(error: Exception) -> bool:
     return "body error" in str(error)
 
 
+class NoConditionsError(Exception):
+    """The store does not know calls that hold under a condition; never shown to a user."""
+
+
+def is_unmet(error: Exception) -> bool:
+    """Whether the condition of a call did not hold: an object is there already, or is another one by now. By
+    name, since obstore is imported when the first URL asks for it."""
+    return type(error).__name__ in ("AlreadyExistsError", "PreconditionError")
+
+
 @contextmanager
 def asking(label: str, root: str) -> Iterator[None]:
     """Turns what obstore raises about `label`, in the bucket `root`, into a FileNotFoundError or a
@@ -46,7 +56,7 @@ def asking(label: str, root: str) -> Iterator[None]:
             raise explained(e, label, root) from None
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), label) from None
     except Exception as e:
-        if type(e).__name__ in ("AlreadyExistsError", "PreconditionError"):
+        if is_unmet(e):
             raise
         raise explained(e, label, root) from None
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from lorafuse.errors import StorageError, shown
 from lorafuse.files import cloud_client
-from lorafuse.files.cloud_errors import asking, is_broken
+from lorafuse.files.cloud_errors import NoConditionsError, asking, is_broken, is_unmet
 from lorafuse.files.cloud_url import cloud_url
 
 N_BREAKS = 4  # of an answer, before it is given up
@@ -104,7 +104,7 @@ class CloudPlace:
         try:
             at = self._read(name, fill)
         except Exception as e:
-            if type(e).__name__ == "PreconditionError":
+            if is_unmet(e):
                 return False
             raise
         if at < len(data):
@@ -154,12 +154,12 @@ class CloudPlace:
 
     def put_new(self, name: str, data: bytes) -> Tag | None:
         """Make an object if it is not there. Returns its tag; None where it is there. Raises
-        NotImplementedError where the store knows no such condition."""
+        NoConditionsError where the store knows no such condition."""
         return self._put_if(name, data, "create")
 
     def replace(self, name: str, data: bytes, tag: Tag) -> Tag | None:
         """Replace an object if it still has that tag. Returns the new one; None where it has not. Raises
-        NotImplementedError where the store knows no such condition."""
+        NoConditionsError where the store knows no such condition."""
         return self._put_if(name, data, {name: value for name, value in tag._asdict().items() if value})
 
     def _put_if(self, name: str, data: bytes, mode: Any) -> Tag | None:
@@ -170,10 +170,10 @@ class CloudPlace:
         except FileNotFoundError:  # what was to be replaced is gone
             return None
         except Exception as e:
-            if type(e).__name__ in ("AlreadyExistsError", "PreconditionError"):
+            if is_unmet(e):
                 return None
             if " 501 " in str(e) or "not supported" in str(e):
-                raise NotImplementedError from None
+                raise NoConditionsError from None
             raise
 
     def writer(self, name: str, part_nbytes: int) -> "CloudWriter":

@@ -13,6 +13,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 from lorafuse.errors import HeldError, OutDirError, StorageError, shown
+from lorafuse.files.cloud_errors import NoConditionsError
 from lorafuse.files.cloud_store import CloudPlace, Tag
 
 LEASE_S, RENEW_S = 90, 20
@@ -44,7 +45,7 @@ class CloudLock:
         """Raises HeldError when another run has it, StorageError."""
         try:
             tag = self._own(self._hidden.put_new(LOCK, self._content)) or self._after_another()
-        except NotImplementedError:
+        except NoConditionsError:
             self.is_known = False
             return
         if not tag:
