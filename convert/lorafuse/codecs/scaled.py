@@ -23,10 +23,9 @@ from lorafuse.codecs.sources import Raw, Scheme
 from lorafuse.codecs.strips import Run
 from lorafuse.codecs.swizzled import SwizzledScales
 from lorafuse.files.stores import Store
-from lorafuse.files.tensors import DTYPES, FLOATS, Box, TensorSpec
+from lorafuse.files.tensors import DTYPES, Box, TensorSpec
 
 E8M0 = ("F8_E8M0", "U8")
-SCALE_DTYPES = (*FLOATS, "F8_E4M3", *E8M0)
 
 
 class Block(NamedTuple):
