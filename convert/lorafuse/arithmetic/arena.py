@@ -2,7 +2,7 @@
 
 import torch
 
-from lorafuse.arithmetic import kernel
+from lorafuse.arithmetic import kernel, lanes
 from lorafuse.errors import UsageError
 from lorafuse.files.stores import Store
 
@@ -28,18 +28,41 @@ class Arena:
     compiled one, where it is to be used."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.on_host = device, device.type == "cpu"
+        self.device, self._lane = device, lanes.lane_of(device)
+        self._staging = lanes.Staging(self._lane) if self._lane else None
+        self.on_host = self._lane is None
         self.kernel = kernel.chosen() if self.on_host else None
         self._pool: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._on_host: Arena | None = None
 
+    def bind(self) -> None:
+        """The calling thread is the worker, until it ends."""
+        if self._lane:
+            self._lane.bind()
+
+    def settle(self) -> None:
+        """Returns when all is done that was begun on the device: only then the host reads what came back, and
+        other threads use what was made. Raises what went wrong there."""
+        if self._staging:
+            self._staging.settle()
+
     def get(self, name: str, numel: int, dtype: torch.dtype, *, host: bool = False) -> torch.Tensor:
-        """An uninitialised 1-D tensor [numel]; the one of the last call with that name is no longer valid."""
+        """An uninitialised 1-D tensor [numel]; the one of the last call with that name is no longer valid.
+        `host`: on the host, from where a device copies by itself."""
+        if host and self._staging:
+            return self._staging.get(name, numel * dtype.itemsize).view(dtype)
         tensor = self._pool.get((name, dtype))
         if tensor is None or tensor.numel() < numel:
-            tensor = torch.empty(numel, dtype=dtype, device="cpu" if host else self.device)
+            tensor = torch.empty(numel, dtype=dtype, device=self.device)
             self._pool[name, dtype] = tensor
         return tensor[:numel]
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] on the host, in memory of its own, for what is brought back."""
+        if self._lane:
+            return self._lane.pinned(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     @property
     def host(self) -> "Arena":
@@ -57,8 +80,16 @@ class Arena:
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """A host tensor on the arena's device."""
-        # Not `to` on the CPU: for the small tensors of a tile the call would cost as much as the work.
-        return tensor if self.on_host else tensor.to(self.device)
+        return self._staging.copy_in(tensor) if self._staging else tensor
+
+    def table(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same of a tensor that lasts as long as the arena and does not change: it is copied once."""
+        if self.on_host:
+            return tensor
+        # With the tensor, lest another gets its id.
+        if id(tensor) not in self._tables:
+            self._tables[id(tensor)] = tensor, self.place(tensor)
+        return self._tables[id(tensor)][1]
 
     def beside(self, host: torch.Tensor, name: str) -> torch.Tensor:
         """A tensor like `host` (1-D) on the arena's device: scratch, or `host` itself where that is the
@@ -66,9 +97,10 @@ class Arena:
         return host if self.on_host else self.get(name, host.numel(), host.dtype)
 
     def bring_back(self, values: torch.Tensor, host: torch.Tensor) -> None:
-        """Copies what was made `beside` a host tensor into it, where that is not the same."""
-        if values is not host:
-            host.copy_(values)
+        """Copies what was made `beside` a part of a host buffer into it, where that is not the same; it is
+        there after `settle`."""
+        if self._lane:
+            self._lane.copy_out(values, host)
 
     def fetch(self, name: str, store: Store, key: str, start: int, nbytes: int) -> torch.Tensor:
         """Bytes [start, start + nbytes) of a stored tensor, uint8 [nbytes] on the host."""

@@ -203,7 +203,9 @@ class Bands(GridSources):
             starts = torch.arange(0, self.spec.shape[1], self._run, dtype=torch.int64, device=numbers.device)
             groups = starts.div_(groups, rounding_mode="floor")
         made = arena.get(name, len(numbers) * len(groups), torch.float32)
-        torch.index_select(numbers, 1, groups.to(numbers.device), out=made.view(-1, len(groups)))
+        torch.index_select(
+            numbers, 1, groups.to(numbers.device, non_blocking=True), out=made.view(-1, len(groups))
+        )
         return made
 
 

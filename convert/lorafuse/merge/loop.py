@@ -37,6 +37,7 @@ def merge(
                     if made.measures:
                         variant.measures.add(made.measures)
                     if tile.last:
+                        variant.measures.settle()
                         made.error = made.error or _complaint(variant, allow_nonfinite)
                     for number in variant.outputs:
                         if outputs[number].error is None:
