@@ -8,6 +8,7 @@ counted.
 
 import threading
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -40,7 +41,7 @@ class Copy:
 @dataclass
 class LateDevice:
     """What happened on the lanes of a run. `fails_at`: the number of the wait that reports an error of the
-    device."""
+    device; `meeting`: lanes of workers wait there for each other, once."""
 
     n_waits: int = 0
     n_copies: int = 0
@@ -51,7 +52,7 @@ class LateDevice:
     nbytes: int = 0
     most_nbytes: int = 0
     pinned_nbytes: int = 0
-    meeting: threading.Barrier | None = None  # where waits wait for each other, once
+    meeting: threading.Barrier | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def lane_of(self, device: torch.device) -> "LateLane | None":
@@ -69,6 +70,7 @@ class LateLane:
     def __init__(self, device: LateDevice) -> None:
         self._device, self._late = device, list[Copy]()
         self._watch: Watch | None = None
+        self._met = False
 
     def bind(self) -> None:
         self._watch = Watch(self._device)
@@ -94,7 +96,8 @@ class LateLane:
         self._late.append(copy)
         with device.lock:
             device.n_copies += 1
-            device.in_flight.add(id(self))
+            if self._watch:
+                device.in_flight.add(id(self))
             device.most_in_flight = max(device.most_in_flight, len(device.in_flight))
 
     def mark(self) -> "LateMark":
@@ -106,7 +109,8 @@ class LateLane:
             device.n_waits += 1
             if device.n_waits == device.fails_at:
                 raise RuntimeError("the device is lost")
-        if device.meeting and self._watch and self._late:
+        if device.meeting and self._watch and self._late and not self._met:
+            self._met = True
             device.meeting.wait(20)
         with unwatched():
             for copy in self._late[:n]:
@@ -137,8 +141,10 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
+@contextmanager
 def unwatched():
-    return torch._C._DisableTorchDispatch()
+    with torch.inference_mode(), torch._C._DisableTorchDispatch():
+        yield
 
 
 class Watch(TorchDispatchMode):

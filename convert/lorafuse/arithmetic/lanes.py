@@ -76,11 +76,20 @@ def lane_of(device: torch.device) -> Lane | None:
     return None if device.type == "cpu" else CudaLane(device)
 
 
+def is_host(device: torch.device) -> bool:
+    """Whether tiles are computed on the CPU."""
+    return lane_of(device) is None
+
+
+def lane_nbytes(tile_nbytes: int) -> int:
+    """What a lane takes on the device, with a tile that takes so much."""
+    return WORKSPACE_NBYTES + MEASURED_NUMEL * MEASURED_NBYTES_PER_ELEMENT + tile_nbytes
+
+
 def n_lanes(n_workers: int, tile_nbytes: int, held_nbytes: int) -> int:
-    """How many tiles may be on the device at once: each takes `tile_nbytes`, all that is held beside them
-    `held_nbytes`. 0 where not even one fits."""
-    of_lane = WORKSPACE_NBYTES + MEASURED_NUMEL * MEASURED_NBYTES_PER_ELEMENT + tile_nbytes
-    return max(min(LANES_PER_WORKER * n_workers, MOST_LANES, (DEVICE_NBYTES - held_nbytes) // of_lane), 0)
+    """How many tiles may be on the device at once, beside what is held there; 0 where not even one fits."""
+    fit = (DEVICE_NBYTES - held_nbytes) // lane_nbytes(tile_nbytes)
+    return max(min(LANES_PER_WORKER * n_workers, MOST_LANES, fit), 0)
 
 
 class Staging:

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
+from lorafuse.arithmetic.lanes import is_host
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.errors import CheckpointError, LorafuseError, ResultError, shown
 from lorafuse.merge.destination import Destination
 from lorafuse.merge.feed import EVERYTHING_HERE, Feed
 from lorafuse.merge.tile import Made
 from lorafuse.merge.workers import TileWorkers
+from lorafuse.planning.memory import on_device
 from lorafuse.planning.plan import Memory
 from lorafuse.planning.shared_weights import SharedWeights, Variant
 
@@ -30,6 +32,7 @@ def merge(
     alone ends up in its `error`, and when nothing else is left, ends the loop. Wrong are values that are not
     finite, also the base's own in weights that are not copied bit for bit, unless `allow_nonfinite`."""
     planned = SharedWeights([output.steps() for output in outputs])
+    memory = memory if is_host(device) else on_device(memory)
     try:
         with own_torch_state(), TileWorkers(planned, memory, device, feed) as workers:
             for tile in workers.tiles(outputs):
