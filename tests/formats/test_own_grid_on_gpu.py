@@ -4,10 +4,10 @@ the same code is run here."""
 
 import pytest
 import torch
+from late_device import LateDevice
 from safetensors.torch import load_file
 
 import lorafuse
-from lorafuse.arithmetic.arena import Arena
 from lorafuse.trained_base.on_gpu import ByKernels
 
 LLAMA = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -16,22 +16,6 @@ GPT2 = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
 
 def stored(folder):
     return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """as_on_a_gpu() → runs take the code for a GPU from now on, with the CPU as their device."""
-    device, make = torch.device("cpu", 0), Arena.__init__
-
-    def init(arena, of):
-        make(arena, of)
-        arena.on_host = of != device
-
-    def begin():
-        monkeypatch.setattr(Arena, "__init__", init)
-        monkeypatch.setattr("lorafuse.pipeline.pick_device", lambda name: device)
-
-    return begin
 
 
 @pytest.mark.parametrize(
@@ -44,11 +28,11 @@ def as_on_a_gpu(monkeypatch):
         ("gpt2_bf16", GPT2, {"base_quant": "int8", "format": "base", "rounding": "nearest"}),
     ],
 )
-def test_bytes_are_those_of_the_host(kind, lora, options, base, adapter, tmp_path, monkeypatch, as_on_a_gpu):
+def test_bytes_are_those_of_the_host(kind, lora, options, base, adapter, tmp_path, monkeypatch):
     inputs = base(kind), adapter(kind, **lora)
     monkeypatch.setattr("lorafuse.planning.plan.TILE_NUMEL", 1 << 11)  # several tiles to a weight
     of_host = lorafuse.convert(*inputs, tmp_path / "host", **options)
-    as_on_a_gpu()
+    LateDevice().installed(monkeypatch)
     by_kernels = []
     monkeypatch.setattr(
         "lorafuse.trained_base.on_gpu.ByKernels._quantized",

@@ -1,6 +1,6 @@
-"""A device that is the CPU, and late: what it is to copy to the host is there when somebody waits, and what it
-copies from the host must stay as it was until somebody has waited. In this way a run shows that it never uses
-a buffer of the host too early, and nothing of another worker that is not finished.
+"""A device that is the CPU, and late: what it is to copy to the host is there when somebody waits, and what
+it copies from the host must stay as it was until somebody has waited. So a run shows that it never uses a
+buffer of the host too early.
 
 It has torch look at every operation of the workers: none may wait for the device, and what is held at once is
 counted.
@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorafuse.arithmetic import lanes
+from lorafuse.arithmetic.devices import Choice
 
 DEVICE = torch.device("cpu", 0)
 # Operations that give the host a number, or whose result has a size that the host must know.
 WAITING = {
-    "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item", "unique_dim", "_unique2", "equal",
+    "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item", "_unique2", "equal",
 }  # fmt: skip
 NOT_YET = 0xAB
 
@@ -61,9 +62,8 @@ class LateDevice:
     def installed(self, monkeypatch) -> None:
         """Runs compute here from now on, as they would on CUDA."""
         monkeypatch.setattr(lanes, "lane_of", self.lane_of)
-        monkeypatch.setattr("lorafuse.arithmetic.arena.pick_device", lambda name: DEVICE)
-        for module in ("lorafuse.pipeline", "lorafuse.batching.batch", "lorafuse.verification.verify"):
-            monkeypatch.setattr(f"{module}.pick_device", lambda name: DEVICE, raising=False)
+        for module in ("pipeline", "batching.batch", "verification.verify"):
+            monkeypatch.setattr(f"lorafuse.{module}.choose_device", lambda name, work: Choice(str(DEVICE)))
 
 
 class LateLane:

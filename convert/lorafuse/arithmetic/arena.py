@@ -3,13 +3,7 @@
 import torch
 
 from lorafuse.arithmetic import kernel, lanes
-from lorafuse.errors import UsageError
 from lorafuse.files.stores import Store
-
-
-def cuda_devices() -> list[str]:
-    """The names of the GPUs that torch sees."""
-    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def host_view(tensor: torch.Tensor) -> memoryview:
@@ -127,21 +121,3 @@ def put(buffer: torch.Tensor, at: int, tensor: torch.Tensor) -> int:
 def host_arena() -> Arena:
     """Scratch on the host."""
     return Arena(torch.device("cpu"))
-
-
-def device_kind(name: str) -> str:
-    """`cpu` or `cuda`, of a device that `pick_device` takes: their bytes may differ."""
-    return pick_device(name).type
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA when torch sees it. Raises UsageError for a device that is not there, and
-    on the CPU for a compiled kernel that is not."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here.")
-    if device.type == "cpu":
-        kernel.chosen()
-    return device
