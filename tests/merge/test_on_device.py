@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from late_device import NOT_YET, LateDevice, LateLane, TooEarlyError
+from late_device import NOT_YET, LateDevice, LateLane, TooEarlyError, same_figures
 from models import LINEARS
 from safetensors.torch import load_file, save_file
 
@@ -33,11 +33,11 @@ from lorafuse.planning.memory import on_device
 from lorafuse.planning.plan import Memory
 
 LLAMA, GPT2 = {"target_modules": LINEARS}, {"target_modules": ["c_attn", "c_proj"]}
-COUNTS = ("changed", "clipped")
 # One of each codec.
 OTHERS = (
-    "FP8, blocks", "compressed-tensors W4A16, asymmetric", "compressed-tensors NVFP4", "FBGEMM FP8", "MLX, 3 bit",
-    "MLX, mxfp8", "torchao int8", "HQQ, 4 bit", "AQLM, 2 × 8 bit", "GPTQ, 4 bit", "GPTQ, 4 bit, act-order", "AWQ",
+    "FP8, blocks", "compressed-tensors W4A16, asymmetric", "compressed-tensors NVFP4", "FBGEMM FP8",
+    "MLX, 3 bit", "MLX, mxfp8", "torchao int8", "HQQ, 4 bit", "AQLM, 2 × 8 bit", "GPTQ, 4 bit",
+    "GPTQ, 4 bit, act-order", "AWQ",
 )  # fmt: skip
 MODULE, ROWS, COLS, RANK = "model.layers.0.self_attn.", 256, 512, 8
 
@@ -62,18 +62,6 @@ def small_tiles(monkeypatch):
 def stored(folder):
     tensors = {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
     return {name: t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
-
-
-def same_figures(there, here):
-    """Numbers of elements are the same; norms and their ratios to a millionth of what they are made from."""
-    for name, entry in here["tensors"].items():
-        found = there["tensors"][name]
-        assert found.keys() == entry.keys()
-        for key, value in entry.items():
-            if isinstance(value, float) and key not in COUNTS:
-                assert found[key] == pytest.approx(value, rel=1e-6, abs=1e-6), (name, key)
-            else:
-                assert found[key] == value, (name, key)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32", "nf4", "nf4_dq", "nf4_odd", "fp4_dq", "int8", "gpt2_nf4"])
@@ -242,6 +230,7 @@ def test_interrupted(large, tmp_path, late, monkeypatch):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tile")]
 
 
+@torch.inference_mode()
 def at_random(staging, seed):
     """Fills buffers, copies from them, waits, and grows them, in any order."""
     draw = random.Random(seed)
@@ -261,6 +250,7 @@ def test_no_buffer_is_filled_before_it_is_copied(seed):
     at_random(Staging(LateLane(LateDevice())), seed)
 
 
+@torch.inference_mode()
 def test_a_buffer_that_is_filled_too_early_is_seen():
     """Of who does not wait; so the test above can fail."""
     lane = LateLane(LateDevice())

@@ -11,6 +11,7 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +25,7 @@ WAITING = {
     "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item", "_unique2", "equal",
 }  # fmt: skip
 NOT_YET = 0xAB
+COUNTS = ("changed", "clipped")
 
 
 class TooEarlyError(AssertionError):
@@ -37,6 +39,10 @@ class Copy:
     host: torch.Tensor
     kept: torch.Tensor
     inward: bool
+
+
+class Chosen(Choice):
+    device = DEVICE
 
 
 @dataclass
@@ -63,7 +69,7 @@ class LateDevice:
         """Runs compute here from now on, as they would on CUDA."""
         monkeypatch.setattr(lanes, "lane_of", self.lane_of)
         for module in ("pipeline", "batching.batch", "verification.verify"):
-            monkeypatch.setattr(f"lorafuse.{module}.choose_device", lambda name, work: Choice(str(DEVICE)))
+            monkeypatch.setattr(f"lorafuse.{module}.choose_device", lambda name, work: Chosen("cuda"))
 
 
 class LateLane:
@@ -182,3 +188,15 @@ class Watch(TorchDispatchMode):
 
 def storage_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def same_figures(there, here):
+    """Numbers of elements are the same; norms and their ratios to a millionth of what they are made from."""
+    for name, entry in here["tensors"].items():
+        found = there["tensors"][name]
+        assert found.keys() == entry.keys()
+        for key, value in entry.items():
+            if isinstance(value, float) and key not in COUNTS:
+                assert found[key] == pytest.approx(value, rel=1e-6, abs=1e-6), (name, key)
+            else:
+                assert found[key] == value, (name, key)
