@@ -29,16 +29,15 @@ NBYTES_PER_ELEMENT = 9  # of a chunk: W and S in fp32, and a flag
 _THERE = ("base_sq", "delta_sq", "residual_sq", "residual_delta", "n_changed", "n_broken", "n_broken_base")
 
 
-class _There:
-    """Sums of tiles that are on a device, and not yet in those of the host. No field: what is recorded is
-    settled."""
-
-    there: tuple[torch.Tensor, ...] = ()
+_NOTHING: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass
-class Measures(_There):
-    """Sums over the elements seen so far."""
+class Measures:
+    """Sums over the elements seen so far. `there`: those of tiles that are on a device, and not in the others
+    before `settle`."""
+
+    there = _NOTHING  # no field: what is recorded is settled
 
     numel: int = 0
     base_sq: float = 0.0
