@@ -31,7 +31,7 @@ def merge(base: Path, adapter: Path, out_dir: Path, device: str) -> tuple[float,
 
 
 def report(work: Path, layers: int) -> str:
-    costs = json.loads(measure.python("-m", "bench.speed.gpu_costs").stdout)
+    costs = json.loads(measure.python("-m", "bench.speed.gpu_costs", "cuda").stdout)
     if costs is None:
         return NOT_RUN
     base, adapter = measure.inputs(work, "llama", layers)

@@ -1,7 +1,13 @@
 """What a GPU's part of a merge costs by itself, as JSON, beside what is assumed of it; null where torch sees
-no GPU. In a process of its own, so that the start of CUDA is in it."""
+no GPU.
+
+    python -m bench.speed.gpu_costs DEVICE
+
+In a process of its own, so that the start of CUDA is in it.
+"""
 
 import json
+import sys
 import time
 from collections.abc import Callable
 
@@ -23,20 +29,20 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def started_s() -> float:
+def started_s(device: str) -> float:
     """The context, and the first product."""
     began = time.perf_counter()
-    x = torch.ones(64, 64, dtype=torch.float32, device="cuda")
+    x = torch.ones(64, 64, dtype=torch.float32, device=device)
     x.addmm_(x, x)
     torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def costs() -> dict[str, object]:
-    start_s = started_s()
+def costs(device: str) -> dict[str, object]:
+    start_s = started_s(device)
     host = torch.empty(NBYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
-    there = torch.empty(NBYTES, dtype=torch.uint8, device="cuda")
-    x = torch.ones(1024, dtype=torch.float32, device="cuda")
+    there = torch.empty(NBYTES, dtype=torch.uint8, device=device)
+    x = torch.ones(1024, dtype=torch.float32, device=device)
 
     def copy_in() -> None:
         for _ in range(N_COPIES):
@@ -58,11 +64,11 @@ def costs() -> dict[str, object]:
     copies = devices.COPY_NBYTES_PER_S / 1e9
     assumed = (copies, copies, devices.START_S, 1e3 * devices.TILE_S)
     return {
-        "name": torch.cuda.get_device_name(0),
+        "name": torch.cuda.get_device_name(device),
         "measured": dict(zip(UNITS, measured, strict=True)),
         "assumed": dict(zip(UNITS, assumed, strict=True)),
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps(costs() if torch.cuda.is_available() else None))
+    print(json.dumps(costs(sys.argv[1]) if torch.cuda.is_available() else None))
