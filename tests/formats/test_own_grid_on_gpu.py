@@ -2,12 +2,15 @@
 what the sums start from, the host makes what is stored. Kernels and host agree bit for bit on a CPU, where
 the same code is run here."""
 
+from threading import get_ident
+
 import pytest
 import torch
 from late_device import LateDevice, same_figures
 from safetensors.torch import load_file
 
 import lorafuse
+from lorafuse.arithmetic.arena import Arena
 from lorafuse.trained_base.on_gpu import ByKernels
 
 LLAMA = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -33,11 +36,21 @@ def test_bytes_are_those_of_the_host(kind, lora, options, base, adapter, tmp_pat
     monkeypatch.setattr("lorafuse.planning.plan.TILE_NUMEL", 1 << 11)  # several tiles to a weight
     of_host = lorafuse.convert(*inputs, tmp_path / "host", **options)
     LateDevice().installed(monkeypatch)
-    by_kernels = []
-    monkeypatch.setattr(
-        "lorafuse.trained_base.on_gpu.ByKernels._quantized",
-        lambda self, weight, really=ByKernels._quantized: by_kernels.append(1) or really(self, weight),
-    )
+    by_kernels, unfinished = [], {}  # by the thread that makes it: a weight
+    quantized, decode, settle = ByKernels._quantized, ByKernels.decode, Arena.settle
+
+    def made(sources, weight):
+        by_kernels.append(1)
+        unfinished[get_ident()] = sources
+        return quantized(sources, weight)
+
+    def decoded(sources, *args):  # by any worker: whoever made the weight has waited for it
+        assert sources not in unfinished.values()
+        return decode(sources, *args)
+
+    monkeypatch.setattr(ByKernels, "_quantized", made)
+    monkeypatch.setattr(ByKernels, "decode", decoded)
+    monkeypatch.setattr(Arena, "settle", lambda arena: settle(arena) or unfinished.pop(get_ident(), None))
     of_gpu = lorafuse.convert(*inputs, tmp_path / "gpu", **options)
     found, expected = stored(tmp_path / "gpu"), stored(tmp_path / "host")
     assert found.keys() == expected.keys() and by_kernels

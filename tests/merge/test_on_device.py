@@ -29,6 +29,7 @@ from lorafuse.arithmetic.measure import Measures
 from lorafuse.errors import UsageError
 from lorafuse.files.safetensors_file import Shard
 from lorafuse.files.safetensors_writer import ShardWriter
+from lorafuse.patches.lowrank import LowRank
 from lorafuse.planning.memory import on_device
 from lorafuse.planning.plan import Memory
 
@@ -167,6 +168,31 @@ def test_tiles_are_on_the_device_at_once(large, tmp_path, late, monkeypatch):
     device = late(meeting=threading.Barrier(2))
     lorafuse.convert(*large, tmp_path / "out")
     assert device.most_in_flight == 2
+
+
+def test_what_tiles_share_is_finished_before_them(large, tmp_path, late, monkeypatch):
+    """What a patch holds is made on a lane of its own, which the lanes of tiles do not wait for."""
+    unfinished, prepare, apply, catch_up = set(), LowRank.prepare, LowRank.apply, LateLane.catch_up
+
+    def prepared(patch, *args):
+        unfinished.add(id(patch))
+        prepare(patch, *args)
+
+    def applied(patch, *args):
+        assert id(patch) not in unfinished
+        apply(patch, *args)
+
+    def caught_up(lane, n):
+        catch_up(lane, n)
+        if not lane.bound:
+            unfinished.clear()
+
+    monkeypatch.setattr(LowRank, "prepare", prepared)
+    monkeypatch.setattr(LowRank, "apply", applied)
+    monkeypatch.setattr(LateLane, "catch_up", caught_up)
+    late()
+    lorafuse.convert(*large, tmp_path / "out")
+    assert not unfinished
 
 
 def test_sums_are_fetched_once_for_each_weight(large, tmp_path, late, monkeypatch):

@@ -82,6 +82,10 @@ class LateLane:
         self._watch = Watch(self._device)
         self._watch.__enter__()
 
+    @property
+    def bound(self) -> bool:
+        return self._watch is not None
+
     def pinned(self, nbytes: int) -> torch.Tensor:
         with unwatched():
             self._device.pinned_nbytes += nbytes
@@ -102,7 +106,7 @@ class LateLane:
         self._late.append(copy)
         with device.lock:
             device.n_copies += 1
-            if self._watch:
+            if self.bound:
                 device.in_flight.add(id(self))
             device.most_in_flight = max(device.most_in_flight, len(device.in_flight))
 
@@ -115,7 +119,7 @@ class LateLane:
             device.n_waits += 1
             if device.n_waits == device.fails_at:
                 raise RuntimeError("the device is lost")
-        if device.meeting and self._watch and self._late and not self._met:
+        if device.meeting and self.bound and self._late and not self._met:
             self._met = True
             device.meeting.wait(20)
         with unwatched():

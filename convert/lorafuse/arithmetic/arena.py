@@ -104,6 +104,11 @@ class Arena:
         return buffer
 
 
+def to_device_of(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A small tensor of the host where the values are; nothing waits for it."""
+    return tensor.to(values.device, non_blocking=True)
+
+
 def transposed(values: torch.Tensor, n_rows: int, n_cols: int, name: str, arena: Arena) -> torch.Tensor:
     """The transpose of [n_rows, n_cols], 1-D."""
     turned = arena.get(name, values.numel(), values.dtype)

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.arena import Arena, to_device_of
 from lorafuse.arithmetic.dequantize import NARROW
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and the same again with the sign, which is the highest bit
@@ -43,7 +43,7 @@ def _powers() -> torch.Tensor:
 
 def e8m0(codes: torch.Tensor) -> torch.Tensor:
     """float32, the powers of two that codes (uint8) are, in their shape."""
-    powers = _powers().to(codes.device, non_blocking=True)
+    powers = to_device_of(codes, _powers())
     return powers.index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.arena import Arena, to_device_of
 from lorafuse.arithmetic.codes import Codes, float8_levels
 from lorafuse.arithmetic.dequantize import NARROW
 from lorafuse.arithmetic.draws import Draws, of_run
@@ -111,7 +111,7 @@ class Grid:
             return values
         first = self._row_of(rows.start)
         places = torch.tensor([self._row_of(row) - first for row in rows], dtype=torch.int64)
-        return values.index_select(0, places.to(values.device, non_blocking=True))
+        return values.index_select(0, to_device_of(values, places))
 
 
 class Blocks(Protocol):
