@@ -89,6 +89,23 @@ def test_bytes_of_other_quantized_bases(kind, tmp_path, late, small_tiles):
     assert not device.waiting
 
 
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [
+        ("NF4", "base"), ("LLM.int8", "base"), ("FP8, blocks", "base"), ("GPTQ, 4 bit", "base"),
+        ("NF4", "fp8"), ("NF4", "int8"),
+    ],
+)  # fmt: skip
+def test_bytes_of_light_formats(kind, format, tmp_path, late, small_tiles):
+    """These wait for the device, and make the same."""
+    inputs = quantized(tmp_path, KINDS[kind])
+    here = lorafuse.convert(*inputs, tmp_path / "here", format=format)
+    late()
+    there = lorafuse.convert(*inputs, tmp_path / "there", format=format)
+    assert stored(tmp_path / "there") == stored(tmp_path / "here")
+    same_figures(there, here)
+
+
 def quantized(path, kind):
     """A base of two weights, of which one is updated, and the adapter."""
     entries = [entry for name in ("q_proj", "o_proj") for entry in kind.stored(MODULE + name, ROWS, COLS)]
