@@ -88,6 +88,11 @@ def test_what_is_named_is_taken(with_gpu):
         choose_device("cuda:1", pytest.fail)
 
 
+@pytest.mark.parametrize(("name", "is_"), [("cpu", "cpu"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_a_device_has_its_number(name, is_):
+    assert str(Choice(name).device) == is_
+
+
 def test_without_a_gpu_nothing_is_counted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", pytest.fail).said == "cpu"

@@ -58,7 +58,8 @@ class Choice:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.name)
+        # With its number: a device without is that of the thread, which may be another.
+        return torch.device("cuda", 0) if self.name == "cuda" else torch.device(self.name)
 
     @property
     def said(self) -> str:

@@ -32,8 +32,8 @@ def merge(
     alone ends up in its `error`, and when nothing else is left, ends the loop. Wrong are values that are not
     finite, also the base's own in weights that are not copied bit for bit, unless `allow_nonfinite`."""
     planned = SharedWeights([output.steps() for output in outputs])
-    memory = memory if is_host(device) else on_device(memory)
     try:
+        memory = memory if is_host(device) else on_device(memory)
         with own_torch_state(), TileWorkers(planned, memory, device, feed) as workers:
             for tile in workers.tiles(outputs):
                 for variant, made in zip(tile.weight.variants, tile.made, strict=True):
