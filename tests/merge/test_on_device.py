@@ -93,7 +93,7 @@ def test_bytes_of_other_quantized_bases(kind, tmp_path, late, small_tiles):
     ("kind", "format"),
     [
         ("NF4", "base"), ("LLM.int8", "base"), ("FP8, blocks", "base"), ("GPTQ, 4 bit", "base"),
-        ("NF4", "fp8"), ("NF4", "int8"),
+        ("NF4", "fp8"),
     ],
 )  # fmt: skip
 def test_bytes_of_light_formats(kind, format, tmp_path, late, small_tiles):
