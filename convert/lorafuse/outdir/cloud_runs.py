@@ -1,7 +1,7 @@
 """What runs for one result have left in an object store, each below a name of its own, `.NAME.lorafuse/RUN/`.
 
 `attempt` says what the run does, `done/FILE` that a file is complete, with its hash and its ETag, `moving`
-that a commit has begun; `out/` has the files.
+that a commit has begun; `out/` has the files. Runs that make a part are below `part-IofN/`.
 """
 
 import json
@@ -15,6 +15,7 @@ from lorafuse.outdir.cloud_lock import LOCK
 from lorafuse.outdir.journal import Attempt, FinishedShard, Record, line_of, record_of
 
 ATTEMPT, DONE, MOVING, OUT = "attempt", "done", "moving", "out"
+PART = "part-"
 
 
 @dataclass
@@ -58,11 +59,11 @@ def _is_own(name: str) -> bool:
 
 
 def runs_in(hidden: CloudPlace) -> list[Run]:
-    """All runs, by their names."""
+    """All runs, by their names, but those that make a part."""
     objects: dict[str, list[Meta]] = {}
     for meta in hidden.everything():
         run, slash, name = meta.name.partition("/")
-        if slash and run != LOCK:
+        if slash and run != LOCK and not run.startswith(PART):
             objects.setdefault(run, []).append(meta._replace(name=name))
     return [_read(hidden.below(run), objects[run]) for run in sorted(objects)]
 

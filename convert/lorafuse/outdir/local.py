@@ -123,7 +123,7 @@ def left_nbytes(out_dirs: Iterable[str]) -> int:
     """What runs for these that were cut off left on disk, and the next ones use or remove. A file that has a
     name elsewhere too stays, and does not count."""
     wholes = [StagingPlace.of(Path(out_dir)) for out_dir in out_dirs]
-    places = [place for whole in wholes for place in (whole, *whole.parts())]
+    places = [place for whole in wholes for place in (whole, *whole.parts().values())]
     folders = [folder for place in places for folder in place.own_folders()]
     files = [path.lstat() for folder in folders for path in folder.rglob("*") if path.is_file()]
     n_names = Counter((file.st_dev, file.st_ino) for file in files)

@@ -30,12 +30,25 @@ class Space:
     unfinished_nbytes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Part:
-    """Which worker makes some of a result's files, counted from 0, and how many workers make all of them."""
+    """Which worker makes some of a result's files, counted from 0, and how many workers make all of them. In
+    names of files: 2of4."""
 
     index: int
     of: int
+
+    @classmethod
+    def named(cls, name: str) -> "Part":
+        index, _, of = name.partition("of")
+        return cls(int(index), int(of))
+
+    def __str__(self) -> str:
+        return f"{self.index}of{self.of}"
+
+    @property
+    def in_words(self) -> str:
+        return f"part {self.index} of {self.of}"
 
 
 class FinishedFile(Protocol):
