@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from build import adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint
 from click.testing import CliRunner
+from disturbing_proxy import SLOW_DOWN, every, times
 from large_pair import nf4, write_pair
 from processes import beyond_torch
-from s3_server import SLOW_DOWN, every, times
 from scenario import SHARD, content, five_shards, uninterrupted, without_times
 
 import lorafuse
@@ -317,8 +317,13 @@ def test_what_a_killed_run_leaves_is_removed(s3, inputs):
         ([], f"{sized(left)} of earlier runs are removed"),
         ([], "nothing is left of earlier runs"),
     ):
-        said = CliRunner().invoke(cli.lorafuse, ["clean", OUT, *option]).output
-        assert said == f"{OUT}: {says}.\n"
+        said = CliRunner().invoke(cli.lorafuse, ["clean", OUT, *option]).output.splitlines()
+        assert said[-1] == f"{OUT}: {says}."
+        kinds = [line.split()[0] for line in said[:-1]]
+        assert bool(kinds) == (says[0] != "n") and {*kinds} <= {"finished", "journal", "lock"}
+        locks = [line for line in said if line.startswith("  lock ")]
+        assert all(f", process {process.pid} of this machine, which has ended)" in line for line in locks)
+        assert len(locks) == bool(kinds)
     assert s3.files(OUT) == before and not [key for key in s3.keys("models") if "lorafuse/" in key]
 
 
@@ -374,3 +379,34 @@ def test_memory(s3, tmp_path):
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
     assert sum("partNumber" in path for method, path in s3.log if method == "PUT") > 5
     assert s3.uploads("models") == []
+
+
+def test_several_workers(s3, inputs, clean):
+    """Of two with the same index the second is refused, and so is a commit; the others go on. A worker that
+    is killed makes, run again, what is missing of its part. A commit that fails is repeated."""
+
+    def files_made(**options):
+        events = []
+        merged(inputs, on_event=events.append, **options)
+        return [event["file"] for event in events if event["event"] == "shard"]
+
+    run = f"import sys, lorafuse; lorafuse.convert(*sys.argv[1:], max_shard_size={SHARD!r}, index=0, of=2)"
+    with s3.disturbed(times(99, 60.0, "PUT", "/out/model-00005")):
+        worker = subprocess.Popen([sys.executable, "-c", run, *map(str, inputs), OUT], env=os.environ)
+        wait_for(lambda: any("/out/model-00005" in path for _, path in s3.log), worker)
+        for options in ({"index": 0, "of": 2}, {"commit": True}, {}):
+            with pytest.raises(HeldError, match=f"^{OUT}: another run is making part 0 of 2; wait for it"):
+                merged(inputs, **options)
+        s3.faults.append(every(4, (503, SLOW_DOWN)))
+        assert len(files_made(index=1, of=2)) == 3
+        worker.kill()
+        worker.wait()
+    with pytest.raises(StorageError, match=r"1 of 5 files of weights are not finished: model-00005"):
+        merged(inputs, commit=True)
+    assert files_made(index=0, of=2) == ["model-00005-of-00005.safetensors"] and s3.files(OUT) == {}
+    with s3.disturbed(times(99, (503, SLOW_DOWN), "PUT", "/merged/model-00003")):
+        with pytest.raises(StorageError, match=r"merged/model-00003.*: the store answered 503 SlowDown"):
+            merged(inputs, commit=True)
+    assert s3.files(OUT) == {}
+    assert files_made(index=0, of=2) == [] and files_made(commit=True) == []
+    check(s3, clean)

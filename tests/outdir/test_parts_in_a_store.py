@@ -3,22 +3,25 @@ is obstore's in memory, and every call that changes it may be the last."""
 
 import json
 import threading
+from dataclasses import replace
 
 import obstore
 import pytest
+from click.testing import CliRunner
 from disturbed_store import DisturbedStore, DisturbedWriter
 from faults import Killed
 from scenario import N_SHARDS, SHARD, without_times
 
 import lorafuse
+from lorafuse import cli
 from lorafuse.errors import HeldError, OutDirError, StorageError
 from lorafuse.files import cloud_client
 from lorafuse.files.cloud_store import CloudPlace
 from lorafuse.outdir import cloud_lock
 from lorafuse.outdir.clean import clean as remove_leftovers
-from lorafuse.outdir.clean import left_nbytes
+from lorafuse.outdir.clean import left
 from lorafuse.outdir.cloud_out_dir import run_lock
-from lorafuse.outdir.out_dir import Part
+from lorafuse.outdir.out_dir import Left, Part
 
 OUT = "memory:///folder/out"
 
@@ -190,10 +193,21 @@ def test_one_run_takes_what_workers_have_made(store, call, clean):
     check(store, clean)
 
 
-def test_what_workers_left_is_removed(store, call):
-    call(index=1, of=2)
-    assert left_nbytes(OUT) == sum(map(len, store.files("").values())) > 0
-    remove_leftovers(OUT)
+def test_what_workers_left_is_told_and_removed(store, call):
+    made = call(index=1, of=2)
+    store.inner.put("folder/.out.lorafuse/part-1of2/a/out/model-00009.safetensors", b"12")
+    pieces = left(OUT)
+    assert sum(piece.nbytes for piece in pieces) == sum(map(len, store.files("").values())) > 0
+    files = [(piece.what, piece.name.rpartition("/")[2]) for piece in pieces if "/out/" in piece.name]
+    finished = [("finished", file) for file in sorted(made)]
+    assert sorted(files) == [*finished, ("unfinished", "model-00009.safetensors")]
+    assert {piece.what for piece in pieces if "/out/" not in piece.name} == {"journal"}
+    assert all(piece.name.startswith("part-1of2/") and 0 <= piece.age_s < 60 for piece in pieces)
+    said = json.loads(CliRunner().invoke(cli.lorafuse, ["clean", OUT, "--json"]).stdout)
+    assert (said["out_dir"], said["removed"]) == (OUT, True)
+    assert [Left(**piece) for piece in said["left"]] == [
+        replace(piece, age_s=again["age_s"]) for piece, again in zip(pieces, said["left"], strict=True)
+    ]
     assert store.files("") == {}
 
 

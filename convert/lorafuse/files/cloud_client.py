@@ -10,13 +10,14 @@ from lorafuse._version import __version__
 from lorafuse.errors import UsageError, shown
 from lorafuse.files.cloud_aws import aws_options
 from lorafuse.files.cloud_errors import explained, not_installed
-from lorafuse.files.cloud_url import S3, CloudUrl
+from lorafuse.files.cloud_url import AZURE, S3, CloudUrl
 from lorafuse.files.names import scheme_of
 
 # A call is made again after an error that may pass: connections that break, 5xx, throttling.
 N_RETRIES, FIRST_WAIT_S, LONGEST_WAIT_S, ALL_WAITS_S = 8, 0.2, 8, 90
 CONNECT_S, REQUEST_S = 5, 60
 _LOCK = Lock()
+AZURE_ENDPOINTS = ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 
 
 def opened(url: CloudUrl) -> Any:
@@ -49,6 +50,8 @@ def _store(root: str) -> Any:
         "retry_timeout": timedelta(seconds=ALL_WAITS_S),
     }
     options = aws_options(os.environ, root) if scheme in S3 else {}
+    if scheme in AZURE and any(os.environ.get(name, "").startswith("http://") for name in AZURE_ENDPOINTS):
+        client["allow_http"] = True  # as typed
     client |= options.pop("client_options", {})
     try:
         return from_url(root, client_options=client, retry_config=retries, **options)  # type: ignore[call-overload]

@@ -9,11 +9,12 @@ from lorafuse.files.cloud_folder import CLIENT_NBYTES, CloudFolder
 from lorafuse.files.cloud_store import CloudPlace
 from lorafuse.files.folder import Folder
 from lorafuse.outdir.cloud_commit import hidden_of, leftovers, refuse_filled
+from lorafuse.outdir.cloud_left import left_at
 from lorafuse.outdir.cloud_out_dir import CloudOutDir, run_lock
 from lorafuse.outdir.cloud_parts import held_nbytes_of
 from lorafuse.outdir.cloud_runs import runs_in
 from lorafuse.outdir.journal import Attempt
-from lorafuse.outdir.out_dir import Part
+from lorafuse.outdir.out_dir import Left, Part
 
 N_OPEN = 2  # files of one result
 
@@ -105,6 +106,11 @@ def left_nbytes(out_dirs: Iterable[str]) -> int:
     """What runs for these that were cut off left, and the next ones use or remove."""
     places = [hidden_of(CloudPlace.at(out_dir)) for out_dir in out_dirs]
     return sum(meta.nbytes for place in places for meta in place.everything())
+
+
+def left(out_dir: str) -> list[Left]:
+    """The same, piece by piece."""
+    return list(left_at(CloudPlace.at(out_dir)))
 
 
 def space_of(out_root: str) -> None:

@@ -188,6 +188,14 @@ def _process(pid: int) -> dict[str, Any]:
         return {}
 
 
+def holder_of(lock: bytes) -> str:
+    """Who has a lock, in words."""
+    if not _is_here(lock):
+        return "a run on another machine"
+    pid = json.loads(lock)["pid"]
+    return f"process {pid} of this machine" + (", which has ended" if _is_gone(lock) else "")
+
+
 def _is_here(lock: bytes) -> bool:
     """Whether a lock is that of a process of this machine, or was."""
     try:

@@ -43,7 +43,8 @@ class Run:
         there = {meta.name: meta for meta in self.objects}
         for file, shard in self.record.finished.items():
             meta = there.get(f"{OUT}/{file}")
-            if meta and meta.e_tag == self.e_tags.get(file) and meta.nbytes == shard.written.nbytes:
+            same = meta and _bare(meta.e_tag) == _bare(self.e_tags.get(file, ""))
+            if meta and same and meta.nbytes == shard.written.nbytes:
                 yield shard
 
     def discard(self) -> None:
@@ -52,6 +53,11 @@ class Run:
         names = [meta.name for meta in self.objects]
         rank = {name: order.index(name.partition("/")[0]) for name in names if _is_own(name)}
         self.place.delete(sorted(rank, key=lambda name: (rank[name], name)))
+
+
+def _bare(e_tag: str) -> str:
+    """An ETag without quotes, which Azure leaves out where it lists objects."""
+    return e_tag.strip('"')
 
 
 def _is_own(name: str) -> bool:

@@ -12,8 +12,9 @@ from lorafuse.files.folder import Folder
 from lorafuse.outdir.apart import contents_of, is_around_here, place_of, places_of
 from lorafuse.outdir.commit import OUT, StagingPlace
 from lorafuse.outdir.journal import Attempt, read_journal
+from lorafuse.outdir.local_left import left_at
 from lorafuse.outdir.local_space import space_below
-from lorafuse.outdir.out_dir import Part, Space
+from lorafuse.outdir.out_dir import Left, Part, Space
 from lorafuse.outdir.staging import LocalOutDir
 
 
@@ -133,6 +134,11 @@ def left_nbytes(out_dirs: Iterable[str]) -> int:
         if n_names[file.st_dev, file.st_ino] == file.st_nlink
     }
     return sum(sizes.values())
+
+
+def left(out_dir: str) -> list[Left]:
+    """The same, piece by piece."""
+    return list(left_at(StagingPlace.of(Path(out_dir))))
 
 
 def space_of(out_root: str) -> Space:

@@ -51,6 +51,20 @@ class Part:
         return f"part {self.index} of {self.of}"
 
 
+@dataclass(frozen=True)
+class Left:
+    """A piece of what a run that was cut off left. `what` it is: a "finished" file of weights, which the same
+    command uses; an "unfinished" file; the "journal", which says which are finished; the "lock"; a file of
+    the "base" that was streamed. `name`: below where the result is made. `age_s`: seconds since it was
+    written, by this machine's clock. `holder`: who has the lock."""
+
+    what: str
+    name: str
+    nbytes: int
+    age_s: float
+    holder: str = ""
+
+
 class FinishedFile(Protocol):
     """A complete file of a result, which other results may take. Errors of the file system pass through."""
 
@@ -150,6 +164,9 @@ class OutDirKind(Protocol):
 
     def left_nbytes(self, out_dirs: Iterable[str]) -> int:
         """What runs for these that were cut off left, and the next runs use or remove."""
+
+    def left(self, out_dir: str) -> list[Left]:
+        """The same of one result, piece by piece, and the lock of a run that may be at work."""
 
     def space_of(self, out_root: str) -> Space | None:
         """What there is room for below a directory that may not be there yet."""
