@@ -37,6 +37,17 @@ class DisturbingProxy:
         finally:
             self.faults = []
 
+    def asked(
+        self, method: str, path: str, headers: dict[str, str], body: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
+        """What the server answers: status, headers, body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        data = response.read()
+        connection.close()
+        return response.status, dict(response.headers), data
+
     def close(self) -> None:
         self._proxy.shutdown()
         self._proxy.server_close()
@@ -88,23 +99,16 @@ def _handler(server: DisturbingProxy) -> type[BaseHTTPRequestHandler]:
             elif isinstance(done, tuple):
                 self._answer(done[0], {}, done[1])
             else:
-                status, headers, data = self._asked(body)
+                status, headers, data = server.asked(self.command, self.path, dict(self.headers), body)
                 if done == "lost":
                     self._break()
                 else:
                     self._answer(status, headers, data, short=done == "short")
 
-        def _asked(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-            connection.request(self.command, self.path, body, dict(self.headers))
-            response = connection.getresponse()
-            data = response.read()
-            connection.close()
-            return response.status, dict(response.headers), data
-
         def _answer(self, status: int, headers: dict[str, str], data: bytes, short: bool = False) -> None:
             self.send_response(status)
-            length = headers.get("Content-Length") if self.command == "HEAD" else None
+            sizes = [value for name, value in headers.items() if name.lower() == "content-length"]
+            length = sizes[0] if sizes and self.command == "HEAD" else None
             for name, value in headers.items():
                 if name.lower() not in (
                     "content-length",

@@ -17,7 +17,9 @@ from lorafuse.files.names import scheme_of
 N_RETRIES, FIRST_WAIT_S, LONGEST_WAIT_S, ALL_WAITS_S = 8, 0.2, 8, 90
 CONNECT_S, REQUEST_S = 5, 60
 _LOCK = Lock()
+# Where these say so, plain HTTP is allowed: to an emulator on this machine, as a rule. obstore reads them, too.
 AZURE_ENDPOINTS = ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+GOOGLE_HTTP = "GOOGLE_ALLOW_HTTP"
 
 
 def opened(url: CloudUrl) -> Any:
@@ -50,8 +52,8 @@ def _store(root: str) -> Any:
         "retry_timeout": timedelta(seconds=ALL_WAITS_S),
     }
     options = aws_options(os.environ, root) if scheme in S3 else {}
-    if scheme in AZURE and any(os.environ.get(name, "").startswith("http://") for name in AZURE_ENDPOINTS):
-        client["allow_http"] = True  # as typed
+    if _asks_for_http(scheme):
+        client["allow_http"] = True
     client |= options.pop("client_options", {})
     try:
         return from_url(root, client_options=client, retry_config=retries, **options)  # type: ignore[call-overload]
@@ -62,3 +64,9 @@ def _store(root: str) -> Any:
                 "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/FOLDER."
             ) from None
         raise explained(e, root, root) from None
+
+
+def _asks_for_http(scheme: str) -> bool:
+    if scheme in AZURE:
+        return any(os.environ.get(name, "").startswith("http://") for name in AZURE_ENDPOINTS)
+    return scheme == "gs" and os.environ.get(GOOGLE_HTTP, "").lower() in ("1", "true")
