@@ -199,6 +199,22 @@ def test_a_url_with_credentials(url, inputs):
     )
 
 
+def test_a_push_from_a_store(s3, inputs, tmp_path):
+    """It says what to do instead, before anything is read."""
+    says = (
+        "push_to_hub sends files of this machine, not objects of a store. Give a directory instead; or leave "
+        "push_to_hub out, copy the result here when it is complete, and send it with `hf upload`."
+    )
+    with pytest.raises(UsageError) as caught:
+        merged(inputs, push_to_hub="me/merged")
+    assert str(caught.value) == f"{OUT}: {says}" and caught.value.exit_code == 2
+    write_adapter(tmp_path / "jobs/a", adapter_tensors(checkpoint_tensors()))
+    with pytest.raises(UsageError) as caught:
+        lorafuse.batch(inputs[0], tmp_path / "jobs", OUT, push_to_hub="me/{name}")
+    assert str(caught.value) == f"{OUT}: {says}"
+    assert s3.keys("models") == []
+
+
 def test_without_obstore(s3, inputs, monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(UsageError) as caught:

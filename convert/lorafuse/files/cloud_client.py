@@ -9,7 +9,7 @@ from typing import Any
 from lorafuse._version import __version__
 from lorafuse.errors import UsageError, shown
 from lorafuse.files.cloud_aws import aws_options
-from lorafuse.files.cloud_errors import explained, not_installed
+from lorafuse.files.cloud_errors import not_installed, unusable
 from lorafuse.files.cloud_url import AZURE, S3, CloudUrl
 from lorafuse.files.names import scheme_of
 
@@ -17,7 +17,7 @@ from lorafuse.files.names import scheme_of
 N_RETRIES, FIRST_WAIT_S, LONGEST_WAIT_S, ALL_WAITS_S = 8, 0.2, 8, 90
 CONNECT_S, REQUEST_S = 5, 60
 _LOCK = Lock()
-# Where these say so, plain HTTP is allowed: to an emulator on this machine, as a rule. obstore reads them, too.
+# Where these say so, HTTP without TLS is allowed: to an emulator on this machine, as a rule.
 AZURE_ENDPOINTS = ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 GOOGLE_HTTP = "GOOGLE_ALLOW_HTTP"
 
@@ -63,7 +63,7 @@ def _store(root: str) -> Any:
                 f"{shown(root)}: names no account; set AZURE_STORAGE_ACCOUNT_NAME, or give "
                 "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/FOLDER."
             ) from None
-        raise explained(e, root, root) from None
+        raise unusable(e, root) from None
 
 
 def _asks_for_http(scheme: str) -> bool:
