@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from contextlib import contextmanager
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -168,6 +167,8 @@ def s3_server(tmp_path_factory):
 def s3(s3_server, tmp_path, monkeypatch):
     """The same with an empty bucket `models`, and as the store that s3:// is; errors that may pass are told
     soon."""
+    from disturbing_proxy import told_soon
+
     s3_server.bucket("models")
     s3_server.log.clear()
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -180,19 +181,6 @@ def s3(s3_server, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     with told_soon(monkeypatch):
         yield s3_server
-
-
-@contextmanager
-def told_soon(monkeypatch):
-    """Clients of object stores are made anew, and do not ask for long."""
-    from lorafuse.files import cloud_client
-
-    monkeypatch.setattr(cloud_client, "N_RETRIES", 3)
-    monkeypatch.setattr(cloud_client, "FIRST_WAIT_S", 0.02)
-    monkeypatch.setattr(cloud_client, "LONGEST_WAIT_S", 0.1)
-    cloud_client._store.cache_clear()
-    yield
-    cloud_client._store.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,10 @@ from urllib.parse import unquote
 
 import pytest
 from build import files_of
-from disturbing_proxy import every, times
+from disturbing_proxy import every, times, told_soon
 from scenario import SHARD, five_shards, uninterrupted, without_times
 
 import lorafuse
-from conftest import told_soon
 from lorafuse.errors import HeldError, OutDirError, StorageError
 from lorafuse.files.cloud_store import CloudPlace
 from lorafuse.outdir.clean import clean as remove_leftovers

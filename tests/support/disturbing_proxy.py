@@ -137,3 +137,16 @@ def _handler(server: DisturbingProxy) -> type[BaseHTTPRequestHandler]:
             """Nothing is printed."""
 
     return Handler
+
+
+@contextmanager
+def told_soon(monkeypatch: Any) -> Iterator[None]:
+    """Clients of object stores are made anew, and do not ask for long."""
+    from lorafuse.files import cloud_client
+
+    monkeypatch.setattr(cloud_client, "N_RETRIES", 3)
+    monkeypatch.setattr(cloud_client, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(cloud_client, "LONGEST_WAIT_S", 0.1)
+    cloud_client._store.cache_clear()
+    yield
+    cloud_client._store.cache_clear()
