@@ -131,6 +131,13 @@ def test_of_a_base_on_the_hub_and_onto_it(hub, inputs, clean, tmp_path):
     assert {name: there[name] for name in weights} == {name: clean[name] for name in weights}
 
 
+def test_a_directory_by_its_url(inputs, clean, out):
+    for index in (0, 1):
+        assert call(inputs, f"file://{out}", index=index, of=2)
+    assert call(inputs, out, commit=True) == []
+    assert content(out) == clean and beside(out) == ["out"]
+
+
 # ---- cut off
 
 

@@ -186,6 +186,15 @@ def test_workers_of_other_commands(store, call, clean):
     assert without_times(store.files("folder/out")) != clean
 
 
+def test_a_worker_that_is_killed_when_all_is_made(store, call, clean):
+    """Its lock goes with the rest."""
+    for index in (0, 1):
+        call(index=index, of=2)
+    store.inner.put("folder/.out.lorafuse/part-1of2/lock", b'{"run": "gone"}')
+    call(commit=True)
+    check(store, clean)
+
+
 def test_one_run_takes_what_workers_have_made(store, call, clean):
     made = call(index=1, of=2)
     rest = call()
