@@ -63,7 +63,7 @@ def _in_sum(name: str, left: list["Left"], *, dry_run: bool) -> str:
 
 def ago(seconds: float) -> str:
     """A time in the past, in words."""
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
-        if (n := int(seconds // length)) or unit == "second":
-            return f"{n} {unit}{'' if n == 1 else 's'} ago"
-    raise AssertionError
+    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+    unit, length = next((unit for unit in units if seconds >= unit[1]), units[-1])
+    n = int(seconds // length)
+    return f"{n} {unit}{'' if n == 1 else 's'} ago"
