@@ -3,18 +3,19 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 
 from lorafuse.arguments import checked
-from lorafuse.arithmetic.arena import pick_device
+from lorafuse.arithmetic.devices import check_device, choose_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.answers import add_answers, refuse_full, speeds_of
 from lorafuse.batching.division import Division, announce_parts, checked_division, part_of
 from lorafuse.batching.one_pass import Pass, PlannedJob
-from lorafuse.batching.publication import Publication, publication_of
+from lorafuse.batching.publication import Publication, publication_of, refuse_push_of_store
 from lorafuse.batching.spread import ChosenEngine, checked_engine, spread
 from lorafuse.errors import CheckpointError, UsageError, shown
 from lorafuse.events import DoneEvent, OnEvent, PartEvent, PlanEvent, ignore, warned_once
@@ -23,7 +24,6 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named
 from lorafuse.files.local_folder import as_typed, directory_as_typed
-from lorafuse.files.names import scheme_of
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import (
     Name,
@@ -39,6 +39,7 @@ from lorafuse.outdir.kinds import kind_of
 from lorafuse.planning.announce import announced
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.plan import Plan
+from lorafuse.planning.work import work_of
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import kept_in_sum
 from lorafuse.receipt.write import peak_rss
@@ -130,7 +131,8 @@ class Wanted(NamedTuple):
 def _convert(wanted: Wanted, on_event: OnEvent) -> Receipt | PlanEvent | PartEvent:
     """The same with checked options."""
     began, (ckpt, named, writing, settings) = time.perf_counter(), wanted
-    device, check = pick_device(settings.device), partial(_check_out_dir, writing)
+    check_device(settings.device)
+    check = partial(_check_out_dir, writing)
     check(map(open_folder, [ckpt, *(name for name, _ in named)]))  # before anything is fetched
     folder_names = [settings.adapter_name, *[None] * (len(named) - 1)]
     located = [
@@ -146,6 +148,8 @@ def _convert(wanted: Wanted, on_event: OnEvent) -> Receipt | PlanEvent | PartEve
             settings = settled(settings, base, [folder for each in located for folder in each.folders])
             held = kind_of(writing.out_dir).held_nbytes
             plan = make_plan(base, adapters, settings, each_format=writing.dry_run, held_by_writing=held)
+            chosen = choose_device(settings.device, partial(work_of, plan))
+            settings, device = replace(settings, device=chosen.name), chosen.device
             warnings, planned = announced(plan, dry_run=writing.dry_run)
             for warning in warnings:
                 on_event(warning)
@@ -153,6 +157,7 @@ def _convert(wanted: Wanted, on_event: OnEvent) -> Receipt | PlanEvent | PartEve
                 announce_parts(planned, plan, writing.division)
             if writing.dry_run:
                 add_answers(planned, plan, base, adapters, settings, writing.out_dir)
+                planned["device"] = chosen.said
                 planned["estimate"] = speeds_of(plan, base, writing.out_dir, device).estimate(plan.shards)
             on_event(planned)
             if writing.dry_run:
@@ -193,8 +198,8 @@ def _job(
 
 
 def _check_out_dir(writing: Writing, inputs: Iterable[Folder]) -> None:
-    if writing.push and scheme_of(writing.out_dir):
-        raise UsageError(f"{shown(writing.out_dir)}: --push-to-hub needs a directory of this machine.")
+    if writing.push:
+        refuse_push_of_store(writing.out_dir)
     kind_of(writing.out_dir).check_out_dir(writing.out_dir, inputs, overwrite=writing.overwrite)
 
 

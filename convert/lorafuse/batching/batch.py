@@ -4,12 +4,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 from lorafuse.arguments import checked
-from lorafuse.arithmetic.arena import pick_device
+from lorafuse.arithmetic.devices import check_device, choose_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.base_of_all import base_of_all
 from lorafuse.batching.common_files import CommonFiles
@@ -19,6 +19,7 @@ from lorafuse.batching.jobs import Job, JobState, checked_share, refuse_overlap,
 from lorafuse.batching.jobs_afar import listed_jobs
 from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
+from lorafuse.batching.publication import refuse_push_of_store
 from lorafuse.batching.pushes import pushes_of
 from lorafuse.batching.rehearsal import Rehearsal
 from lorafuse.batching.spread import ChosenEngine, checked_engine
@@ -30,11 +31,11 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named
 from lorafuse.files.local_folder import as_typed, directory_as_typed
-from lorafuse.files.names import scheme_of
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, asks_for_base, checkpoint_folder, located_adapter
 from lorafuse.outdir.kinds import kind_of
+from lorafuse.planning.work import work_of_batch
 from lorafuse.settings import Push, Settings, parse_nbytes
 from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
@@ -140,14 +141,18 @@ def _batch(
     ckpt, _, out_root, settings, chosen = wanted
     root = open_folder(out_root)
     pushes = pushes_of(everything, chosen.push)
-    if pushes and scheme_of(out_root):
-        raise UsageError(f"{shown(out_root)}: --push-to-hub needs a directory of this machine.")
-    device = pick_device(settings.device)
+    if pushes:
+        refuse_push_of_store(out_root)
+    check_device(settings.device)
     ckpt = base_of_all(everything) if asks_for_base(ckpt) else ckpt
     ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)
     with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, as_named(ckpt), []) as hashes:
         settings = settled(settings, base, _folders(everything))
+        # By all jobs, so that a call that goes on with some of them has the same device.
+        work = partial(work_of_batch, base, len(everything), settings.n_workers)
+        choice = choose_device(settings.device, work)
+        settings, device = replace(settings, device=choice.name), choice.device
         finished = ExistingResults(root, settings, hashes.result)
         common_files = CommonFiles(finished, chosen.share)
         under_way = Batch(
