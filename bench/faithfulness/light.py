@@ -19,7 +19,7 @@ from bench.faithfulness.accuracy import commands, measured
 from bench.faithfulness.bars import Point, scatter
 from bench.faithfulness.distance import HEADER, SIZE_HEADER, Row, around_block, figures, size, versions
 from bench.faithfulness.smollm2 import ADAPTERS, Adapter, Work
-from bench.faithfulness.ways import LIGHT, SAME, titles
+from bench.faithfulness.ways import FINER, LIGHT, SAME, titles
 from bench.support.measure import table
 
 ROWS = ["none", *LIGHT, "bfloat16"]
@@ -39,12 +39,14 @@ def section(adapter: Adapter, found: dict[str, Row], sentence: str) -> str:
 
 
 def curve(results: dict[Adapter, dict[str, Row]]) -> str:
-    """Without rows that stand for the same model as another one."""
+    """Without rows that stand for the same model as another one, or nearly."""
     return scatter(
         "KL divergence from the unmerged model against the size of the result",
         {
             adapter.what: [
-                Point(row, figure.nbytes / 1e6, figure.kl) for row, figure in found.items() if row not in SAME
+                Point(row, figure.nbytes / 1e6, figure.kl)
+                for row, figure in found.items()
+                if row not in (*SAME, *FINER)
             ]
             for adapter, found in results.items()
         },

@@ -25,7 +25,9 @@ class Merge:
 # What is quantized in the result: on the grid of the base, or by compressed-tensors' formats.
 ON_BASE_GRID = ("base-nearest", "base", "simulated", "light", "light-qkv", "mixed")
 ANEW = ("w4a16", "fp8", "w8a16")
-LIGHT = ON_BASE_GRID + ANEW
+# w8a16 with scales and weights in more digits: what is left then is the distance of the scheme.
+FINER = ("w8a16-float16", "w8a16-float32")
+LIGHT = ON_BASE_GRID + ANEW + FINER
 # Rows that should have the weights of another one.
 SAME = {"base-quant": "bfloat16", "simulated": "base"}
 QUERIES_AND_KEYS = ("--keep-dense", "*.q_proj", "--keep-dense", "*.k_proj")
@@ -51,6 +53,7 @@ def merges(base: str) -> dict[str, Merge]:
         "light-qkv": light("--format", "light", *QUERIES_AND_KEYS),
         "mixed": light("--format", "mixed"),
         **{form: light("--format", form) for form in ANEW},
+        **{row: light("--format", *row.replace("-", " --dtype ").split()) for row in FINER},
         "16bit": Merge("plain merge into the 16-bit base → bfloat16", "bf16", ("--dtype", "bfloat16")),
     }
 
@@ -129,6 +132,6 @@ def decoded_by_its_library(work: Work, made: Path, row: str) -> Path:
     out = made.with_name(f"{made.name}-decoded")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if row in ANEW else {}
+    how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if row in ANEW + FINER else {}
     save_decoded(AutoModelForCausalLM.from_pretrained(made, **how), work.dense(), out)
     return out

@@ -257,7 +257,7 @@ def _raise(job: PlannedJob, error: Exception) -> NoReturn:
 def done_event(out_dir: str, receipt: Receipt, publication: Publication | None = None) -> DoneEvent:
     """What the receipt says in sum, and what it cost."""
     said = {"event": "done", "out_dir": out_dir, "base_semantics": receipt["base_semantics"]}
-    update = kept_in_sum(receipt["tensors"])
+    update = kept_in_sum(receipt["tensors"], receipt["settings"])
     done = cast(DoneEvent, {**said, "update": update, **receipt["timing"], "peak_rss": receipt["peak_rss"]})
     if publication and publication.upload:
         done["url"], done["kept_here"] = publication.upload.url, publication.keeps

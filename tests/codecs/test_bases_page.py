@@ -107,7 +107,7 @@ ROWS = (
     ),
     Row(
         "compressed_tensors",
-        "compressed-tensors NVFP4, MXFP4",
+        "compressed-tensors NVFP4, MXFP4, MXFP6",
         "`M.weight_packed` U8 with `M.weight_scale`",
         "with and without quantized activations",
         "bfloat16, then T",

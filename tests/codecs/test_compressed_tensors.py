@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from quantized_base import DTYPES, MODULE, check_decoding, check_merging, dtypes, refusal, write
-from small_floats import E2M1, E4M3, E8M0, of_codes
+from small_floats import E2M1, E2M3, E4M3, E8M0, of_codes
 
 import lorafuse
 
@@ -151,14 +151,18 @@ def test_nvfp4(n_rows, n_groups, dtype, divisor):
     st.integers(1, 20),
     st.integers(1, 3),
     dtypes,
-    st.booleans(),
+    st.sampled_from([4, 6, 8]),
     st.sampled_from([(0, 4), (110, 130), (240, 255)]),
 )
-def test_mx(n_rows, n_groups, dtype, four_bits, exponents):
-    """MXFP4 and MXFP8, also where a value is subnormal or too large."""
+def test_mx(n_rows, n_groups, dtype, bits, exponents):
+    """MXFP4, MXFP6 and MXFP8, also where a value is subnormal or too large."""
     powers = torch.randint(*exponents, (n_rows, n_groups), dtype=torch.uint8)
     stored = {f"{MODULE}.weight_scale": powers}
-    if four_bits:
+    if bits == 6:
+        codes = torch.randint(0, 64, (n_rows, n_groups * 32))
+        stored[f"{MODULE}.weight_packed"] = pack(codes, 6, False).view(torch.uint8)
+        values = of_codes(E2M3, codes)
+    elif bits == 4:
         packed = random_bytes(n_rows, n_groups * 16)
         stored[f"{MODULE}.weight_packed"] = packed
         values = of_codes(E2M1, torch.stack([packed & 15, packed >> 4], dim=-1).view(n_rows, -1))
@@ -166,7 +170,7 @@ def test_mx(n_rows, n_groups, dtype, four_bits, exponents):
         codes = random_bytes(n_rows, n_groups * 32)
         stored[f"{MODULE}.weight"], values = codes.view(F8), of_codes(E4M3, codes)
     exact = values * by_columns(of_codes(E8M0, powers), n_groups * 32, 32)
-    said = {"num_bits": 4 if four_bits else 8, "group_size": 32}
+    said = {"num_bits": bits, "group_size": 32}
     check_decoding(stored, config(said), rounded(exact, torch.bfloat16, DTYPES[dtype]), dtype=dtype)
 
 
@@ -285,9 +289,21 @@ def test_settings_that_change_what_is_stored(setting, words):
     assert text.endswith(f"config.json: the checkpoint has a {next(iter(setting))} {words}")
 
 
-def test_mxfp6_is_refused():
-    """Three bytes of four codes are not read."""
-    stored = {PACKED: random_bytes(12, 48), SCALE: random_bytes(12, 2)}
+def test_bytes_of_four_or_six_bits():
+    """12 bytes with a scale are 24 or 16 codes; 24 bytes are 32 of 6 bits alone, and so is what they say."""
+    packed, powers = random_bytes(3, 12), random_bytes(3, 1, high=6) + 118
+    four = of_codes(E2M1, torch.stack([packed & 15, packed >> 4], dim=-1).view(3, -1))
+    six = [sum(int(byte) << 8 * i for i, byte in enumerate(row)) for row in packed]
+    six = of_codes(E2M3, torch.tensor([[word >> 6 * i & 63 for i in range(16)] for word in six]))
+    stored = {f"{MODULE}.weight_packed": packed, f"{MODULE}.weight_scale": powers}
+    for bits, values in ((4, four), (6, six)):
+        expected = rounded(values * of_codes(E8M0, powers), torch.bfloat16, torch.bfloat16)
+        check_decoding(stored, config({"num_bits": bits}), expected)
+
+
+@pytest.mark.parametrize("shape", [(12, 49), (12, 26)])
+def test_bytes_of_no_width(shape):
+    stored = {PACKED: random_bytes(*shape), SCALE: random_bytes(12, 1)}
     assert f"{PACKED} makes a weight" in refusal(stored, config({"num_bits": 6, "group_size": 32}))
 
 

@@ -211,3 +211,27 @@ def test_compressed_tensors(case, dtype, tmp_path):
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
     }
     check(tmp_path, stored, said, expected.to(DTYPES[dtype]), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_mx_of_compressed_tensors(bits, dtype, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    settings = {"num_bits": bits, "strategy": "group", "group_size": 32, "symmetric": True, **FLOAT}
+    args = QuantizationArgs(scale_dtype=torch.uint8, zp_dtype=torch.uint8, **settings)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    weight = random_weight(DTYPES[dtype], 2)
+    scale = torch.exp2(torch.randint(-9, -3, (N_ROWS, N_COLS // 32)).float()).to(DTYPES[dtype])
+    layout = "mxfp8-quantized" if bits == 8 else f"mxfp{bits}-pack-quantized"
+    compressor = BaseCompressor.get_value_from_registry(layout)
+    packed = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+    expected = compressor.decompress(dict(packed), scheme)["weight"]
+    stored = {f"{MODULE}.{name}": tensor.contiguous() for name, tensor in packed.items()}
+    said = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
+    }
+    check(tmp_path, stored, said, expected.to(DTYPES[dtype]), dtype=dtype)

@@ -188,6 +188,45 @@ def test_refused_by_what_is_stored(case, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("stored", "section", "text"),
+    [
+        (
+            {"m.B": i32(1, 32), "m.s": zeros(1, 16)},
+            {"quant_method": "gptq", "checkpoint_format": "marlin"},
+            "GPTQ in the layout marlin is not read, only gptq and gptq_v2. Load the model",
+        ),
+        (
+            {"m.qweight": u8(16, 16), "m.scales": zeros(16, 1), "m.zeros": zeros(1, 16)},
+            {"quant_method": "gptq", "format": "bitblas"},
+            "GPTQ in the layout bitblas is not read, only gptq and gptq_v2. Load the model",
+        ),
+        (
+            {"m.qweight": i32(16, 4), "m.qzeros": i32(16, 1), "m.scales": zeros(16, 8)},
+            {"quant_method": "awq", "version": "gemv"},
+            "AWQ in version gemv is not read, only gemm. Load the model",
+        ),
+        (
+            {"m.weight_packed": i32(1, 16), "m.scale_packed": zeros(1, 16), "m.meta": i32(1, 8)},
+            {"quant_method": "compressed-tensors", "format": "marlin-24"},
+            "compressed-tensors in the layout marlin-24 is not read. Merge into",
+        ),
+    ],
+)
+def test_layouts_that_no_codec_reads_are_refused_by_name(stored, section, text, tmp_path):
+    path = write(tmp_path / "ckpt", {"a.weight": torch.zeros(4, 4), **stored})
+    build.write_json(path / "config.json", {"model_type": "llama", "quantization_config": section})
+    assert refusal(path).startswith(f"{path}/config.json: {text}")
+
+
+def test_a_version_of_awq_whose_shapes_are_those_of_gptq(tmp_path):
+    stored = {"m.qweight": i32(16, 8), "m.qzeros": i32(16, 1), "m.scales": zeros(16, 8)}
+    path = write(tmp_path / "ckpt", stored)
+    section = {"quant_method": "awq", "version": "gemv"}
+    build.write_json(path / "config.json", {"model_type": "llama", "quantization_config": section})
+    assert "AWQ in version gemv is not read, only gemm." in refusal(path)
+
+
 def test_every_row_has_a_case():
     assert {form.title for form in FORMATS} == {title for _, title in CASES.values()}
 

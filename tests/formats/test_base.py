@@ -244,3 +244,10 @@ def test_a_dry_run_says_the_size_in_each_format(base, adapter, tmp_path):
         assert sizes[form] == sum(t.nbytes for t in stored(tmp_path / form).values()), form
     assert sizes["base"] < sizes["mixed"] < sizes["dense"]
     assert sizes["base"] == sum(t.nbytes for t in stored(base("nf4_dq")).values())
+
+
+def test_a_dry_run_with_patterns_says_the_size_of_mixed_too(base, adapter, tmp_path):
+    lora = adapter("nf4_dq", target_modules=["q_proj", "v_proj"])
+    settings = {"dry_run": True, "format": "base", "keep_dense": ["*.v_proj"]}
+    sizes = lorafuse.convert(base("nf4_dq"), lora, tmp_path / "out", **settings)["formats"]
+    assert sizes["base"] < sizes["mixed"] < sizes["dense"]

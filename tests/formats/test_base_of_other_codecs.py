@@ -10,7 +10,7 @@ import torch
 from build import write_adapter
 from quantized_base import MODULE, write
 from safetensors.torch import load_file
-from small_floats import E2M1, E4M3, E8M0
+from small_floats import E2M1, E2M3, E4M3, E8M0
 
 import lorafuse
 
@@ -153,6 +153,14 @@ def four_bit_floats(kind, name=WEIGHT, scale="weight_scale", section=CT):
     return Case(stored, section, E2M1, scales, (BF16,), 4, codes=name)
 
 
+def mxfp6():
+    """Four codes of E2M3 in three bytes."""
+    name, powers = f"{MODULE}.weight_packed", random_bytes(12, 2, high=6) + 118
+    stored = {name: random_bytes(12, 48), f"{MODULE}.weight_scale": powers}
+    scales = spread(E8M0[powers.long()], (1, 32), (12, 64))
+    return Case(stored, CT, E2M3, scales, (BF16,), 6, codes=name)
+
+
 def modelopt_int8():
     scales = numbers(12, factor=0.003)
     stored = {WEIGHT: random_bytes(12, 40).view(torch.int8), f"{WEIGHT}_scale": scales}
@@ -198,6 +206,7 @@ CASES = {
     "8 bits": lambda: packed(8),
     "ct nvfp4": lambda: four_bit_floats("divides", f"{MODULE}.weight_packed"),
     "ct mxfp4": lambda: four_bit_floats("mx", f"{MODULE}.weight_packed"),
+    "ct mxfp6": mxfp6,
     "modelopt nvfp4": lambda: four_bit_floats("factor", section={"quant_method": "modelopt"}),
     "modelopt int8": modelopt_int8,
     "fbgemm": fbgemm,

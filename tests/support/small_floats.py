@@ -1,4 +1,4 @@
-"""Numbers of 8 and 4 bits, by their definitions, in Python floats: the judge of what is decoded."""
+"""Numbers of 8, 6 and 4 bits, by their definitions, in Python floats: the judge of what is decoded."""
 
 import torch
 
@@ -21,6 +21,12 @@ def e2m1(code: int) -> float:
     return sign * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1))
 
 
+def e2m3(code: int) -> float:
+    """OCP 6-bit floating point, E2M3: bias 1, sign in the highest bit."""
+    sign, exponent, mantissa = -1.0 if code & 32 else 1.0, code >> 3 & 3, code & 7
+    return sign * (mantissa / 8 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 1))
+
+
 def e8m0(code: int) -> float:
     """A power of two; 255 is NaN."""
     return NAN if code == 255 else 2.0 ** (code - 127)
@@ -28,6 +34,7 @@ def e8m0(code: int) -> float:
 
 E4M3 = torch.tensor([e4m3(code) for code in range(256)], dtype=torch.float64)
 E2M1 = torch.tensor([e2m1(code) for code in range(16)], dtype=torch.float64)
+E2M3 = torch.tensor([e2m3(code) for code in range(64)], dtype=torch.float64)
 E8M0 = torch.tensor([e8m0(code) for code in range(256)], dtype=torch.float64)
 
 

@@ -9,7 +9,13 @@ import torch
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
 from lorafuse.arithmetic.bit_stream import pack, pack_words, unpack, unpack_floats, unpack_words
 from lorafuse.arithmetic.dequantize import look_up
-from lorafuse.arithmetic.small_floats import decode_float8, e2m1_pairs, e2m1_values
+from lorafuse.arithmetic.small_floats import (
+    decode_float8,
+    e2m1_pairs,
+    e2m1_values,
+    e2m3,
+    e2m3_values,
+)
 
 # (bytes of whole rows: uint8, 1-D; rows; columns; arena) → fp32, 1-D, in the arena's DECODED_FP32.
 Decode = Callable[[torch.Tensor, int, int, Arena], torch.Tensor]
@@ -88,6 +94,17 @@ def e2m1_codes(n_cols: int) -> Codes:
         return values
 
     return Codes(n_cols // 2, decode, 4, e2m1_values())
+
+
+def e2m3_codes(n_cols: int) -> Codes:
+    """Four numbers of 6 bits in three bytes, the lowest bits first; `n_cols` is a multiple of 4."""
+
+    def decode(raw: torch.Tensor, n_rows: int, n_cols: int, arena: Arena) -> torch.Tensor:
+        values = arena.get(DECODED_FP32, n_rows * n_cols, torch.float32)
+        e2m3(unpack(raw.view(n_rows, -1), 6, n_cols).reshape(-1), values, arena)
+        return values
+
+    return Codes(n_cols * 6 // 8, decode, 6, e2m3_values())
 
 
 def packed_codes(n_cols: int, bits: int, *, padded: bool = False, offset: int | None = None) -> Codes:

@@ -59,3 +59,18 @@ def e2m1_pairs() -> torch.Tensor:
     """float64 [256], for `look_up`: the two numbers of each byte, that of the low half first."""
     byte, values = torch.arange(256, dtype=torch.int64, device="cpu"), e2m1_values()
     return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).view(torch.float64).view(-1)
+
+
+def e2m3(codes: torch.Tensor, values: torch.Tensor, arena: Arena) -> None:
+    """values (fp32, as many) = the numbers of 6 bits that codes (uint8, 1-D) are: OCP's E2M3, bias 1."""
+    # Sign, exponent and mantissa lie in E4M3 where its exponent's higher bits are 0; the bias is 7 there.
+    e4m3((codes & 0x1F) | ((codes & 0x20) << 2), values, arena)
+    values.mul_(64)
+
+
+@cache
+def e2m3_values() -> torch.Tensor:
+    """float32 [64]: the numbers of 6 bits by their codes; code 32 is −0."""
+    half = [m / 8 for m in range(8)] + [(1 + m / 8) * 2.0**e for e in range(3) for m in range(8)]
+    positive = torch.tensor(half, dtype=torch.float32, device="cpu")
+    return torch.cat([positive, -positive])

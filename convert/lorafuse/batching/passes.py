@@ -273,7 +273,7 @@ class Batch:
         if receipt:
             said["wall_s"] = receipt["timing"]["wall_s"]
             said["nbytes"] = sum(output["size"] for output in receipt["outputs"])
-            said["update"] = kept_in_sum(receipt["tensors"])
+            said["update"] = kept_in_sum(receipt["tensors"], receipt["settings"])
             said |= {"url": url} if url else {}
             self._nbytes += said["nbytes"]
         if error:

@@ -129,7 +129,7 @@ def summary_text(receipt: dict[str, Any], ckpt: str, adapters: list[str]) -> str
     """One line: what was merged into what, how much of the update was kept, and what it cost; and one more
     where a weight keeps too little."""
     n_merged = sum(entry["action"] == "merged" for entry in receipt["tensors"].values())
-    update = kept_in_sum(receipt["tensors"])
+    update = kept_in_sum(receipt["tensors"], receipt["settings"])
     share = (
         ""
         if update["least"] is None

@@ -31,6 +31,7 @@ from lorafuse.codecs.other_formats import (
     packed_format,
     quantizations,
     stray_part,
+    unread_layout,
     unread_setting,
     way_out,
 )
@@ -164,6 +165,9 @@ def refuse_unknown_quantization(
         field, words = setting
         raise CheckpointError(f"{said_in}: the checkpoint has a {field} ({words}); {way_out(field)}")
     left = {name: stored[name] for codec, name, _ in claims(stored, config) if codec is dense}
+    for quantization in quantizations(config) if len(left) == len(stored) else ():
+        if unread := unread_layout(quantization, quantization.get("quant_method")):
+            raise CheckpointError(f"{said_in}: {unread}")
     packed = packed_format(left)
     if packed is not None:
         name, form = packed

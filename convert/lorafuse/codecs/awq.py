@@ -17,7 +17,7 @@ from lorafuse.arithmetic.word_columns import awq_codes, awq_numbers, awq_words
 from lorafuse.codecs.bands import Bands, scale
 from lorafuse.codecs.held import read_runs, read_turned
 from lorafuse.codecs.model_dtype import out_dtype
-from lorafuse.codecs.other_formats import quantizations
+from lorafuse.codecs.other_formats import quantizations, unread_layout
 from lorafuse.codecs.sources import Claims, Raw, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -27,7 +27,6 @@ from lorafuse.files.tensors import DTYPES, FLOATS, TensorInfo, TensorSpec
 QUANT_METHODS: tuple[str, ...] = ("awq",)
 OF_A_WORD = 8  # outputs
 BITS = 4
-_WAY_OUT = "Load the model with its own library, dequantize it and save that, or merge into the dense model."
 
 
 def claim(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Claims:
@@ -80,9 +79,8 @@ def _check(module: str, ckpt: Checkpoint, names: tuple[str, ...]) -> None:
             f"{shown(module)}.qzeros is missing, without which only a config with zero_point: false is read."
         )
     if method == "awq":
-        version = section.get("version") or section.get("format") or "gemm"
-        if str(version).lower() != "gemm":
-            raise ValueError(f"AWQ in version {shown(version)} is not read, only gemm. {_WAY_OUT}")
+        if unread := unread_layout(section, method):
+            raise ValueError(unread)
     elif method in ("auto-round", "intel/auto-round"):
         packing = section.get("packing_format") or section.get("backend")
         if packing != "auto_round:auto_awq":

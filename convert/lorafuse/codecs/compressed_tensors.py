@@ -12,8 +12,9 @@ pack-quantized
 nvfp4-pack-quantized
     `weight_packed` U8 [N, K/2], low half first; `weight_scale` F8_E4M3 [N, K/16]; `weight_global_scale` F32
     [1], which divides
-mxfp4-pack-quantized
-    `weight_packed` U8 [N, K/2]; `weight_scale` U8 [N, K/32]: E8M0
+mxfp4-pack-quantized, mxfp6-pack-quantized
+    `weight_packed` U8 [N, K/2], or [N, 3K/4]: E2M3, four codes in three bytes; `weight_scale` U8 [N, K/32]:
+    E8M0
 
 W = T((code − zero) · scale), the product in the dtype of weight_scale, or (NVFP4, MX) in bfloat16, even where
 T is float16. As compressed-tensors 0.20 (compressors/, quantization/lifecycle/forward.py: dequantize)."""
@@ -25,13 +26,22 @@ from typing import Any
 
 import torch
 
-from lorafuse.arithmetic.codes import Codes, e2m1_codes, float8_codes, int8_codes, packed_codes
+from lorafuse.arithmetic.codes import (
+    Codes,
+    e2m1_codes,
+    e2m3_codes,
+    float8_codes,
+    int8_codes,
+    packed_codes,
+)
 from lorafuse.codecs.act_order import Groups, read_groups
 from lorafuse.codecs.ct_config import (
+    MX_GROUP,
     all_asymmetric,
     block_structure,
     group_size_by_headers,
     group_width,
+    mx_bits,
     packing,
     packing_by_headers,
 )
@@ -50,7 +60,7 @@ _KIND = "compressed-tensors"
 _SCALE, _ZERO, _GLOBAL = ".weight_scale", ".weight_zero_point", ".weight_global_scale"
 _SHAPE, _G_IDX = ".weight_shape", ".weight_g_idx"
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
-_NVFP4_GROUP, _MX_GROUP = 16, 32
+_NVFP4_GROUP = 16
 
 
 def claim(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Claims:
@@ -87,14 +97,7 @@ def scheme(names: tuple[str, ...], stored: Mapping[str, TensorInfo], config: Map
         size = group_size_by_headers(codes.shape[-1], scales.shape[-1], layout, config)
         return _packed_scheme(names, layout, size, scales.shape[-1])
     if codes.dtype == "U8":
-        is_mx = scales.dtype in E8M0
-        return Scheme(
-            _KIND,
-            blocksize=_MX_GROUP if is_mx else _NVFP4_GROUP,
-            words=f"{_KIND} {'MXFP4' if is_mx else 'NVFP4'}",
-            bits=4,
-            codes_per_byte=2,
-        )
+        return _small_floats(codes, scales, config)
     words = "int8" if codes.dtype == "I8" else "MXFP8" if scales.dtype in E8M0 else "FP8"
     block = _block(codes.shape, scales.shape, config, is_mx=scales.dtype in E8M0)
     if scales.numel == 1 or block is None:
@@ -105,6 +108,15 @@ def scheme(names: tuple[str, ...], stored: Mapping[str, TensorInfo], config: Map
         each = ", a scale for each row" if scales.shape[-1] == 1 and words != "MXFP8" else ""
     size = block.width if block and not each else 0
     return Scheme(_KIND, blocksize=size, words=f"{_KIND} {words}{each}{_asymmetric(names)}", bits=8)
+
+
+def _small_floats(codes: TensorSpec, scales: TensorSpec, config: Mapping[str, Any]) -> Scheme:
+    """Of numbers of 4 or 6 bits in bytes."""
+    if scales.dtype not in E8M0:
+        return Scheme(_KIND, blocksize=_NVFP4_GROUP, words=f"{_KIND} NVFP4", bits=4, codes_per_byte=2)
+    bits = mx_bits(codes.shape[-1], scales.shape[-1], config)
+    words, per_byte = f"{_KIND} MXFP{bits}", Fraction(8, bits)
+    return Scheme(_KIND, blocksize=MX_GROUP, words=words, bits=bits, codes_per_byte=per_byte)
 
 
 def _asymmetric(names: tuple[str, ...]) -> str:
@@ -127,8 +139,8 @@ def _block(
     """Rows and columns that share a scale; None where that cannot be told."""
     if len(grid) != len(shape) or grid[:-2] != shape[:-2]:
         return None
-    if is_mx and fitting_block(shape, grid, Block(1, _MX_GROUP)):
-        return Block(1, _MX_GROUP)
+    if is_mx and fitting_block(shape, grid, Block(1, MX_GROUP)):
+        return Block(1, MX_GROUP)
     if grid[-2] == shape[-2]:
         width = group_width(shape[-1], grid[-1], config)
         return Block(1, width) if width else None
@@ -145,8 +157,9 @@ def open_sources(weight: str, names: tuple[str, ...], ckpt: Checkpoint) -> Sourc
     if stored.dtype == "I32":
         return _open_packed(weight, names, ckpt)
     if stored.dtype == "U8":
-        shape = (*stored.shape[:-1], 2 * stored.shape[-1])
-        recipe = Recipe(e2m1_codes(shape[-1]), _grid(names, shape, ckpt), via="BF16")
+        shape = (*stored.shape[:-1], 8 * stored.shape[-1] // told.bits)
+        codes = e2m3_codes if told.bits == 6 else e2m1_codes
+        recipe = Recipe(codes(shape[-1]), _grid(names, shape, ckpt), via="BF16")
         if ckpt.tensors[names[1]].spec.dtype not in E8M0:
             recipe = replace(
                 recipe, global_scale=_of(names, _GLOBAL, ckpt, ("F32",), 1), combine=torch.Tensor.div
@@ -191,7 +204,7 @@ def _grid(names: tuple[str, ...], shape: tuple[int, ...], ckpt: Checkpoint) -> G
     is_mx = scales.dtype in E8M0
     block = _block(shape, scales.shape, ckpt.config, is_mx=is_mx)
     if ckpt.tensors[names[0]].spec.dtype == "U8":
-        block = Block(1, _MX_GROUP if is_mx else _NVFP4_GROUP)
+        block = Block(1, MX_GROUP if is_mx else _NVFP4_GROUP)
         block = block if fitting_block(shape, scales.shape, block) else None
     elif scales.dtype not in (*FLOATS, *E8M0):
         block = None

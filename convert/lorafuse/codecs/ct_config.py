@@ -7,6 +7,7 @@ from typing import Any
 from lorafuse.codecs.other_formats import quantizations
 from lorafuse.codecs.scaled import Block, block_of, fitting_block
 
+MX_GROUP = 32
 _DEFAULT_BLOCK = Block(128, 128)
 
 
@@ -84,6 +85,16 @@ def group_size_by_headers(
     sizes = _numbers(config, "group_size")
     fitting = [size for size in sizes if layout and packing(n_words, size * n_groups, config) == layout]
     return fitting[0] if len(fitting) == 1 else 0
+
+
+def mx_bits(n_bytes: int, n_groups: int, config: Mapping[str, Any]) -> int:
+    """Bits of a code of rows of so many bytes, in groups of 32: 4 (E2M1) or 6 (E2M3). Where a short last
+    group leaves room for both, what the config says."""
+    widths = {bits: 8 * n_bytes // bits for bits in (4, 6) if 8 * n_bytes % bits == 0}
+    fitting = {bits for bits, width in widths.items() if -(-width // MX_GROUP) == n_groups}
+    if len(fitting) > 1:
+        fitting = fitting & _numbers(config, "num_bits")
+    return 6 if fitting == {6} else 4
 
 
 def packing_by_headers(n_words: int, n_groups: int, config: Mapping[str, Any]) -> tuple[int, bool] | None:

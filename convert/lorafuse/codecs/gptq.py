@@ -21,7 +21,7 @@ from lorafuse.codecs.conv1d import is_conv1d
 from lorafuse.codecs.gptq_matrix import GptqMatrix, GptqRows
 from lorafuse.codecs.model_dtype import out_dtype
 from lorafuse.codecs.module_settings import group_size_of
-from lorafuse.codecs.other_formats import quantizations
+from lorafuse.codecs.other_formats import WITH_ITS_LIBRARY, quantizations, unread_layout
 from lorafuse.codecs.sources import Claims, Scheme, Sources
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
@@ -34,7 +34,6 @@ BITS = (2, 3, 4, 8)
 _LESS_ONE = {"gptq": True, "gptq_v2": False}
 # auto-round 0.16, auto_round/inference/backend.py. The layouts of other formats are known by their tensors.
 _LESS_ONE_OF_AUTO_ROUND = {"auto_round:auto_gptq": True, "auto_round": False, "auto_round:gptqmodel": False}
-_WAY_OUT = "Load the model with its own library, dequantize it and save that, or merge into the dense model."
 
 
 def claim(stored: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Claims:
@@ -116,7 +115,7 @@ def _matrix(names: tuple[str, ...], ckpt: Checkpoint) -> GptqMatrix:
     bits = _bits(zeros, scales)
     if bits not in BITS:
         known = f"{bits} bit are" if bits in (5, 6, 7) else f"{shown(names[1])} {zeros} is"
-        raise ValueError(f"GPTQ of 2, 3, 4 and 8 bit is read; {known} not. {_WAY_OUT}")
+        raise ValueError(f"GPTQ of 2, 3, 4 and 8 bit is read; {known} not. {WITH_ITS_LIBRARY}")
     n_inputs = int(32 * codes.shape[0] / bits)
     group_of: torch.Tensor | int
     if len(names) == 4:
@@ -181,17 +180,21 @@ def _zeros_less_one(ckpt: Checkpoint) -> bool:
             "1, 2 as they are. Add quantization_config to config.json, with checkpoint_format."
         )
     method = section.get("quant_method", "gptq")
+    if unread := unread_layout(section, method):
+        raise ValueError(unread)
     if method not in QUANT_METHODS:
         raise ValueError(f"its tensors are those of GPTQ, and the config says {shown(method)}.")
     if section.get("pack_dtype", "int32") not in ("int32", None):
-        raise ValueError(f"pack_dtype {shown(section['pack_dtype'])} is not read, only int32. {_WAY_OUT}")
+        raise ValueError(
+            f"pack_dtype {shown(section['pack_dtype'])} is not read, only int32. {WITH_ITS_LIBRARY}"
+        )
     if method == "gptq":
         layout, known = section.get("checkpoint_format") or section.get("format") or "gptq", _LESS_ONE
     else:
         layout, known = _packing(section), _LESS_ONE_OF_AUTO_ROUND
     if not isinstance(layout, str) or layout not in known:
         raise ValueError(
-            f"GPTQ in the layout {shown(layout)} is not read, only {' and '.join(known)}. {_WAY_OUT}"
+            f"GPTQ in the layout {shown(layout)} is not read, only {' and '.join(known)}. {WITH_ITS_LIBRARY}"
         )
     return known[layout]
 

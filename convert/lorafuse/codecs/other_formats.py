@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafuse.codecs.sources import Sources
+from lorafuse.errors import shown
 from lorafuse.files.tensors import FLOATS, TensorInfo, TensorSpec
 
 _INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
@@ -125,6 +126,14 @@ _WAYS_OUT = {
         "Its own library dequantizes it: save that, or merge into the full-precision checkpoint.",
     ),
 }
+WITH_ITS_LIBRARY = (
+    "Load the model with its own library, dequantize it and save that, or merge into the dense model."
+)
+# quant_method → where a config names the layout, what it is called, and the layouts that are read.
+_LAYOUTS = {
+    "gptq": (("checkpoint_format", "format"), "GPTQ in the layout", ("gptq", "gptq_v2")),
+    "awq": (("version", "format"), "AWQ in version", ("gemm",)),
+}
 _WORDS = frozenset({"I16", "I32", "U32"})
 _CODES = _WORDS | {"U8", "I8", "U16"}
 _ROUTERS = ("gate", "router")  # may hold tables of their own
@@ -207,6 +216,20 @@ def way_out(form: object = None) -> str:
     """Returns what a refusal of a format, by its title or quant_method, ends with."""
     hint = _WAYS_OUT.get(str(form).lower(), _WAY_OUT)
     return f"this format is not read (docs/bases.md lists those that are). {hint}"
+
+
+def unread_layout(section: Mapping[str, Any], method: str | None) -> str | None:
+    """Returns a sentence and a way out where a section of a config names a layout of that quant_method that
+    no codec reads."""
+    if method == _CT and section.get("format") == "marlin-24":
+        return f"{_CT} in the layout marlin-24 is not read. Merge into the full-precision checkpoint."
+    if method not in _LAYOUTS:
+        return None
+    fields, words, read = _LAYOUTS[method]
+    layout = next((said for field in fields if (said := section.get(field))), read[0])
+    if str(layout).lower() in read:
+        return None
+    return f"{words} {shown(layout)} is not read, only {' and '.join(read)}. {WITH_ITS_LIBRARY}"
 
 
 def unread_setting(config: Mapping[str, Any]) -> tuple[str, str] | None:

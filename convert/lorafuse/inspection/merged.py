@@ -43,7 +43,7 @@ def inspect_merged(folder: Folder, name: str) -> dict[str, Any]:
         "dtypes": Counter(entry["dtype"] for entry in tensors.values()),
         "actions": Counter(entry["action"] for entry in tensors.values()),
         "ignored": receipt["adapter_tensors"]["ignored"],
-        "update": kept_in_sum(tensors),
+        "update": kept_in_sum(tensors, receipt["settings"]),
         "sizes": sizes_in_sum(tensors),
         "weights": [_weight(weight, tensors[weight]) for weight in worst_first(tensors)],
     }

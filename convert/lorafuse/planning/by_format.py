@@ -28,7 +28,7 @@ def sizes_by_format(
             settings,
             format=word,
             dtype=settings.dtype if plain else "auto",
-            keep_dense=() if plain else settings.keep_dense,
+            keep_dense=() if word in ("dense", "mixed") else settings.keep_dense,
             rounding=None,
         )
         try:

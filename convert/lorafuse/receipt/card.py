@@ -135,7 +135,8 @@ def _text(
 
 
 def _table(receipt: Receipt, base: InputName, adapters: Sequence[InputName]) -> Iterator[tuple[str, str]]:
-    tensors, update = receipt["tensors"], kept_in_sum(receipt["tensors"])
+    tensors = receipt["tensors"]
+    update = kept_in_sum(tensors, receipt["settings"])
     n_changed = sum(entry["action"] in ("merged", "replaced", "added") for entry in tensors.values())
     yield "base", _code(base.published)
     for source in adapters:

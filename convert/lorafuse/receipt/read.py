@@ -22,6 +22,7 @@ ENOUGH_KEPT = 0.97
 MUCH_NOISE = 1.0
 # How the weight was written → what keeps more.
 REMEDIES = {
+    "nearest on the base's grid": "without --rounding nearest the update is kept on average",
     "quantized": "--keep-dense PATTERN leaves modules in full precision, --format dense all of them",
     "bfloat16": "--dtype float16 keeps 3 more bits (an overflow ends the run), --dtype float32 keeps "
     "everything",
@@ -133,10 +134,11 @@ def _badness(entry: Mapping[str, Any]) -> tuple[float, float]:
     return math.inf if kept is None else kept, -(noise or 0.0)
 
 
-def kept_in_sum(tensors: Entries) -> dict[str, Any]:
+def kept_in_sum(tensors: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
     """How much of the update is in the stored weights: `kept` and `noise` over all of them, `least` in the
     weight `least_in`, the number `n_below` of those that keep less than enough, and the `remedy`; `n_noisy`:
-    quantized weights with more than MUCH_NOISE. None where there is no figure or no remedy."""
+    quantized weights with more than MUCH_NOISE. None where there is no figure or no remedy. `settings`: those
+    of the receipt."""
     names = [name for name in worst_first(tensors) if tensors[name].get("kept") is not None]
     squares = [(tensors[name].get("delta_norm") or 0.0) ** 2 for name in names]
     total = sum(squares)
@@ -152,6 +154,8 @@ def kept_in_sum(tensors: Entries) -> dict[str, Any]:
     ]
     poor = [tensors[name] for name in (*below, *noisy)]
     written = {"quantized" if "clipped" in entry else entry["dtype"] for entry in poor}
+    if "quantized" in written and settings.get("rounding") == "nearest" and _on_base_grid(settings):
+        written.add("nearest on the base's grid")
     return {
         "kept": kept / total if total else None,
         "noise": math.sqrt(noise / total) if total else None,
@@ -172,9 +176,15 @@ def delta_rel_in_sum(tensors: Entries) -> float | None:
     return math.hypot(*(norm for norm, _ in known)) / of_base if of_base else None
 
 
+def _on_base_grid(settings: Mapping[str, Any]) -> bool:
+    """Whether a result has the base's own scales, or those that training saw."""
+    quant = settings.get("base_quant") or {}
+    return settings.get("format") in ("base", "light", quant.get("kind"))
+
+
 def _enough(entry: Mapping[str, Any]) -> float:
     """Of a weight that was rounded without bias, less three times what chance makes of `kept`."""
-    if "clipped" not in entry:
+    if entry.get("rounding") != "unbiased":
         return ENOUGH_KEPT
     return ENOUGH_KEPT - 3 * (entry.get("noise") or 0.0) / math.sqrt(max(math.prod(entry["shape"]), 1))
 

@@ -27,7 +27,7 @@ class Figures(NamedTuple):
 
 def figures_of(merged: Entries) -> Figures:
     """The figures of merged weights."""
-    update = kept_in_sum(merged)
+    update = kept_in_sum(merged, {})
     return Figures(len(merged), delta_rel_in_sum(merged), update["kept"], update["noise"], update["least"])
 
 

@@ -31,7 +31,7 @@ def at_a_glance(receipt: Receipt) -> Markup:
     """What matters most, in a few large figures."""
     tensors, update, sizes = (
         receipt["tensors"],
-        kept_in_sum(receipt["tensors"]),
+        kept_in_sum(receipt["tensors"], receipt["settings"]),
         sizes_in_sum(receipt["tensors"]),
     )
     n_changed = sum(entry["action"] in ("merged", "replaced", "added") for entry in tensors.values())
@@ -51,7 +51,7 @@ def at_a_glance(receipt: Receipt) -> Markup:
 def warnings(receipt: Receipt) -> Markup:
     """What a reader should know before using the result; or that there is nothing."""
     found = [
-        *too_little_text(kept_in_sum(receipt["tensors"])),
+        *too_little_text(kept_in_sum(receipt["tensors"], receipt["settings"])),
         *filter(None, [no_update(receipt["tensors"])]),
     ]
     ignored = receipt["adapter_tensors"]["ignored"]
@@ -170,7 +170,7 @@ def worst(receipt: Receipt) -> Markup | None:
 
 
 def _worst_row(name: str, entry: Mapping[str, Any]) -> Iterator[Child]:
-    low = element("strong", " low", class_="low") if kept_in_sum({name: entry})["n_below"] else None
+    low = element("strong", " low", class_="low") if kept_in_sum({name: entry}, {})["n_below"] else None
     yield code(name)
     yield from (_value(entry.get(figure)) for figure in ("rank", "scale", "delta_rel"))
     yield [_value(entry.get("kept")), low]
