@@ -108,7 +108,7 @@ class TrailingHash:
         with self._turn:
             self.nbytes += nbytes
             copied = self._copies.pop(self.nbytes, None)
-            if copied is None and self.nbytes in self._waiting:
+            if self.nbytes in self._waiting:
                 self._turn.notify_all()
                 return None, False
             self._busy = self.nbytes < self._end
