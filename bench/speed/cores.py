@@ -5,11 +5,11 @@
 The first table: the same merge, its result in memory (tmpfs), on one core and on two, in turns; *merge* is
 the receipt's `wall_s`, which begins after torch is imported, *command* all of it. The second: the parts of a
 merge alone, by one process on one core and then by two at once on two cores, which share nothing but the
-machine: what it makes of its two cores is the most that a merge can gain. The third: what a byte of the result
-costs one core, measured alone, each the median of five; *fixed* is what a tile costs before its first byte, the
-most that can hold Python's interpreter. The fourth is a model: so many cores and such a disk make the least of
-what the cores can do, what the interpreter can do (one process), what the hashes can do (one of each file that
-is made or waits to be synced), and what the disk takes. Nothing in it was run.
+machine: no merge gains more of the second core than these do. The third: what a byte of the result costs one
+core, measured alone, each the median of five; *fixed* is what a tile costs before its first byte, the most
+that can hold Python's interpreter. The fourth is a model: so many cores and such a disk make the least of
+what the cores can do, what the interpreter can do (one process), what the hashes can do (one of each file
+that is made or waits to be synced), and what the disk takes. Nothing in it was run.
 """
 
 import json

@@ -129,7 +129,7 @@ def test_who_hashes(wait_nbytes: int, slow: Slow) -> None:
 
 
 def test_nobody_waits_and_nothing_is_read_back_while_there_are_spare_buffers(slow: Slow) -> None:
-    """Who hashes first goes on with copies of what the others brought, be it too early; then they are free."""
+    """Who hashes first goes on with copies of what others brought, be it too early; all are free then."""
     written, buffers = b"aabbccddee", Spares(3, 2)
     hashed = trailing_hash.TrailingHash(no_reading, MANY, buffers)
     returned = in_threads(hashed, [(0, b"aa"), (2, b"bb"), (6, b"dd"), (4, b"cc")])

@@ -18,7 +18,9 @@ class Spares:
             if len(data) > self.nbytes or self._n_out == self.n:
                 return None
             self._n_out += 1
-            buffer = self._here.pop() if self._here else bytearray(self.nbytes)
+            buffer = self._here.pop() if self._here else bytearray()
+        if len(buffer) < len(data):
+            buffer = bytearray(len(data))
         copied = memoryview(buffer)[: len(data)]
         copied[:] = data
         return copied

@@ -1,9 +1,9 @@
 """The sha256 of a file that any threads write, in any order: it follows the lowest byte that is not written.
 
 Bytes that nothing is missing before are hashed by the thread that wrote them, while they are in its cache.
-When another thread hashes just then, or bytes before them are missing, a copy of them waits in a spare buffer,
-and whoever hashes the bytes before goes on with it. Where no buffer is free, a thread waits for its turn; what
-came too early is read back then, which costs a quarter of hashing.
+When another thread hashes just then, or bytes before them are missing, a copy of them waits in a spare
+buffer, and whoever hashes the bytes before goes on with it. Where no buffer is free, a thread waits for its
+turn; what came too early is read back then, which costs a quarter of hashing.
 """
 
 import hashlib
@@ -46,9 +46,8 @@ class TrailingHash:
                 self._starts_by_end.pop(self._end, None)
             else:
                 self._remember(start, start + len(data))
-            if not is_next or self._busy:
-                if self._copied(start, data) or not is_next or not self._waited(start):
-                    return False
+            if (self._busy or not is_next) and self._left_to_others(start, data, is_next):
+                return False
             self._busy = True
         return self._hashed(data)
 
@@ -62,6 +61,10 @@ class TrailingHash:
             self._spares.release(copied)
             copied, waits = self._passed(n)
         return waits
+
+    def _left_to_others(self, start: int, data: bytes | memoryview, is_next: bool) -> bool:
+        """Whether another thread hashes these bytes. Waits for their turn where none will."""
+        return self._copied(start, data) or not is_next or not self._waited(start)
 
     def _copied(self, start: int, data: bytes | memoryview) -> bool:
         """Whether a copy of the bytes waits in a spare buffer now."""

@@ -45,8 +45,8 @@ class InputHashes:
     Each file is read for it once more, in its own order; a merge reads in the order of names. That takes a
     sixth of what SHA-256 takes (bench/speed/hashing.py). The hash keeps about as far as the merge, a little
     ahead of it, so that the disk reads a byte once, whichever of the two comes first: the other one finds it
-    in the page cache, even of a checkpoint that is larger than memory. A file whose hash this run has compared
-    when it was fetched is not read.
+    in the page cache, even of a checkpoint that is larger than memory. A file whose hash this run has
+    compared when it was fetched is not read.
     """
 
     def __init__(self, ckpt: Checkpoint, ckpt_name: str, adapters: Sequence["WeightedAdapter"]) -> None:
