@@ -34,4 +34,4 @@ class Spares:
             self._here.append(buffer)
 
 
-SPARES = Spares(4, 2 << 20)
+SPARES = Spares(2, 2 << 20)
