@@ -38,7 +38,7 @@ def report(work: Path, layers: int) -> str:
             ),
         }
         counted = {name: part() for name, part in list(parts.items())[:N_PARTS]}
-    floor = counted[FLOOR] or 0
+    floor = counted.get(FLOOR) or 0
     rows = [
         (name, f"{n / 1e6:,.0f}", f"{(n - floor) / 1e6:,.0f}") if n else (name, "not counted", "")
         for name, n in counted.items()

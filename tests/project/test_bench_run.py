@@ -24,6 +24,8 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         monkeypatch.setattr(module, "report", report)
         for constant in run.QUICK[name]:
             monkeypatch.setattr(module, constant, getattr(module, constant))  # as it was, in the end
+    for constant in ("LAYERS", "TENSORS"):
+        monkeypatch.setattr(check, constant, getattr(check, constant))
     monkeypatch.setattr(measure, "watched", lambda report, *given: report(*given))
     monkeypatch.setattr(check, "COMMITTED", tmp_path / "committed.json")
     monkeypatch.setattr(check, "measured", lambda work, rounds: {"a": Ratio(rounds, rounds, rounds)})
