@@ -23,6 +23,10 @@ ADAPTERS = {"all linear layers": "adapter", "q_proj and v_proj": "adapter-qv"}
 LIMITS = ("100MB", "1GB")
 MOST = 32  # jobs of a pass: batching/batch.py, MAX_MEMBERS
 N_LARGE = 1000
+HEAD = (
+    "adapters on", "memory limit", "jobs", "passes", "wall, s", "CPU, s", "disk, GB", "MB beyond `import torch`",
+    "alone, s", "what binds",
+)  # fmt: skip
 WRITER = """import os, sys
 file, block = open(sys.argv[1], "wb", buffering=0), os.urandom(8 << 20)
 for _ in range(int(sys.argv[2]) // len(block)): file.write(block)
@@ -189,18 +193,6 @@ def report(work: Path, layers: int) -> str:
             ]
         )
         predicted.append([title, *prediction(runs, small, title)])
-    head = (
-        "adapters on",
-        "memory limit",
-        "jobs",
-        "passes",
-        "wall, s",
-        "CPU, s",
-        "disk, GB",
-        "MB beyond `import torch`",
-        "alone, s",
-        "what binds",
-    )
     said = (
         f"Predicted, not measured: {N_LARGE} adapters on Llama-3.1-70B on one machine such as this, from the "
         f"walls of {COUNTS[0]} and {COUNTS[-1]} jobs with {LIMITS[-1]}: what a pass costs grows with the "
@@ -208,7 +200,7 @@ def report(work: Path, layers: int) -> str:
     )
     large = ("adapters on", "passes", "hours", "hours of single runs", "disk, TB", "without sharing, TB")
     tables = [
-        table(head, rows),
+        table(HEAD, rows),
         table(("the next adapter, on", "memory limit", "wall, s", "CPU, s", "disk, MB"), next_rows),
     ]
     return "\n\n".join([*tables, said, table(large, predicted)])
