@@ -24,8 +24,8 @@ LIMITS = ("100MB", "1GB")
 MOST = 32  # jobs of a pass: batching/batch.py, MAX_MEMBERS
 N_LARGE = 1000
 HEAD = (
-    "adapters on", "memory limit", "jobs", "passes", "wall, s", "CPU, s", "disk, GB", "MB beyond `import torch`",
-    "alone, s", "what binds",
+    "adapters on", "memory limit", "jobs", "passes", "wall, s", "CPU, s", "disk, GB",
+    "MB beyond `import torch`", "alone, s", "what binds",
 )  # fmt: skip
 WRITER = """import os, sys
 file, block = open(sys.argv[1], "wb", buffering=0), os.urandom(8 << 20)
