@@ -75,6 +75,7 @@ QUICK: dict[str, dict[str, object]] = {
     "instructions": {"N_PARTS": 0, "TENSORS": 600},
     "memory": {"RUNS": 1, "SHAPES": {"Llama of {layers} layers": "llama"}},
     "cores": {"ROUNDS": 1},
+    "gpu": {"ROUNDS": 1},
     "batch": {"COUNTS": (1, 2), "LIMITS": ("1GB",)},
     "fleet": {"FEW_JOBS": (1, 2), "N_JOBS": 2},
     "planning": {"SIZES": (600, 1200), "KINDS": ("experts",), "RUNS": 1},
