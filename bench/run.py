@@ -1,10 +1,11 @@
 """Runs the benchmarks and writes what they print, with the machine they ran on.
 
-    python -m bench.run --work build/bench [--only compute] [--docs docs/benchmarks.md]
+    python -m bench.run --work build/bench [--only compute] [--docs docs/benchmarks.md] [--quick]
 
 Nothing else should run meanwhile. The work directory needs about 50 GB; the inputs in it are kept for the
 next run. With --docs the page is written, its picture beside it, and bench/ratios.json, with which
-`make bench-check` compares.
+`make bench-check` compares. With --quick everything runs, once, with the least inputs, so that it is seen to
+run: its figures say nothing, and bench/ratios.json stays as it is. Only instructions are not counted then.
 """
 
 import argparse
@@ -64,6 +65,23 @@ TITLES = {
     "hashing": "Hashing the inputs",
     "start": "The start",
 }
+QUICK_LAYERS = 4  # of which fleet.py takes a quarter
+QUICK: dict[str, dict[str, object]] = {
+    "peers": {"ROUNDS": 1},
+    "compute": {"ROUNDS": 1},
+    "kernel": {"ROUNDS": 1},
+    "bases": {"ROUNDS": 1, "N_BASES": 3},
+    "base_quant": {"KINDS": ("nf4", "int8")},
+    "instructions": {"N_PARTS": 0, "TENSORS": 600},
+    "memory": {"RUNS": 1, "SHAPES": {"Llama of {layers} layers": "llama"}},
+    "cores": {"ROUNDS": 1},
+    "gpu": {"ROUNDS": 1},
+    "batch": {"COUNTS": (1, 2), "LIMITS": ("1GB",)},
+    "fleet": {"FEW_JOBS": (1, 2), "N_JOBS": 2},
+    "planning": {"SIZES": (600, 1200), "KINDS": ("experts",), "RUNS": 1},
+    "hashing": {"ROUNDS": 1},
+    "start": {"ROUNDS": 1},
+}
 PREAMBLE = """# Benchmarks
 
 Written by `python -m bench.run --work build/bench --docs docs/benchmarks.md`; each table by the command above
@@ -76,12 +94,30 @@ counts is the ratio of the medians. Seconds depend on the machine, and on a rent
 ratios should be carried over to another. 1 MB is 10^6 bytes."""
 
 
-def section(name: str, work: Path) -> str:
+def section(name: str, work: Path, layers: int) -> str:
     """The benchmark's own account of itself, then its tables."""
     title, doc = TITLES[name], BENCHMARKS[name].__doc__ or ""
     what, command, how = doc.strip().split("\n\n")
-    tables = measure.watched(BENCHMARKS[name].report, work, LAYERS)
+    tables = measure.watched(BENCHMARKS[name].report, work, layers)
     return f"## {title}\n\n{what}\n\n```\n{command.strip()}\n```\n\n{how}\n\n{tables}"
+
+
+def hurry() -> None:
+    """Have every benchmark do the least that it can."""
+    for name, constants in QUICK.items():
+        for constant, value in constants.items():
+            if not hasattr(BENCHMARKS[name], constant):
+                raise AttributeError(f"bench: {name} has no {constant}")
+            setattr(BENCHMARKS[name], constant, value)
+    check.LAYERS, check.TENSORS = QUICK_LAYERS, 600
+
+
+def page(parts: list[str], docs: Path, picture: Path) -> None:
+    """Write the page, and its picture beside it."""
+    docs.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(picture, docs.with_suffix(".svg"))
+    shown = f"![wall time, CPU time and arithmetic of a merge, side by side]({docs.stem}.svg)"
+    docs.write_text("\n\n".join([*parts[:2], shown, *parts[2:]]) + "\n")
 
 
 def main() -> None:
@@ -93,23 +129,22 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=BENCHMARKS, help="run one benchmark")
     parser.add_argument("--docs", type=Path, help="write the page here too")
+    parser.add_argument("--quick", action="store_true", help="run everything once, with the least inputs")
     args = parser.parse_args()
     if args.only and args.docs:
         parser.error("--docs wants every benchmark, not --only one")
+    layers, rounds, committed = LAYERS, CHECKED_ROUNDS, check.COMMITTED
+    if args.quick:
+        hurry()
+        layers, rounds, committed = QUICK_LAYERS, 1, args.work / "ratios.json"
     parts = [PREAMBLE, measure.machine()]
     print("\n\n".join(parts), flush=True)
     for name in [args.only] if args.only else BENCHMARKS:
-        parts.append(section(name, args.work))
+        parts.append(section(name, args.work, layers))
         print(f"\n{parts[-1]}", flush=True)
     if args.docs:
-        args.docs.parent.mkdir(parents=True, exist_ok=True)
-        picture = args.docs.with_suffix(".svg")
-        shutil.copyfile(args.work / "benchmarks.svg", picture)
-        parts.insert(2, f"![wall time, CPU time and arithmetic of a merge, side by side]({picture.name})")
-        args.docs.write_text("\n\n".join(parts) + "\n")
-        ratios.save(
-            check.COMMITTED, check.medians(check.measured(args.work, CHECKED_ROUNDS)), measure.processor()
-        )
+        page(parts, args.docs, args.work / "benchmarks.svg")
+        ratios.save(committed, check.medians(check.measured(args.work, rounds)), measure.processor())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from bench.support import measure
 from bench.support.measure import GB, MB, each, median, table
 
 RUNS = 3
+SHAPES = {"Llama of {layers} layers": "llama", "one matrix of 16384 x 53248, one embedding": "wide"}
 
 
 def peaks(base: Path, adapter: Path, out_dir: Path) -> list[float]:
@@ -24,14 +25,13 @@ def peaks(base: Path, adapter: Path, out_dir: Path) -> list[float]:
 def report(work: Path, layers: int) -> str:
     floors = [measure.python("-c", "import torch").peak_rss / MB for _ in range(RUNS)]
     rows = [("`python -c 'import torch'`", "", each(floors, 0), "")]
-    cases = {f"Llama of {layers} layers": "llama", "one matrix of 16384 x 53248, one embedding": "wide"}
-    for title, shape in cases.items():
+    for title, shape in SHAPES.items():
         base, adapter = measure.inputs(work, shape, layers)
         with measure.scratch(work) as outputs:
             ours = peaks(base, adapter, outputs / "merged")
             n_bytes = sum(path.stat().st_size for path in outputs.glob("merged/*.safetensors"))
         beyond = max(ours) - median(floors)
-        rows.append((title, f"{n_bytes / GB:.2f}", each(ours, 0), f"**{beyond:.0f}**"))
+        rows.append((title.format(layers=layers), f"{n_bytes / GB:.2f}", each(ours, 0), f"**{beyond:.0f}**"))
     return table(("peak memory", "output, GB", "MB of each run", "MB beyond `import torch`"), rows)
 
 

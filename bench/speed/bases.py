@@ -18,6 +18,7 @@ from bench.support import measure
 from bench.support.measure import median
 
 ROUNDS = 5
+N_BASES: int | None = None  # all of them
 NF4 = "NF4"
 
 
@@ -48,7 +49,7 @@ def report(work: Path, layers: int) -> str:
     rows, nf4 = [], inputs(work, NF4)
     names = measure.python("-m", "bench.support.bases", "--list").stdout.split("\n")
     with measure.scratch(roomy(work, nf4 / "base")) as outputs:
-        for name in filter(None, names):
+        for name in list(filter(None, names))[:N_BASES]:
             directory = inputs(work, name)
             merge(directory, outputs / "merged")  # the inputs into the page cache
             of_nf4, own = measure.alternate(

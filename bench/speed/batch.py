@@ -23,6 +23,14 @@ ADAPTERS = {"all linear layers": "adapter", "q_proj and v_proj": "adapter-qv"}
 LIMITS = ("100MB", "1GB")
 MOST = 32  # jobs of a pass: batching/batch.py, MAX_MEMBERS
 N_LARGE = 1000
+HEAD = (
+    "adapters on", "memory limit", "jobs", "passes", "wall, s", "CPU, s", "disk, GB",
+    "MB beyond `import torch`", "alone, s", "what binds",
+)  # fmt: skip
+WRITER = """import os, sys
+file, block = open(sys.argv[1], "wb", buffering=0), os.urandom(8 << 20)
+for _ in range(int(sys.argv[2]) // len(block)): file.write(block)
+os.fdatasync(file.fileno())"""
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,17 @@ def jobs(work: Path, adapter: Path, n: int) -> Path:
     return path
 
 
-def batch(base: Path, listed: Path, out_root: Path, limit: str) -> Run:
-    arguments = ("batch", base, listed, measure.fresh(out_root), "--memory-limit", limit, "--json", "--quiet")
+def batch(base: Path, listed: Path, out_root: Path, memory: str) -> Run:
+    arguments = (
+        "batch",
+        base,
+        listed,
+        measure.fresh(out_root),
+        "--memory-limit",
+        memory,
+        "--json",
+        "--quiet",
+    )
     usage = measure.python("-m", "lorafuse.cli", *arguments)
     n_passes = sum(json.loads(line)["event"] == "pass" for line in usage.stdout.splitlines())
     return Run(usage, n_passes, disk_nbytes(out_root))
@@ -81,13 +98,27 @@ def disk_nbytes(root: Path) -> int:
     return sum({(one.st_dev, one.st_ino): one.st_blocks * 512 for one in found}.values())
 
 
+def alone_s(nbytes: int, path: Path) -> float:
+    """Seconds in which a process does nothing but write as many bytes and sync them."""
+    measure.fresh(path)
+    return measure.python("-c", WRITER, path, str(nbytes)).wall_s
+
+
+def binds(usage: Usage, disk_s: float) -> str:
+    """The disk, the cores, or neither alone."""
+    n_cores = len(os.sched_getaffinity(0))
+    if usage.wall_s <= 1.1 * disk_s:
+        return "disk"
+    return "cores" if usage.cpu_s >= 0.9 * n_cores * usage.wall_s else "neither alone"
+
+
 def singles(base: Path, adapter: Path, out_dir: Path, n: int) -> tuple[float, float]:
     """Wall and CPU seconds of n runs one after the other."""
     runs = [measure.convert(base, adapter, measure.fresh(out_dir)) for _ in range(n)]
     return sum(run.wall_s for run in runs), sum(run.cpu_s for run in runs)
 
 
-def figures(n: int, run: Run, floor: float) -> list[str]:
+def figures(n: int, run: Run, floor: float, disk_s: float) -> list[str]:
     usage = run.usage
     beyond = (usage.peak_rss - floor) / MB
     return [
@@ -97,6 +128,8 @@ def figures(n: int, run: Run, floor: float) -> list[str]:
         f"{usage.cpu_s:.1f}",
         f"{run.disk_nbytes / GB:.2f}",
         f"{beyond:.0f}",
+        f"{disk_s:.1f}",
+        binds(usage, disk_s),
     ]
 
 
@@ -138,28 +171,28 @@ def report(work: Path, layers: int) -> str:
     rows, next_rows, predicted = [], [], []
     for title, name in ADAPTERS.items():
         runs: dict[int, Run] = {}
-        for limit in LIMITS:
+        for memory in LIMITS:
             for n in COUNTS:
                 with measure.scratch(work) as outputs:
-                    runs[n] = batch(base, jobs(work, adapter.with_name(name), n), outputs / "merged", limit)
-                rows.append([title, limit, *figures(n, runs[n], floor)])
-            next_rows.append([title, limit, *marginal(runs)])
+                    runs[n] = batch(base, jobs(work, adapter.with_name(name), n), outputs / "merged", memory)
+                with measure.scratch(work) as outputs:
+                    disk_s = alone_s(runs[n].disk_nbytes, outputs / "copied")
+                rows.append([title, memory, *figures(n, runs[n], floor, disk_s)])
+            next_rows.append([title, memory, *marginal(runs)])
         with measure.scratch(work) as outputs:
             wall_s, cpu_s = singles(base, adapter.with_name(name), outputs / "merged", COUNTS[-1])
         rows.append(
-            [title, "single runs", str(COUNTS[-1]), str(COUNTS[-1]), f"{wall_s:.1f}", f"{cpu_s:.1f}", "", ""]
+            [
+                title,
+                "single runs",
+                str(COUNTS[-1]),
+                str(COUNTS[-1]),
+                f"{wall_s:.1f}",
+                f"{cpu_s:.1f}",
+                *[""] * 4,
+            ]
         )
         predicted.append([title, *prediction(runs, small, title)])
-    head = (
-        "adapters on",
-        "limit",
-        "jobs",
-        "passes",
-        "wall, s",
-        "CPU, s",
-        "disk, GB",
-        "MB beyond `import torch`",
-    )
     said = (
         f"Predicted, not measured: {N_LARGE} adapters on Llama-3.1-70B on one machine such as this, from the "
         f"walls of {COUNTS[0]} and {COUNTS[-1]} jobs with {LIMITS[-1]}: what a pass costs grows with the "
@@ -167,8 +200,8 @@ def report(work: Path, layers: int) -> str:
     )
     large = ("adapters on", "passes", "hours", "hours of single runs", "disk, TB", "without sharing, TB")
     tables = [
-        table(head, rows),
-        table(("the next adapter, on", "limit", "wall, s", "CPU, s", "disk, MB"), next_rows),
+        table(HEAD, rows),
+        table(("the next adapter, on", "memory limit", "wall, s", "CPU, s", "disk, MB"), next_rows),
     ]
     return "\n\n".join([*tables, said, table(large, predicted)])
 

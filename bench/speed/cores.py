@@ -3,19 +3,21 @@
     python -m bench.speed.cores --work build/bench
 
 The first table: the same merge, its result in memory (tmpfs), on one core and on two, in turns; *merge* is
-the receipt's `wall_s`, which begins after torch is imported, *command* all of it. The second: what a byte of
-the result costs one core, measured alone, each the median of five; *fixed* is what a tile costs before its
-first byte, the most that can hold Python's interpreter. The third is a model: so many cores and such a disk
-make the least of what the cores can do, what the interpreter can do (one process), what the hashes can do
-(one of each file that is made or waits to be synced), and what the disk takes. Nothing in it was run.
+the receipt's `wall_s`, which begins after torch is imported, *command* all of it. The second: the parts of a
+merge alone, by one process on one core and then by two at once on two cores, which share nothing but the
+machine: no merge gains more of the second core than these do. The third: what a byte of the result costs one
+core, measured alone, each the median of five; *fixed* is what a tile costs before its first byte, the most
+that can hold Python's interpreter. The fourth is a model: so many cores and such a disk make the least of
+what the cores can do, what the interpreter can do (one process), what the hashes can do (one of each file
+that is made or waits to be synced), and what the disk takes. Nothing in it was run.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.speed import parts
 from bench.speed.compute import roomy
 from bench.support import measure
 from bench.support.measure import each, median, table
@@ -58,7 +60,7 @@ class Costs(NamedTuple):
 def merge(base: Path, adapter: Path, out_dir: Path, n_cores: int) -> tuple[float, float]:
     """Wall seconds of the merge, and of the whole command."""
     measure.fresh(out_dir)
-    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:n_cores])
+    cores = ",".join(map(str, parts.cores(n_cores)))
     command = ["lorafuse.cli", "convert", base, adapter, out_dir, "--max-shard-size", "1GB", "--quiet"]
     usage = measure.run(["taskset", "-c", cores, sys.executable, "-m", *command])
     receipt = json.loads((out_dir / "lorafuse_receipt.json").read_text())
@@ -80,6 +82,14 @@ def scaling(base: Path, adapter: Path, outputs: Path) -> str:
     return table(("tmpfs", "one core, s", "two cores, s", "ratio of medians"), rows)
 
 
+def alone(base: Path, adapter: Path, outputs: Path) -> str:
+    rows = [
+        (name, f"{1e3 * one:.0f}", f"{1e3 * both:.0f}", f"**{2 * one / both:.2f}**")
+        for name, (one, both) in parts.gains(base, adapter, outputs).items()
+    ]
+    return table(("a part alone", "one core, ms", "each of two cores at once, ms", "gain"), rows)
+
+
 def model(costs: Costs) -> str:
     rows = []
     for n_cores in CORES:
@@ -95,7 +105,7 @@ def model(costs: Costs) -> str:
 def report(work: Path, layers: int) -> str:
     base, adapter = measure.inputs(work, "llama", layers)
     with measure.scratch(roomy(work, base)) as outputs:
-        scaled = scaling(base, adapter, outputs)
+        scaled, gains = scaling(base, adapter, outputs), alone(base, adapter, outputs)
         found = measure.python("-m", "bench.speed.costs", base, adapter, outputs).stdout
     costs = Costs(**json.loads(found))
     names = {
@@ -104,7 +114,7 @@ def report(work: Path, layers: int) -> str:
     }  # fmt: skip
     rows = [(name, f"{getattr(costs, field):.2f}") for field, name in names.items()]
     rows.append((f"fixed, µs a tile of {costs.tile_nbytes / 1e6:.1f} MB", f"{costs.fixed_us:.0f}"))
-    return "\n\n".join([scaled, table(("what", "ns a byte of the result"), rows), model(costs)])
+    return "\n\n".join([scaled, gains, table(("what", "ns a byte of the result"), rows), model(costs)])
 
 
 if __name__ == "__main__":

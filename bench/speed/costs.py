@@ -70,6 +70,14 @@ class Tiles:
         return compute_s, measures_s
 
 
+def opened_tiles(base: Path, adapter: Path) -> Tiles:
+    """Those of a few weights; nothing is closed."""
+    torch.set_num_threads(1)
+    ckpt, lora = Checkpoint(LocalFolder(base)), open_adapter(LocalFolder(adapter))
+    plan = make_plan(ckpt, [WeightedAdapter(lora, 1.0)], Settings())
+    return Tiles([step for step in plan.steps if step.patches][-N_WEIGHTS:])
+
+
 def of_tiles(steps: list[planned.Step]) -> dict[str, float]:
     """Per byte of the result; the fixed cost of a tile by the difference to tiles that are much smaller."""
     large = Tiles(steps)

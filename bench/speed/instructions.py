@@ -8,6 +8,7 @@ of planning.py; *beyond* is without `import torch`.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.speed.bases import NF4, inputs
@@ -16,6 +17,7 @@ from bench.support import measure
 from bench.support.instructions import count, counter
 
 TENSORS = 10_000
+N_PARTS: int | None = None  # all of them
 FLOOR = "`import torch`"
 
 
@@ -27,15 +29,16 @@ def report(work: Path, layers: int) -> str:
     python = (sys.executable, "-m")
     merge = (*python, "lorafuse.cli", "convert", "--quiet", small / "base", small / "adapter")
     with measure.scratch(work) as outputs:
-        counted = {
-            FLOOR: count(tool, (sys.executable, "-c", "import torch")),
-            "merge": count(tool, (*merge, outputs / "on"), LORAFUSE_KERNEL="on"),
-            "merge without the kernel": count(tool, (*merge, outputs / "off"), LORAFUSE_KERNEL="off"),
-            f"plan of {TENSORS:,} tensors": count(
+        parts: dict[str, Callable[[], int | None]] = {
+            FLOOR: lambda: count(tool, (sys.executable, "-c", "import torch")),
+            "merge": lambda: count(tool, (*merge, outputs / "on"), LORAFUSE_KERNEL="on"),
+            "merge without the kernel": lambda: count(tool, (*merge, outputs / "off"), LORAFUSE_KERNEL="off"),
+            f"plan of {TENSORS:,} tensors": lambda: count(
                 tool, (*python, "bench.speed.plan_once", experts / "base", experts / "attention")
             ),
         }
-    floor = counted[FLOOR] or 0
+        counted = {name: part() for name, part in list(parts.items())[:N_PARTS]}
+    floor = counted.get(FLOOR) or 0
     rows = [
         (name, f"{n / 1e6:,.0f}", f"{(n - floor) / 1e6:,.0f}") if n else (name, "not counted", "")
         for name, n in counted.items()

@@ -8,14 +8,18 @@ work directory, and before each run nothing waits to be written. lorafuse's time
 and writes and syncing it to disk, which the save of transformers does not do; dd writes and syncs
 (conv=fdatasync) the same bytes. Of bitsandbytes the arithmetic counts, the calls of dequantize_4bit alone;
 lorafuse's is decode, update, cast and measures. The inputs lie in the page cache. Ratios are medians of the
-rounds' quotients, with the least and the greatest.
+rounds' quotients, with the least and the greatest. The last table has the phases of a merge, which end with
+torch imported, with the first tile in its file, with the last one, and with the result under its name. Only
+the third grows with the model, and where it takes no longer than dd, the disk binds it.
 """
 
+import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.support import chart, measure, sides
-from bench.support.measure import GB, MB, each, table
+from bench.support.measure import GB, MB, each, median, table
 from bench.support.ratios import Ratio, ratio
 from bench.support.sides import BNB, DD, FULL, KERNEL, PEFT, TORCH, Side
 
@@ -64,6 +68,29 @@ def drawn(runs: Runs, nbytes: int) -> str:
     )
 
 
+def phases(base: Path, adapter: Path, out_dir: Path) -> dict[str, float]:
+    """Seconds of each phase of one merge."""
+    words = ("-m", "bench.speed.phases", base, adapter, measure.fresh(out_dir))
+    used = measure.python(*words, str(time.time()))
+    ends = json.loads(used.stdout)
+    return {
+        "import of torch": ends["torch"],
+        "plan, until the first tile is written": ends["first"] - ends["torch"],
+        "writing": ends["last"] - ends["first"],
+        "what follows the last tile": ends["named"] - ends["last"],
+    }
+
+
+def profile(rounds: Sequence[Mapping[str, float]], dd: Sequence[Side]) -> str:
+    rows = [
+        (f"{name}, s", each(of_name), f"{median(of_name):.2f}")
+        for name in rounds[0]
+        if (of_name := [one[name] for one in rounds])
+    ]
+    rows.append(("dd of the result, s", each(sides.walls(dd)), f"{median(sides.walls(dd)):.2f}"))
+    return table(("phase of a merge", "each run", "median"), rows)
+
+
 def report(work: Path, layers: int) -> str:
     """Also draws work/benchmarks.svg."""
     base, adapter = measure.inputs(work, "llama", layers)
@@ -72,6 +99,7 @@ def report(work: Path, layers: int) -> str:
         nbytes = (outputs / sides.RESULT).stat().st_size
         compared = measure.python("-m", "bench.speed.differing", outputs / "merged", outputs / "peft")
         differing, total = map(int, compared.stdout.split())
+        rounds = [phases(base, adapter, outputs / "merged") for _ in range(ROUNDS)]
     (work / "benchmarks.svg").write_text(drawn(runs, nbytes))
     rows = [
         (name, f"**{one.median:.2f}**", f"{one.low:.2f} to {one.high:.2f}")
@@ -83,7 +111,7 @@ def report(work: Path, layers: int) -> str:
         "spread",
     )
     agree = f"Of {total:,} elements, {differing:,} differ between the results of lorafuse and of PEFT."
-    return f"{times(runs)}\n\n{table(header, rows)}\n\n{agree}"
+    return f"{times(runs)}\n\n{table(header, rows)}\n\n{agree}\n\n{profile(rounds, runs[DD])}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 from lorafuse.codecs import Arena, open_weights
+from lorafuse.codecs.dense import DenseSources
+from lorafuse.codecs.sources import Raw, Sources
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.tensors import Box
@@ -29,13 +31,22 @@ from lorafuse.trained_base.simulated import simulated
 SIDE, TILE_NUMEL, ROUNDS = 4096, 1 << 19, 9
 
 
+class InMemory(DenseSources):
+    """The stored tensor, which is not read again: reading is not what is measured."""
+
+    def __init__(self, inner: Sources, weight: torch.Tensor) -> None:
+        super().__init__(inner.store, inner.names[0])
+        self._weight = weight.view(-1)
+
+    def fetch(self, box: Box, arena: Arena) -> Raw:
+        return (self._weight[slice(*box.run)].view(torch.uint8),)
+
+
 def decode_all(weight: torch.Tensor, quant: BaseQuant, directory: Path) -> Callable[[], None]:
-    """A function that decodes the whole weight, tile by tile, without reading it again: reading is not what
-    is measured."""
+    """A function that decodes the whole weight, tile by tile."""
     save_file({"w": weight}, directory / "model.safetensors")
     (directory / "config.json").write_text("{}")
-    inner = open_weights(Checkpoint(LocalFolder(directory)))["w"]
-    inner.fetch = lambda box, arena: (weight.view(-1)[slice(*box.run)].view(torch.uint8),)
+    inner = InMemory(open_weights(Checkpoint(LocalFolder(directory)))["w"], weight)
     sources, arena = simulated(inner, quant, "bfloat16", transposed=False), Arena(torch.device("cpu"))
 
     def run() -> None:

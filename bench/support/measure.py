@@ -46,6 +46,7 @@ class Usage:
     peak_rss: int  # bytes
     stdout: str
     stderr: str
+    read_nbytes: int = 0  # from a disk
 
 
 def run(argv: Sequence[str | Path], **environment: str) -> Usage:
@@ -71,6 +72,7 @@ def run(argv: Sequence[str | Path], **environment: str) -> Usage:
             used.ru_maxrss * KIB,
             out.read().decode(),
             err.read().decode(),
+            used.ru_inblock * 512,  # getrusage(2): blocks of so many bytes
         )
     if process.returncode:
         raise ChildError(

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lorafuse.errors import StorageError
 from lorafuse.files import trailing_hash
 from lorafuse.files.safetensors_writer import ShardWriter
+from lorafuse.files.spares import SPARES, Spares
 from lorafuse.files.tensors import StoredTensor, TensorSpec
 from lorafuse.outdir.local_file import LocalOutFile
 
@@ -40,16 +41,20 @@ def pieces(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
     st.integers(1, 6),
     st.sampled_from([0, 500, 20_000, MANY]),
     st.sampled_from(["beside", "at once"]),
+    st.integers(0, 4),
     st.integers(0, 1000),
 )
-def test_any_order_and_any_threads(tmp_path_factory, parts, n_threads, wait_nbytes, behind, seed) -> None:
-    size, order = parts
+def test_any_order_and_any_threads(
+    tmp_path_factory, parts, n_threads, wait_nbytes, behind, n_spares, seed
+) -> None:
+    (size, order), n_usual = parts, SPARES.n
     data, rng = random.Random(seed).randbytes(size), random.Random(seed)
     pauses = {at: rng.choice([0, 0, 0.0005]) for at, _ in order}
     path = tmp_path_factory.mktemp("shard") / "x.safetensors"
     with ThreadPoolExecutor(n_threads) as writing, ThreadPoolExecutor(2) as others:
         submit = others.submit if behind == "beside" else None
         spec = StoredTensor("a", TensorSpec("U8", (size,)))
+        SPARES.n = n_spares
         writer = ShardWriter(LocalOutFile(path), [spec], submit, wait_nbytes)
 
         def write(part: tuple[int, int]) -> None:
@@ -58,6 +63,7 @@ def test_any_order_and_any_threads(tmp_path_factory, parts, n_threads, wait_nbyt
 
         list(writing.map(write, order))
         digest = writer.finish()
+        SPARES.n = n_usual
     content = path.read_bytes()
     assert content.endswith(data) and writer.nbytes == len(content)
     assert digest == hashlib.sha256(content).hexdigest()
@@ -82,6 +88,10 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
     return digest
 
 
+def no_reading(start: int, n: int) -> bytes:
+    raise AssertionError("read back")
+
+
 def in_threads(hashed: trailing_hash.TrailingHash, parts: list[tuple[int, bytes]]) -> dict[str, bool]:
     """What `add` returned to a thread for each part; each begins when the one before hashes or waits."""
     returned: dict[str, bool] = {}
@@ -103,7 +113,9 @@ def test_who_hashes(wait_nbytes: int, slow: Slow) -> None:
     """Threads whose bytes are the next ones do, in turn, without reading; what they do not wait for, and what
     came too early, is read back."""
     written = b"aabbccdd"
-    hashed = trailing_hash.TrailingHash(lambda start, n: written[start : start + n], wait_nbytes)
+    hashed = trailing_hash.TrailingHash(
+        lambda start, n: written[start : start + n], wait_nbytes, Spares(0, 0)
+    )
     returned = in_threads(hashed, [(0, b"aa"), (2, b"bb"), (6, b"dd"), (4, b"cc")])
     slow.goes_on.set()
     until = time.monotonic() + 10
@@ -116,12 +128,43 @@ def test_who_hashes(wait_nbytes: int, slow: Slow) -> None:
     assert by_writers == ([b"aa", b"bb", b"cc"] if wait_nbytes else [b"aa"])
 
 
+def test_nobody_waits_and_nothing_is_read_back_while_there_are_spare_buffers(slow: Slow) -> None:
+    """Who hashes first goes on with copies of what others brought, be it too early; all are free then."""
+    written, buffers = b"aabbccddee", Spares(3, 2)
+    hashed = trailing_hash.TrailingHash(no_reading, MANY, buffers)
+    returned = in_threads(hashed, [(0, b"aa"), (2, b"bb"), (6, b"dd"), (4, b"cc")])
+    assert returned == {"bb": False, "dd": False, "cc": False}  # they are back before "aa" is hashed
+    slow.goes_on.set()
+    until = time.monotonic() + 10
+    while len(returned) < 4 and time.monotonic() < until:
+        time.sleep(0.001)
+    assert not returned["aa"] and not hashed.add(8, b"ee")
+    assert b"".join(data for data, _ in slow.got) == written
+    assert {name for _, name in slow.got[:4]} == {"aa"}
+    assert all(buffers.copy(b"xx") is not None for _ in range(3))
+
+
+def test_a_file_that_is_given_up_leaves_no_spare_buffer_behind() -> None:
+    buffers = Spares(1, 2)
+    hashed = trailing_hash.TrailingHash(no_reading, MANY, buffers)
+    hashed.add(2, b"bb")
+    assert buffers.copy(b"xx") is None
+    hashed.stop()
+    hashed.add(4, b"cc")
+    assert buffers.copy(b"xx") is not None
+
+
+@pytest.mark.parametrize(("n", "nbytes"), [(0, 4), (1, 3)])
+def test_what_no_buffer_has_room_for_is_not_copied(n: int, nbytes: int) -> None:
+    assert Spares(n, nbytes).copy(b"abcd") is None
+
+
 def test_who_waits_is_let_go_when_reading_fails(slow: Slow) -> None:
     def fail(start: int, n: int) -> bytes:
         slow.goes_on.wait(10)
         raise OSError(5, "no such block")
 
-    hashed = trailing_hash.TrailingHash(fail, MANY)
+    hashed = trailing_hash.TrailingHash(fail, MANY, Spares(0, 0))
     hashed.add(2, b"bb")
     slow.goes_on.set()
     assert hashed.add(0, b"aa")  # "bb" waits
@@ -147,6 +190,7 @@ def test_what_cannot_be_read_back_is_told_at_the_end(tmp_path: Path, monkeypatch
         raise StorageError("gone")
 
     monkeypatch.setattr(LocalOutFile, "read", fail)
+    monkeypatch.setattr(SPARES, "n", 0)
     path, spec = tmp_path / "x", StoredTensor("a", TensorSpec("U8", (4,)))
     with ThreadPoolExecutor(1) as pool:
         writer = ShardWriter(LocalOutFile(path), [spec], pool.submit)

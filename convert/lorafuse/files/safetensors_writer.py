@@ -117,4 +117,5 @@ class ShardWriter:
 
     def close(self) -> None:
         """Give the file up, unless it is finished; nobody writes any more."""
+        self._hash.stop()
         self._file.close()

@@ -44,7 +44,8 @@ class ShardedStore:
 
     Index and files must agree: a name in two files, in the wrong file or in only one of index and files is
     refused, and so is a `single` that its index does not name. Raises FormatError, ValueError for an index
-    that is no JSON object, OSError. `warnings`: what is wrong and does no harm.
+    that is no JSON object, OSError. `warnings`: what is wrong and does no harm. `nbytes_read`: about how many
+    bytes of tensors were read so far, over all threads.
     """
 
     @uncollected()
@@ -53,6 +54,7 @@ class ShardedStore:
         weight_map = _weight_map(index, folder, single)
         self.shards: list[Shard] = []
         self._files = FewOpen(folder)
+        self.nbytes_read = 0
         self.tensors: dict[str, TensorInfo] = {}
         try:
             for number, name in enumerate(sorted(set(weight_map.values())) or [single]):
@@ -80,6 +82,7 @@ class ShardedStore:
     def read_into(self, name: str, start: int, buffer: Buffer) -> None:
         info = self.tensors[name]
         self.shards[info.file].read_into(info, start, buffer)
+        self.nbytes_read += memoryview(buffer).nbytes
 
     def will_need(self, name: str, start: int, nbytes: int) -> None:
         info = self.tensors[name]

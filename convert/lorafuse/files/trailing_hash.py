@@ -1,12 +1,16 @@
 """The sha256 of a file that any threads write, in any order: it follows the lowest byte that is not written.
 
-Bytes that nothing is missing before are hashed by the thread that wrote them, while they are in its cache: it
-waits for its turn. All others are read back, which costs a quarter of hashing.
+Bytes that nothing is missing before are hashed by the thread that wrote them, while they are in its cache.
+When another thread hashes just then, or bytes before them are missing, a copy of them waits in a spare
+buffer, and whoever hashes the bytes before goes on with it. Where no buffer is free, a thread waits for its
+turn; what came too early is read back then, which costs a quarter of hashing.
 """
 
 import hashlib
 from collections.abc import Callable
 from threading import Condition
+
+from lorafuse.files.spares import SPARES, Spares
 
 READ_NBYTES = 1 << 17  # read back at once
 
@@ -15,8 +19,10 @@ class TrailingHash:
     """`nbytes` are hashed, from the start on, of `n_added`. `read_back(start, n)` has at most n bytes that
     were added. A thread does not wait for its turn when more than `wait_nbytes` are before its own bytes."""
 
-    def __init__(self, read_back: Callable[[int, int], bytes], wait_nbytes: int) -> None:
-        self._read_back, self._sha256 = read_back, hashlib.sha256()
+    def __init__(
+        self, read_back: Callable[[int, int], bytes], wait_nbytes: int, spares: Spares = SPARES
+    ) -> None:
+        self._read_back, self._spares, self._sha256 = read_back, spares, hashlib.sha256()
         self._wait_nbytes = wait_nbytes
         self._turn = Condition()
         self._busy = False  # a thread hashes, or is going to: so it is whenever bytes up to `_end` wait
@@ -24,6 +30,7 @@ class TrailingHash:
         self.nbytes = self.n_added = 0
         self._end = 0  # no byte before it is missing
         self._waiting: set[int] = set()  # starts of what is hashed by the threads that wrote it
+        self._copies: dict[int, memoryview] = {}  # start → bytes that wait in a spare buffer
         # Start → end of what was added further on, without gaps, and the reverse.
         self._ahead: dict[int, int] = {}
         self._starts_by_end: dict[int, int] = {}
@@ -33,16 +40,38 @@ class TrailingHash:
         hashes: then it has to be called, once, by any thread."""
         with self._turn:
             self.n_added += len(data)
-            if start != self._end:
+            is_next = start == self._end
+            if is_next:
+                self._end = self._ahead.pop(start + len(data), start + len(data))
+                self._starts_by_end.pop(self._end, None)
+            else:
                 self._remember(start, start + len(data))
-                return False
-            self._end = self._ahead.pop(start + len(data), start + len(data))
-            self._starts_by_end.pop(self._end, None)
-            if self._busy and not self._waited(start):
+            if (self._busy or not is_next) and self._left_to_others(start, data, is_next):
                 return False
             self._busy = True
+        return self._hashed(data)
+
+    def _hashed(self, data: bytes | memoryview) -> bool:
+        """Hash the next bytes, and copies that follow. Returns whether what comes then is to be read back."""
         self._sha256.update(data)
-        return self._passed(len(data))
+        copied, waits = self._passed(len(data))
+        while copied is not None:
+            self._sha256.update(copied)
+            n = len(copied)
+            self._spares.release(copied)
+            copied, waits = self._passed(n)
+        return waits
+
+    def _left_to_others(self, start: int, data: bytes | memoryview, is_next: bool) -> bool:
+        """Whether another thread hashes these bytes. Waits for their turn where none will."""
+        return self._copied(start, data) or not is_next or not self._waited(start)
+
+    def _copied(self, start: int, data: bytes | memoryview) -> bool:
+        """Whether a copy of the bytes waits in a spare buffer now."""
+        copied = None if self._stopped else self._spares.copy(data)
+        if copied is not None:
+            self._copies[start] = copied
+        return copied is not None
 
     def _waited(self, start: int) -> bool:
         """Waits until all before `start` is hashed, unless that is much. Returns whether it is."""
@@ -59,10 +88,8 @@ class TrailingHash:
             waits = True
             while waits and not self._stopped:
                 with self._turn:
-                    start, end = self.nbytes, min(self._waiting, default=self._end)
-                data = self._read_back(start, min(READ_NBYTES, end - start))
-                self._sha256.update(data)
-                waits = self._passed(len(data))
+                    start, end = self.nbytes, min([self._end, *self._waiting, *self._copies])
+                waits = self._hashed(self._read_back(start, min(READ_NBYTES, end - start)))
         except BaseException:
             self.stop()
             raise
@@ -71,20 +98,24 @@ class TrailingHash:
         """Nobody wants to know any more."""
         with self._turn:
             self._stopped = True
+            while self._copies:
+                self._spares.release(self._copies.popitem()[1])
             self._turn.notify_all()
 
     def hexdigest(self) -> str:
         return self._sha256.hexdigest()
 
-    def _passed(self, nbytes: int) -> bool:
-        """So many more bytes are hashed. Returns whether the next have to be read back."""
+    def _passed(self, nbytes: int) -> tuple[memoryview | None, bool]:
+        """So many more bytes are hashed. Returns the copy that is next, and whether the next bytes are to be
+        read back."""
         with self._turn:
             self.nbytes += nbytes
+            copied = self._copies.pop(self.nbytes, None)
             if self.nbytes in self._waiting:
                 self._turn.notify_all()
-                return False
+                return None, False
             self._busy = self.nbytes < self._end
-            return self._busy
+            return copied, self._busy and copied is None
 
     def _remember(self, start: int, end: int) -> None:
         """One entry for bytes without a gap: a matrix may come in hundreds of thousands of pieces."""

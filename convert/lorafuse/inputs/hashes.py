@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from lorafuse.planning.combine import WeightedAdapter
 
 
+AHEAD_NBYTES = 32 << 20  # hashed of a checkpoint before the merge has read as much
+POLL_S = 0.01
+
+
 class InputFile(NamedTuple):
     """A file that is read, and what a receipt says of it before it is hashed."""
 
@@ -38,9 +42,11 @@ class InputFile(NamedTuple):
 class InputHashes:
     """sha256 of every input file, taken in a thread beside the merge; leaving the context early stops it.
 
-    Each file is read for it once more, in its own order, mostly from the page cache; a merge reads in the
-    order of names. That takes a sixth of what SHA-256 takes (bench/speed/hashing.py). A file whose hash this
-    run has compared when it was fetched is not read.
+    Each file is read for it once more, in its own order; a merge reads in the order of names. That takes a
+    sixth of what SHA-256 takes (bench/speed/hashing.py). The hash keeps about as far as the merge, a little
+    ahead of it, so that the disk reads a byte once, whichever of the two comes first: the other one finds it
+    in the page cache, even of a checkpoint that is larger than memory. A file whose hash this run has
+    compared when it was fetched is not read.
     """
 
     def __init__(self, ckpt: Checkpoint, ckpt_name: str, adapters: Sequence["WeightedAdapter"]) -> None:
@@ -49,7 +55,8 @@ class InputHashes:
             InputFile(ckpt.folder, name, "checkpoint", path_of(ckpt_name, None, name)) for name in names
         ]
         self._files += _files_of(adapters)
-        self._stop = Event()
+        self._ckpt, self._n_hashed = ckpt, 0
+        self._stop, self._hurries = Event(), Event()
         self._executor = ThreadPoolExecutor(1, "hash")
 
     def __enter__(self) -> "InputHashes":
@@ -62,13 +69,18 @@ class InputHashes:
 
     def result(self) -> list[InputEntry]:
         """role, path (the input as it was named, then the file), size and sha256 of each file; with several
-        adapters also the weight of each."""
+        adapters also the weight of each. The merge has read what it reads."""
+        self._hurries.set()
         return self._future.result()
 
     def _hashed(self, file: InputFile) -> FileHash:
         return checked_hash(file.folder, file.name, self._go_on)
 
-    def _go_on(self, _: int) -> None:
+    def _go_on(self, nbytes: int) -> None:
+        self._n_hashed += nbytes
+        while self._n_hashed > self._ckpt.nbytes_read + AHEAD_NBYTES and not self._hurries.is_set():
+            if self._stop.wait(POLL_S):
+                break
         if self._stop.is_set():
             raise CancelledError
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from lorafuse.arithmetic.lanes import DEVICE_NBYTES, lane_nbytes, n_lanes
 from lorafuse.errors import UsageError, shown
+from lorafuse.files.spares import SPARES
 from lorafuse.planning.plan import Memory
 from lorafuse.planning.shared_weights import SharedWeight, SharedWeights
 from lorafuse.settings import Settings
@@ -68,6 +69,7 @@ def within_limit(needs: Needs, held_nbytes: int, settings: Settings) -> Memory |
 def _spent(needs: Needs, held_nbytes: int, settings: Settings, n_workers: int) -> Memory:
     """What so many workers leave for what patches hold; less than nothing when they are too many."""
     held_nbytes += needs.held_nbytes  # prepared ahead of its weight
+    held_nbytes += SPARES.n * min(needs.tile_nbytes, SPARES.nbytes) if n_workers > 1 else 0
     of_worker = needs.worker_nbytes + needs.n_variants * needs.tile_nbytes
     left = settings.memory_nbytes - RUNTIME_NBYTES - held_nbytes - n_workers * of_worker
     return Memory(
