@@ -31,7 +31,7 @@
 #define ALIGNED _Alignas(64) /* vectors of it lie in one line of the cache */
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
-enum { INTERFACE = 2 }; /* of kernel.py: another number, another kernel */
+enum { INTERFACE = 3 }; /* of kernel.py: another number, another kernel */
 enum { BFLOAT16, FLOAT16, FLOAT32 };
 enum { FOUR_BIT, INT8 };
 enum { BASELINE, AVX2, AVX512 };
@@ -112,6 +112,214 @@ INLINE float rounded_to(float x, int dtype) {
     return dtype == FLOAT32 ? x : dtype == BFLOAT16 ? as_float(to_bfloat(x) << 16) : of_half(to_half(x));
 }
 
+/* measure.py */
+
+enum { LANES = 16, SUMMED = 512 };
+enum { BASE_SQ, DELTA_SQ, RESIDUAL_SQ, RESIDUAL_DELTA, N_SUMS };
+
+/* A tile: the base, the sums, and what is stored, which is made of the sums where it is `rounded` here. */
+struct measured {
+    const void *base;
+    void *stored;
+    const float *total;
+    int64_t numel;
+    double base_sq, delta_sq, residual_sq, residual_delta;
+    int64_t n_changed;
+    int32_t base_dtype, stored_dtype, rounded, level;
+};
+
+/* The sums in lanes, so that they are the same at all levels: of at most SUMMED elements in fp32, then in
+   float64. */
+struct lanes {
+    float some[N_SUMS][LANES];
+    double all[N_SUMS][LANES];
+    int32_t changed[LANES];
+    int64_t all_changed;
+};
+
+/* What becomes of NaN is torch's to say. */
+INLINE void round_part(const struct measured *m, int64_t i, int64_t stop, int dtype) {
+    const float *restrict total = m->total + i;
+    uint16_t *restrict stored = (uint16_t *)m->stored + i;
+    for (int64_t k = 0; k < stop - i; k++)
+        write_at(stored, k, total[k], dtype);
+}
+
+INLINE void sum_lanes(
+    struct lanes *sums, const struct measured *m, int64_t i, int n, int base_dtype, int stored_dtype) {
+    for (int j = 0; j < n; j++) {
+        float w = read_at(m->base, i + j, base_dtype), s = read_at(m->stored, i + j, stored_dtype);
+        float residual = s - m->total[i + j], delta = m->total[i + j] - w;
+        sums->some[BASE_SQ][j] += w * w;
+        sums->some[DELTA_SQ][j] += delta * delta;
+        sums->some[RESIDUAL_SQ][j] += residual * residual;
+        sums->some[RESIDUAL_DELTA][j] += residual * delta;
+        sums->changed[j] += s != w;
+    }
+}
+
+INLINE void add_some(struct lanes *sums) {
+    for (int number = 0; number < N_SUMS; number++)
+        for (int j = 0; j < LANES; j++)
+            sums->all[number][j] += sums->some[number][j], sums->some[number][j] = 0;
+    for (int j = 0; j < LANES; j++)
+        sums->all_changed += sums->changed[j], sums->changed[j] = 0;
+}
+
+#if X86
+
+FOR_AVX512 static inline __m512 widened(__m256i numbers, int dtype) {
+    __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
+    return dtype == BFLOAT16 ? _mm512_castsi512_ps(high) : _mm512_cvtph_ps(numbers);
+}
+
+/* Of numbers that are not NaN: those of bfloat16 are the high halves. */
+FOR_AVX512 static inline __m512i rounded_to_bfloat(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+    __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    return _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+}
+
+FOR_AVX512 static inline __m256i high_halves(__m512i bits) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+}
+
+FOR_AVX512 static inline __m256i narrowed(__m512 x, int dtype) {
+    return dtype == BFLOAT16 ? high_halves(rounded_to_bfloat(x))
+                             : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
+
+FOR_AVX512 static inline __m512 sixteen(const void *values, int64_t i, int dtype) {
+    if (dtype == FLOAT32)
+        return _mm512_loadu_ps((const float *)values + i);
+    return widened(_mm256_loadu_si256((const __m256i *)((const uint16_t *)values + i)), dtype);
+}
+
+/* Writes numbers, and returns what was written. */
+FOR_AVX512 static inline __m512 put_sixteen(void *values, int64_t i, __m512 x, int dtype) {
+    if (dtype == FLOAT32) {
+        _mm512_storeu_ps((float *)values + i, x);
+        return x;
+    }
+    __m256i *at = (__m256i *)((uint16_t *)values + i);
+    if (dtype == FLOAT16) {
+        __m256i bits = narrowed(x, dtype);
+        _mm256_storeu_si256(at, bits);
+        return widened(bits, dtype);
+    }
+    __m512i bits = rounded_to_bfloat(x);
+    _mm256_storeu_si256(at, high_halves(bits));
+    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int32_t)0xFFFF0000)));
+}
+
+/* Elements [i, stop), whole vectors of them. */
+FOR_AVX512 static inline __attribute__((always_inline)) void sum_sixteens(
+    struct lanes *sums, const struct measured *m, int64_t i, int64_t stop, int base_dtype, int stored_dtype,
+    int rounded) {
+    __m512 some[N_SUMS];
+    __m512i changed = _mm512_setzero_si512();
+    for (int number = 0; number < N_SUMS; number++)
+        some[number] = _mm512_setzero_ps();
+    for (; i < stop; i += LANES) {
+        __m512 w = sixteen(m->base, i, base_dtype), x = _mm512_loadu_ps(m->total + i);
+        __m512 s = rounded ? put_sixteen(m->stored, i, x, stored_dtype) : sixteen(m->stored, i, stored_dtype);
+        __m512 residual = _mm512_sub_ps(s, x), delta = _mm512_sub_ps(x, w);
+        some[BASE_SQ] = _mm512_add_ps(some[BASE_SQ], _mm512_mul_ps(w, w));
+        some[DELTA_SQ] = _mm512_add_ps(some[DELTA_SQ], _mm512_mul_ps(delta, delta));
+        some[RESIDUAL_SQ] = _mm512_add_ps(some[RESIDUAL_SQ], _mm512_mul_ps(residual, residual));
+        some[RESIDUAL_DELTA] = _mm512_add_ps(some[RESIDUAL_DELTA], _mm512_mul_ps(residual, delta));
+        __mmask16 differ = _mm512_cmp_ps_mask(s, w, _CMP_NEQ_UQ);
+        changed = _mm512_mask_add_epi32(changed, differ, changed, _mm512_set1_epi32(1));
+    }
+    for (int number = 0; number < N_SUMS; number++)
+        _mm512_storeu_ps(sums->some[number], some[number]);
+    _mm512_storeu_si512(sums->changed, changed);
+}
+
+/* For each pair of dtypes. */
+FOR_AVX512 static void sum_sixteens_of(
+    struct lanes *sums, const struct measured *m, int64_t i, int64_t stop, int rounded) {
+#define SIXTEENS(base, stored) case 3 * (base) + (stored): \
+        if (rounded) \
+            sum_sixteens(sums, m, i, stop, base, stored, 1); \
+        else \
+            sum_sixteens(sums, m, i, stop, base, stored, 0); \
+        break;
+    switch (3 * m->base_dtype + m->stored_dtype) {
+        SIXTEENS(BFLOAT16, BFLOAT16) SIXTEENS(BFLOAT16, FLOAT16) SIXTEENS(BFLOAT16, FLOAT32)
+        SIXTEENS(FLOAT16, BFLOAT16) SIXTEENS(FLOAT16, FLOAT16) SIXTEENS(FLOAT16, FLOAT32)
+        SIXTEENS(FLOAT32, BFLOAT16) SIXTEENS(FLOAT32, FLOAT16) SIXTEENS(FLOAT32, FLOAT32)
+    }
+}
+
+#endif
+
+/* Elements [i, stop) of a tile. `rounded`: what is stored is made of the sums first. */
+INLINE void measure_part(
+    struct lanes *sums, const struct measured *m, int64_t i, int64_t stop, int base_dtype, int stored_dtype,
+    int rounded, int level) {
+    (void)level; /* where there is a single one */
+    for (int64_t end; i < stop; i = end) {
+        end = i + SUMMED < stop ? i + SUMMED : stop;
+        int64_t whole = end - (end - i) % LANES;
+#if X86
+        if (level == AVX512) {
+            sum_sixteens_of(sums, m, i, whole, rounded);
+            i = whole;
+        }
+#endif
+        if (rounded && stored_dtype == FLOAT32)
+            memcpy((float *)m->stored + i, m->total + i, 4 * (size_t)(end - i));
+        else if (rounded)
+            round_part(m, i, end, stored_dtype);
+        for (; i < whole; i += LANES)
+            sum_lanes(sums, m, i, LANES, base_dtype, stored_dtype);
+        sum_lanes(sums, m, i, (int)(end - i), base_dtype, stored_dtype);
+        add_some(sums);
+    }
+}
+
+INLINE void add_up(struct measured *m, const struct lanes *sums) {
+    double made[N_SUMS] = {0};
+    for (int number = 0; number < N_SUMS; number++)
+        for (int j = 0; j < LANES; j++)
+            made[number] += sums->all[number][j];
+    m->base_sq = made[BASE_SQ], m->delta_sq = made[DELTA_SQ];
+    m->residual_sq = made[RESIDUAL_SQ], m->residual_delta = made[RESIDUAL_DELTA];
+    m->n_changed = sums->all_changed;
+}
+
+INLINE void measure_as(struct measured *m, int base_dtype, int stored_dtype, int level) {
+    ALIGNED struct lanes sums;
+    memset(&sums, 0, sizeof sums);
+    if (m->rounded)
+        measure_part(&sums, m, 0, m->numel, base_dtype, stored_dtype, 1, level);
+    else
+        measure_part(&sums, m, 0, m->numel, base_dtype, stored_dtype, 0, level);
+    add_up(m, &sums);
+}
+
+INLINE void measure_base(struct measured *m, int base_dtype, int level) {
+    switch (m->stored_dtype) {
+    case BFLOAT16: measure_as(m, base_dtype, BFLOAT16, level); break;
+    case FLOAT16: measure_as(m, base_dtype, FLOAT16, level); break;
+    default: measure_as(m, base_dtype, FLOAT32, level);
+    }
+}
+
+#define MEASURE(suffix, level, target) \
+    target static void measure##suffix(struct measured *m) { \
+        switch (m->base_dtype) { \
+        case BFLOAT16: measure_base(m, BFLOAT16, level); break; \
+        case FLOAT16: measure_base(m, FLOAT16, level); break; \
+        default: measure_base(m, FLOAT32, level); \
+        } \
+    }
+LEVELS(MEASURE)
+
+/* measure_tile and store_tile, but for what is not finite. */
+EXPORT void lorafuse_measure(struct measured *m) { AT_LEVEL(m->level, measure, m); }
+
 /* draws.py */
 
 #define GAMMA 0x9E3779B97F4A7C15u
@@ -124,18 +332,20 @@ INLINE uint64_t mixed(uint64_t z) {
 
 /* on_grid.py */
 
-enum { CHUNK = 1024, SEGMENT = 64, SETTLED = 256, WAITING = SETTLED + CHUNK };
+enum { CHUNK = 1024, BLOCK = 8 * CHUNK, SEGMENT = 64, SETTLED = 256, WAITING = SETTLED + CHUNK };
 enum { HALF, SEEDED }; /* u = 1/2 for all; or that of the weight's elements */
 
 /* A tile: `scales` of each run; 16 `levels`, ascending, `codes_of` each place and `places_of` each code, of 4
    bits. The bound of 256 p is |update| * (numerator / (|scale| * least)), infinite where the scale is below
    `smallest`. `bytes`: of the draws, or null where the elements are those of a weight from `first` on; else
-   the tile is the transpose of n_rows rows from there on. */
+   the tile is the transpose of n_rows rows from there on. `measured`, or null: what is
+   measured on the way, of a BLOCK at a time, which the nearest caches still hold. */
 struct on_grid {
     const void *base;
     const float *sums;
     void *stored;
     uint8_t *codes;
+    struct measured *measured;
     const float *scales, *levels;
     const uint8_t *codes_of;
     const int64_t *places_of;
@@ -351,20 +561,6 @@ FOR_AVX512 static inline __mmask32 both(const __mmask16 *masks) {
     return _mm512_kunpackw(masks[1], masks[0]);
 }
 
-FOR_AVX512 static inline __m512 widened(__m256i numbers, int dtype) {
-    __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
-    return dtype == BFLOAT16 ? _mm512_castsi512_ps(high) : _mm512_cvtph_ps(numbers);
-}
-
-/* Of numbers that are not NaN. */
-FOR_AVX512 static inline __m256i narrowed(__m512 x, int dtype) {
-    __m512i bits = _mm512_castps_si512(x);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-    return dtype == BFLOAT16 ? _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16))
-                             : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-}
-
 /* Of 16 elements: which move to the value `next`, and which stay. What is neither of these is too near to say
    in fp32, or no number. */
 FOR_AVX512 static inline void decide(
@@ -539,14 +735,17 @@ INLINE int64_t round_kind(const struct on_grid *t, int dtype, int kind, int leve
     ALIGNED uint64_t words[CHUNK / 8 + 1];
     ALIGNED struct tables tables[2];
     ALIGNED struct looked_at found;
+    ALIGNED struct lanes sums;
     found.n = 0;
+    memset(&sums, 0, sizeof sums);
     struct run run = {.number = -1};
     int64_t n_beyond = 0;
     (void)level; /* where there is a single one */
     for (int turned = 0; turned < (kind == FOUR_BIT ? 2 : 0); turned++)
         fill_tables(tables + turned, t, turned);
-    for (int64_t start = 0; start < t->numel; start += CHUNK) {
+    for (int64_t start = 0, block = 0; start < t->numel; start += CHUNK) {
         int64_t stop = start + CHUNK < t->numel ? start + CHUNK : t->numel;
+        int ends = stop == block + BLOCK || stop == t->numel;
         const uint8_t *bytes = drawn(t, start, words);
 #if X86
         if (level == AVX512 && kind == FOUR_BIT && dtype != FLOAT32)
@@ -554,9 +753,14 @@ INLINE int64_t round_kind(const struct on_grid *t, int dtype, int kind, int leve
         else
 #endif
             n_beyond += look_at_chunk(&found, &run, t, tables, start, stop, bytes, dtype, kind);
-        if (found.n >= SETTLED || stop == t->numel)
+        if (found.n >= SETTLED || ends)
             settle(&found, t, tables, dtype, kind);
+        if (ends && t->measured)
+            measure_part(&sums, t->measured, block, stop, dtype, dtype, 0, level);
+        block = ends ? stop : block;
     }
+    if (t->measured)
+        add_up(t->measured, &sums);
     return n_beyond;
 }
 
@@ -773,88 +977,3 @@ EXPORT int32_t lorafuse_scale(const struct affine *a) {
     AT_LEVEL(a->level, scale, a);
     return 1;
 }
-
-/* measure.py */
-
-enum { LANES = 16, SUMMED = 512 };
-
-struct measured {
-    const void *base, *stored;
-    const float *total;
-    int64_t numel;
-    double base_sq, delta_sq, residual_sq, residual_delta;
-    int64_t n_changed;
-    int32_t base_dtype, stored_dtype, level;
-};
-
-/* The sums in lanes, so that they are the same at all levels: of at most SUMMED elements in fp32, then in
-   float64. */
-enum { BASE_SQ, DELTA_SQ, RESIDUAL_SQ, RESIDUAL_DELTA, N_SUMS };
-
-struct lanes {
-    float some[N_SUMS][LANES];
-    double all[N_SUMS][LANES];
-    int32_t changed[LANES];
-    int64_t all_changed;
-};
-
-INLINE void sum_lanes(
-    struct lanes *sums, const struct measured *m, int64_t i, int n, int base_dtype, int stored_dtype) {
-    for (int j = 0; j < n; j++) {
-        float w = read_at(m->base, i + j, base_dtype), s = read_at(m->stored, i + j, stored_dtype);
-        float residual = s - m->total[i + j], delta = m->total[i + j] - w;
-        sums->some[BASE_SQ][j] += w * w;
-        sums->some[DELTA_SQ][j] += delta * delta;
-        sums->some[RESIDUAL_SQ][j] += residual * residual;
-        sums->some[RESIDUAL_DELTA][j] += residual * delta;
-        sums->changed[j] += s != w;
-    }
-}
-
-INLINE void add_up(struct lanes *sums) {
-    for (int number = 0; number < N_SUMS; number++)
-        for (int j = 0; j < LANES; j++)
-            sums->all[number][j] += sums->some[number][j], sums->some[number][j] = 0;
-    for (int j = 0; j < LANES; j++)
-        sums->all_changed += sums->changed[j], sums->changed[j] = 0;
-}
-
-INLINE void measure_as(struct measured *m, int base_dtype, int stored_dtype) {
-    ALIGNED struct lanes sums;
-    memset(&sums, 0, sizeof sums);
-    for (int64_t i = 0, stop; i < m->numel; i = stop) {
-        stop = i + SUMMED < m->numel ? i + SUMMED : m->numel;
-        for (; i + LANES <= stop; i += LANES)
-            sum_lanes(&sums, m, i, LANES, base_dtype, stored_dtype);
-        sum_lanes(&sums, m, i, (int)(stop - i), base_dtype, stored_dtype);
-        add_up(&sums);
-    }
-    double made[N_SUMS] = {0};
-    for (int number = 0; number < N_SUMS; number++)
-        for (int j = 0; j < LANES; j++)
-            made[number] += sums.all[number][j];
-    m->base_sq = made[BASE_SQ], m->delta_sq = made[DELTA_SQ];
-    m->residual_sq = made[RESIDUAL_SQ], m->residual_delta = made[RESIDUAL_DELTA];
-    m->n_changed = sums.all_changed;
-}
-
-INLINE void measure_base(struct measured *m, int base_dtype) {
-    switch (m->stored_dtype) {
-    case BFLOAT16: measure_as(m, base_dtype, BFLOAT16); break;
-    case FLOAT16: measure_as(m, base_dtype, FLOAT16); break;
-    default: measure_as(m, base_dtype, FLOAT32);
-    }
-}
-
-#define MEASURE(suffix, level, target) \
-    target static void measure##suffix(struct measured *m) { \
-        switch (m->base_dtype) { \
-        case BFLOAT16: measure_base(m, BFLOAT16); break; \
-        case FLOAT16: measure_base(m, FLOAT16); break; \
-        default: measure_base(m, FLOAT32); \
-        } \
-    }
-LEVELS(MEASURE)
-
-/* measure_tile, but for what is not finite. */
-EXPORT void lorafuse_measure(struct measured *m) { AT_LEVEL(m->level, measure, m); }

@@ -15,7 +15,6 @@ import torch
 
 from lorafuse.arithmetic import compiled
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.arithmetic.kernel import Kernel
 
 # Elements that are measured at once: their buffers fit the cache, and leave the tile's own there.
 CHUNK_NUMEL = 1 << 17
@@ -75,7 +74,8 @@ def measure_tile(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, 
     Overwrites `total`.
     """
     if arena.kernel:
-        return _measured_by(arena.kernel, base, total, stored)
+        sums = compiled.measure_tile(arena.kernel, base, total, stored, rounded=False)
+        return of_sums(sums, base, stored)
     measures = Measures()
     for start in range(0, total.numel(), CHUNK_NUMEL):
         chunk = slice(start, start + CHUNK_NUMEL)
@@ -83,10 +83,23 @@ def measure_tile(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, 
     return measures
 
 
-def _measured_by(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor) -> Measures:
-    sums = compiled.measure_tile(kernel, base, total, stored)
+def store_tile(
+    base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, arena: Arena
+) -> Measures | None:
+    """The one rounding, to nearest even: `stored` becomes `total` (fp32), all 1-D. Returns the sums of
+    measure_tile where one pass did both."""
+    if arena.kernel:
+        sums = compiled.measure_tile(arena.kernel, base, total, stored, rounded=True)
+        if math.isfinite(sums.residual_sq):
+            return of_sums(sums, base, stored)
+    stored.copy_(total)
+    return None
+
+
+def of_sums(sums: compiled.Sums, base: torch.Tensor, stored: torch.Tensor) -> Measures:
+    """What the compiled kernel summed."""
     measures = Measures(
-        numel=total.numel(),
+        numel=base.numel(),
         base_sq=sums.base_sq,
         delta_sq=sums.delta_sq,
         residual_sq=sums.residual_sq,

@@ -8,6 +8,7 @@ import torch
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.draws import Draws
+from lorafuse.arithmetic.measure import Measures
 from lorafuse.arithmetic.on_grid import SCRATCH_NBYTES
 from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece
 from lorafuse.codecs.sources import Sources
@@ -20,11 +21,12 @@ N_TILES_AHEAD = 8
 
 class Recoded(NamedTuple):
     """A tile whose codes are those of the sums. `codes`: runs of a buffer that hold them; `values` (1-D) is
-    what a reader decodes."""
+    what a reader decodes; `measures` as in Encoded."""
 
     codes: tuple[Run, ...]
     values: torch.Tensor
     n_clipped: int
+    measures: Measures | None = None
 
 
 @runtime_checkable
@@ -98,13 +100,13 @@ class OwnGridEncoder(Encoder):
         return n * (stored + self._sources.grid_nbytes_per_element) + SCRATCH_NBYTES + strips
 
     def encode(self, tile: FinishedTile, buffer: torch.Tensor, arena: Arena) -> Encoded:
-        runs, values, n_clipped = self._sources.recode(tile, self._draws, buffer, arena)
+        runs, values, n_clipped, measures = self._sources.recode(tile, self._draws, buffer, arena)
         used = max((run.start + run.times * run.nbytes for run in runs), default=0)
         pieces = [piece for run in runs for piece in self._pieces(run, buffer)]
         beside = self._companion_bytes(tile.start - self._first, tile.stop - self._first)
         copied = self._companions.copy(*beside, buffer[used:])
         pieces += (piece._replace(start=piece.start + used) for piece in copied)
-        return Encoded(tuple(pieces), (values,), n_clipped)
+        return Encoded(tuple(pieces), (values,), n_clipped, measures)
 
     def _pieces(self, run: Run, buffer: torch.Tensor) -> Iterable[Piece]:
         if run.times > 1:
