@@ -561,6 +561,13 @@ FOR_AVX512 static inline __mmask32 both(const __mmask16 *masks) {
     return _mm512_kunpackw(masks[1], masks[0]);
 }
 
+/* 32 codes, of 16 bytes. */
+FOR_AVX512 static inline __m512i codes_of_32(const uint8_t *codes) {
+    __m512i of_two = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    __m512i both = _mm512_or_si512(_mm512_srli_epi32(of_two, 4), _mm512_slli_epi32(of_two, 16));
+    return _mm512_and_si512(both, _mm512_set1_epi32(0x000F000F));
+}
+
 /* Of 16 elements: which move to the value `next`, and which stay. What is neither of these is too near to say
    in fp32, or no number. */
 FOR_AVX512 static inline void decide(
@@ -573,38 +580,44 @@ FOR_AVX512 static inline void decide(
     *moves = _mm512_mask_cmp_ps_mask(between, _mm512_fmsub_ps(distance, less, steps), step, _CMP_GE_OQ);
 }
 
-/* Of 4 bits and a dtype of 16, elements [i, i + 32) of one run, with values and codes of the neighbours.
-   Returns the mask of those that are not settled at once. */
+/* Where 32 elements lie, of 4 bits and a dtype of 16. */
+struct places {
+    const uint16_t *base;
+    const float *sums;
+    uint16_t *stored;
+    uint8_t *codes;
+    const uint8_t *bytes;
+};
+
+/* Looks at 32 elements of one run, with values and codes of the neighbours. Counts those beyond the grid in
+   each of 16 lanes. Returns the mask of those that are not settled at once. */
 FOR_AVX512 static inline uint32_t look_at_32(
-    const struct on_grid *t, int64_t i, const uint8_t *bytes, __m512i values, __m512i codes, __m512 lowest,
-    __m512 highest, int64_t *n_beyond, int dtype) {
-    const uint16_t *base = (const uint16_t *)t->base + i;
+    struct places at_32, __m512i values, __m512i codes, __m512 lowest, __m512 highest, __m512i *n_beyond,
+    int dtype) {
+    const uint16_t *base = at_32.base;
     __m512 x[2], w[2];
-    __mmask16 up[2], beyond[2], moves[2], stays[2];
-    __m512i byte_of_two = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(t->codes + i / 2)));
-    __m512i code = _mm512_and_si512(
-        _mm512_or_si512(_mm512_srli_epi32(byte_of_two, 4), _mm512_slli_epi32(byte_of_two, 16)),
-        _mm512_set1_epi32(0x000F000F));
+    __mmask16 up[2], moves[2], stays[2];
+    __m512i code = codes_of_32(at_32.codes);
     for (int k = 0; k < 2; k++) {
-        x[k] = _mm512_loadu_ps(t->sums + i + 16 * k);
+        x[k] = _mm512_loadu_ps(at_32.sums + 16 * k);
         w[k] = widened(_mm256_loadu_si256((const __m256i *)(base + 16 * k)), dtype);
         up[k] = _mm512_cmp_ps_mask(x[k], w[k], _CMP_GT_OQ);
-        beyond[k] = _mm512_cmp_ps_mask(x[k], highest, _CMP_GT_OQ);
-        beyond[k] |= _mm512_cmp_ps_mask(x[k], lowest, _CMP_LT_OQ);
+        __mmask16 beyond = _mm512_cmp_ps_mask(x[k], highest, _CMP_GT_OQ);
+        beyond |= _mm512_cmp_ps_mask(x[k], lowest, _CMP_LT_OQ);
+        *n_beyond = _mm512_mask_add_epi32(*n_beyond, beyond, *n_beyond, _mm512_set1_epi32(1));
     }
-    *n_beyond += __builtin_popcount(both(beyond));
     __m512i at = _mm512_mask_add_epi16(code, both(up), code, _mm512_set1_epi16(16));
     __m512i next = _mm512_permutexvar_epi16(at, values);
     for (int k = 0; k < 2; k++) {
         __m256i half = k ? _mm512_extracti64x4_epi64(next, 1) : _mm512_castsi512_si256(next);
-        __m128i byte = _mm_loadu_si128((const __m128i *)(bytes + 16 * k));
+        __m128i byte = _mm_loadu_si128((const __m128i *)(at_32.bytes + 16 * k));
         decide(x[k], w[k], widened(half, dtype), byte, moves + k, stays + k);
     }
     __m512i stored = _mm512_mask_mov_epi16(_mm512_loadu_si512(base), both(moves), next);
-    _mm512_storeu_si512((uint16_t *)t->stored + i, stored);
+    _mm512_storeu_si512(at_32.stored, stored);
     code = _mm512_mask_permutexvar_epi16(code, both(moves), at, codes);
     code = _mm512_madd_epi16(code, _mm512_set1_epi32(0x00010010)); /* 16 times the first and the second */
-    _mm_storeu_si128((__m128i *)(t->codes + i / 2), _mm512_cvtepi32_epi8(code));
+    _mm_storeu_si128((__m128i *)at_32.codes, _mm512_cvtepi32_epi8(code));
     return ~(both(moves) | both(stays));
 }
 
@@ -613,6 +626,7 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
     struct looked_at *found, struct run *run, const struct on_grid *t, const struct tables *tables,
     int64_t start, int64_t stop, const uint8_t *bytes, int dtype) {
     int64_t n_beyond = 0;
+    __m512i beyond = _mm512_setzero_si512();
     int32_t left[CHUNK + 1], n_left = 0; /* elements that are settled later */
     for (int64_t i = start, end; i < stop; i = end) {
         end = end_of_part(run, t, tables, i, stop);
@@ -630,9 +644,11 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
             ends = widened(narrowed(ends, dtype), dtype);
             __m512 lowest = _mm512_broadcastss_ps(_mm512_castps512_ps128(ends));
             __m512 highest = _mm512_permutexvar_ps(_mm512_set1_epi32(15), ends);
+            struct places at = {(const uint16_t *)t->base + i, t->sums + i, (uint16_t *)t->stored + i,
+                                t->codes + i / 2, bytes + (i - start)};
             for (; i + 32 <= end; i += 32) {
-                uint32_t mask = look_at_32(
-                    t, i, bytes + (i - start), values, codes, lowest, highest, &n_beyond, dtype);
+                uint32_t mask = look_at_32(at, values, codes, lowest, highest, &beyond, dtype);
+                at = (struct places){at.base + 32, at.sums + 32, at.stored + 32, at.codes + 16, at.bytes + 32};
                 /* Hardly ever more than one: a branch for the first would be mispredicted, and late. */
                 left[n_left] = (int32_t)(i - start) + (mask ? __builtin_ctz(mask) : 0);
                 n_left += mask != 0;
@@ -648,7 +664,7 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
         float scale = t->scales[(t->skip + i) / t->run];
         note(found, tables + (scale < 0), scale, t, i, bytes[left[k]], dtype, FOUR_BIT);
     }
-    return n_beyond;
+    return n_beyond + _mm512_reduce_add_epi32(beyond);
 }
 
 #endif
@@ -842,8 +858,24 @@ INLINE void look_up(uint16_t *values, const uint8_t *codes, int64_t n, const uin
     }
 }
 
+#if X86
+
+/* Values of whole bytes of codes of one block, 32 at a time. Returns how many. */
+FOR_AVX512 static int64_t look_up_avx512(
+    uint16_t *values, const uint8_t *codes, int64_t n, const uint32_t *table) {
+    __m256i of_codes = _mm512_cvtepi32_epi16(_mm512_loadu_si512(table));
+    __m512i values_of = _mm512_inserti64x4(_mm512_castsi256_si512(of_codes), of_codes, 1);
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        _mm512_storeu_si512(values + i, _mm512_permutexvar_epi16(codes_of_32(codes + i / 2), values_of));
+    return i;
+}
+
+#endif
+
 /* Returns 0 where a scale is not finite: what bits NaN has is torch's to say. */
-INLINE int decode_as(const struct packed *p, int dtype) {
+INLINE int decode_as(const struct packed *p, int dtype, int level) {
+    (void)level; /* where there is a single one */
     for (int64_t i = 0, end, block = 0; i < p->numel; i = end, block++) {
         uint32_t table[16];
         float scale = p->scales[block];
@@ -858,6 +890,12 @@ INLINE int decode_as(const struct packed *p, int dtype) {
         const uint8_t *codes = p->codes + ((p->skip + i) >> 1);
         if ((p->skip + i) & 1)
             p->values[i++] = (uint16_t)table[*codes++ & 15];
+#if X86
+        if (level == AVX512) {
+            int64_t n = look_up_avx512(p->values + i, codes, end - i, table);
+            i += n, codes += n / 2;
+        }
+#endif
         look_up(p->values + i, codes, (end - i) >> 1, table);
         if ((end - i) & 1)
             p->values[end - 1] = (uint16_t)table[codes[(end - i) >> 1] >> 4];
@@ -867,7 +905,7 @@ INLINE int decode_as(const struct packed *p, int dtype) {
 
 #define DECODE(suffix, level, target) \
     target static int decode##suffix(const struct packed *p) { \
-        return p->dtype == BFLOAT16 ? decode_as(p, BFLOAT16) : decode_as(p, FLOAT16); \
+        return p->dtype == BFLOAT16 ? decode_as(p, BFLOAT16, level) : decode_as(p, FLOAT16, level); \
     }
 LEVELS(DECODE)
 
@@ -876,9 +914,8 @@ LEVELS(DECODE)
 /* decode_four_bit; 0 where it is not done: without shuffles torch is faster. */
 EXPORT int32_t lorafuse_decode(const struct packed *p) {
 #if defined(SHUFFLES)
-    int level = p->level == AVX512 ? AVX2 : p->level; /* shuffles of longer vectors wait for the table */
-    if (!X86 || level > BASELINE)
-        return AT_LEVEL(level, decode, p);
+    if (!X86 || p->level > BASELINE)
+        return AT_LEVEL(p->level, decode, p);
 #endif
     (void)p;
     return 0;

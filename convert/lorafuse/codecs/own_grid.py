@@ -17,6 +17,9 @@ from lorafuse.codecs.strips import N_STRIPS_HELD, STRIP_NBYTES, Run, Strips
 from lorafuse.files.tensors import DTYPES, StoredTensor
 
 N_TILES_AHEAD = 8
+# Companions are copied beside one tile of several, so many bytes and a tile's share at a time: a call for
+# each tile would cost more than the copy.
+COPIED_NBYTES = 1 << 16
 
 
 class Recoded(NamedTuple):
@@ -51,6 +54,7 @@ class OwnGridEncoder(Encoder):
 
     clips = True
     __slots__ = (
+        "_beside_nbytes",
         "_codes",
         "_companions",
         "_draws",
@@ -74,6 +78,7 @@ class OwnGridEncoder(Encoder):
         codes, *_ = names
         self._codes, self._sources, self._numel = codes, sources, max(sources.spec.numel, 1)
         self._companions = StoredEncoder(sources.store, {out: names[out] for out in names if out != codes})
+        self._beside_nbytes = sum(tensor.nbytes for tensor in self._companions.tensors)
         self._draws, self._first = Draws(weight) if unbiased else None, first
         self.rounding = "unbiased" if unbiased else "nearest"
         self.row_multiple = sources.grid_rows
@@ -87,11 +92,13 @@ class OwnGridEncoder(Encoder):
 
     def _companion_bytes(self, start: int, stop: int) -> tuple[int, int]:
         """Those that are copied beside the elements [start, stop) of the sources."""
-        nbytes = sum(tensor.nbytes for tensor in self._companions.tensors)
-        return nbytes * start // self._numel, nbytes * stop // self._numel
+        nbytes = self._beside_nbytes
+        first, last = (nbytes * at // self._numel // COPIED_NBYTES * COPIED_NBYTES for at in (start, stop))
+        return first, nbytes if stop == self._numel else last
 
     def tile_nbytes(self, n: int) -> int:
-        return self._sources.codes_nbytes(n) + self._companion_bytes(0, n)[1] + 1
+        beside = self._beside_nbytes * n // self._numel + 1 + COPIED_NBYTES
+        return self._sources.codes_nbytes(n) + min(beside, self._beside_nbytes)
 
     def scratch_nbytes(self, n: int) -> int:
         stored = DTYPES[self._sources.spec.dtype][0]
@@ -103,8 +110,8 @@ class OwnGridEncoder(Encoder):
         runs, values, n_clipped, measures = self._sources.recode(tile, self._draws, buffer, arena)
         used = max((run.start + run.times * run.nbytes for run in runs), default=0)
         pieces = [piece for run in runs for piece in self._pieces(run, buffer)]
-        beside = self._companion_bytes(tile.start - self._first, tile.stop - self._first)
-        copied = self._companions.copy(*beside, buffer[used:])
+        first, last = self._companion_bytes(tile.start - self._first, tile.stop - self._first)
+        copied = self._companions.copy(first, last, buffer[used:]) if first < last else ()
         pieces += (piece._replace(start=piece.start + used) for piece in copied)
         return Encoded(tuple(pieces), (values,), n_clipped, measures)
 
