@@ -113,7 +113,8 @@ def test_measured(kernels, seed, numel, update, base_dtype, stored_dtype, strang
         made = torch.empty_like(stored)
         in_passing = store_tile(base, total.clone(), made, arena_of(kernel))
         assert same_bits(made, stored), str(kernel)
-        assert in_passing == (found if math.isfinite(found.residual_sq) else None)
+        is_done = kernel.level == 2 and math.isfinite(found.residual_sq)
+        assert in_passing == (found if is_done else None)
 
 
 def exact(base, total, stored):

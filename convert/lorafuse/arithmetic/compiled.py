@@ -2,6 +2,7 @@
 does; all tensors are on the host, and contiguous."""
 
 import ctypes
+import math
 from typing import NamedTuple
 
 import torch
@@ -195,15 +196,18 @@ class Sums(ctypes.Structure):
     )
 
 
-def measure_tile(
-    kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, *, rounded: bool
-) -> Sums:
-    """The sums of measure.measure_tile. `rounded`: `stored` is made of `total` meanwhile, and is right where
-    the sums are finite: bits of NaN are left to torch."""
+def measure_tile(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor) -> Sums:
+    """The sums of measure.measure_tile."""
     call = _sums(kernel, base, total, stored)
-    call.rounded = rounded
     kernel.measure(ctypes.byref(call))
     return call
+
+
+def store_tile(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor) -> Sums | None:
+    """measure.store_tile, and its sums. None where it is left to torch: bits of NaN are its own."""
+    call = _sums(kernel, base, total, stored)
+    call.rounded = True
+    return call if kernel.measure(ctypes.byref(call)) and math.isfinite(call.residual_sq) else None
 
 
 def _sums(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor) -> Sums:

@@ -137,14 +137,6 @@ struct lanes {
     int64_t all_changed;
 };
 
-/* What becomes of NaN is torch's to say. */
-INLINE void round_part(const struct measured *m, int64_t i, int64_t stop, int dtype) {
-    const float *restrict total = m->total + i;
-    uint16_t *restrict stored = (uint16_t *)m->stored + i;
-    for (int64_t k = 0; k < stop - i; k++)
-        write_at(stored, k, total[k], dtype);
-}
-
 INLINE void sum_lanes(
     struct lanes *sums, const struct measured *m, int64_t i, int n, int base_dtype, int stored_dtype) {
     for (int j = 0; j < n; j++) {
@@ -238,9 +230,9 @@ FOR_AVX512 static inline __attribute__((always_inline)) void sum_sixteens(
 
 /* For each pair of dtypes. */
 FOR_AVX512 static void sum_sixteens_of(
-    struct lanes *sums, const struct measured *m, int64_t i, int64_t stop, int rounded) {
+    struct lanes *sums, const struct measured *m, int64_t i, int64_t stop) {
 #define SIXTEENS(base, stored) case 3 * (base) + (stored): \
-        if (rounded) \
+        if (m->rounded) \
             sum_sixteens(sums, m, i, stop, base, stored, 1); \
         else \
             sum_sixteens(sums, m, i, stop, base, stored, 0); \
@@ -254,24 +246,22 @@ FOR_AVX512 static void sum_sixteens_of(
 
 #endif
 
-/* Elements [i, stop) of a tile. `rounded`: what is stored is made of the sums first. */
+/* Elements [i, stop) of a tile. */
 INLINE void measure_part(
     struct lanes *sums, const struct measured *m, int64_t i, int64_t stop, int base_dtype, int stored_dtype,
-    int rounded, int level) {
+    int level) {
     (void)level; /* where there is a single one */
     for (int64_t end; i < stop; i = end) {
         end = i + SUMMED < stop ? i + SUMMED : stop;
         int64_t whole = end - (end - i) % LANES;
 #if X86
         if (level == AVX512) {
-            sum_sixteens_of(sums, m, i, whole, rounded);
+            sum_sixteens_of(sums, m, i, whole);
             i = whole;
         }
 #endif
-        if (rounded && stored_dtype == FLOAT32)
-            memcpy((float *)m->stored + i, m->total + i, 4 * (size_t)(end - i));
-        else if (rounded)
-            round_part(m, i, end, stored_dtype);
+        for (int64_t k = i; m->rounded && k < end; k++)
+            write_at(m->stored, k, m->total[k], stored_dtype);
         for (; i < whole; i += LANES)
             sum_lanes(sums, m, i, LANES, base_dtype, stored_dtype);
         sum_lanes(sums, m, i, (int)(end - i), base_dtype, stored_dtype);
@@ -292,10 +282,7 @@ INLINE void add_up(struct measured *m, const struct lanes *sums) {
 INLINE void measure_as(struct measured *m, int base_dtype, int stored_dtype, int level) {
     ALIGNED struct lanes sums;
     memset(&sums, 0, sizeof sums);
-    if (m->rounded)
-        measure_part(&sums, m, 0, m->numel, base_dtype, stored_dtype, 1, level);
-    else
-        measure_part(&sums, m, 0, m->numel, base_dtype, stored_dtype, 0, level);
+    measure_part(&sums, m, 0, m->numel, base_dtype, stored_dtype, level);
     add_up(m, &sums);
 }
 
@@ -317,8 +304,13 @@ INLINE void measure_base(struct measured *m, int base_dtype, int level) {
     }
 LEVELS(MEASURE)
 
-/* measure_tile and store_tile, but for what is not finite. */
-EXPORT void lorafuse_measure(struct measured *m) { AT_LEVEL(m->level, measure, m); }
+/* measure_tile and store_tile, but for what is not finite; 0 where it is not done: torch rounds faster. */
+EXPORT int32_t lorafuse_measure(struct measured *m) {
+    if (m->rounded && m->level != AVX512)
+        return 0;
+    AT_LEVEL(m->level, measure, m);
+    return 1;
+}
 
 /* draws.py */
 
@@ -772,7 +764,7 @@ INLINE int64_t round_kind(const struct on_grid *t, int dtype, int kind, int leve
         if (found.n >= SETTLED || ends)
             settle(&found, t, tables, dtype, kind);
         if (ends && t->measured)
-            measure_part(&sums, t->measured, block, stop, dtype, dtype, 0, level);
+            measure_part(&sums, t->measured, block, stop, dtype, dtype, level);
         block = ends ? stop : block;
     }
     if (t->measured)

@@ -27,7 +27,7 @@ class Kernel:
         self.round_tile, self.decode = library.lorafuse_round, library.lorafuse_decode
         self.round_tile.restype, self.decode.restype = ctypes.c_int64, ctypes.c_int32
         self.measure = library.lorafuse_measure
-        self.measure.restype = None
+        self.measure.restype = ctypes.c_int32
         self.unpack = library.lorafuse_unpack
         self.unpack.restype = None
         self.scale_and_add = library.lorafuse_scale

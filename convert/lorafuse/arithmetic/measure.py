@@ -74,8 +74,7 @@ def measure_tile(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, 
     Overwrites `total`.
     """
     if arena.kernel:
-        sums = compiled.measure_tile(arena.kernel, base, total, stored, rounded=False)
-        return of_sums(sums, base, stored)
+        return of_sums(compiled.measure_tile(arena.kernel, base, total, stored), base, stored)
     measures = Measures()
     for start in range(0, total.numel(), CHUNK_NUMEL):
         chunk = slice(start, start + CHUNK_NUMEL)
@@ -88,10 +87,8 @@ def store_tile(
 ) -> Measures | None:
     """The one rounding, to nearest even: `stored` becomes `total` (fp32), all 1-D. Returns the sums of
     measure_tile where one pass did both."""
-    if arena.kernel:
-        sums = compiled.measure_tile(arena.kernel, base, total, stored, rounded=True)
-        if math.isfinite(sums.residual_sq):
-            return of_sums(sums, base, stored)
+    if arena.kernel and (sums := compiled.store_tile(arena.kernel, base, total, stored)):
+        return of_sums(sums, base, stored)
     stored.copy_(total)
     return None
 

@@ -118,9 +118,9 @@ def patched(step: Step, base: torch.Tensor, start: int, arena: Arena) -> torch.T
     if not step.patches:
         return base
     name = "sum.fp32" if base.dtype == torch.float32 else DECODED_FP32
-    total = arena.get(name, base.numel(), torch.float32).copy_(base)
+    total, width = arena.get(name, base.numel(), torch.float32).copy_(base), step.row_numel
     for patch in step.patches:
-        patch.apply(total.view(-1, step.row_numel), start // step.row_numel, arena)
+        patch.apply(total.view(-1, width), start // width, arena)
     return total
 
 
