@@ -330,8 +330,8 @@ enum { HALF, SEEDED }; /* u = 1/2 for all; or that of the weight's elements */
 /* A tile: `scales` of each run; 16 `levels`, ascending, `codes_of` each place and `places_of` each code, of 4
    bits. The bound of 256 p is |update| * (numerator / (|scale| * least)), infinite where the scale is below
    `smallest`. `bytes`: of the draws, or null where the elements are those of a weight from `first` on; else
-   the tile is the transpose of n_rows rows from there on. `measured`, or null: what is
-   measured on the way, of a BLOCK at a time, which the nearest caches still hold. */
+   the tile is the transpose of n_rows rows from there on. `measured`, or null:
+   what is measured on the way, of a BLOCK at a time, which the nearest caches still hold. */
 struct on_grid {
     const void *base;
     const float *sums;
