@@ -1,12 +1,15 @@
-"""compute.py's side of lorafuse: every NF4 weight of a checkpoint is decoded, updated and rounded, tile by
-tile.
+"""compute.py's side of lorafuse: every NF4 weight of a checkpoint is decoded, updated, rounded and measured,
+tile by tile.
 
     python -m bench.speed.arithmetic BASE ADAPTER
 
-Prints the CPU seconds of the arithmetic alone: the tiles of a merge, computed by the code of a merge, in as
-many threads as there are cores. They are read too, which is not counted, but not measured, hashed or written.
+Prints CPU seconds as JSON: `all`, the arithmetic as in a merge, by the code of a merge; of that `product`,
+the product of the adapter's factors and the sum alone; and `pass`, torch's copy of as many elements from fp32
+to bfloat16, which is one pass over the memory of a tile. There are as many threads as cores. Reading is not
+counted, and nothing is hashed or written.
 """
 
+import json
 import os
 import sys
 import time
@@ -20,46 +23,54 @@ from lorafuse.adapters import open_adapter
 from lorafuse.codecs import Arena
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
-from lorafuse.merge.tile import patched
+from lorafuse.files.names import natural_key
+from lorafuse.merge.tile import make_tile
 from lorafuse.patches.patch import Base
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.plan import Step
+from lorafuse.planning.shared_weights import SharedWeights
 from lorafuse.settings import Settings
 
 
 @torch.inference_mode()
-def compute_cpu_s(steps: list[Step]) -> float:
+def cpu_s(steps: list[Step]) -> dict[str, float]:
     """One worker's share."""
     torch.set_num_threads(1)
     arena, loader = Arena(torch.device("cpu")), Arena(torch.device("cpu"))
-    buffer = torch.empty(max(step.tile_nbytes for step in steps), dtype=torch.uint8)
-    cpu_s = 0.0
-    for step in steps:
-        finished = buffer.view(getattr(torch, step.spec.torch_name))
+    buffer = torch.empty(max(step.tile_nbytes for step in steps), dtype=torch.uint8, device="cpu")
+    spent = {"all": 0.0, "product": 0.0, "pass": 0.0}
+    for step, weight in zip(steps, SharedWeights([steps]), strict=True):
         for patch in step.patches:
             patch.prepare(Base(step.sources, loader), loader)
         for start, stop in step.tiles():
-            box = step.box(start, stop)
-            raw = step.sources.fetch(box, arena)
-            began = time.thread_time()
-            base = step.sources.decode(raw, box, arena)
-            finished[: stop - start].copy_(patched(step, base, start, arena))
-            cpu_s += time.thread_time() - began
+            [made] = make_tile(weight, start, stop, [buffer], arena)
+            spent["all"] += made.timing.compute_cpu_s + made.timing.stats_cpu_s
+        total = torch.zeros(step.tile_size, dtype=torch.float32, device="cpu")
+        for start, stop in step.tiles():
+            tile, began = total[: stop - start], time.thread_time()
+            for patch in step.patches:
+                patch.apply(tile.view(-1, step.row_numel), start // step.row_numel, arena)
+            applied = time.thread_time()
+            buffer[: 2 * tile.numel()].view(torch.bfloat16).copy_(tile)
+            spent["product"] += applied - began
+            spent["pass"] += time.thread_time() - applied
         for patch in step.patches:
             patch.release()
-    return cpu_s
+    return spent
 
 
 def main() -> None:
     base, adapter = map(Path, sys.argv[1:])
     n_threads = os.cpu_count() or 1
     with closing(Checkpoint(LocalFolder(base))) as ckpt, closing(open_adapter(LocalFolder(adapter))) as lora:
-        merged = [
-            step for step in make_plan(ckpt, [WeightedAdapter(lora, 1.0)], Settings()).steps if step.patches
-        ]
+        plan = make_plan(ckpt, [WeightedAdapter(lora, 1.0)], Settings())
+        merged = sorted(
+            (step for step in plan.steps if step.patches), key=lambda step: natural_key(step.name)
+        )
         with ThreadPoolExecutor(n_threads) as pool:
-            print(sum(pool.map(compute_cpu_s, (merged[i::n_threads] for i in range(n_threads)))))
+            shares = list(pool.map(cpu_s, (merged[i::n_threads] for i in range(n_threads))))
+    print(json.dumps({name: sum(share[name] for share in shares) for name in shares[0]}))
 
 
 if __name__ == "__main__":

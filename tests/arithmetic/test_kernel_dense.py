@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lorafuse.arithmetic import compiled
 from lorafuse.arithmetic.dequantize import byte_pairs, decode_four_bit
-from lorafuse.arithmetic.measure import Measures, measure_tile
+from lorafuse.arithmetic.measure import Measures, measure_tile, store_tile
 from lorafuse.arithmetic.quantize import quant_map
 
 STRANGE = torch.tensor([0.0, -0.0, 1e-42, -1e-38, 1e-7, 6e-5, 3e38, -7e4, float("inf"), float("nan")])
@@ -81,6 +81,12 @@ def test_every_number_is_rounded_as_by_torch(dtype, kernels):
     expected = decode_four_bit(*given, arena_of(None)).clone()
     for kernel in kernels:
         assert same_bits(decode_four_bit(*given, arena_of(kernel)), expected), str(kernel)
+        made = torch.empty(len(scales), dtype=dtype)
+        parts = range(0, len(scales), 100)  # a number that is not finite leaves only its part to torch
+        for at in parts:
+            part = scales[at : at + 100]
+            store_tile(part, part, made[at : at + 100], arena_of(kernel))
+        assert same_bits(made, scales.to(dtype)), str(kernel)
 
 
 @settings(max_examples=40, deadline=None)
@@ -104,6 +110,11 @@ def test_measured(kernels, seed, numel, update, base_dtype, stored_dtype, strang
             assert getattr(found, name) == getattr(torch_made, name), name
         assert_near(found, exact(base, total, stored), 1e-6)
         assert_near(found, torch_made, 2e-5)  # what torch's own sums of 2^17 numbers in fp32 are off by
+        made = torch.empty_like(stored)
+        in_passing = store_tile(base, total.clone(), made, arena_of(kernel))
+        assert same_bits(made, stored), str(kernel)
+        is_done = kernel.level == 2 and math.isfinite(found.residual_sq)
+        assert in_passing == (found if is_done else None)
 
 
 def exact(base, total, stored):

@@ -1,15 +1,18 @@
-"""The compiled kernel rounds a tile onto its grid as torch does, bit for bit."""
+"""The compiled kernel rounds a tile onto its grid as torch does, bit for bit, and measures it meanwhile."""
+
+from dataclasses import astuple
 
 import numpy as np
 import pytest
 import torch
-from compiled_kernel import at_every_level
+from compiled_kernel import arena_of, at_every_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.dequantize import decode_int8
 from lorafuse.arithmetic.draws import Draws, HalfDraws, RunDraws, TurnedDraws
+from lorafuse.arithmetic.measure import measure_tile
 from lorafuse.arithmetic.on_grid import round_tile
 from lorafuse.arithmetic.quantize import quant_map
 from lorafuse.codecs.bnb4_grid import FourBitGrid, levels_of
@@ -34,7 +37,7 @@ def tiles():
     return st.fixed_dictionaries(
         {
             "seed": st.integers(0, 2**31),
-            "numel": st.sampled_from([1, 2, 63, 64, 130, 1000, 1024, 1025, 3000]),
+            "numel": st.sampled_from([1, 2, 63, 64, 130, 1000, 1024, 1025, 3000, 8192, 9001]),
             "run": st.sampled_from([2, 6, 32, 64, 256, 4096]),
             "skip": st.sampled_from([0, 0, 2, 40]),
             "first": st.sampled_from([0, 1, 8, 1021, 2**33 + 5]),
@@ -63,12 +66,14 @@ def draws_of(tile, arena):
 
 
 def rounded(kernel, make_grid, base, sums, tile):
-    """(codes, values, how many are beyond the grid), all by this kernel, or by torch."""
+    """(codes, values, how many are beyond the grid, measures), all by this kernel, or by torch."""
     arena = Arena(torch.device("cpu"))
     arena.kernel = kernel
     grid, codes = make_grid()
-    values, n_clipped = round_tile(grid, base, sums.clone(), draws_of(tile, arena), arena)
-    return codes, values.clone(), n_clipped
+    drawn = draws_of(tile, arena)
+    values, n_clipped, measures = round_tile(grid, base, sums.clone(), drawn, arena, measured=True)
+    measures = measures or measure_tile(base, sums.clone(), values, arena)
+    return codes, values.clone(), n_clipped, measures
 
 
 def check(kernels, make_grid, base, tile, generator):
@@ -76,7 +81,7 @@ def check(kernels, make_grid, base, tile, generator):
         base.numel(), generator=generator
     )
     sums = strangely(sums, tile["strange"] / 4, generator)
-    codes, values, n_clipped = rounded(None, make_grid, base, sums, tile)
+    codes, values, n_clipped, _ = rounded(None, make_grid, base, sums, tile)
     for kernel in kernels:
         found = rounded(kernel, make_grid, base, sums, tile)
         assert torch.equal(found[0], codes), str(kernel)
@@ -84,6 +89,13 @@ def check(kernels, make_grid, base, tile, generator):
         bits = (v.masked_fill(v.isnan(), 0).view(torch.uint8) for v in (found[1], values))
         assert torch.equal(*bits), str(kernel)
         assert found[2] == n_clipped, str(kernel)
+        apart = measure_tile(base, sums.clone(), values, arena_of(kernel))
+        assert same_measures(found[3], apart), str(kernel)
+
+
+def same_measures(a, b):
+    """Of the same elements in the same order: NaN where the other has it."""
+    return all(x == y or (x != x and y != y) for x, y in zip(astuple(a), astuple(b), strict=True))
 
 
 @settings(max_examples=80, deadline=None)

@@ -2,6 +2,7 @@
 does; all tensors are on the host, and contiguous."""
 
 import ctypes
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class _OnGrid(ctypes.Structure):
     """`struct on_grid` of kernel.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("base", "sums", "stored", "codes")),
+        *((name, ctypes.c_void_p) for name in ("base", "sums", "stored", "codes", "measured")),
         *((name, ctypes.c_void_p) for name in ("scales", "levels", "codes_of", "places_of", "bytes")),
         *((name, ctypes.c_uint64) for name in ("seed_of_bytes", "seed_of_fractions")),
         *((name, ctypes.c_int64) for name in ("numel", "run", "skip", "first", "n_rows", "n_cols")),
@@ -53,15 +54,24 @@ class _OnGrid(ctypes.Structure):
 
 
 def round_tile(
-    kernel: Kernel, grid: Coded, base: torch.Tensor, sums: torch.Tensor, draws: Seeded, arena: Arena
-) -> tuple[torch.Tensor, int]:
-    """on_grid.round_tile."""
+    kernel: Kernel,
+    grid: Coded,
+    base: torch.Tensor,
+    sums: torch.Tensor,
+    draws: Seeded,
+    arena: Arena,
+    *,
+    measured: bool,
+) -> tuple[torch.Tensor, int, "Sums | None"]:
+    """on_grid.round_tile, and where that is wanted the sums of measure.measure_tile."""
     stored = arena.get("grid.stored", base.numel(), base.dtype)
+    found = _sums(kernel, base, sums, stored) if measured else None
     levels, codes_of, places_of = grid.levels or (None, None, None)
     seed_of_bytes, seed_of_fractions = draws.seeds or (0, 0)
     numerator, least, smallest = grid.bound
     call = _OnGrid(
         base=_address(base), sums=_address(sums), stored=_address(stored), codes=_address(grid.codes),
+        measured=ctypes.addressof(found) if found else None,
         scales=_address(grid.scales), levels=_address(levels), codes_of=_address(codes_of),
         places_of=_address(places_of), bytes=_address(draws.bytes),
         seed_of_bytes=seed_of_bytes, seed_of_fractions=seed_of_fractions,
@@ -71,7 +81,7 @@ def round_tile(
         dtype=DTYPES[base.dtype], kind=0 if grid.levels else 1, draws=1 if draws.seeds else 0,
         level=kernel.level,
     )  # fmt: skip
-    return stored, kernel.round_tile(ctypes.byref(call))
+    return stored, kernel.round_tile(ctypes.byref(call)), found
 
 
 class _Packed(ctypes.Structure):
@@ -182,20 +192,34 @@ class Sums(ctypes.Structure):
         ("numel", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("base_sq", "delta_sq", "residual_sq", "residual_delta")),
         ("n_changed", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("base_dtype", "stored_dtype", "level")),
+        *((name, ctypes.c_int32) for name in ("base_dtype", "stored_dtype", "rounded", "level")),
     )
 
 
 def measure_tile(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor) -> Sums:
     """The sums of measure.measure_tile."""
-    call = Sums(
-        base=_address(base), total=_address(total), stored=_address(stored), numel=total.numel(),
-        base_dtype=DTYPES[base.dtype], stored_dtype=DTYPES[stored.dtype], level=kernel.level,
-    )  # fmt: skip
+    call = _sums(kernel, base, total, stored)
     kernel.measure(ctypes.byref(call))
     return call
 
 
+def store_tile(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor) -> Sums | None:
+    """measure.store_tile, and its sums. None where it is left to torch: bits of NaN are its own."""
+    call = _sums(kernel, base, total, stored)
+    call.rounded = True
+    return call if kernel.measure(ctypes.byref(call)) and math.isfinite(call.residual_sq) else None
+
+
+def _sums(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor) -> Sums:
+    """Before anything is summed."""
+    return Sums(
+        base=_address(base), total=_address(total), stored=_address(stored), numel=total.numel(),
+        base_dtype=DTYPES[base.dtype], stored_dtype=DTYPES[stored.dtype], level=kernel.level,
+    )  # fmt: skip
+
+
 def _address(tensor: torch.Tensor | None) -> int | None:
-    assert tensor is None or (tensor.is_contiguous() and tensor.device.type == "cpu")
-    return None if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return None
+    assert tensor.is_cpu and tensor.is_contiguous()
+    return tensor.data_ptr()

@@ -31,7 +31,7 @@
 #define ALIGNED _Alignas(64) /* vectors of it lie in one line of the cache */
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
-enum { INTERFACE = 2 }; /* of kernel.py: another number, another kernel */
+enum { INTERFACE = 3 }; /* of kernel.py: another number, another kernel */
 enum { BFLOAT16, FLOAT16, FLOAT32 };
 enum { FOUR_BIT, INT8 };
 enum { BASELINE, AVX2, AVX512 };
@@ -112,6 +112,206 @@ INLINE float rounded_to(float x, int dtype) {
     return dtype == FLOAT32 ? x : dtype == BFLOAT16 ? as_float(to_bfloat(x) << 16) : of_half(to_half(x));
 }
 
+/* measure.py */
+
+enum { LANES = 16, SUMMED = 512 };
+enum { BASE_SQ, DELTA_SQ, RESIDUAL_SQ, RESIDUAL_DELTA, N_SUMS };
+
+/* A tile: the base, the sums, and what is stored, which is made of the sums where it is `rounded` here. */
+struct measured {
+    const void *base;
+    void *stored;
+    const float *total;
+    int64_t numel;
+    double base_sq, delta_sq, residual_sq, residual_delta;
+    int64_t n_changed;
+    int32_t base_dtype, stored_dtype, rounded, level;
+};
+
+/* The sums in lanes, so that they are the same at all levels: of at most SUMMED elements in fp32, then in
+   float64. */
+struct lanes {
+    float some[N_SUMS][LANES];
+    double all[N_SUMS][LANES];
+    int32_t changed[LANES];
+    int64_t all_changed;
+};
+
+INLINE void sum_lanes(
+    struct lanes *sums, const struct measured *m, int64_t i, int n, int base_dtype, int stored_dtype) {
+    for (int j = 0; j < n; j++) {
+        float w = read_at(m->base, i + j, base_dtype), s = read_at(m->stored, i + j, stored_dtype);
+        float residual = s - m->total[i + j], delta = m->total[i + j] - w;
+        sums->some[BASE_SQ][j] += w * w;
+        sums->some[DELTA_SQ][j] += delta * delta;
+        sums->some[RESIDUAL_SQ][j] += residual * residual;
+        sums->some[RESIDUAL_DELTA][j] += residual * delta;
+        sums->changed[j] += s != w;
+    }
+}
+
+INLINE void add_some(struct lanes *sums) {
+    for (int number = 0; number < N_SUMS; number++)
+        for (int j = 0; j < LANES; j++)
+            sums->all[number][j] += sums->some[number][j], sums->some[number][j] = 0;
+    for (int j = 0; j < LANES; j++)
+        sums->all_changed += sums->changed[j], sums->changed[j] = 0;
+}
+
+#if X86
+
+FOR_AVX512 static inline __m512 widened(__m256i numbers, int dtype) {
+    __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
+    return dtype == BFLOAT16 ? _mm512_castsi512_ps(high) : _mm512_cvtph_ps(numbers);
+}
+
+/* Of numbers that are not NaN: those of bfloat16 are the high halves. */
+FOR_AVX512 static inline __m512i rounded_to_bfloat(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+    __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    return _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+}
+
+FOR_AVX512 static inline __m256i high_halves(__m512i bits) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+}
+
+FOR_AVX512 static inline __m256i narrowed(__m512 x, int dtype) {
+    return dtype == BFLOAT16 ? high_halves(rounded_to_bfloat(x))
+                             : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
+
+FOR_AVX512 static inline __m512 sixteen(const void *values, int64_t i, int dtype) {
+    if (dtype == FLOAT32)
+        return _mm512_loadu_ps((const float *)values + i);
+    return widened(_mm256_loadu_si256((const __m256i *)((const uint16_t *)values + i)), dtype);
+}
+
+/* Writes numbers, and returns what was written. */
+FOR_AVX512 static inline __m512 put_sixteen(void *values, int64_t i, __m512 x, int dtype) {
+    if (dtype == FLOAT32) {
+        _mm512_storeu_ps((float *)values + i, x);
+        return x;
+    }
+    __m256i *at = (__m256i *)((uint16_t *)values + i);
+    if (dtype == FLOAT16) {
+        __m256i bits = narrowed(x, dtype);
+        _mm256_storeu_si256(at, bits);
+        return widened(bits, dtype);
+    }
+    __m512i bits = rounded_to_bfloat(x);
+    _mm256_storeu_si256(at, high_halves(bits));
+    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int32_t)0xFFFF0000)));
+}
+
+/* Elements [i, stop), whole vectors of them. */
+FOR_AVX512 static inline __attribute__((always_inline)) void sum_sixteens(
+    struct lanes *sums, const struct measured *m, int64_t i, int64_t stop, int base_dtype, int stored_dtype,
+    int rounded) {
+    __m512 some[N_SUMS];
+    __m512i changed = _mm512_setzero_si512();
+    for (int number = 0; number < N_SUMS; number++)
+        some[number] = _mm512_setzero_ps();
+    for (; i < stop; i += LANES) {
+        __m512 w = sixteen(m->base, i, base_dtype), x = _mm512_loadu_ps(m->total + i);
+        __m512 s = rounded ? put_sixteen(m->stored, i, x, stored_dtype) : sixteen(m->stored, i, stored_dtype);
+        __m512 residual = _mm512_sub_ps(s, x), delta = _mm512_sub_ps(x, w);
+        some[BASE_SQ] = _mm512_add_ps(some[BASE_SQ], _mm512_mul_ps(w, w));
+        some[DELTA_SQ] = _mm512_add_ps(some[DELTA_SQ], _mm512_mul_ps(delta, delta));
+        some[RESIDUAL_SQ] = _mm512_add_ps(some[RESIDUAL_SQ], _mm512_mul_ps(residual, residual));
+        some[RESIDUAL_DELTA] = _mm512_add_ps(some[RESIDUAL_DELTA], _mm512_mul_ps(residual, delta));
+        __mmask16 differ = _mm512_cmp_ps_mask(s, w, _CMP_NEQ_UQ);
+        changed = _mm512_mask_add_epi32(changed, differ, changed, _mm512_set1_epi32(1));
+    }
+    for (int number = 0; number < N_SUMS; number++)
+        _mm512_storeu_ps(sums->some[number], some[number]);
+    _mm512_storeu_si512(sums->changed, changed);
+}
+
+/* For each pair of dtypes. */
+FOR_AVX512 static void sum_sixteens_of(
+    struct lanes *sums, const struct measured *m, int64_t i, int64_t stop) {
+#define SIXTEENS(base, stored) case 3 * (base) + (stored): \
+        if (m->rounded) \
+            sum_sixteens(sums, m, i, stop, base, stored, 1); \
+        else \
+            sum_sixteens(sums, m, i, stop, base, stored, 0); \
+        break;
+    switch (3 * m->base_dtype + m->stored_dtype) {
+        SIXTEENS(BFLOAT16, BFLOAT16) SIXTEENS(BFLOAT16, FLOAT16) SIXTEENS(BFLOAT16, FLOAT32)
+        SIXTEENS(FLOAT16, BFLOAT16) SIXTEENS(FLOAT16, FLOAT16) SIXTEENS(FLOAT16, FLOAT32)
+        SIXTEENS(FLOAT32, BFLOAT16) SIXTEENS(FLOAT32, FLOAT16) SIXTEENS(FLOAT32, FLOAT32)
+    }
+}
+
+#endif
+
+/* Elements [i, stop) of a tile. */
+INLINE void measure_part(
+    struct lanes *sums, const struct measured *m, int64_t i, int64_t stop, int base_dtype, int stored_dtype,
+    int level) {
+    (void)level; /* where there is a single one */
+    for (int64_t end; i < stop; i = end) {
+        end = i + SUMMED < stop ? i + SUMMED : stop;
+        int64_t whole = end - (end - i) % LANES;
+#if X86
+        if (level == AVX512) {
+            sum_sixteens_of(sums, m, i, whole);
+            i = whole;
+        }
+#endif
+        for (int64_t k = i; m->rounded && k < end; k++)
+            write_at(m->stored, k, m->total[k], stored_dtype);
+        for (; i < whole; i += LANES)
+            sum_lanes(sums, m, i, LANES, base_dtype, stored_dtype);
+        sum_lanes(sums, m, i, (int)(end - i), base_dtype, stored_dtype);
+        add_some(sums);
+    }
+}
+
+INLINE void add_up(struct measured *m, const struct lanes *sums) {
+    double made[N_SUMS] = {0};
+    for (int number = 0; number < N_SUMS; number++)
+        for (int j = 0; j < LANES; j++)
+            made[number] += sums->all[number][j];
+    m->base_sq = made[BASE_SQ], m->delta_sq = made[DELTA_SQ];
+    m->residual_sq = made[RESIDUAL_SQ], m->residual_delta = made[RESIDUAL_DELTA];
+    m->n_changed = sums->all_changed;
+}
+
+INLINE void measure_as(struct measured *m, int base_dtype, int stored_dtype, int level) {
+    ALIGNED struct lanes sums;
+    memset(&sums, 0, sizeof sums);
+    measure_part(&sums, m, 0, m->numel, base_dtype, stored_dtype, level);
+    add_up(m, &sums);
+}
+
+INLINE void measure_base(struct measured *m, int base_dtype, int level) {
+    switch (m->stored_dtype) {
+    case BFLOAT16: measure_as(m, base_dtype, BFLOAT16, level); break;
+    case FLOAT16: measure_as(m, base_dtype, FLOAT16, level); break;
+    default: measure_as(m, base_dtype, FLOAT32, level);
+    }
+}
+
+#define MEASURE(suffix, level, target) \
+    target static void measure##suffix(struct measured *m) { \
+        switch (m->base_dtype) { \
+        case BFLOAT16: measure_base(m, BFLOAT16, level); break; \
+        case FLOAT16: measure_base(m, FLOAT16, level); break; \
+        default: measure_base(m, FLOAT32, level); \
+        } \
+    }
+LEVELS(MEASURE)
+
+/* measure_tile and store_tile, but for what is not finite; 0 where it is not done: torch rounds faster. */
+EXPORT int32_t lorafuse_measure(struct measured *m) {
+    if (m->rounded && m->level != AVX512)
+        return 0;
+    AT_LEVEL(m->level, measure, m);
+    return 1;
+}
+
 /* draws.py */
 
 #define GAMMA 0x9E3779B97F4A7C15u
@@ -124,18 +324,20 @@ INLINE uint64_t mixed(uint64_t z) {
 
 /* on_grid.py */
 
-enum { CHUNK = 1024, SEGMENT = 64, SETTLED = 256, WAITING = SETTLED + CHUNK };
+enum { CHUNK = 1024, BLOCK = 8 * CHUNK, SEGMENT = 64, SETTLED = 256, WAITING = SETTLED + CHUNK };
 enum { HALF, SEEDED }; /* u = 1/2 for all; or that of the weight's elements */
 
 /* A tile: `scales` of each run; 16 `levels`, ascending, `codes_of` each place and `places_of` each code, of 4
    bits. The bound of 256 p is |update| * (numerator / (|scale| * least)), infinite where the scale is below
    `smallest`. `bytes`: of the draws, or null where the elements are those of a weight from `first` on; else
-   the tile is the transpose of n_rows rows from there on. */
+   the tile is the transpose of n_rows rows from there on. `measured`, or null:
+   what is measured on the way, of a BLOCK at a time, which the nearest caches still hold. */
 struct on_grid {
     const void *base;
     const float *sums;
     void *stored;
     uint8_t *codes;
+    struct measured *measured;
     const float *scales, *levels;
     const uint8_t *codes_of;
     const int64_t *places_of;
@@ -351,18 +553,11 @@ FOR_AVX512 static inline __mmask32 both(const __mmask16 *masks) {
     return _mm512_kunpackw(masks[1], masks[0]);
 }
 
-FOR_AVX512 static inline __m512 widened(__m256i numbers, int dtype) {
-    __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
-    return dtype == BFLOAT16 ? _mm512_castsi512_ps(high) : _mm512_cvtph_ps(numbers);
-}
-
-/* Of numbers that are not NaN. */
-FOR_AVX512 static inline __m256i narrowed(__m512 x, int dtype) {
-    __m512i bits = _mm512_castps_si512(x);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-    return dtype == BFLOAT16 ? _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16))
-                             : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+/* 32 codes, of 16 bytes. */
+FOR_AVX512 static inline __m512i codes_of_32(const uint8_t *codes) {
+    __m512i of_two = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    __m512i both = _mm512_or_si512(_mm512_srli_epi32(of_two, 4), _mm512_slli_epi32(of_two, 16));
+    return _mm512_and_si512(both, _mm512_set1_epi32(0x000F000F));
 }
 
 /* Of 16 elements: which move to the value `next`, and which stay. What is neither of these is too near to say
@@ -377,38 +572,44 @@ FOR_AVX512 static inline void decide(
     *moves = _mm512_mask_cmp_ps_mask(between, _mm512_fmsub_ps(distance, less, steps), step, _CMP_GE_OQ);
 }
 
-/* Of 4 bits and a dtype of 16, elements [i, i + 32) of one run, with values and codes of the neighbours.
-   Returns the mask of those that are not settled at once. */
+/* Where 32 elements lie, of 4 bits and a dtype of 16. */
+struct places {
+    const uint16_t *base;
+    const float *sums;
+    uint16_t *stored;
+    uint8_t *codes;
+    const uint8_t *bytes;
+};
+
+/* Looks at 32 elements of one run, with values and codes of the neighbours. Counts those beyond the grid in
+   each of 16 lanes. Returns the mask of those that are not settled at once. */
 FOR_AVX512 static inline uint32_t look_at_32(
-    const struct on_grid *t, int64_t i, const uint8_t *bytes, __m512i values, __m512i codes, __m512 lowest,
-    __m512 highest, int64_t *n_beyond, int dtype) {
-    const uint16_t *base = (const uint16_t *)t->base + i;
+    struct places at_32, __m512i values, __m512i codes, __m512 lowest, __m512 highest, __m512i *n_beyond,
+    int dtype) {
+    const uint16_t *base = at_32.base;
     __m512 x[2], w[2];
-    __mmask16 up[2], beyond[2], moves[2], stays[2];
-    __m512i byte_of_two = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(t->codes + i / 2)));
-    __m512i code = _mm512_and_si512(
-        _mm512_or_si512(_mm512_srli_epi32(byte_of_two, 4), _mm512_slli_epi32(byte_of_two, 16)),
-        _mm512_set1_epi32(0x000F000F));
+    __mmask16 up[2], moves[2], stays[2];
+    __m512i code = codes_of_32(at_32.codes);
     for (int k = 0; k < 2; k++) {
-        x[k] = _mm512_loadu_ps(t->sums + i + 16 * k);
+        x[k] = _mm512_loadu_ps(at_32.sums + 16 * k);
         w[k] = widened(_mm256_loadu_si256((const __m256i *)(base + 16 * k)), dtype);
         up[k] = _mm512_cmp_ps_mask(x[k], w[k], _CMP_GT_OQ);
-        beyond[k] = _mm512_cmp_ps_mask(x[k], highest, _CMP_GT_OQ);
-        beyond[k] |= _mm512_cmp_ps_mask(x[k], lowest, _CMP_LT_OQ);
+        __mmask16 beyond = _mm512_cmp_ps_mask(x[k], highest, _CMP_GT_OQ);
+        beyond |= _mm512_cmp_ps_mask(x[k], lowest, _CMP_LT_OQ);
+        *n_beyond = _mm512_mask_add_epi32(*n_beyond, beyond, *n_beyond, _mm512_set1_epi32(1));
     }
-    *n_beyond += __builtin_popcount(both(beyond));
     __m512i at = _mm512_mask_add_epi16(code, both(up), code, _mm512_set1_epi16(16));
     __m512i next = _mm512_permutexvar_epi16(at, values);
     for (int k = 0; k < 2; k++) {
         __m256i half = k ? _mm512_extracti64x4_epi64(next, 1) : _mm512_castsi512_si256(next);
-        __m128i byte = _mm_loadu_si128((const __m128i *)(bytes + 16 * k));
+        __m128i byte = _mm_loadu_si128((const __m128i *)(at_32.bytes + 16 * k));
         decide(x[k], w[k], widened(half, dtype), byte, moves + k, stays + k);
     }
     __m512i stored = _mm512_mask_mov_epi16(_mm512_loadu_si512(base), both(moves), next);
-    _mm512_storeu_si512((uint16_t *)t->stored + i, stored);
+    _mm512_storeu_si512(at_32.stored, stored);
     code = _mm512_mask_permutexvar_epi16(code, both(moves), at, codes);
     code = _mm512_madd_epi16(code, _mm512_set1_epi32(0x00010010)); /* 16 times the first and the second */
-    _mm_storeu_si128((__m128i *)(t->codes + i / 2), _mm512_cvtepi32_epi8(code));
+    _mm_storeu_si128((__m128i *)at_32.codes, _mm512_cvtepi32_epi8(code));
     return ~(both(moves) | both(stays));
 }
 
@@ -417,6 +618,7 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
     struct looked_at *found, struct run *run, const struct on_grid *t, const struct tables *tables,
     int64_t start, int64_t stop, const uint8_t *bytes, int dtype) {
     int64_t n_beyond = 0;
+    __m512i beyond = _mm512_setzero_si512();
     int32_t left[CHUNK + 1], n_left = 0; /* elements that are settled later */
     for (int64_t i = start, end; i < stop; i = end) {
         end = end_of_part(run, t, tables, i, stop);
@@ -434,9 +636,11 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
             ends = widened(narrowed(ends, dtype), dtype);
             __m512 lowest = _mm512_broadcastss_ps(_mm512_castps512_ps128(ends));
             __m512 highest = _mm512_permutexvar_ps(_mm512_set1_epi32(15), ends);
+            struct places at = {(const uint16_t *)t->base + i, t->sums + i, (uint16_t *)t->stored + i,
+                                t->codes + i / 2, bytes + (i - start)};
             for (; i + 32 <= end; i += 32) {
-                uint32_t mask = look_at_32(
-                    t, i, bytes + (i - start), values, codes, lowest, highest, &n_beyond, dtype);
+                uint32_t mask = look_at_32(at, values, codes, lowest, highest, &beyond, dtype);
+                at = (struct places){at.base + 32, at.sums + 32, at.stored + 32, at.codes + 16, at.bytes + 32};
                 /* Hardly ever more than one: a branch for the first would be mispredicted, and late. */
                 left[n_left] = (int32_t)(i - start) + (mask ? __builtin_ctz(mask) : 0);
                 n_left += mask != 0;
@@ -452,7 +656,7 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
         float scale = t->scales[(t->skip + i) / t->run];
         note(found, tables + (scale < 0), scale, t, i, bytes[left[k]], dtype, FOUR_BIT);
     }
-    return n_beyond;
+    return n_beyond + _mm512_reduce_add_epi32(beyond);
 }
 
 #endif
@@ -539,14 +743,17 @@ INLINE int64_t round_kind(const struct on_grid *t, int dtype, int kind, int leve
     ALIGNED uint64_t words[CHUNK / 8 + 1];
     ALIGNED struct tables tables[2];
     ALIGNED struct looked_at found;
+    ALIGNED struct lanes sums;
     found.n = 0;
+    memset(&sums, 0, sizeof sums);
     struct run run = {.number = -1};
     int64_t n_beyond = 0;
     (void)level; /* where there is a single one */
     for (int turned = 0; turned < (kind == FOUR_BIT ? 2 : 0); turned++)
         fill_tables(tables + turned, t, turned);
-    for (int64_t start = 0; start < t->numel; start += CHUNK) {
+    for (int64_t start = 0, block = 0; start < t->numel; start += CHUNK) {
         int64_t stop = start + CHUNK < t->numel ? start + CHUNK : t->numel;
+        int ends = stop == block + BLOCK || stop == t->numel;
         const uint8_t *bytes = drawn(t, start, words);
 #if X86
         if (level == AVX512 && kind == FOUR_BIT && dtype != FLOAT32)
@@ -554,9 +761,14 @@ INLINE int64_t round_kind(const struct on_grid *t, int dtype, int kind, int leve
         else
 #endif
             n_beyond += look_at_chunk(&found, &run, t, tables, start, stop, bytes, dtype, kind);
-        if (found.n >= SETTLED || stop == t->numel)
+        if (found.n >= SETTLED || ends)
             settle(&found, t, tables, dtype, kind);
+        if (ends && t->measured)
+            measure_part(&sums, t->measured, block, stop, dtype, dtype, level);
+        block = ends ? stop : block;
     }
+    if (t->measured)
+        add_up(t->measured, &sums);
     return n_beyond;
 }
 
@@ -638,8 +850,24 @@ INLINE void look_up(uint16_t *values, const uint8_t *codes, int64_t n, const uin
     }
 }
 
+#if X86
+
+/* Values of whole bytes of codes of one block, 32 at a time. Returns how many. */
+FOR_AVX512 static int64_t look_up_avx512(
+    uint16_t *values, const uint8_t *codes, int64_t n, const uint32_t *table) {
+    __m256i of_codes = _mm512_cvtepi32_epi16(_mm512_loadu_si512(table));
+    __m512i values_of = _mm512_inserti64x4(_mm512_castsi256_si512(of_codes), of_codes, 1);
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        _mm512_storeu_si512(values + i, _mm512_permutexvar_epi16(codes_of_32(codes + i / 2), values_of));
+    return i;
+}
+
+#endif
+
 /* Returns 0 where a scale is not finite: what bits NaN has is torch's to say. */
-INLINE int decode_as(const struct packed *p, int dtype) {
+INLINE int decode_as(const struct packed *p, int dtype, int level) {
+    (void)level; /* where there is a single one */
     for (int64_t i = 0, end, block = 0; i < p->numel; i = end, block++) {
         uint32_t table[16];
         float scale = p->scales[block];
@@ -654,6 +882,12 @@ INLINE int decode_as(const struct packed *p, int dtype) {
         const uint8_t *codes = p->codes + ((p->skip + i) >> 1);
         if ((p->skip + i) & 1)
             p->values[i++] = (uint16_t)table[*codes++ & 15];
+#if X86
+        if (level == AVX512) {
+            int64_t n = look_up_avx512(p->values + i, codes, end - i, table);
+            i += n, codes += n / 2;
+        }
+#endif
         look_up(p->values + i, codes, (end - i) >> 1, table);
         if ((end - i) & 1)
             p->values[end - 1] = (uint16_t)table[codes[(end - i) >> 1] >> 4];
@@ -663,7 +897,7 @@ INLINE int decode_as(const struct packed *p, int dtype) {
 
 #define DECODE(suffix, level, target) \
     target static int decode##suffix(const struct packed *p) { \
-        return p->dtype == BFLOAT16 ? decode_as(p, BFLOAT16) : decode_as(p, FLOAT16); \
+        return p->dtype == BFLOAT16 ? decode_as(p, BFLOAT16, level) : decode_as(p, FLOAT16, level); \
     }
 LEVELS(DECODE)
 
@@ -672,9 +906,8 @@ LEVELS(DECODE)
 /* decode_four_bit; 0 where it is not done: without shuffles torch is faster. */
 EXPORT int32_t lorafuse_decode(const struct packed *p) {
 #if defined(SHUFFLES)
-    int level = p->level == AVX512 ? AVX2 : p->level; /* shuffles of longer vectors wait for the table */
-    if (!X86 || level > BASELINE)
-        return AT_LEVEL(level, decode, p);
+    if (!X86 || p->level > BASELINE)
+        return AT_LEVEL(p->level, decode, p);
 #endif
     (void)p;
     return 0;
@@ -773,88 +1006,3 @@ EXPORT int32_t lorafuse_scale(const struct affine *a) {
     AT_LEVEL(a->level, scale, a);
     return 1;
 }
-
-/* measure.py */
-
-enum { LANES = 16, SUMMED = 512 };
-
-struct measured {
-    const void *base, *stored;
-    const float *total;
-    int64_t numel;
-    double base_sq, delta_sq, residual_sq, residual_delta;
-    int64_t n_changed;
-    int32_t base_dtype, stored_dtype, level;
-};
-
-/* The sums in lanes, so that they are the same at all levels: of at most SUMMED elements in fp32, then in
-   float64. */
-enum { BASE_SQ, DELTA_SQ, RESIDUAL_SQ, RESIDUAL_DELTA, N_SUMS };
-
-struct lanes {
-    float some[N_SUMS][LANES];
-    double all[N_SUMS][LANES];
-    int32_t changed[LANES];
-    int64_t all_changed;
-};
-
-INLINE void sum_lanes(
-    struct lanes *sums, const struct measured *m, int64_t i, int n, int base_dtype, int stored_dtype) {
-    for (int j = 0; j < n; j++) {
-        float w = read_at(m->base, i + j, base_dtype), s = read_at(m->stored, i + j, stored_dtype);
-        float residual = s - m->total[i + j], delta = m->total[i + j] - w;
-        sums->some[BASE_SQ][j] += w * w;
-        sums->some[DELTA_SQ][j] += delta * delta;
-        sums->some[RESIDUAL_SQ][j] += residual * residual;
-        sums->some[RESIDUAL_DELTA][j] += residual * delta;
-        sums->changed[j] += s != w;
-    }
-}
-
-INLINE void add_up(struct lanes *sums) {
-    for (int number = 0; number < N_SUMS; number++)
-        for (int j = 0; j < LANES; j++)
-            sums->all[number][j] += sums->some[number][j], sums->some[number][j] = 0;
-    for (int j = 0; j < LANES; j++)
-        sums->all_changed += sums->changed[j], sums->changed[j] = 0;
-}
-
-INLINE void measure_as(struct measured *m, int base_dtype, int stored_dtype) {
-    ALIGNED struct lanes sums;
-    memset(&sums, 0, sizeof sums);
-    for (int64_t i = 0, stop; i < m->numel; i = stop) {
-        stop = i + SUMMED < m->numel ? i + SUMMED : m->numel;
-        for (; i + LANES <= stop; i += LANES)
-            sum_lanes(&sums, m, i, LANES, base_dtype, stored_dtype);
-        sum_lanes(&sums, m, i, (int)(stop - i), base_dtype, stored_dtype);
-        add_up(&sums);
-    }
-    double made[N_SUMS] = {0};
-    for (int number = 0; number < N_SUMS; number++)
-        for (int j = 0; j < LANES; j++)
-            made[number] += sums.all[number][j];
-    m->base_sq = made[BASE_SQ], m->delta_sq = made[DELTA_SQ];
-    m->residual_sq = made[RESIDUAL_SQ], m->residual_delta = made[RESIDUAL_DELTA];
-    m->n_changed = sums.all_changed;
-}
-
-INLINE void measure_base(struct measured *m, int base_dtype) {
-    switch (m->stored_dtype) {
-    case BFLOAT16: measure_as(m, base_dtype, BFLOAT16); break;
-    case FLOAT16: measure_as(m, base_dtype, FLOAT16); break;
-    default: measure_as(m, base_dtype, FLOAT32);
-    }
-}
-
-#define MEASURE(suffix, level, target) \
-    target static void measure##suffix(struct measured *m) { \
-        switch (m->base_dtype) { \
-        case BFLOAT16: measure_base(m, BFLOAT16); break; \
-        case FLOAT16: measure_base(m, FLOAT16); break; \
-        default: measure_base(m, FLOAT32); \
-        } \
-    }
-LEVELS(MEASURE)
-
-/* measure_tile, but for what is not finite. */
-EXPORT void lorafuse_measure(struct measured *m) { AT_LEVEL(m->level, measure, m); }

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from lorafuse.errors import UsageError
 
 SWITCH = "LORAFUSE_KERNEL"
-INTERFACE = 2  # of kernel.c: a library of another one is none
+INTERFACE = 3  # of kernel.c: a library of another one is none
 LEVELS = ("baseline", "avx2", "avx512")
 
 _SCALES = (*(ctypes.c_void_p,) * 4, *(ctypes.c_int64,) * 3, ctypes.c_float)  # arguments
@@ -27,7 +27,7 @@ class Kernel:
         self.round_tile, self.decode = library.lorafuse_round, library.lorafuse_decode
         self.round_tile.restype, self.decode.restype = ctypes.c_int64, ctypes.c_int32
         self.measure = library.lorafuse_measure
-        self.measure.restype = None
+        self.measure.restype = ctypes.c_int32
         self.unpack = library.lorafuse_unpack
         self.unpack.restype = None
         self.scale_and_add = library.lorafuse_scale

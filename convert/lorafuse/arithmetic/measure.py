@@ -18,7 +18,6 @@ import torch
 
 from lorafuse.arithmetic import compiled, lanes
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.arithmetic.kernel import Kernel
 
 # Elements that are measured at once: their buffers fit the cache, and leave the tile's own there.
 CHUNK_NUMEL = 1 << 17
@@ -99,7 +98,7 @@ def measure_tile(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, 
     Overwrites `total`.
     """
     if arena.kernel:
-        return _measured_by(arena.kernel, base, total, stored)
+        return of_sums(compiled.measure_tile(arena.kernel, base, total, stored), base, stored)
     if not arena.on_host:
         return _measured_there(base, total, stored)
     measures = Measures()
@@ -109,10 +108,21 @@ def measure_tile(base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, 
     return measures
 
 
-def _measured_by(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor) -> Measures:
-    sums = compiled.measure_tile(kernel, base, total, stored)
+def store_tile(
+    base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor, arena: Arena
+) -> Measures | None:
+    """The one rounding, to nearest even: `stored` becomes `total` (fp32), all 1-D. Returns the sums of
+    measure_tile where one pass did both."""
+    if arena.kernel and (sums := compiled.store_tile(arena.kernel, base, total, stored)):
+        return of_sums(sums, base, stored)
+    stored.copy_(total)
+    return None
+
+
+def of_sums(sums: compiled.Sums, base: torch.Tensor, stored: torch.Tensor) -> Measures:
+    """What the compiled kernel summed."""
     measures = Measures(
-        numel=total.numel(),
+        numel=base.numel(),
         base_sq=sums.base_sq,
         delta_sq=sums.delta_sq,
         residual_sq=sums.residual_sq,

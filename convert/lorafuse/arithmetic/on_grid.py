@@ -12,7 +12,7 @@ differences of stored values are exact.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import torch
 from lorafuse.arithmetic import compiled
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.draws import TileDraws
+from lorafuse.arithmetic.measure import Measures, of_sums
 
 CHUNK_NUMEL = 1 << 17  # elements that are looked at at once: their buffers fit the cache
 SETTLED_NUMEL = 1 << 13  # looked at exactly at once: small enough for malloc to reuse memory
@@ -57,14 +58,31 @@ class Grid(Protocol):
         return None
 
 
+class Rounded(NamedTuple):
+    """A tile on a grid. `values`: what a reader decodes, in the dtype of the base and valid until the arena's
+    next use; the value of a sum that is not finite is the sum, so that whoever measures sees it. `n_clipped`:
+    elements beyond the grid. `measures`: those of the tile, where they were taken in passing."""
+
+    values: torch.Tensor
+    n_clipped: int
+    measures: Measures | None = None
+
+
 def round_tile(
-    grid: Grid, base: torch.Tensor, sums: torch.Tensor, draws: TileDraws, arena: Arena
-) -> tuple[torch.Tensor, int]:
-    """Writes the codes of `sums` (fp32, 1-D) into the grid, whose stored codes decode to `base`. Returns what
-    a reader decodes, in the dtype of `base` and valid until the arena's next use, and the number of elements
-    beyond the grid. The value of a sum that is not finite is the sum, so that whoever measures sees it."""
+    grid: Grid,
+    base: torch.Tensor,
+    sums: torch.Tensor,
+    draws: TileDraws,
+    arena: Arena,
+    *,
+    measured: bool = False,
+) -> Rounded:
+    """Writes the codes of `sums` (fp32, 1-D) into the grid, whose stored codes decode to `base`. `measured`:
+    the tile is measured in passing, where that is cheap."""
     if arena.kernel and (coded := grid.coded()) and coded.dtype == base.dtype:
-        return compiled.round_tile(arena.kernel, coded, base, sums, draws.seeded(), arena)
+        given = coded, base, sums, draws.seeded(), arena
+        values, n_clipped, found = compiled.round_tile(arena.kernel, *given, measured=measured)
+        return Rounded(values, n_clipped, of_sums(found, base, values) if found else None)
     stored = arena.get("grid.stored", base.numel(), base.dtype).copy_(base)
     n_clipped, exactly = 0, _Exactly(grid, base, sums, stored, draws)
     for start, stop in _parts(grid, base.numel()):
@@ -75,7 +93,7 @@ def round_tile(
         byte = drawn.index_select(0, elements).to(torch.float64)
         exactly.look_at(elements.add_(start), byte)
     exactly.finish()
-    return stored, n_clipped
+    return Rounded(stored, n_clipped)
 
 
 def count_beyond(grid: Grid, values: torch.Tensor, arena: Arena) -> int:

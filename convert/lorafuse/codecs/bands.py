@@ -174,7 +174,7 @@ class Bands(GridSources):
             arena
         )
         grid = ScaledGrid(after.view(-1), scales, zeros, levels, self._run)
-        values, n_clipped = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
+        values, n_clipped, _ = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
         stored = turned(torch.cat([words for words, *_ in parts]) ^ matrix.words(before.bitwise_xor_(after)))
         count, n_words = stored.shape
         buffer[: 4 * stored.numel()].copy_(stored.view(torch.uint8).view(-1))

@@ -168,9 +168,10 @@ class FourBitSources(RecodedByColumns, GridSources):
         packed = arena.beside(codes, "bnb4.recoded").copy_(before)
         scales = self._absmax(tile.raw, first, last, arena)
         grid = self.grid_of(packed, scales, self._state.blocksize, skip, arena)
-        values, n_clipped = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
+        drawn = of_run(draws, tile.start)
+        rounded = round_tile(grid, tile.base, tile.values, drawn, arena, measured=True)
         arena.bring_back(packed, codes)
-        return Recoded((Run(tile.start // 2, 0, nbytes),), values, n_clipped)
+        return Recoded((Run(tile.start // 2, 0, nbytes),), *rounded)
 
     def grid_of(
         self, codes: torch.Tensor, scales: torch.Tensor, run: int, skip: int, arena: Arena

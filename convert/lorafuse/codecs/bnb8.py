@@ -105,11 +105,11 @@ class Int8Sources(RecodedByColumns, GridSources):
         q, scb = (arena.place(t) for t in tile.raw)
         codes = buffer[: q.numel()].view(torch.int8)
         recoded = arena.beside(codes, "int8.recoded").copy_(q)
-        values, n_clipped = round_tile(
-            Int8Grid(recoded, scb), tile.base, tile.values, of_run(draws, tile.start), arena
-        )
+        drawn = of_run(draws, tile.start)
+        grid = Int8Grid(recoded, scb)
+        rounded = round_tile(grid, tile.base, tile.values, drawn, arena, measured=True)
         arena.bring_back(recoded, codes)
-        return Recoded((Run(tile.start, 0, q.numel()),), values, n_clipped)
+        return Recoded((Run(tile.start, 0, q.numel()),), *rounded)
 
     def codes_of_columns(
         self, raw: Raw, window: range, cols: range, arena: Arena

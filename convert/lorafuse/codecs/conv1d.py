@@ -133,7 +133,7 @@ class Transposed(GridSources):
             for name, values in (("base", tile.base), ("sums", tile.values))
         )
         drawn = TurnedDraws(draws, tile.start, len(rows), n_cols, arena) if draws else HalfDraws()
-        values, n_clipped = round_tile(grid, base, sums, drawn, arena)
+        values, n_clipped, _ = round_tile(grid, base, sums, drawn, arena)
         base.view(len(rows), n_cols).copy_(values.view(n_cols, len(rows)).T)
         buffer[: codes.numel()].copy_(codes.view(-1))
         nbytes, of_row = codes.shape[1], self.spec.shape[0] * codes.shape[1] // len(rows)

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.measure import Measures
 from lorafuse.codecs.sources import Raw
 from lorafuse.files.tensors import Box, StoredTensor
 
@@ -31,6 +32,10 @@ class FinishedTile(NamedTuple):
     raw: Raw
     box: Box
 
+    @property
+    def is_changed(self) -> bool:
+        return self.values is not self.base
+
 
 class Piece(NamedTuple):
     """Bytes [start, start + nbytes) of a tile's buffer, or of `source`, and where they belong: byte `at` of
@@ -49,11 +54,13 @@ class Piece(NamedTuple):
 
 class Encoded(NamedTuple):
     """An encoded tile. `raw` is what `decode` needs, on the arena's device; valid until the arena's next
-    use. `n_clipped`: elements beyond the largest value that the weight's codes can stand for."""
+    use. `n_clipped`: elements beyond the largest value that the weight's codes can stand for. `measures`:
+    those of what `decode` returns, where they were taken in passing."""
 
     pieces: tuple[Piece, ...]
     raw: tuple[torch.Tensor, ...] = ()
     n_clipped: int = 0
+    measures: Measures | None = None
 
 
 class Encoder(Protocol):

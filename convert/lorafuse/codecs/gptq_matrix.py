@@ -185,7 +185,7 @@ class GptqRows(GridSources):
         after = before.clone()
         dtypes = dtypes_of(self._matrix)
         levels = levels_of(whole_numbers(bits, 0), dtypes, zeros=True).on(arena)
-        values, n_clipped = round_tile(
+        values, n_clipped, _ = round_tile(
             ScaledGrid(after.view(-1), scales, zeros, levels, 1),
             tile.base,
             tile.values,

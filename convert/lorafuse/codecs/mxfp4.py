@@ -195,7 +195,7 @@ def _recoded(
     before = rows.read(codes, 1, base.numel())
     after = before.clone()
     levels = levels_of(rows.levels, (base.dtype,), zeros=False).on(arena)
-    values, n_clipped = round_tile(
+    values, n_clipped, _ = round_tile(
         ScaledGrid(after, e8m0(scales), None, levels, GROUP), base, sums, draws, arena
     )
     return values, rows.changed(codes, before, after), n_clipped

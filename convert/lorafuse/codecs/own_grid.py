@@ -8,6 +8,7 @@ import torch
 
 from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.draws import Draws
+from lorafuse.arithmetic.measure import Measures
 from lorafuse.arithmetic.on_grid import SCRATCH_NBYTES
 from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece
 from lorafuse.codecs.sources import Sources
@@ -16,15 +17,19 @@ from lorafuse.codecs.strips import N_STRIPS_HELD, STRIP_NBYTES, Run, Strips
 from lorafuse.files.tensors import DTYPES, StoredTensor
 
 N_TILES_AHEAD = 8
+# Companions are copied beside one tile of several, so many bytes and a tile's share at a time: a call for
+# each tile would cost more than the copy.
+COPIED_NBYTES = 1 << 16
 
 
 class Recoded(NamedTuple):
     """A tile whose codes are those of the sums. `codes`: runs of a buffer that hold them; `values` (1-D) is
-    what a reader decodes."""
+    what a reader decodes; `measures` as in Encoded."""
 
     codes: tuple[Run, ...]
     values: torch.Tensor
     n_clipped: int
+    measures: Measures | None = None
 
 
 @runtime_checkable
@@ -49,6 +54,7 @@ class OwnGridEncoder(Encoder):
 
     clips = True
     __slots__ = (
+        "_beside_nbytes",
         "_codes",
         "_companions",
         "_draws",
@@ -72,6 +78,7 @@ class OwnGridEncoder(Encoder):
         codes, *_ = names
         self._codes, self._sources, self._numel = codes, sources, max(sources.spec.numel, 1)
         self._companions = StoredEncoder(sources.store, {out: names[out] for out in names if out != codes})
+        self._beside_nbytes = sum(tensor.nbytes for tensor in self._companions.tensors)
         self._draws, self._first = Draws(weight) if unbiased else None, first
         self.rounding = "unbiased" if unbiased else "nearest"
         self.row_multiple = sources.grid_rows
@@ -85,11 +92,13 @@ class OwnGridEncoder(Encoder):
 
     def _companion_bytes(self, start: int, stop: int) -> tuple[int, int]:
         """Those that are copied beside the elements [start, stop) of the sources."""
-        nbytes = sum(tensor.nbytes for tensor in self._companions.tensors)
-        return nbytes * start // self._numel, nbytes * stop // self._numel
+        nbytes = self._beside_nbytes
+        first, last = (nbytes * at // self._numel // COPIED_NBYTES * COPIED_NBYTES for at in (start, stop))
+        return first, nbytes if stop == self._numel else last
 
     def tile_nbytes(self, n: int) -> int:
-        return self._sources.codes_nbytes(n) + self._companion_bytes(0, n)[1] + 1
+        beside = self._beside_nbytes * n // self._numel + 1 + COPIED_NBYTES
+        return self._sources.codes_nbytes(n) + min(beside, self._beside_nbytes)
 
     def scratch_nbytes(self, n: int) -> int:
         stored = DTYPES[self._sources.spec.dtype][0]
@@ -98,13 +107,13 @@ class OwnGridEncoder(Encoder):
         return n * (stored + self._sources.grid_nbytes_per_element) + SCRATCH_NBYTES + strips
 
     def encode(self, tile: FinishedTile, buffer: torch.Tensor, arena: Arena) -> Encoded:
-        runs, values, n_clipped = self._sources.recode(tile, self._draws, buffer, arena)
+        runs, values, n_clipped, measures = self._sources.recode(tile, self._draws, buffer, arena)
         used = max((run.start + run.times * run.nbytes for run in runs), default=0)
         pieces = [piece for run in runs for piece in self._pieces(run, buffer)]
-        beside = self._companion_bytes(tile.start - self._first, tile.stop - self._first)
-        copied = self._companions.copy(*beside, buffer[used:])
+        first, last = self._companion_bytes(tile.start - self._first, tile.stop - self._first)
+        copied = self._companions.copy(first, last, buffer[used:]) if first < last else ()
         pieces += (piece._replace(start=piece.start + used) for piece in copied)
-        return Encoded(tuple(pieces), (values,), n_clipped)
+        return Encoded(tuple(pieces), (values,), n_clipped, measures)
 
     def _pieces(self, run: Run, buffer: torch.Tensor) -> Iterable[Piece]:
         if run.times > 1:

@@ -3,6 +3,7 @@
 import torch
 
 from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.measure import store_tile
 from lorafuse.codecs.encoder import Encoded, Encoder, FinishedTile, Piece
 from lorafuse.files.tensors import DTYPES, StoredTensor, TensorSpec
 
@@ -28,9 +29,14 @@ class PlainEncoder(Encoder):
         """The one rounding, to nearest even."""
         nbytes = (tile.stop - tile.start) * self._itemsize
         finished = buffer[:nbytes].view(self._dtype)
-        stored = arena.beside(finished, "plain.stored").copy_(tile.values)
+        stored, measures = arena.beside(finished, "plain.stored"), None
+        if tile.is_changed:
+            measures = store_tile(tile.base, tile.values, stored, arena)
+        else:
+            stored.copy_(tile.values)
         arena.bring_back(stored, finished)
-        return Encoded((Piece(self.tensors[0].name, tile.start * self._itemsize, 0, nbytes),), (stored,))
+        pieces = (Piece(self.tensors[0].name, tile.start * self._itemsize, 0, nbytes),)
+        return Encoded(pieces, (stored,), measures=measures)
 
     def decode(self, encoded: Encoded, arena: Arena) -> torch.Tensor:
         return encoded.raw[0]

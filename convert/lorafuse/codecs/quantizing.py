@@ -135,7 +135,7 @@ class QuantizingEncoder(Encoder):
         if self._moves:
             sums = host.here(tile.values, "quantizing.sums", torch.float32)
             sums = self._in_stored_order(sums, "sums", host)
-            stored, n_clipped = round_tile(grid, stored, sums, self._drawn(tile, host), host)
+            stored, n_clipped, _ = round_tile(grid, stored, sums, self._drawn(tile, host), host)
         else:
             n_clipped = count_beyond(grid, values, host)
         return Encoded(pieces, (arena.place(self._in_order(stored, host)),), n_clipped)

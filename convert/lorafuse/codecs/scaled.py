@@ -245,7 +245,7 @@ class ScaledRows(GridSources):
         assert scales is not None
         after = before.clone()
         grid = self._grid(after, scales, zeros, arena)
-        values, n_clipped = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
+        values, n_clipped, _ = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)
         buffer[: raw.numel()].copy_(codes.changed(raw, before, after))
         return Recoded((Run(rows.start * codes.row_nbytes, 0, raw.numel()),), values, n_clipped)
 

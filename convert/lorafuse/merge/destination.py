@@ -10,9 +10,9 @@ from lorafuse.planning.plan import Step
 
 @dataclass
 class Timing:
-    """Seconds. `compute_cpu_s` is decode + update + cast over all workers, `stats_cpu_s` what the measures
-    cost beside it; `read_s` and `write_s` are sums over threads, of reading, and of writing, hashing and
-    syncing."""
+    """Seconds. `compute_cpu_s` is decode + update + cast over all workers, with the measures that are taken
+    in the same pass; `stats_cpu_s` what the other measures cost; `read_s` and `write_s` are sums over
+    threads, of reading, and of writing, hashing and syncing."""
 
     compute_cpu_s: float = 0.0
     stats_cpu_s: float = 0.0

@@ -10,7 +10,7 @@ import torch
 from lorafuse.arithmetic.arena import DECODED_FP32, host_view
 from lorafuse.arithmetic.measure import Measures, count_broken, count_broken_there, measure_tile
 from lorafuse.codecs import Arena, Sources
-from lorafuse.codecs.encoder import FinishedTile, Piece
+from lorafuse.codecs.encoder import Encoded, FinishedTile, Piece
 from lorafuse.merge.destination import Destination, Timing
 from lorafuse.patches.patch import Base
 from lorafuse.planning.plan import Step
@@ -95,12 +95,7 @@ def _made(variant: Variant, tile: FinishedTile, buffer: torch.Tensor, arena: Are
     made.pieces = encoded.pieces
     cpu_ended = time.thread_time()
     made.timing.compute_cpu_s = cpu_ended - cpu_began
-    stored = step.encoder.decode(encoded, arena)
-    made.measures = (
-        measure_tile(tile.base, total, stored, arena)
-        if step.patches
-        else _check_values(tile.base, stored, arena)
-    )
+    made.measures = encoded.measures or _measured(step, tile.base, total, encoded, arena)
     if made.measures:
         made.measures.n_clipped = encoded.n_clipped
     made.timing.stats_cpu_s = time.thread_time() - cpu_ended
@@ -123,10 +118,17 @@ def patched(step: Step, base: torch.Tensor, start: int, arena: Arena) -> torch.T
     if not step.patches:
         return base
     name = "sum.fp32" if base.dtype == torch.float32 else DECODED_FP32
-    total = arena.get(name, base.numel(), torch.float32).copy_(base)
+    total, width = arena.get(name, base.numel(), torch.float32).copy_(base), step.row_numel
     for patch in step.patches:
-        patch.apply(total.view(-1, step.row_numel), start // step.row_numel, arena)
+        patch.apply(total.view(-1, width), start // width, arena)
     return total
+
+
+def _measured(
+    step: Step, base: torch.Tensor, total: torch.Tensor, encoded: Encoded, arena: Arena
+) -> Measures | None:
+    stored = step.encoder.decode(encoded, arena)
+    return measure_tile(base, total, stored, arena) if step.patches else _check_values(base, stored, arena)
 
 
 def _check_values(base: torch.Tensor, stored: torch.Tensor, arena: Arena) -> Measures | None:

@@ -99,10 +99,10 @@ class Step:
     def box(self, start: int, stop: int) -> Box:
         """The tile [start, stop), where values are needed, as rows of one matrix: of a stack, or of all
         rows."""
-        height = (self.spec.n_cols if self._stacked else self.spec.numel) // self.row_numel
-        matrix, first = divmod(start // self.row_numel, max(height, 1))
-        rows = range(first, first + (stop - start) // self.row_numel)
-        return Box(rows, range(self.row_numel), height, self.row_numel, matrix)
+        width = self.row_numel
+        height = (self.spec.n_cols if self._stacked else self.spec.numel) // width
+        matrix, first = divmod(start // width, max(height, 1))
+        return Box(range(first, first + (stop - start) // width), range(width), height, width, matrix)
 
     @property
     def resident_nbytes(self) -> int:
