@@ -17,7 +17,7 @@ from quantized_base import (
 )
 
 import lorafuse
-from lorafuse.codecs import aqlm
+from lorafuse.arithmetic import vectors
 
 WEIGHT = f"{MODULE}.weight"
 QUANTIZATION = {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1, "num_codebooks": 1}
@@ -53,11 +53,11 @@ def test_decoding(data):
     codes, bits = data.draw(st.sampled_from([(I8, 8), (I8, 3), (I16, 10), (I16, 16), (I32, 5)]))
     dtype, made, size = DTYPES[data.draw(dtypes)], data.draw(dtypes), data.draw(st.sampled_from(SIZES))
     stored, values = module(grid, group, n_books, bits, codes, dtype, size)
-    before, aqlm.CHUNK_NUMEL = aqlm.CHUNK_NUMEL, data.draw(st.sampled_from([1, 20, 1 << 17]))
+    before, vectors.CHUNK_NUMEL = vectors.CHUNK_NUMEL, data.draw(st.sampled_from([1, 20, 1 << 17]))
     try:
         check_decoding(stored, QUANTIZATION, values.to(DTYPES[made]), dtype=made)
     finally:
-        aqlm.CHUNK_NUMEL = before
+        vectors.CHUNK_NUMEL = before
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
