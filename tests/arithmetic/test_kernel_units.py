@@ -113,8 +113,9 @@ def in_chunks_of():
     n_groups=st.sampled_from([1, 2, 5]),
     n_vectors=st.sampled_from([1, 3, 63, 64, 65, 130]),
     n_books=st.sampled_from([1, 2, 3]),
-    length=st.sampled_from([1, 2, 256, 1024]),
-    width=st.sampled_from([1, 3, 4, 8, 8, 8, 16, 512, 513]),
+    book=st.sampled_from(
+        [(1, 8), (2, 8), (256, 8), (1024, 8), (64, 1), (256, 3), (16, 4), (4, 16), (2, 512), (2, 513)]
+    ),
     height=st.sampled_from([1, 1, 1, 2]),
     of_code=st.sampled_from([torch.int8, torch.int16, torch.int32]),
     size=st.sampled_from([1.0, 1e-3, 1e-38, 1e4]),
@@ -123,11 +124,11 @@ def in_chunks_of():
     chunk=st.sampled_from([1 << 17, 100]),
 )
 def test_vectors(
-    kernels, in_chunks_of, seed, n_groups, n_vectors, n_books, length, width, height, of_code, size, strange,
+    kernels, in_chunks_of, seed, n_groups, n_vectors, n_books, book, height, of_code, size, strange,
     dtypes, chunk,
 ):  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    dtype, made_in = dtypes
+    (dtype, made_in), (length, width) = dtypes, book
     codes = torch.randint(-(2**31), 2**31, (n_groups, n_vectors, n_books), generator=generator).to(of_code)
     books = numbers((n_books, length, height * width), dtype, 1.0, strange, generator)
     scales = numbers((n_groups,), dtype, size, strange, generator)

@@ -1024,22 +1024,34 @@ INLINE int64_t code_at(const void *codes, int64_t i, int nbytes) {
          : nbytes == 2 ? ((const int16_t *)codes)[i] : ((const int32_t *)codes)[i];
 }
 
-/* The bytes of `count` vectors of one book, whose codes are `n_books` apart. */
+/* Vectors from number `at` on, of one of the books. */
+struct chosen {
+    const char *book;
+    int64_t first, step, n_codes; /* where the codes are: the first, how far apart, how many in all */
+    int count;
+};
+
+/* Their bytes. Of a book that does not stay in L1, those are fetched that come AHEAD vectors later. */
 INLINE void gather(
-    char *made, const struct vectors *v, const char *book, int64_t first, int count, int64_t nbytes,
-    int code_nbytes) {
-    for (int k = 0; k < count; k++) {
-        int64_t code = code_at(v->codes, first + k * v->n_books, code_nbytes) & (v->length - 1);
-        memcpy(made + k * nbytes, book + code * nbytes, (size_t)nbytes);
+    char *made, const struct vectors *v, struct chosen c, int64_t nbytes, int code_nbytes, int is_large) {
+    enum { AHEAD = 48 };
+    for (int k = 0; k < c.count; k++) {
+        int64_t code = code_at(v->codes, c.first + k * c.step, code_nbytes) & (v->length - 1);
+        if (is_large) {
+            int64_t later = c.first + (k + AHEAD) * c.step;
+            later = code_at(v->codes, later < c.n_codes ? later : c.first, code_nbytes) & (v->length - 1);
+            __builtin_prefetch(c.book + later * nbytes);
+        }
+        memcpy(made + k * nbytes, c.book + code * nbytes, (size_t)nbytes);
     }
 }
 
 INLINE void gather_of(
-    char *made, const struct vectors *v, const char *book, int64_t first, int count, int64_t nbytes) {
+    char *made, const struct vectors *v, struct chosen c, int64_t nbytes, int is_large) {
     switch (v->code_nbytes) {
-    case 1: gather(made, v, book, first, count, nbytes, 1); break;
-    case 2: gather(made, v, book, first, count, nbytes, 2); break;
-    default: gather(made, v, book, first, count, nbytes, 4);
+    case 1: gather(made, v, c, nbytes, 1, is_large); break;
+    case 2: gather(made, v, c, nbytes, 2, is_large); break;
+    default: gather(made, v, c, nbytes, 4, is_large);
     }
 }
 
@@ -1051,11 +1063,16 @@ INLINE void sum_up(
     int64_t nbytes = v->size * (dtype == FLOAT32 ? 4 : 2);
     int n = count * (int)v->size;
     for (int64_t number = 0; number < v->n_books; number++) {
-        const char *book = (const char *)v->books + number * v->length * nbytes;
-        if (nbytes == 16) /* of 8 elements of 16 bits: a copy of one register */
-            gather_of(found, v, book, at * v->n_books + number, count, 16);
+        struct chosen c = {
+            .book = (const char *)v->books + number * v->length * nbytes,
+            .first = at * v->n_books + number, .step = v->n_books,
+            .n_codes = v->n_rows * v->n_vectors * v->n_books, .count = count};
+        if (nbytes != 16)
+            gather_of(found, v, c, nbytes, 0);
+        else if (v->length * nbytes > 1 << 15) /* of 8 elements of 16 bits: a copy of one register */
+            gather_of(found, v, c, 16, 1);
         else
-            gather_of(found, v, book, at * v->n_books + number, count, nbytes);
+            gather_of(found, v, c, 16, 0);
         widen(number ? term : part->x, found, 0, n, dtype, level);
         for (int k = 0; k < (number ? n : 0); k++)
             part->x[k] += term[k];
