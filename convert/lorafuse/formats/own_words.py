@@ -1,5 +1,5 @@
-"""Quantizations whose configs have other words for what is dense than a list of modules. Each function returns
-the section of an output, of that of its base.
+"""Quantizations whose configs have other words for what is dense than a list of modules. Each function
+returns the section of an output, of that of its base.
 
     GPTQ         `modules_in_block_to_quantize` lists what is quantized: transformers (optimum) compares the
                  end of a module's name, vLLM any part of it. gptqmodel knows `dynamic` instead: "-:" and an
