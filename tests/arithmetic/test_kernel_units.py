@@ -1,4 +1,4 @@
-"""The compiled kernel decodes codes in units, and sums of vectors, as torch does, at each level of the
+"""The compiled kernel decodes codes in units, sums of vectors, and E4M3 as torch does, at each level of the
 processor."""
 
 import pytest
@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafuse.arithmetic import compiled, units, vectors
+from lorafuse.arithmetic.small_floats import e4m3
 from lorafuse.arithmetic.units import Numbers, decode_units
 from lorafuse.arithmetic.vectors import decode_vectors
 
@@ -158,3 +159,19 @@ def sums(codes, books, scales, shape):
         total += book[codes[:, :, number].long() % len(book)].float()
     values = (total.to(books.dtype).double() * scales.double()[:, None, None]).to(books.dtype)
     return values.view(n_groups, n_vectors, height, width).transpose(1, 2)
+
+
+@pytest.mark.parametrize("n", [1, 7, 15, 16, 33, 256, 1000])
+def test_e4m3(kernels, n):
+    """All bytes; also against torch's own conversion."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(4)[:n].flip(0)
+    expected = torch.empty(n)
+    e4m3(codes, expected, arena_of(None))
+    own = codes.view(torch.float8_e4m3fn).float()
+    assert torch.equal(expected.nan_to_num(7.0), own.nan_to_num(7.0))
+    assert torch.equal(expected.isnan(), own.isnan())
+    for kernel in kernels:
+        found, beyond = filled(expected.shape, torch.float32)
+        e4m3(codes, found, arena_of(kernel))
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32)), str(kernel)
+        assert beyond == -7, str(kernel)

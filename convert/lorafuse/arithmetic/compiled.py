@@ -253,6 +253,11 @@ def decode_vectors(
     return bool(kernel.vectors(ctypes.byref(call)))
 
 
+def e4m3(kernel: Kernel, codes: torch.Tensor, values: torch.Tensor) -> None:
+    """small_floats.e4m3."""
+    kernel.e4m3(_address(codes), _address(values), values.numel(), kernel.level)
+
+
 def _address(tensor: torch.Tensor | None) -> int | None:
     assert tensor is None or (tensor.is_contiguous() and tensor.device.type == "cpu")
     return None if tensor is None else tensor.data_ptr()

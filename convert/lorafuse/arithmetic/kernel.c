@@ -1121,3 +1121,24 @@ EXPORT int32_t lorafuse_units(const struct units *u) { return AT_LEVEL(u->level,
 EXPORT int32_t lorafuse_vectors(const struct vectors *v) {
     return v->size <= PART && AT_LEVEL(v->level, vectors, v);
 }
+
+/* small_floats.py */
+
+INLINE float of_e4m3(uint32_t byte) {
+    uint32_t bits = (byte & 0x7F) << 20, exponent = bits & 0x07800000;
+    float small = as_float(bits + 0x3C800000) - as_float(0x3C800000); /* subnormal: without the leading 1 */
+    bits = pick(exponent != 0, bits + 0x3C000000, as_bits(small)) | (byte & 0x80) << 24;
+    return as_float(pick((byte & 0x7F) == 0x7F, 0x7FC00000, bits));
+}
+
+#define E4M3(suffix, level, target) \
+    target static void e4m3##suffix(const uint8_t *codes, float *values, int64_t n) { \
+        for (int64_t i = 0; i < n; i++) \
+            values[i] = of_e4m3(codes[i]); \
+    }
+LEVELS(E4M3)
+
+/* e4m3. */
+EXPORT void lorafuse_e4m3(const uint8_t *codes, float *values, int64_t n, int32_t level) {
+    AT_LEVEL(level, e4m3, codes, values, n);
+}

@@ -17,6 +17,7 @@ INTERFACE = 3  # of kernel.c: a library of another one is none
 LEVELS = ("baseline", "avx2", "avx512")
 
 _SCALES = (*(ctypes.c_void_p,) * 4, *(ctypes.c_int64,) * 3, ctypes.c_float)  # arguments
+_E4M3 = (*(ctypes.c_void_p,) * 2, ctypes.c_int64, ctypes.c_int32)
 
 
 class Kernel:
@@ -34,6 +35,8 @@ class Kernel:
         self.scale_and_add.restype = ctypes.c_int32
         self.units, self.vectors = library.lorafuse_units, library.lorafuse_vectors
         self.units.restype, self.vectors.restype = ctypes.c_int32, ctypes.c_int32
+        self.e4m3 = library.lorafuse_e4m3
+        self.e4m3.restype, self.e4m3.argtypes = None, _E4M3
         self.scales = library.lorafuse_scales
         self.scales.restype, self.scales.argtypes = None, _SCALES
 
