@@ -70,7 +70,7 @@ QUICK: dict[str, dict[str, object]] = {
     "peers": {"ROUNDS": 1},
     "compute": {"ROUNDS": 1},
     "kernel": {"ROUNDS": 1},
-    "bases": {"ROUNDS": 1, "N_BASES": 3},
+    "bases": {"FEWEST": 1, "MOST": 1, "N_BASES": 3},
     "base_quant": {"KINDS": ("nf4", "int8")},
     "instructions": {"N_PARTS": 0, "TENSORS": 600},
     "memory": {"RUNS": 1, "SHAPES": {"Llama of {layers} layers": "llama"}},

@@ -133,14 +133,19 @@ def inputs(work: Path, shape: str, layers: int = 16) -> tuple[Path, Path]:
     return directory / "base", directory / "adapter"
 
 
-def main(doc: str, report: Callable[[Path, int], str]) -> None:
-    """The command line of each benchmark."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The options of each benchmark."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
         "--work", type=Path, required=True, help="directory for inputs (kept) and outputs (removed)"
     )
-    parser.add_argument("--layers", type=int, default=16, help="layers of the 1B checkpoint (16)")
-    args = parser.parse_args()
+    made.add_argument("--layers", type=int, default=16, help="layers of the 1B checkpoint (16)")
+    return made
+
+
+def main(doc: str, report: Callable[[Path, int], str]) -> None:
+    """The command line of each benchmark."""
+    args = parser(doc).parse_args()
     print(watched(report, args.work, args.layers))
 
 

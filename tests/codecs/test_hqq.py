@@ -17,7 +17,7 @@ from quantized_base import (
 )
 
 import lorafuse
-from lorafuse.codecs import hqq_codes
+from lorafuse.arithmetic import units
 
 WEIGHT = f"{MODULE}.weight"
 PACKINGS = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
@@ -85,11 +85,11 @@ def test_decoding(data):
     dtype, made = DTYPES[data.draw(dtypes)], data.draw(dtypes)
     size = data.draw(st.sampled_from(["ordinary", "tiny", "huge"]))
     stored, values = module(shape, bits, group_size, axis, dtype, size)
-    before, hqq_codes.CHUNK_NUMEL = hqq_codes.CHUNK_NUMEL, data.draw(st.sampled_from([1, 7, 1 << 17]))
+    before, units.CHUNK_NUMEL = units.CHUNK_NUMEL, data.draw(st.sampled_from([1, 7, 1 << 17]))
     try:
         check_decoding(stored, quantization(bits), values.to(DTYPES[made]), dtype=made)
     finally:
-        hqq_codes.CHUNK_NUMEL = before
+        units.CHUNK_NUMEL = before
 
 
 def test_codes_that_are_viewed_as_floats():

@@ -1,5 +1,5 @@
-"""Light results of GPTQ, AWQ, auto-round and MLX, as their own libraries load them: each layer computes with
-what lorafuse decodes, and what was to be dense is."""
+"""Light results of GPTQ, AWQ, auto-round, AQLM and MLX, as their own libraries load them: each layer computes
+with what lorafuse decodes, and what was to be dense is."""
 
 import json
 
@@ -115,6 +115,43 @@ def test_transformers(method, form, base, adapter, tmp_path):
         elif isinstance(module, torch.nn.Linear) and name.endswith("_proj"):
             layers[name] = False, module.weight
     check(layers, tmp_path / "out", form)
+
+
+def aqlm(name, n_outputs, n_inputs, size):
+    codes = torch.randint(0, 512, (n_outputs, n_inputs // 8, 2)).to(torch.int16)
+    stored = {f"{name}.codes": codes, f"{name}.codebooks": torch.randn(2, 512, 1, 8).half()}
+    return stored | {f"{name}.scales": scales(n_outputs, 1, 1, 1)}
+
+
+@pytest.mark.oracle("aqlm", "accelerate")
+def test_aqlm(base, adapter, tmp_path):
+    """What transformers loads of a mixed result is what the dense result has."""
+    from aqlm import utils
+    from transformers import AutoModelForCausalLM
+
+    section = {"quant_method": "aqlm", "num_codebooks": 2, "nbits_per_codebook": 9}
+    section |= {"in_group_size": 8, "out_group_size": 1, "linear_weights_not_to_quantize": ["lm_head.weight"]}
+    ckpt = packed(tmp_path / "ckpt", base("bf16"), aqlm, {"quantization_config": section})
+    lora = adapter("bf16", target_modules=["q_proj", "down_proj"])
+    lorafuse.convert(ckpt, lora, tmp_path / "out", format="mixed")
+    lorafuse.convert(ckpt, lora, tmp_path / "dense", format="dense")
+    model, dense = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("out", "dense")
+    )
+    layers = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "codebooks"):
+            codes = utils.unpack_int_data(module.codes.data, module.nbits_per_codebook)
+            weight = utils._dequantize_weight(codes, module.codebooks, module.scales)
+            assert torch.equal(weight, dense.get_submodule(name).weight), name
+            layers[name] = True, weight
+        elif isinstance(module, torch.nn.Linear):
+            assert torch.equal(module.weight, dense.get_submodule(name).weight), name
+            if name.endswith("_proj"):
+                layers[name] = False, module.weight
+    check(layers, tmp_path / "out", "mixed")
+    ids = torch.tensor([[1, 5, 9]])
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.oracle("mlx", "mlx_lm")

@@ -1,5 +1,5 @@
 """Formats that keep a quantization whose configs have no list of what is dense, but other words for it: GPTQ,
-auto-round and MLX. And AWQ, whose list readers add to one of their own."""
+auto-round, AQLM and MLX. And AWQ, whose list readers add to one of their own."""
 
 import re
 
@@ -41,6 +41,12 @@ def mlx(module, bits=4):
     return stored | {f"{module}.scales": scales, f"{module}.biases": scales * -8}
 
 
+def aqlm(module):
+    codes, books = torch.randint(0, 64, (32, 4, 1)).to(torch.int8), torch.randn(1, 64, 1, 8).half()
+    scales = torch.full((32, 1, 1, 1), 0.01).half()
+    return {f"{module}.codes": codes, f"{module}.codebooks": books, f"{module}.scales": scales}
+
+
 def on_modules(*modules):
     return {
         f"base_model.model.{module}.lora_{side}.weight": torch.randn(shape) * 0.01
@@ -51,6 +57,7 @@ def on_modules(*modules):
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "lm_head": False}
 AUTO = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32}
+AQLM = {"quant_method": "aqlm", "num_codebooks": 1, "nbits_per_codebook": 6, "in_group_size": 8}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "modules_to_not_convert": None}
 
 
@@ -159,6 +166,22 @@ def test_the_list_of_awq(before, after, tmp_path):
     """What readers leave dense by themselves they do with a list too."""
     made = section_of(tmp_path, awq, AWQ | {"modules_to_not_convert": before}, [UP, DOWN])
     assert made == AWQ | {"modules_to_not_convert": after}
+
+
+@pytest.mark.parametrize("before", [None, [], ["lm_head.weight"]])
+def test_aqlm_lists_weights_and_modules(before, tmp_path):
+    """And what was dense: transformers would make codes of it. A name that is the end of another one would
+    name both."""
+    short = DOWN.removeprefix("model.")
+    section = AQLM | {"linear_weights_not_to_quantize": before}
+    made = section_of(tmp_path, aqlm, section, [UP, DOWN, short], [short])
+    listed = made.pop("linear_weights_not_to_quantize")
+    dense = {"model.embed_tokens", "lm_head"}
+    assert made == AQLM
+    assert set(listed) == {f"{re.escape(short)}$", *dense, *(f"{name}.weight" for name in (short, *dense))}
+    for name in (short, *dense):
+        assert any(re.match(f"{entry}$", name) for entry in listed), name
+    assert not any(re.match(rf"(?:{entry})(?=\.|$)", DOWN) or DOWN.endswith(entry) for entry in listed)
 
 
 def test_mlx_has_false_for_a_module(tmp_path):

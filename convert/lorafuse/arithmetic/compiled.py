@@ -218,6 +218,68 @@ def _sums(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch
     )  # fmt: skip
 
 
+class _Units(ctypes.Structure):
+    """`struct units` of kernel.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("units", "zeros", "scales", "values")),
+        *((name, ctypes.c_int64) for name in ("n", "n_numbers", "period", "skip")),
+        *((name, ctypes.c_int32) for name in ("unit_nbytes", "shift", "mask")),
+        *((name, ctypes.c_int32) for name in ("numbers_dtype", "dtype", "level")),
+    )
+
+
+def decode_units(
+    kernel: Kernel,
+    units: torch.Tensor,
+    shift: int,
+    mask: int,
+    zeros: torch.Tensor,
+    scales: torch.Tensor,
+    period: int,
+    skip: int,
+    values: torch.Tensor,
+) -> bool:
+    """units.decode_units. False where it is left to torch: bits of NaN are its own."""
+    call = _Units(
+        units=_address(units), zeros=_address(zeros), scales=_address(scales), values=_address(values),
+        n=units.numel(), n_numbers=scales.numel(), period=period, skip=skip,
+        unit_nbytes=units.element_size(), shift=shift, mask=mask,
+        numbers_dtype=DTYPES[scales.dtype], dtype=DTYPES[values.dtype], level=kernel.level,
+    )  # fmt: skip
+    return bool(kernel.units(ctypes.byref(call)))
+
+
+class _Vectors(ctypes.Structure):
+    """`struct vectors` of kernel.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "books", "scales", "values")),
+        *((name, ctypes.c_int64) for name in ("n_rows", "n_vectors", "n_books", "length", "size")),
+        *((name, ctypes.c_int32) for name in ("code_nbytes", "books_dtype", "dtype", "level")),
+    )
+
+
+def decode_vectors(
+    kernel: Kernel, codes: torch.Tensor, books: torch.Tensor, scales: torch.Tensor, values: torch.Tensor
+) -> bool:
+    """vectors.decode_vectors. False where it is left to torch: bits of NaN, and vectors of several rows."""
+    if values.shape[1] != 1:
+        return False
+    call = _Vectors(
+        codes=_address(codes), books=_address(books), scales=_address(scales), values=_address(values),
+        n_rows=codes.shape[0], n_vectors=codes.shape[1], n_books=books.shape[0], length=books.shape[1],
+        size=books.shape[2], code_nbytes=codes.element_size(), books_dtype=DTYPES[books.dtype],
+        dtype=DTYPES[values.dtype], level=kernel.level,
+    )  # fmt: skip
+    return bool(kernel.vectors(ctypes.byref(call)))
+
+
+def e4m3(kernel: Kernel, codes: torch.Tensor, values: torch.Tensor) -> None:
+    """small_floats.e4m3."""
+    kernel.e4m3(_address(codes), _address(values), values.numel(), kernel.level)
+
+
 def _address(tensor: torch.Tensor | None) -> int | None:
     if tensor is None:
         return None

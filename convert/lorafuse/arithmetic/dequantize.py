@@ -34,19 +34,6 @@ def look_up(packed: torch.Tensor, pairs: torch.Tensor, values: torch.Tensor, are
     torch.index_select(arena.table(pairs), 0, index, out=values[: 2 * packed.numel()].view(torch.float64))
 
 
-# Bytes of a vector → a dtype of as many. torch copies single elements three times as fast as short rows.
-_AS_ONE = {4: torch.float32, 8: torch.float64, 16: torch.complex128}
-
-
-def select(vectors: torch.Tensor, index: torch.Tensor, chosen: torch.Tensor) -> None:
-    """chosen (1-D) = those rows of `vectors` (2-D) that `index` (int32) names, one after another."""
-    one = _AS_ONE.get(vectors.shape[1] * vectors.element_size())
-    if one is None:
-        torch.index_select(vectors, 0, index, out=chosen.view(-1, vectors.shape[1]))
-    else:
-        torch.index_select(vectors.view(one).view(-1), 0, index, out=chosen.view(one))
-
-
 def decode_four_bit(
     packed: torch.Tensor,
     quant_map: torch.Tensor,

@@ -31,7 +31,7 @@
 #define ALIGNED _Alignas(64) /* vectors of it lie in one line of the cache */
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
-enum { INTERFACE = 3 }; /* of kernel.py: another number, another kernel */
+enum { INTERFACE = 4 }; /* of kernel.py: another number, another kernel */
 enum { BFLOAT16, FLOAT16, FLOAT32 };
 enum { FOUR_BIT, INT8 };
 enum { BASELINE, AVX2, AVX512 };
@@ -1005,4 +1005,288 @@ EXPORT int32_t lorafuse_scale(const struct affine *a) {
             return 0;
     AT_LEVEL(a->level, scale, a);
     return 1;
+}
+
+/* units.py, vectors.py */
+
+enum { PART = 512 }; /* what lies in L1, of each of a few arrays */
+
+/* n whole numbers, (unit >> shift) & mask; element k has the zero point and the scale (skip + k) / period, or
+   with period 0, (skip + k) % n_numbers. */
+struct units {
+    const void *units, *zeros, *scales;
+    void *values;
+    int64_t n, n_numbers, period, skip;
+    int32_t unit_nbytes, shift, mask, numbers_dtype, dtype, level;
+};
+
+/* Some elements, with the zero point and the scale of each. */
+struct part {
+    float x[PART], zero[PART], scale[PART];
+};
+
+#if X86
+
+/* read_at, of so many halves. */
+FOR_AVX512 static void widen_halves(float *made, const uint16_t *halves, int n) {
+    int k = 0;
+    for (; k + 16 <= n; k += 16)
+        _mm512_storeu_ps(made + k, widened(_mm256_loadu_si256((const __m256i *)(halves + k)), FLOAT16));
+    for (; k < n; k++)
+        made[k] = of_half(halves[k]);
+}
+
+/* rounded_to. NaN stays one where its low 16 bits are 0, or the dtype is not BFLOAT16. */
+FOR_AVX512 static inline __m512 rounded(__m512 x, int dtype) {
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    bits = _mm512_and_si512(bits, _mm512_set1_epi32(~0xFFFF));
+    return dtype == BFLOAT16 ? _mm512_castsi512_ps(bits)
+         : dtype == FLOAT16 ? widened(narrowed(x, FLOAT16), FLOAT16) : x;
+}
+
+/* finish_as, of as many elements as are whole vectors, which it returns. What is NaN before the product is NaN
+   after it: in bfloat16 its bits are those of a number of 16 bits. */
+FOR_AVX512 static inline int finish_vectors(
+    const struct part *part, void *values, int64_t i, int n, int via, int dtype, int *n_nan) {
+    __mmask16 not_numbers = 0;
+    int k = 0;
+    for (; k + 16 <= n; k += 16) {
+        __m512 x = _mm512_sub_ps(_mm512_load_ps(part->x + k), _mm512_load_ps(part->zero + k));
+        x = _mm512_mul_ps(rounded(x, via), _mm512_load_ps(part->scale + k));
+        not_numbers |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        x = via == dtype ? x : rounded(x, via);
+        if (dtype == FLOAT32)
+            _mm512_storeu_ps((float *)values + i + k, x);
+        else
+            _mm256_storeu_si256((__m256i *)((uint16_t *)values + i + k), narrowed(x, dtype));
+    }
+    *n_nan = not_numbers != 0;
+    return k;
+}
+
+#define FINISH_VECTORS(via, dtype) finish_vectors(part, values, i, n, via, dtype, n_nan)
+#define FINISH_VECTORS_VIA(via) \
+    (dtype == BFLOAT16 ? FINISH_VECTORS(via, BFLOAT16) \
+     : dtype == FLOAT16 ? FINISH_VECTORS(via, FLOAT16) : FINISH_VECTORS(via, FLOAT32))
+
+FOR_AVX512 static int finish_avx512_part(
+    const struct part *part, void *values, int64_t i, int n, int via, int dtype, int *n_nan) {
+    return via == BFLOAT16 ? FINISH_VECTORS_VIA(BFLOAT16)
+         : via == FLOAT16 ? FINISH_VECTORS_VIA(FLOAT16) : FINISH_VECTORS_VIA(FLOAT32);
+}
+
+#endif
+
+/* values[i…] = (x − zero) · scale, each rounded to `via`, then to `dtype`. Returns whether any is NaN. */
+INLINE int finish_as(const struct part *part, void *values, int64_t i, int n, int via, int dtype, int level) {
+    int n_nan = 0, k = 0;
+    (void)level;
+#if X86
+    if (level == AVX512)
+        k = finish_avx512_part(part, values, i, n, via, dtype, &n_nan);
+#endif
+    for (; k < n; k++) {
+        float difference = rounded_to(part->x[k] - part->zero[k], via);
+        float value = rounded_to(difference * part->scale[k], via == dtype ? FLOAT32 : via);
+        n_nan += value != value;
+        write_at(values, i + k, value, dtype);
+    }
+    return n_nan != 0;
+}
+
+INLINE int finish_via(const struct part *part, void *values, int64_t i, int n, int via, int dtype, int level) {
+    switch (dtype) {
+    case BFLOAT16: return finish_as(part, values, i, n, via, BFLOAT16, level);
+    case FLOAT16: return finish_as(part, values, i, n, via, FLOAT16, level);
+    default: return finish_as(part, values, i, n, via, FLOAT32, level);
+    }
+}
+
+INLINE void fill(float *made, int n, float x) {
+    for (int k = 0; k < n; k++)
+        made[k] = x;
+}
+
+INLINE void widen(float *made, const void *numbers, int64_t from, int n, int dtype, int level) {
+    (void)level;
+#if X86
+    if (level == AVX512 && dtype == FLOAT16) {
+        widen_halves(made, (const uint16_t *)numbers + from, n);
+        return;
+    }
+#endif
+    for (int k = 0; k < n; k++)
+        made[k] = read_at(numbers, from + k, dtype);
+}
+
+/* The zero points and scales of elements [i, i + n). */
+INLINE void spread(struct part *part, const struct units *u, int64_t i, int n, int dtype, int level) {
+    for (int k = 0, many; k < n; k += many) {
+        int64_t at = u->skip + i + k, period = u->period ? u->period : u->n_numbers;
+        int64_t in_period = at % period, left = period - in_period;
+        many = left < n - k ? (int)left : n - k;
+        if (u->period) {
+            fill(part->zero + k, many, read_at(u->zeros, at / period, dtype));
+            fill(part->scale + k, many, read_at(u->scales, at / period, dtype));
+        } else {
+            widen(part->zero + k, u->zeros, in_period, many, dtype, level);
+            widen(part->scale + k, u->scales, in_period, many, dtype, level);
+        }
+    }
+}
+
+INLINE void take_codes(float *made, const struct units *u, int64_t i, int n) {
+    if (u->unit_nbytes == 1)
+        for (int k = 0; k < n; k++)
+            made[k] = (float)(((const uint8_t *)u->units)[i + k] >> u->shift & u->mask);
+    else
+        for (int k = 0; k < n; k++)
+            made[k] = (float)(((const int32_t *)u->units)[i + k] >> u->shift & u->mask);
+}
+
+INLINE int units_as(const struct units *u, int via, int level) {
+    ALIGNED struct part part;
+    for (int64_t i = 0; i < u->n; i += PART) {
+        int n = u->n - i < PART ? (int)(u->n - i) : PART;
+        take_codes(part.x, u, i, n);
+        spread(&part, u, i, n, via, level);
+        if (finish_via(&part, u->values, i, n, via, u->dtype, level))
+            return 0;
+    }
+    return 1;
+}
+
+/* `n_rows` sums of vectors of each row: codes, `n_books` beside each other, of that many vectors of `size`
+   elements, out of books of `length`, and a scale for each row. */
+struct vectors {
+    const void *codes, *books, *scales;
+    void *values;
+    int64_t n_rows, n_vectors, n_books, length, size;
+    int32_t code_nbytes, books_dtype, dtype, level;
+};
+
+INLINE int64_t code_at(const void *codes, int64_t i, int nbytes) {
+    return nbytes == 1 ? ((const int8_t *)codes)[i]
+         : nbytes == 2 ? ((const int16_t *)codes)[i] : ((const int32_t *)codes)[i];
+}
+
+/* Vectors from number `at` on, of one of the books. */
+struct chosen {
+    const char *book;
+    int64_t first, step, n_codes; /* where the codes are: the first, how far apart, how many in all */
+    int count;
+};
+
+/* Their bytes. Of a book that does not stay in L1, those are fetched that come AHEAD vectors later. */
+INLINE void gather(
+    char *made, const struct vectors *v, struct chosen c, int64_t nbytes, int code_nbytes, int is_large) {
+    enum { AHEAD = 48 };
+    for (int k = 0; k < c.count; k++) {
+        int64_t code = code_at(v->codes, c.first + k * c.step, code_nbytes) & (v->length - 1);
+        if (is_large) {
+            int64_t later = c.first + (k + AHEAD) * c.step;
+            later = code_at(v->codes, later < c.n_codes ? later : c.first, code_nbytes) & (v->length - 1);
+            __builtin_prefetch(c.book + later * nbytes);
+        }
+        memcpy(made + k * nbytes, c.book + code * nbytes, (size_t)nbytes);
+    }
+}
+
+INLINE void gather_of(
+    char *made, const struct vectors *v, struct chosen c, int64_t nbytes, int is_large) {
+    switch (v->code_nbytes) {
+    case 1: gather(made, v, c, nbytes, 1, is_large); break;
+    case 2: gather(made, v, c, nbytes, 2, is_large); break;
+    default: gather(made, v, c, nbytes, 4, is_large);
+    }
+}
+
+/* Sums of `count` vectors, of which the first is number `at`. */
+INLINE void sum_up(
+    struct part *part, const struct vectors *v, int64_t at, int count, int dtype, int level) {
+    ALIGNED char found[4 * PART];
+    ALIGNED float term[PART];
+    int64_t nbytes = v->size * (dtype == FLOAT32 ? 4 : 2);
+    int n = count * (int)v->size;
+    for (int64_t number = 0; number < v->n_books; number++) {
+        struct chosen c = {
+            .book = (const char *)v->books + number * v->length * nbytes,
+            .first = at * v->n_books + number, .step = v->n_books,
+            .n_codes = v->n_rows * v->n_vectors * v->n_books, .count = count};
+        if (nbytes != 16)
+            gather_of(found, v, c, nbytes, 0);
+        else if (v->length * nbytes > 1 << 15) /* of 8 elements of 16 bits: a copy of one register */
+            gather_of(found, v, c, 16, 1);
+        else
+            gather_of(found, v, c, 16, 0);
+        widen(number ? term : part->x, found, 0, n, dtype, level);
+        for (int k = 0; k < (number ? n : 0); k++)
+            part->x[k] += term[k];
+    }
+}
+
+INLINE int vectors_as(const struct vectors *v, int dtype, int level) {
+    ALIGNED struct part part;
+    int64_t step = PART / v->size;
+    fill(part.zero, PART, 0);
+    for (int64_t row = 0; row < v->n_rows; row++) {
+        fill(part.scale, PART, read_at(v->scales, row, dtype));
+        for (int64_t i = 0; i < v->n_vectors; i += step) {
+            int64_t at = row * v->n_vectors + i;
+            int count = (int)(v->n_vectors - i < step ? v->n_vectors - i : step);
+            sum_up(&part, v, at, count, dtype, level);
+            int n = count * (int)v->size;
+            if (finish_via(&part, v->values, at * v->size, n, dtype, v->dtype, level))
+                return 0;
+        }
+    }
+    return 1;
+}
+
+#define BY_DTYPE(suffix, level, target) \
+    target static int units##suffix(const struct units *u) { \
+        switch (u->numbers_dtype) { \
+        case BFLOAT16: return units_as(u, BFLOAT16, level); \
+        case FLOAT16: return units_as(u, FLOAT16, level); \
+        default: return units_as(u, FLOAT32, level); \
+        } \
+    } \
+    target static int vectors##suffix(const struct vectors *v) { \
+        switch (v->books_dtype) { \
+        case BFLOAT16: return vectors_as(v, BFLOAT16, level); \
+        case FLOAT16: return vectors_as(v, FLOAT16, level); \
+        default: return vectors_as(v, FLOAT32, level); \
+        } \
+    }
+LEVELS(BY_DTYPE)
+
+/* decode_units; 0 where a value is NaN, whose bits are torch's to say. */
+EXPORT int32_t lorafuse_units(const struct units *u) { return AT_LEVEL(u->level, units, u); }
+
+/* decode_vectors, of vectors that lie in one row; 0 as above, or where a vector is too long. */
+EXPORT int32_t lorafuse_vectors(const struct vectors *v) {
+    return v->size <= PART && AT_LEVEL(v->level, vectors, v);
+}
+
+/* small_floats.py */
+
+INLINE float of_e4m3(uint32_t byte) {
+    uint32_t bits = (byte & 0x7F) << 20, exponent = bits & 0x07800000;
+    float small = as_float(bits + 0x3C800000) - as_float(0x3C800000); /* subnormal: without the leading 1 */
+    bits = pick(exponent != 0, bits + 0x3C000000, as_bits(small)) | (byte & 0x80) << 24;
+    return as_float(pick((byte & 0x7F) == 0x7F, 0x7FC00000, bits));
+}
+
+#define E4M3(suffix, level, target) \
+    target static void e4m3##suffix(const uint8_t *codes, float *values, int64_t n) { \
+        for (int64_t i = 0; i < n; i++) \
+            values[i] = of_e4m3(codes[i]); \
+    }
+LEVELS(E4M3)
+
+/* e4m3. */
+EXPORT void lorafuse_e4m3(const uint8_t *codes, float *values, int64_t n, int32_t level) {
+    AT_LEVEL(level, e4m3, codes, values, n);
 }

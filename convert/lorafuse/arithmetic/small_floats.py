@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from lorafuse.arithmetic import compiled
 from lorafuse.arithmetic.arena import Arena, to_device_of
 from lorafuse.arithmetic.dequantize import NARROW
 
@@ -16,6 +17,9 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and the same again with the 
 
 def e4m3(codes: torch.Tensor, values: torch.Tensor, arena: Arena) -> None:
     """values (fp32, as many) = the numbers that codes (uint8, 1-D) are."""
+    if arena.kernel and codes.is_contiguous():
+        compiled.e4m3(arena.kernel, codes, values)
+        return
     # Shifted by 7, sign, exponent and mantissa lie where fp16 has them, with a bias that is greater by 8.
     # torch's own conversion takes 13 times as long (bench/speed has the figures of this).
     halves = arena.get(NARROW, codes.numel(), torch.int16)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from lorafuse.arithmetic.arena import DECODED_FP32, Arena
-from lorafuse.arithmetic.dequantize import select
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.vectors import decode_vectors
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
 from lorafuse.codecs.held import ComputedOnce
 from lorafuse.codecs.model_dtype import out_dtype
@@ -126,31 +126,7 @@ class Codebooks(Sources):
         made = arena.get("aqlm.made", len(groups) * height * n_cols, getattr(torch, self.spec.torch_name))
         codes, scales, books = (arena.place(tensor) for tensor in raw)
         codes = codes.view(getattr(torch, self._codes.torch_name)).view(len(groups), *self._codes.shape[1:])
-        numbers = scales.view(self._dtype).float()
-        step = max(CHUNK_NUMEL // (height * n_cols), 1)
-        for first in range(0, len(groups), step):
-            part = slice(first, first + step)
-            values = self._sums(codes[part], books, arena)
-            values.copy_(values.to(self._dtype)).mul_(numbers[part, None])
-            # Back in fp32: between two dtypes of 16 bits, torch copies element by element.
-            values.copy_(values.to(self._dtype))
-            vectors = values.view(-1, self._codes.shape[1], height, self._width)
-            turned = made.view(len(groups), height, self._codes.shape[1], self._width)[part]
-            turned.copy_(vectors.transpose(1, 2))
+        matrix = made.view(len(groups), height, self._codes.shape[1], self._width)
+        decode_vectors(codes, books, scales.view(self._dtype), matrix, arena)
         skipped = (rows.start - groups.start * height) * n_cols
         return made[skipped : skipped + len(rows) * n_cols]
-
-    def _sums(self, codes: torch.Tensor, books: torch.Tensor, arena: Arena) -> torch.Tensor:
-        """float32 [groups, og · K]: the sums of vectors, one codebook after another."""
-        n_vectors, length = codes.shape[0] * codes.shape[1], books.shape[1]
-        numel = n_vectors * books.shape[2]
-        sums, term = (arena.get(name, numel, torch.float32) for name in (DECODED_FP32, "aqlm.term"))
-        vectors = arena.get("aqlm.vectors", numel, self._dtype)
-        for number, book in enumerate(books):
-            index = codes[:, :, number].reshape(-1).int().bitwise_and_(length - 1)
-            select(book, index, vectors)
-            if number == 0:
-                sums.copy_(vectors)
-            else:
-                sums.add_(term.copy_(vectors))
-        return sums.view(codes.shape[0], -1)

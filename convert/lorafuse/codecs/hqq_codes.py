@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from lorafuse.arithmetic.arena import DECODED_FP32, Arena
+from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.units import Numbers, decode_units
 from lorafuse.codecs.conv1d import CHUNK_NBYTES_PER_ELEMENT, CHUNK_NUMEL
 from lorafuse.codecs.sources import Raw, Scheme, Sources
 from lorafuse.files.stores import Store
@@ -51,23 +52,13 @@ class Layout:
         wrapped = first + n - self.n_groups
         return [(first, first + n)] if wrapped <= 0 else [(first, self.n_groups), (0, wrapped)]
 
-    def spread(self, numbers: torch.Tensor, run: range, part: range) -> Iterator[tuple[range, torch.Tensor]]:
-        """(some elements of `part`, counted from its first; their numbers, [n, 1] where they are n groups,
-        else [1, a number for each of as many elements]). `numbers` are those that `groups` gives for
-        `run`."""
-        if self.by_columns and len(run) < self.n_groups:
-            yield range(len(part)), numbers[None, part.start - run.start : part.stop - run.start]
-            return
-        period = self.n_groups if self.by_columns else self.group_size
-        head = min(-(-part.start // period) * period, part.stop)
-        tail = max(part.stop // period * period, head)
-        for start, stop in ((part.start, head), (head, tail), (tail, part.stop)):
-            if start == stop:
-                continue
-            first, n = start // period - run.start // period, -(-(stop - start) // period)
-            at = slice(start % period, start % period + min(stop - start, period))
-            of_these = numbers[None, at] if self.by_columns else numbers[first : first + n, None]
-            yield range(start - part.start, stop - part.start), of_these
+    def numbers(self, zeros: torch.Tensor, scales: torch.Tensor, run: range, start: int) -> Numbers:
+        """Those of elements [start, …), out of what `groups` gives for `run`."""
+        if not self.by_columns:
+            first = run.start // self.group_size * self.group_size
+            return Numbers(zeros, scales, self.group_size, start - first)
+        first = run.start if len(run) < self.n_groups else 0
+        return Numbers(zeros, scales, 0, (start - first) % self.n_groups)
 
 
 class PackedUnits(Sources):
@@ -80,6 +71,7 @@ class PackedUnits(Sources):
         self.spec, self.out_dtype, self._layout = spec, spec.dtype, layout
         self.nbytes = CHUNK_NUMEL * CHUNK_NBYTES_PER_ELEMENT
         self._dtype = getattr(torch, DTYPES[layout.dtype][1])
+        self._unit = torch.int32 if layout.packing.unit_nbytes == 4 else torch.uint8
 
     def will_need(self, box: Box) -> None:
         size = self._layout.packing.unit_nbytes
@@ -113,38 +105,11 @@ class PackedUnits(Sources):
         if not run:
             return made
         *units, scales, zeros = (arena.place(tensor) for tensor in raw)
+        bits, n_codes, _ = layout.packing
         for tensor, (place, first, last) in zip(units, layout.places(run.start, run.stop), strict=True):
-            begin = place * layout.n_units
-            for start in range(begin + first, begin + last, CHUNK_NUMEL):
-                part = range(start, min(start + CHUNK_NUMEL, begin + last))
-                at = slice(part.start - begin - first, part.stop - begin - first)
-                codes = self._codes(tensor, place, at, arena)
-                values = arena.get(DECODED_FP32, len(part), torch.float32).copy_(codes)
-                for some, numbers in layout.spread(zeros, run, part):
-                    _as_matrix(values, some, numbers).sub_(numbers.float())
-                self._round(values)
-                for some, numbers in layout.spread(scales, run, part):
-                    _as_matrix(values, some, numbers).mul_(numbers.float())
-                if self._dtype != made.dtype:
-                    self._round(values)
-                made[part.start - run.start : part.stop - run.start].copy_(values)
+            start = place * layout.n_units + first
+            part = made[start - run.start : start - run.start + last - first]
+            numbers = layout.numbers(zeros, scales, run, start)
+            shift = bits * (n_codes - 1 - place)
+            decode_units(tensor.view(self._unit), shift, (1 << bits) - 1, numbers, part, arena)
         return made
-
-    def _codes(self, units: torch.Tensor, place: int, at: slice, arena: Arena) -> torch.Tensor:
-        bits, n_codes, nbytes = self._layout.packing
-        chosen = (units.view(torch.int32) if nbytes == 4 else units)[at]
-        if n_codes == 1:
-            return chosen
-        codes = arena.get("hqq.codes", len(chosen), chosen.dtype)
-        torch.bitwise_right_shift(chosen, bits * (n_codes - 1 - place), out=codes)
-        return codes.bitwise_and_((1 << bits) - 1)
-
-    def _round(self, values: torch.Tensor) -> None:
-        if self._dtype != torch.float32:
-            values.copy_(values.to(self._dtype))
-
-
-def _as_matrix(values: torch.Tensor, some: range, numbers: torch.Tensor) -> torch.Tensor:
-    """Some of the values, in the shape that their numbers are broadcast to."""
-    n_rows = len(numbers) if numbers.shape[1] == 1 else -1
-    return values[some.start : some.stop].view(n_rows, -1 if n_rows > 0 else numbers.shape[1])

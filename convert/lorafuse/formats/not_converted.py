@@ -17,7 +17,7 @@ from lorafuse.codecs.other_formats import quantizations
 from lorafuse.codecs.sources import Sources
 from lorafuse.errors import UsageError, shown
 from lorafuse.formats.modules import EXPERTS, Modules, Parts, catching_nothing_else
-from lorafuse.formats.own_words import auto_round, gptq, mlx, modelopt
+from lorafuse.formats.own_words import aqlm, auto_round, gptq, mlx, modelopt
 
 _ANNOUNCING = ("quantization_config", "compression_config", "_load_in_4bit", "_load_in_8bit")
 
@@ -55,6 +55,7 @@ OWN_WORDS: dict[str, Callable[[dict[str, Any], Parts], dict[str, Any]]] = {
     "auto-round": auto_round,
     "intel/auto-round": auto_round,
     "MLX": mlx,
+    "aqlm": aqlm,
 }
 _IN_HEADERS = ("torchao",)
 _SECTIONS = ("quantization_config", "compression_config", "quantization")

@@ -1,11 +1,14 @@
-"""Quantizations whose configs have no list of what is dense, but other words for it. Each function returns
-the section of an output, of that of its base.
+"""Quantizations whose configs have other words for what is dense than a list of modules. Each function
+returns the section of an output, of that of its base.
 
     GPTQ         `modules_in_block_to_quantize` lists what is quantized: transformers (optimum) compares the
                  end of a module's name, vLLM any part of it. gptqmodel knows `dynamic` instead: "-:" and an
                  expression, matched from the start of a name, for what is dense; the first match counts.
     auto-round   `extra_config` has what is true of a module under its name; 16 bits are none of its codes
     MLX          false under a module's name
+    AQLM         `linear_weights_not_to_quantize` has names of weights, for transformers 4; transformers 5
+                 reads each as it reads modules elsewhere, so that both names are listed; neither leaves
+                 anything dense that is not
 
 ModelOpt has a list; with several formats (quant_algo MIXED_PRECISION) `quantized_layers` has the format of
 each module besides, and so have the `targets` of `config_groups`: modelopt 0.47,
@@ -16,7 +19,7 @@ import re
 from functools import cache
 from typing import Any
 
-from lorafuse.formats.modules import EXPERTS, Parts
+from lorafuse.formats.modules import EXPERTS, Parts, catching_nothing_else
 
 _BLOCK = re.compile(r"(?:.*?\.)?\d+\.(.+)")  # the name in the layer
 
@@ -57,6 +60,14 @@ def auto_round(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
 def mlx(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
     """MLX has the names that are on disk."""
     return section | dict.fromkeys(parts.on_disk, False)
+
+
+def aqlm(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
+    before, names = section.get("linear_weights_not_to_quantize") or [], parts.names
+    dense = [*names.of(names.dense_matrices()), *parts.dense]
+    modules = catching_nothing_else(dense, parts.quantized)
+    entries = [*before, *modules, *(f"{name}.weight" for name in dense)]
+    return section | {"linear_weights_not_to_quantize": list(dict.fromkeys(entries))}
 
 
 def modelopt(section: dict[str, Any], parts: Parts) -> dict[str, Any]:
