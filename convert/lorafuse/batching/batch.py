@@ -21,7 +21,7 @@ from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
 from lorafuse.batching.pushes import pushes_of
 from lorafuse.batching.rehearsal import Rehearsal
-from lorafuse.batching.spread import ChosenEngine, checked_engine
+from lorafuse.batching.spread import ChosenEngine, around, checked_engine
 from lorafuse.batching.spread_jobs import spread_jobs
 from lorafuse.errors import LorafuseError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
@@ -120,9 +120,8 @@ def _shared_out(
         on_event({"event": "warning", "message": f"{shown(name)}: holds no adapter, and is left out."})
     todo = share_of(everything, *number)
     if spread_by:
-        return spread_jobs(
-            todo, wanted.settings, spread_by, partial(_by_worker, wanted, everything), on_event
-        )
+        sees, by_worker = [wanted.ckpt, around(wanted.out_root)], partial(_by_worker, wanted, everything)
+        return spread_jobs(todo, wanted.settings, spread_by, sees, by_worker, on_event)
     return _batch(wanted, everything, todo, on_event)
 
 
