@@ -7,11 +7,11 @@ a core of its own (taskset); all write to the work directory's disk, and the inp
 coefficients come from one worker, on a quarter and on half of the layers, each the median of three: how long
 it takes to start and to plan, to make a byte that is decoded and one that is copied, to commit a byte; for a
 batch from calls with one job and with five; and from dd, how fast the disk takes what is written. They are
-checked against whole runs by one and by two workers, which they were not made from.
-*Serial* is what each worker does for itself, its start and its plan, and the commit, which one process does
-with as many cores as it has. *Divided* is what falls to the worker that has most: files are whole, and so are
-jobs. All workers wait for the disk where it takes less than they make. A prediction holds where a worker has
-such a core; the time to decode is that of NF4.
+checked against whole runs by one and by two workers, which they were not made from. *Serial* is what each
+worker does for itself, its start and its plan, and the commit, which one process does with as many cores as
+it has. *Divided* is what falls to the worker that has most: files are whole, and so are jobs. All workers
+wait for the disk where it takes less than they make. A prediction holds where a worker has such a core; the
+time to decode is that of NF4.
 """
 
 import json
@@ -246,8 +246,8 @@ def report(work: Path, layers: int) -> str:
             one_result(work, whole, known),
             f"{N_JOBS} adapters on q_proj and v_proj of it, at most {MOST} to a pass:",
             many_adapters(work, whole, layers, known.start_s),
-            "Predicted, not measured: one result of 671 B parameters in bfloat16, from NF4, in files of 5 GB, "
-            "by so many workers, and what they read and write together in a second.",
+            "Predicted, not measured: one result of 671 B parameters in bfloat16, from NF4, in files of 5 "
+            "GB: hours by so many workers, by how much storage gives and takes of all of them in a second.",
             predicted_huge(known),
         ]
     )

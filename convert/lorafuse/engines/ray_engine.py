@@ -178,7 +178,8 @@ class RayEngine:
         said = (
             f"No worker has said anything for {SILENCE_S:.0f} s. Of {n_cpus:g} CPUs of this Ray "
             f"{free.get('CPU', 0):g} are free, and {sized(free.get('memory', 0))} of memory; a task asks for "
-            f"{task.n_cpus} and {sized(_memory_of(task))}. lorafuse waits: for workers that start, or for others that end."
+            f"{task.n_cpus} and {sized(_memory_of(task))}. lorafuse waits: for workers that start, or for "
+            "others that end."
         )
         try:
             _refuse_unfit(task, alive)
