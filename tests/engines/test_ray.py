@@ -251,10 +251,11 @@ def test_all_cores_are_taken(cluster, convert, clean, tmp_path, monkeypatch):
     """The user is told, and the call goes on when others end. Ray is the caller's here, and stays."""
     import ray
 
+    n_cpus = 2 * len(os.sched_getaffinity(0))
     monkeypatch.setattr(ray_engine, "SILENCE_S", 0.5)
     ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
     try:
-        others = ray.remote(time.sleep).options(num_cpus=2 * len(os.sched_getaffinity(0))).remote(600)
+        others = ray.remote(lambda: time.sleep(600)).options(num_cpus=n_cpus).remote()
         while ray.available_resources().get("CPU"):
             time.sleep(0.05)
         said = []
