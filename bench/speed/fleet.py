@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.speed.batch import LARGE, MOST, N_LARGE, Llama, jobs
@@ -177,7 +178,7 @@ def one_result(work: Path, whole: tuple[Path, Path], known: Coefficients) -> str
         with measure.scratch(work) as outputs:
             out = outputs / "merged"
             size = size_of(*whole, out)
-            files_s, commit_s = medians(lambda n=n, out=out: result_of(*whole, out, n, n))  # type: ignore[misc]
+            files_s, commit_s = medians(partial(result_of, *whole, out, n, n))
         of_files = checked(known.files_s(size, n, SHARD_NBYTES, written_rate(work, size.nbytes)), files_s)
         rows.append([str(n), *of_files, *checked(known.committed_s(size, n), commit_s)])
     said = ("predicted, s", "measured, s", "error")
