@@ -4,12 +4,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import lorafuse
+from lorafuse import cli
 from lorafuse.batching import spread, spread_jobs
 from lorafuse.batching.jobs import JobState
 from lorafuse.engines.engine import Tally
-from lorafuse.errors import StorageError
+from lorafuse.errors import OutDirError, StorageError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 BASE, ADAPTER = FIXTURES / "llama-nf4", FIXTURES / "llama-adapter"
@@ -51,3 +53,36 @@ def test_results_that_are_made_on_another_file_system(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"root/llama-adapter: a worker has made it, and this machine"):
         lorafuse.batch(BASE, jobs, tmp_path / "root", engine="ray")
     assert {*engine.tasks[0].sees} == {str(BASE), str(ADAPTER), str(tmp_path)}
+
+
+def list_jobs(path, n):
+    path.write_text("".join(f'{{"adapter": "{ADAPTER}", "name": "job-{i}"}}\n' for i in range(n)))
+    return path
+
+
+def test_a_task_has_its_own_jobs_alone(tmp_path, monkeypatch):
+    """Ten thousand jobs are looked at once, not by each worker."""
+    engine = Elsewhere()
+    monkeypatch.setattr(spread_jobs, "engine_named", lambda *_: nullcontext(engine))
+    monkeypatch.setattr(engine, "slots", lambda n_cpus: 3)
+    monkeypatch.setattr(engine, "results", list)
+    with pytest.raises(KeyError, match="job-0"):  # nobody has done it
+        lorafuse.batch(BASE, list_jobs(tmp_path / "jobs.jsonl", 9), tmp_path / "root", engine="ray")
+    names = [[[job.name for job in jobs] for jobs in task.call.args[1:]] for task in engine.tasks]
+    assert names == [[[f"job-{i}" for i in range(first, first + 3)]] * 2 for first in (0, 3, 6)]
+
+
+def test_a_result_in_the_place_of_an_input(tmp_path, monkeypatch):
+    """Before an engine is asked for."""
+    monkeypatch.setattr(spread_jobs, "engine_named", lambda *_: 1 / 0)
+    (tmp_path / "job-8").symlink_to(ADAPTER)
+    with pytest.raises(OutDirError, match="would take the place of the input"):
+        lorafuse.batch(BASE, list_jobs(tmp_path / "jobs.jsonl", 9), tmp_path, engine="ray")
+
+
+def test_the_number_of_a_pod_is_not_for_an_engine(tmp_path):
+    """Which divides the jobs itself: nothing is asked of Kubernetes."""
+    words = ["batch", str(BASE), str(list_jobs(tmp_path / "jobs.jsonl", 1)), str(tmp_path / "root")]
+    words += ["--engine", "ray", "--address", "127.0.0.1:1"]
+    ran = CliRunner().invoke(cli.lorafuse, words, env={"JOB_COMPLETION_INDEX": "0"})
+    assert ran.exit_code == 5 and "127.0.0.1:1: Ray cannot be reached" in ran.output

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from bench.speed.batch import LARGE, MOST, Llama
 from bench.speed.fleet import BatchCoefficients, Coefficients, Size
 

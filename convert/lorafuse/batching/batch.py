@@ -35,7 +35,7 @@ from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, asks_for_base, checkpoint_folder, located_adapter
 from lorafuse.outdir.kinds import kind_of
-from lorafuse.settings import Push, Settings, parse_nbytes
+from lorafuse.settings import AUTO, Push, Settings, parse_nbytes
 from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
@@ -119,17 +119,26 @@ def _shared_out(
     for name in others:
         on_event({"event": "warning", "message": f"{shown(name)}: holds no adapter, and is left out."})
     todo = share_of(everything, *number)
-    if spread_by:
-        sees, by_worker = [wanted.ckpt, around(wanted.out_root)], partial(_by_worker, wanted, everything)
+    if spread_by:  # what concerns all jobs is looked at here, not by each worker
+        wanted = wanted._replace(ckpt=_named_ckpt(wanted.ckpt, everything))
+        refuse_overlap(everything, open_folder(wanted.out_root), checkpoint_folder(wanted.ckpt))
+        quant = wanted.settings.base_quant
+        by_worker = partial(_by_worker, wanted, everything if quant and quant.kind == AUTO else None)
+        sees = [wanted.ckpt, around(wanted.out_root)]
         return spread_jobs(todo, wanted.settings, spread_by, sees, by_worker, on_event)
     return _batch(wanted, everything, todo, on_event)
 
 
+def _named_ckpt(ckpt: str, jobs: Sequence[Job]) -> str:
+    """The checkpoint, be it that which all adapters name."""
+    return base_of_all(jobs) if asks_for_base(ckpt) else ckpt
+
+
 def _by_worker(
-    wanted: WantedBatch, everything: Sequence[Job], todo: Sequence[Job], settings: Settings
+    wanted: WantedBatch, everything: Sequence[Job] | None, todo: Sequence[Job], settings: Settings
 ) -> Callable[[OnEvent], list[JobState]]:
-    """The call that does some of the jobs in another process."""
-    return partial(_batch, wanted._replace(settings=settings), everything, todo)
+    """The call that does some of the jobs in another process. `everything`: where that needs them all."""
+    return partial(_batch, wanted._replace(settings=settings), everything or todo, todo)
 
 
 def _batch(
@@ -142,7 +151,7 @@ def _batch(
     if pushes and scheme_of(out_root):
         raise UsageError(f"{shown(out_root)}: --push-to-hub needs a directory of this machine.")
     device = pick_device(settings.device)
-    ckpt = base_of_all(everything) if asks_for_base(ckpt) else ckpt
+    ckpt = _named_ckpt(ckpt, everything)
     ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)
     with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, as_named(ckpt), []) as hashes:
