@@ -21,7 +21,7 @@ from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
 from lorafuse.batching.pushes import pushes_of
 from lorafuse.batching.rehearsal import Rehearsal
-from lorafuse.batching.spread import ChosenEngine, around, checked_engine
+from lorafuse.batching.spread import ChosenEngine, checked_engine
 from lorafuse.batching.spread_jobs import spread_jobs
 from lorafuse.errors import LorafuseError, UsageError, shown
 from lorafuse.events import OnEvent, ignore
@@ -31,6 +31,7 @@ from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named
 from lorafuse.files.local_folder import as_typed, directory_as_typed
 from lorafuse.files.names import scheme_of
+from lorafuse.files.seen import there_around
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, asks_for_base, checkpoint_folder, located_adapter
@@ -124,7 +125,7 @@ def _shared_out(
         refuse_overlap(everything, open_folder(wanted.out_root), checkpoint_folder(wanted.ckpt))
         quant = wanted.settings.base_quant
         by_worker = partial(_by_worker, wanted, everything if quant and quant.kind == AUTO else None)
-        sees = [wanted.ckpt, around(wanted.out_root)]
+        sees = [wanted.ckpt, there_around(wanted.out_root)]
         return spread_jobs(todo, wanted.settings, spread_by, sees, by_worker, on_event)
     return _batch(wanted, everything, todo, on_event)
 

@@ -14,7 +14,7 @@ from lorafuse.engines.engine import Engine, Task
 from lorafuse.engines.engines import ENGINES, engine_named
 from lorafuse.errors import StorageError, UsageError, listed, shown
 from lorafuse.events import Event, OnEvent, WorkersEvent
-from lorafuse.files.names import scheme_of
+from lorafuse.files.seen import seen_here, there_around
 from lorafuse.outdir.kinds import kind_of, shared_kind_of
 from lorafuse.planning.parts import divided
 from lorafuse.settings import Settings
@@ -58,7 +58,7 @@ def spread(
     """Have all files of a job made, but those that an earlier run has taken while it committed. `call` gives
     what a worker does for a part; `inputs` are the names of what it reads. Returns the job that commits them.
     Raises what a worker raises, StorageError where what they make is not seen here."""
-    sees = seen_here([*inputs, around(job.out_dir)])
+    sees = seen_here([*inputs, there_around(job.out_dir)])
     if restart:  # here, since a worker that is begun again goes on
         with kind_of(job.out_dir).open_out_dir(job.out_dir, job.plan.plan_id, job.attempt, restart=True):
             pass
@@ -97,18 +97,6 @@ def task_of(name: str, call: Call, settings: Settings, sees: tuple[str, ...]) ->
     """A call with these settings as a task, for machines that see these paths."""
     on_gpu = device_kind(settings.device) != "cpu"
     return Task(name, call, settings.n_workers, settings.memory_nbytes, on_gpu, os.getcwd(), sees)
-
-
-def seen_here(names: Iterable[str]) -> tuple[str, ...]:
-    """Those that are paths of this machine, not ids of a hub or URLs."""
-    return tuple(name for name in names if not scheme_of(name) and os.path.exists(name))
-
-
-def around(place: str) -> str:
-    """The nearest directory that is there already; a URL as it is."""
-    while not scheme_of(place) and not os.path.isdir(place):
-        place = os.path.dirname(place) or os.curdir
-    return place
 
 
 def unseen(what: str) -> StorageError:

@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from lorafuse.batching.jobs import Job, JobState
 from lorafuse.batching.pass_size import MAX_MEMBERS
@@ -13,7 +12,6 @@ from lorafuse.batching.spread import (
     Call,
     ChosenEngine,
     for_workers,
-    seen_here,
     task_of,
     unseen,
     workers_event,
@@ -21,6 +19,7 @@ from lorafuse.batching.spread import (
 from lorafuse.engines.engines import engine_named
 from lorafuse.errors import shown
 from lorafuse.events import Event, OnEvent, warned_once
+from lorafuse.files.seen import is_result_seen, seen_here
 from lorafuse.settings import Settings
 
 
@@ -46,7 +45,7 @@ def spread_jobs(
             engine.submit(task_of(name, call(some, settings), settings, paths))
         for _, made in engine.results():
             for state in made:
-                if state.state == "done" and isinstance(state.out_dir, Path) and not state.out_dir.is_dir():
+                if state.state == "done" and not is_result_seen(state.out_dir):
                     raise unseen(shown(state.out_dir))
                 states[state.name] = state
         on_event(workers_event(engine))
