@@ -5,7 +5,7 @@ import math
 import pytest
 
 from bench.speed.batch import LARGE, MOST, Llama
-from bench.speed.fleet import BatchCoefficients, Coefficients, Size
+from bench.speed.fleet import BatchCoefficients, Coefficients, Size, doubtful
 
 KNOWN = Coefficients(start_s=10, decoded_s=2, copied_s=1, commit_s=0.5)
 SIZE = Size(decoded=90, copied=30)
@@ -52,3 +52,7 @@ def test_another_model():
     changed = {small: 16 * 2048 * (2048 + 512), LARGE: 80 * 8192 * (8192 + 1024)}
     assert known.job_s == pytest.approx(2 * changed[LARGE] / changed[small])
     assert known.later == pytest.approx(changed[LARGE] / LARGE.numel)
+
+
+def test_what_only_others_can_have_made_is_said():
+    assert doubtful(1, 2, 0.1) == "" and "not idle" in doubtful(1, -0.1, 2)

@@ -69,7 +69,7 @@ class RayEngine:
         )
         self._remote = self._ray.remote(_run)
         self._versions = versions()
-        self._nodes = self._alive()
+        self._heard_at, self._nodes = time.monotonic(), self._alive()
         if not self._nodes:
             raise UsageError(
                 f"{shown(self._address)}: no machine of this Ray offers CPUs. Start workers there "
