@@ -75,8 +75,8 @@ class PlanEvent(TypedDict):
     `parts`: what each of several workers makes, and `part`: which of them this is, whose files alone are in
     `shards`; `job`: of a batch. The fields after it are those of a dry run: the bytes of all weights in each
     format that the base allows; the inputs; the weights that change, by name and as a number for each kind of
-    module; the memory limit; the disk; and the time, None where nobody can tell. A verification says `nbytes`
-    and no shards."""
+    module; the memory limit; the disk; the time, None where nobody can tell; of `convert` the device, and why
+    it was chosen where there was a choice. A verification says `nbytes` and no shards."""
 
     event: Literal["plan"]
     nbytes: int
@@ -100,6 +100,7 @@ class PlanEvent(TypedDict):
     memory_nbytes: NotRequired[int]
     disk: NotRequired[Disk]
     estimate: NotRequired[Estimate | None]
+    device: NotRequired[str]
     push_to_hub: NotRequired[str]
 
 

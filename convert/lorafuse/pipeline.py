@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 
 from lorafuse.arguments import checked
-from lorafuse.arithmetic.arena import pick_device
+from lorafuse.arithmetic.devices import check_device, choose_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.answers import add_answers, refuse_full, speeds_of
 from lorafuse.batching.division import Division, announce_parts, checked_division, part_of
@@ -39,6 +40,7 @@ from lorafuse.outdir.kinds import kind_of
 from lorafuse.planning.announce import announced
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.planning.plan import Plan
+from lorafuse.planning.work import work_of
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import kept_in_sum
 from lorafuse.receipt.write import peak_rss
@@ -130,7 +132,8 @@ class Wanted(NamedTuple):
 def _convert(wanted: Wanted, on_event: OnEvent) -> Receipt | PlanEvent | PartEvent:
     """The same with checked options."""
     began, (ckpt, named, writing, settings) = time.perf_counter(), wanted
-    device, check = pick_device(settings.device), partial(_check_out_dir, writing)
+    check_device(settings.device)
+    check = partial(_check_out_dir, writing)
     check(map(open_folder, [ckpt, *(name for name, _ in named)]))  # before anything is fetched
     folder_names = [settings.adapter_name, *[None] * (len(named) - 1)]
     located = [
@@ -146,6 +149,8 @@ def _convert(wanted: Wanted, on_event: OnEvent) -> Receipt | PlanEvent | PartEve
             settings = settled(settings, base, [folder for each in located for folder in each.folders])
             held = kind_of(writing.out_dir).held_nbytes
             plan = make_plan(base, adapters, settings, each_format=writing.dry_run, held_by_writing=held)
+            chosen = choose_device(settings.device, partial(work_of, plan))
+            settings, device = replace(settings, device=chosen.name), chosen.device
             warnings, planned = announced(plan, dry_run=writing.dry_run)
             for warning in warnings:
                 on_event(warning)
@@ -153,6 +158,7 @@ def _convert(wanted: Wanted, on_event: OnEvent) -> Receipt | PlanEvent | PartEve
                 announce_parts(planned, plan, writing.division)
             if writing.dry_run:
                 add_answers(planned, plan, base, adapters, settings, writing.out_dir)
+                planned["device"] = chosen.said
                 planned["estimate"] = speeds_of(plan, base, writing.out_dir, device).estimate(plan.shards)
             on_event(planned)
             if writing.dry_run:

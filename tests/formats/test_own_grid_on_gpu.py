@@ -2,8 +2,11 @@
 what the sums start from, the host makes what is stored. Kernels and host agree bit for bit on a CPU, where
 the same code is run here."""
 
+from threading import get_ident
+
 import pytest
 import torch
+from late_device import LateDevice, same_figures
 from safetensors.torch import load_file
 
 import lorafuse
@@ -18,22 +21,6 @@ def stored(folder):
     return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """as_on_a_gpu() → runs take the code for a GPU from now on, with the CPU as their device."""
-    device, make = torch.device("cpu", 0), Arena.__init__
-
-    def init(arena, of):
-        make(arena, of)
-        arena.on_host = of != device
-
-    def begin():
-        monkeypatch.setattr(Arena, "__init__", init)
-        monkeypatch.setattr("lorafuse.pipeline.pick_device", lambda name: device)
-
-    return begin
-
-
 @pytest.mark.parametrize(
     ("kind", "lora", "options"),
     [
@@ -44,20 +31,30 @@ def as_on_a_gpu(monkeypatch):
         ("gpt2_bf16", GPT2, {"base_quant": "int8", "format": "base", "rounding": "nearest"}),
     ],
 )
-def test_bytes_are_those_of_the_host(kind, lora, options, base, adapter, tmp_path, monkeypatch, as_on_a_gpu):
+def test_bytes_are_those_of_the_host(kind, lora, options, base, adapter, tmp_path, monkeypatch):
     inputs = base(kind), adapter(kind, **lora)
     monkeypatch.setattr("lorafuse.planning.plan.TILE_NUMEL", 1 << 11)  # several tiles to a weight
     of_host = lorafuse.convert(*inputs, tmp_path / "host", **options)
-    as_on_a_gpu()
-    by_kernels = []
-    monkeypatch.setattr(
-        "lorafuse.trained_base.on_gpu.ByKernels._quantized",
-        lambda self, weight, really=ByKernels._quantized: by_kernels.append(1) or really(self, weight),
-    )
+    LateDevice().installed(monkeypatch)
+    by_kernels, unfinished = [], {}  # by the thread that makes it: a weight
+    quantized, decode, settle = ByKernels._quantized, ByKernels.decode, Arena.settle
+
+    def made(sources, weight):
+        by_kernels.append(1)
+        unfinished[get_ident()] = sources
+        return quantized(sources, weight)
+
+    def decoded(sources, *args):  # by any worker: whoever made the weight has waited for it
+        assert sources not in unfinished.values()
+        return decode(sources, *args)
+
+    monkeypatch.setattr(ByKernels, "_quantized", made)
+    monkeypatch.setattr(ByKernels, "decode", decoded)
+    monkeypatch.setattr(Arena, "settle", lambda arena: settle(arena) or unfinished.pop(get_ident(), None))
     of_gpu = lorafuse.convert(*inputs, tmp_path / "gpu", **options)
     found, expected = stored(tmp_path / "gpu"), stored(tmp_path / "host")
     assert found.keys() == expected.keys() and by_kernels
     for name, tensor in expected.items():
         assert tensor.dtype == found[name].dtype
         assert torch.equal(tensor.view(-1).view(torch.uint8), found[name].view(-1).view(torch.uint8)), name
-    assert of_gpu["tensors"] == of_host["tensors"]
+    same_figures(of_gpu, of_host)

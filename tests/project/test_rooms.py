@@ -220,8 +220,10 @@ def test_one_file_knows(word: str, file: str) -> None:
 @pytest.mark.parametrize("path", [p for p in FILES if top(p) != "arithmetic"], ids=relative)
 def test_arithmetic_alone_knows_devices(path: Path) -> None:
     """What is computed where, and by which implementation, is chosen in arithmetic/."""
-    pattern = r"(.*\.)?device\.type|torch\.cuda(\..*)?"
+    pattern = r"(.*\.)?device\.type|torch\.cuda(\..*)?|.*\.(pin_memory|record_stream)"
     assert not {name for name in used_names(path) if re.fullmatch(pattern, name)}
+    words = (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.keyword))
+    assert not {"non_blocking", "pin_memory"} & {word.arg for word in words}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if relative(p) != "codecs/sources.py"], ids=relative)

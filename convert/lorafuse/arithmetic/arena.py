@@ -2,14 +2,8 @@
 
 import torch
 
-from lorafuse.arithmetic import kernel
-from lorafuse.errors import UsageError
+from lorafuse.arithmetic import kernel, lanes
 from lorafuse.files.stores import Store
-
-
-def cuda_devices() -> list[str]:
-    """The names of the GPUs that torch sees."""
-    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def host_view(tensor: torch.Tensor) -> memoryview:
@@ -28,18 +22,41 @@ class Arena:
     compiled one, where it is to be used."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.on_host = device, device.type == "cpu"
+        self.device, self._lane = device, lanes.lane_of(device)
+        self._staging = lanes.Staging(self._lane) if self._lane else None
+        self.on_host = self._lane is None
         self.kernel = kernel.chosen() if self.on_host else None
         self._pool: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._on_host: Arena | None = None
 
+    def bind(self) -> None:
+        """The calling thread is the worker, until it ends."""
+        if self._lane:
+            self._lane.bind()
+
+    def settle(self) -> None:
+        """Returns when all is done that was begun on the device: only then the host reads what came back, and
+        other threads use what was made. Raises what went wrong there."""
+        if self._staging:
+            self._staging.settle()
+
     def get(self, name: str, numel: int, dtype: torch.dtype, *, host: bool = False) -> torch.Tensor:
-        """An uninitialised 1-D tensor [numel]; the one of the last call with that name is no longer valid."""
+        """An uninitialised 1-D tensor [numel]; the one of the last call with that name is no longer valid.
+        `host`: on the host, from where a device copies by itself."""
+        if host and self._staging:
+            return self._staging.get(name, numel * dtype.itemsize).view(dtype)
         tensor = self._pool.get((name, dtype))
         if tensor is None or tensor.numel() < numel:
-            tensor = torch.empty(numel, dtype=dtype, device="cpu" if host else self.device)
+            tensor = torch.empty(numel, dtype=dtype, device=self.device)
             self._pool[name, dtype] = tensor
         return tensor[:numel]
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] on the host, in memory of its own, for what is brought back."""
+        if self._lane:
+            return self._lane.pinned(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     @property
     def host(self) -> "Arena":
@@ -57,8 +74,16 @@ class Arena:
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """A host tensor on the arena's device."""
-        # Not `to` on the CPU: for the small tensors of a tile the call would cost as much as the work.
-        return tensor if self.on_host else tensor.to(self.device)
+        return self._staging.copy_in(tensor) if self._staging else tensor
+
+    def table(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same of a tensor that lasts as long as the arena and does not change: it is copied once."""
+        if self.on_host:
+            return tensor
+        # With the tensor, lest another gets its id.
+        if id(tensor) not in self._tables:
+            self._tables[id(tensor)] = tensor, self.place(tensor)
+        return self._tables[id(tensor)][1]
 
     def beside(self, host: torch.Tensor, name: str) -> torch.Tensor:
         """A tensor like `host` (1-D) on the arena's device: scratch, or `host` itself where that is the
@@ -66,9 +91,10 @@ class Arena:
         return host if self.on_host else self.get(name, host.numel(), host.dtype)
 
     def bring_back(self, values: torch.Tensor, host: torch.Tensor) -> None:
-        """Copies what was made `beside` a host tensor into it, where that is not the same."""
-        if values is not host:
-            host.copy_(values)
+        """Copies what was made `beside` a part of a host buffer into it, where that is not the same; it is
+        there after `settle`."""
+        if self._lane:
+            self._lane.copy_out(values, host)
 
     def fetch(self, name: str, store: Store, key: str, start: int, nbytes: int) -> torch.Tensor:
         """Bytes [start, start + nbytes) of a stored tensor, uint8 [nbytes] on the host."""
@@ -76,6 +102,11 @@ class Arena:
         if nbytes:
             store.read_into(key, start, host_view(buffer))
         return buffer
+
+
+def to_device_of(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A small tensor of the host where the values are; nothing waits for it."""
+    return tensor.to(values.device, non_blocking=True)
 
 
 def transposed(values: torch.Tensor, n_rows: int, n_cols: int, name: str, arena: Arena) -> torch.Tensor:
@@ -95,21 +126,3 @@ def put(buffer: torch.Tensor, at: int, tensor: torch.Tensor) -> int:
 def host_arena() -> Arena:
     """Scratch on the host."""
     return Arena(torch.device("cpu"))
-
-
-def device_kind(name: str) -> str:
-    """`cpu` or `cuda`, of a device that `pick_device` takes: their bytes may differ."""
-    return pick_device(name).type
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA when torch sees it. Raises UsageError for a device that is not there, and
-    on the CPU for a compiled kernel that is not."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here.")
-    if device.type == "cpu":
-        kernel.chosen()
-    return device

@@ -62,7 +62,7 @@ def unpack_floats(packed: torch.Tensor, bits: int, n_codes: int, arena: Arena, l
     n_numbers = values.numel() * bits // _LOOKED_UP[bits]
     numbers = arena.get(NARROW, 2 * n_numbers, torch.int16).view(torch.int32)
     _numbers(packed.reshape(-1), _LOOKED_UP[bits], numbers)
-    table = arena.place(_table(bits, less))
+    table = arena.table(_table(bits, less))
     torch.index_select(table, 0, numbers, out=values.view(table.dtype))
     return values
 

@@ -31,7 +31,7 @@ def byte_pairs(quant_map: torch.Tensor) -> torch.Tensor:
 def look_up(packed: torch.Tensor, pairs: torch.Tensor, values: torch.Tensor, arena: Arena) -> None:
     """values[:2 * len(packed)] = the two values of each byte."""
     index = arena.get(NARROW, 2 * packed.numel(), torch.int16).view(torch.int32).copy_(packed)
-    torch.index_select(arena.place(pairs), 0, index, out=values[: 2 * packed.numel()].view(torch.float64))
+    torch.index_select(arena.table(pairs), 0, index, out=values[: 2 * packed.numel()].view(torch.float64))
 
 
 # Bytes of a vector → a dtype of as many. torch copies single elements three times as fast as short rows.

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.arena import Arena, to_device_of
 from lorafuse.arithmetic.dequantize import NARROW
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and the same again with the sign, which is the highest bit
@@ -21,8 +21,8 @@ def e4m3(codes: torch.Tensor, values: torch.Tensor, arena: Arena) -> None:
     halves = arena.get(NARROW, codes.numel(), torch.int16)
     halves.copy_(codes.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(-0x4001)
     values.copy_(halves.view(torch.float16)).mul_(256)
-    # No other number is as large: NaN has become 480.
-    if values.numel() and max(values.aminmax(), key=abs).abs() > 448:
+    # No other number is as large: NaN has become 480. The host looks first, which a device would wait for.
+    if not arena.on_host or (values.numel() and max(values.aminmax(), key=abs).abs() > 448):
         values.masked_fill_(values.abs() > 448, torch.nan)
 
 
@@ -43,7 +43,7 @@ def _powers() -> torch.Tensor:
 
 def e8m0(codes: torch.Tensor) -> torch.Tensor:
     """float32, the powers of two that codes (uint8) are, in their shape."""
-    powers = _powers().to(codes.device)
+    powers = to_device_of(codes, _powers())
     return powers.index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 

@@ -4,12 +4,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 from lorafuse.arguments import checked
-from lorafuse.arithmetic.arena import pick_device
+from lorafuse.arithmetic.devices import check_device, choose_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.base_of_all import base_of_all
 from lorafuse.batching.common_files import CommonFiles
@@ -36,6 +36,7 @@ from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, asks_for_base, checkpoint_folder, located_adapter
 from lorafuse.outdir.kinds import kind_of
+from lorafuse.planning.work import work_of_batch
 from lorafuse.settings import AUTO, Push, Settings, parse_nbytes
 from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
@@ -151,12 +152,16 @@ def _batch(
     pushes = pushes_of(everything, chosen.push)
     if pushes and scheme_of(out_root):
         raise UsageError(f"{shown(out_root)}: --push-to-hub needs a directory of this machine.")
-    device = pick_device(settings.device)
+    check_device(settings.device)
     ckpt = _named_ckpt(ckpt, everything)
     ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)
     with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, as_named(ckpt), []) as hashes:
         settings = settled(settings, base, _folders(everything))
+        # By all jobs, so that a call that goes on with some of them has the same device.
+        work = partial(work_of_batch, base, len(everything), settings.n_workers)
+        choice = choose_device(settings.device, work)
+        settings, device = replace(settings, device=choice.name), choice.device
         finished = ExistingResults(root, settings, hashes.result)
         common_files = CommonFiles(finished, chosen.share)
         under_way = Batch(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lorafuse.arithmetic.arena import device_kind
+from lorafuse.arithmetic.devices import device_kind
 from lorafuse.batching.division import Division
 from lorafuse.batching.one_pass import PlannedJob
 from lorafuse.engines.engine import Engine, Task
@@ -88,9 +88,10 @@ def _but_resumed(on_event: OnEvent, event: Event) -> None:
 
 
 def for_workers(settings: Settings, n_cpus: int) -> Settings:
-    """The settings of all workers, whatever their machines have: so many cores, and the kind of device that
-    this machine computes on."""
-    return replace(settings, n_threads=n_cpus, device=device_kind(settings.device))
+    """The settings of all workers, whatever their machines have: so many cores, and one kind of device; the
+    CPU, unless a plan has chosen or a user says so."""
+    kind = "cpu" if settings.device == "auto" else device_kind(settings.device)
+    return replace(settings, n_threads=n_cpus, device=kind)
 
 
 def task_of(name: str, call: Call, settings: Settings, sees: tuple[str, ...]) -> Task:

@@ -65,7 +65,7 @@ def _cuda() -> str:
     try:
         import torch
 
-        from lorafuse.arithmetic.arena import cuda_devices
+        from lorafuse.arithmetic.devices import cuda_devices
     except ImportError as e:
         return f"torch cannot be imported: {e}"
     return f"{', '.join(cuda_devices()) or 'no device'} (torch for {torch.version.cuda or 'the CPU'})"

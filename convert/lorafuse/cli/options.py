@@ -114,7 +114,7 @@ output_options = _all(
     click.option("--max-shard-size", type=Size(), default="5GB", show_default=True,
                  help="Largest output file, in decimal units; a larger tensor gets a file of its own."),
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]",
-                 help="Where tiles are computed; auto is CUDA when torch sees it."),
+                 help="Where tiles are computed; auto is a GPU where that is faster."),
     click.option("--memory-limit", type=Size(), default="100MB", show_default=True,
                  help="Bound on what the process holds beyond `import torch`."),
 )  # fmt: skip

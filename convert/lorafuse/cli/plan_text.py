@@ -51,6 +51,8 @@ def _lines(plan: Plan) -> Lines:
     yield "disk", disk_text(plan["disk"])
     workers = f"{plan['n_workers']} worker" + ("s" if plan["n_workers"] != 1 else "")
     yield "memory", f"at most {sized(plan['memory_nbytes'])} beyond `import torch`; {workers}"
+    if plan["device"] != "cpu":
+        yield "device", plan["device"]
     yield "time", time_text(plan["estimate"])
 
 

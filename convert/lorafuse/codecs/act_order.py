@@ -2,6 +2,7 @@
 
 import torch
 
+from lorafuse.arithmetic.arena import to_device_of
 from lorafuse.codecs.held import ComputedOnce
 from lorafuse.codecs.sources import Raw
 from lorafuse.errors import CheckpointError, shown
@@ -48,7 +49,7 @@ class Groups:
 
     def scale(self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
         """(matrix − zeros) · scales in place, all fp32; scales and zeros are [rows or 1, groups]."""
-        groups = self._held.get(self._load)[0].to(matrix.device)
+        groups = to_device_of(matrix, self._held.get(self._load)[0])
         step = max(_CHUNK_NUMEL // matrix.shape[1], 1)
         for first in range(0, len(matrix), step):
             part = matrix[first : first + step]
@@ -58,7 +59,7 @@ class Groups:
 
     def spread(self, by_group: torch.Tensor) -> torch.Tensor:
         """[rows, columns] of what is [rows, groups]."""
-        groups = self._held.get(self._load)[0].to(by_group.device)
+        groups = to_device_of(by_group, self._held.get(self._load)[0])
         return _spread(by_group, 0, len(by_group), groups)
 
 

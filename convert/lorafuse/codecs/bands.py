@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.arena import Arena, to_device_of
 from lorafuse.arithmetic.codes import whole_numbers
 from lorafuse.arithmetic.dequantize import NARROW
 from lorafuse.arithmetic.draws import Draws, of_run
@@ -203,7 +203,7 @@ class Bands(GridSources):
             starts = torch.arange(0, self.spec.shape[1], self._run, dtype=torch.int64, device=numbers.device)
             groups = starts.div_(groups, rounding_mode="floor")
         made = arena.get(name, len(numbers) * len(groups), torch.float32)
-        torch.index_select(numbers, 1, groups.to(numbers.device), out=made.view(-1, len(groups)))
+        torch.index_select(numbers, 1, to_device_of(numbers, groups), out=made.view(-1, len(groups)))
         return made
 
 

@@ -151,7 +151,8 @@ class FourBitSources(RecodedByColumns, GridSources):
         state = self._state
         if self._nested_map is None:
             return arena.place(raw[1])
-        codes, nested_map, nested = (arena.place(part) for part in (raw[1], self._nested_map, raw[2]))
+        codes, nested = arena.place(raw[1]), arena.place(raw[2])
+        nested_map = arena.table(self._nested_map)
         blocksize, skip = state.nested_blocksize, first % state.nested_blocksize
         offset, n = state.nested_offset, last - first
         return nested_scales(codes, nested_map, nested, blocksize, offset, skip, n, arena)
@@ -163,7 +164,8 @@ class FourBitSources(RecodedByColumns, GridSources):
         first, last = self._blocks(tile.box)
         skip, nbytes = tile.start - first * self._state.blocksize, self.codes_nbytes(tile.stop - tile.start)
         codes = buffer[:nbytes]
-        packed = arena.beside(codes, "bnb4.recoded").copy_(tile.raw[0][skip // 2 : skip // 2 + nbytes])
+        before = arena.place(tile.raw[0][skip // 2 : skip // 2 + nbytes])
+        packed = arena.beside(codes, "bnb4.recoded").copy_(before)
         scales = self._absmax(tile.raw, first, last, arena)
         grid = self.grid_of(packed, scales, self._state.blocksize, skip, arena)
         values, n_clipped = round_tile(grid, tile.base, tile.values, of_run(draws, tile.start), arena)

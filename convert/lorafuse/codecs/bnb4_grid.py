@@ -27,7 +27,7 @@ class Levels(NamedTuple):
 
     def on(self, arena: Arena) -> "Levels":
         """The same on the arena's device."""
-        ascending, codes, places = (arena.place(table) for table in self[:3])
+        ascending, codes, places = (arena.table(table) for table in self[:3])
         return Levels(ascending, codes, places, self.dtype, self.least)
 
 

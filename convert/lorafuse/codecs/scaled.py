@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lorafuse.arithmetic.arena import Arena
+from lorafuse.arithmetic.arena import Arena, to_device_of
 from lorafuse.arithmetic.codes import Codes, float8_levels
 from lorafuse.arithmetic.dequantize import NARROW
 from lorafuse.arithmetic.draws import Draws, of_run
@@ -99,7 +99,7 @@ class Grid:
         dtype = getattr(torch, DTYPES[self.dtype][1])
         if self.dtype.startswith("F8_"):
             # By no scratch of the arena's, in which the decoded weight may be.
-            values = arena.place(float8_levels(dtype)).index_select(0, raw.int())
+            values = arena.table(float8_levels(dtype)).index_select(0, raw.int())
         else:
             values = raw.view(dtype).float()
         return values.view(-1, self.n_cols)
@@ -111,7 +111,7 @@ class Grid:
             return values
         first = self._row_of(rows.start)
         places = torch.tensor([self._row_of(row) - first for row in rows], dtype=torch.int64)
-        return values.index_select(0, places.to(values.device))
+        return values.index_select(0, to_device_of(values, places))
 
 
 class Blocks(Protocol):

@@ -34,7 +34,7 @@ class Levels(NamedTuple):
 
     def on(self, arena: Arena) -> "Levels":
         """The same on the arena's device."""
-        ascending, codes, places, gaps = (arena.place(table) for table in self[:4])
+        ascending, codes, places, gaps = (arena.table(table) for table in self[:4])
         return Levels(ascending, codes, places, gaps, self.dtypes, self.least)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from lorafuse._version import __version__
 from lorafuse.adapters.reading.check_tensors import refuse_nonfinite
-from lorafuse.arithmetic.arena import device_kind
+from lorafuse.arithmetic.devices import device_kind
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folder import FileHash, Folder

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
+from lorafuse.arithmetic.lanes import is_host
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.errors import CheckpointError, LorafuseError, ResultError, shown
 from lorafuse.merge.destination import Destination
 from lorafuse.merge.feed import EVERYTHING_HERE, Feed
 from lorafuse.merge.tile import Made
 from lorafuse.merge.workers import TileWorkers
+from lorafuse.planning.memory import on_device
 from lorafuse.planning.plan import Memory
 from lorafuse.planning.shared_weights import SharedWeights, Variant
 
@@ -31,12 +33,14 @@ def merge(
     finite, also the base's own in weights that are not copied bit for bit, unless `allow_nonfinite`."""
     planned = SharedWeights([output.steps() for output in outputs])
     try:
+        memory = memory if is_host(device) else on_device(memory)
         with own_torch_state(), TileWorkers(planned, memory, device, feed) as workers:
             for tile in workers.tiles(outputs):
                 for variant, made in zip(tile.weight.variants, tile.made, strict=True):
                     if made.measures:
                         variant.measures.add(made.measures)
                     if tile.last:
+                        variant.measures.settle()
                         made.error = made.error or _complaint(variant, allow_nonfinite)
                     for number in variant.outputs:
                         if outputs[number].error is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, host_view
-from lorafuse.arithmetic.measure import Measures, count_broken, measure_tile
+from lorafuse.arithmetic.measure import Measures, count_broken, count_broken_there, measure_tile
 from lorafuse.codecs import Arena, Sources
 from lorafuse.codecs.encoder import FinishedTile, Piece
 from lorafuse.merge.destination import Destination, Timing
@@ -97,7 +97,9 @@ def _made(variant: Variant, tile: FinishedTile, buffer: torch.Tensor, arena: Are
     made.timing.compute_cpu_s = cpu_ended - cpu_began
     stored = step.encoder.decode(encoded, arena)
     made.measures = (
-        measure_tile(tile.base, total, stored, arena) if step.patches else _check_values(tile.base, stored)
+        measure_tile(tile.base, total, stored, arena)
+        if step.patches
+        else _check_values(tile.base, stored, arena)
     )
     if made.measures:
         made.measures.n_clipped = encoded.n_clipped
@@ -127,9 +129,11 @@ def patched(step: Step, base: torch.Tensor, start: int, arena: Arena) -> torch.T
     return total
 
 
-def _check_values(base: torch.Tensor, stored: torch.Tensor) -> Measures | None:
+def _check_values(base: torch.Tensor, stored: torch.Tensor, arena: Arena) -> Measures | None:
     """A cast to a narrower range can overflow, and a scale of a quantized weight can be NaN; what is copied
     is not looked at."""
+    if not arena.on_host:
+        return count_broken_there(base, stored)
     # One sum rather than isfinite: a hundredth of the time. It can overflow itself, so that elements are
     # counted then.
     return None if math.isfinite(float(stored.sum())) else count_broken(base, stored)

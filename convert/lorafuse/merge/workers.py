@@ -52,7 +52,7 @@ class TileWorkers:
         memory = self._memory
         for _ in range(memory.n_workers):
             sizes = [memory.tile_nbytes] * memory.n_variants
-            self._buffers.put([torch.empty(n, dtype=torch.uint8, device="cpu") for n in sizes])
+            self._buffers.put([self._loader.host_buffer(n) for n in sizes])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,6 +65,7 @@ class TileWorkers:
     def _start_worker(self) -> None:
         one_thread_here()
         self._local.arena = Arena(self._device)
+        self._local.arena.bind()
         self._local.buffers = self._buffers.get()
 
     def tiles(self, outputs: Sequence[Destination]) -> Iterator[Tile]:
@@ -124,6 +125,7 @@ class TileWorkers:
         for variant in weight.variants:
             try:
                 prepare(variant.step, weight.sources, self._loader)
+                self._loader.settle()
             except Exception as e:  # whatever it is, the other outputs go on
                 release(variant.step)
                 for number in variant.outputs:
@@ -155,6 +157,7 @@ class TileWorkers:
 
     def _prepare(self, sources: Sources) -> None:
         sources.prepare(self._local.arena)
+        self._local.arena.settle()
 
     def _make(self, weight: SharedWeight, start: int, stop: int, outputs: Sequence[Destination]) -> Tile:
         buffers = self._local.buffers[: len(weight.variants)]
@@ -164,6 +167,7 @@ class TileWorkers:
             if isinstance(weight.sources.store, Checkpoint):  # which all outputs share
                 raise
             made = [Made(error=e) for _ in weight.variants]
+        self._local.arena.settle()
         for variant, of_variant, buffer in zip(weight.variants, made, buffers, strict=True):
             takers = [outputs[number] for number in variant.outputs]
             write_tile(of_variant, buffer, [output for output in takers if output.error is None])

@@ -1,7 +1,8 @@
 """How the memory limit is spent: workers, each with the tile that it makes, and what patches hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lorafuse.arithmetic.lanes import DEVICE_NBYTES, lane_nbytes, n_lanes
 from lorafuse.errors import UsageError, shown
 from lorafuse.planning.plan import Memory
 from lorafuse.planning.shared_weights import SharedWeight, SharedWeights
@@ -69,7 +70,31 @@ def _spent(needs: Needs, held_nbytes: int, settings: Settings, n_workers: int) -
     held_nbytes += needs.held_nbytes  # prepared ahead of its weight
     of_worker = needs.worker_nbytes + needs.n_variants * needs.tile_nbytes
     left = settings.memory_nbytes - RUNTIME_NBYTES - held_nbytes - n_workers * of_worker
-    return Memory(n_workers, n_workers * TILES_PER_WORKER, needs.n_variants, needs.tile_nbytes, left)
+    return Memory(
+        n_workers, n_workers * TILES_PER_WORKER, needs.n_variants, needs.tile_nbytes, left,
+        needs.worker_nbytes, needs.resident_nbytes,
+    )  # fmt: skip
+
+
+def fits_device(memory: Memory) -> bool:
+    """Whether the weight that holds most leaves room for a tile on a device."""
+    return n_lanes(memory.n_workers, memory.of_tile_nbytes, memory.largest_nbytes) > 0
+
+
+def on_device(memory: Memory) -> Memory:
+    """The same for a device, where tiles and what patches hold take DEVICE_NBYTES at most: as many workers as
+    there are lanes. Raises UsageError where it does not fit."""
+    if not fits_device(memory):
+        raise UsageError(
+            f"A weight holds {memory.largest_nbytes / 1e6:.0f} MB while it is made, of "
+            f"{DEVICE_NBYTES / 1e6:.0f} MB that lorafuse takes on a GPU. Choose --device cpu."
+        )
+    n_workers = n_lanes(memory.n_workers, memory.of_tile_nbytes, memory.largest_nbytes)
+    left = DEVICE_NBYTES - n_workers * lane_nbytes(memory.of_tile_nbytes)
+    resident_nbytes = min(memory.resident_nbytes, left)
+    return replace(
+        memory, n_workers=n_workers, n_tiles=n_workers * TILES_PER_WORKER, resident_nbytes=resident_nbytes
+    )
 
 
 def fit_memory(

@@ -136,6 +136,13 @@ class Memory:
     n_variants: int  # of a tile: for so many outputs it differs
     tile_nbytes: int  # of each
     resident_nbytes: int  # for what patches hold from a weight's first tile to its last
+    worker_nbytes: int = 0  # of each worker, beside its finished tile
+    largest_nbytes: int = 0  # that a weight holds, of `resident_nbytes`
+
+    @property
+    def of_tile_nbytes(self) -> int:
+        """What a tile takes where it is computed."""
+        return self.worker_nbytes + self.tile_nbytes
 
 
 @dataclass

@@ -6,13 +6,15 @@ SCHEMA = 1
 
 
 class Tool(TypedDict):
-    """What made the result. `kernel`: the level of the compiled kernel, or "none"."""
+    """What made the result. `kernel`: the level of the compiled kernel, or "none"; `device`: `cpu`, `cuda` or
+    `cuda:N`."""
 
     name: str
     version: str
     torch: str
     python: str
     kernel: str
+    device: str
 
 
 class InputEntry(TypedDict):

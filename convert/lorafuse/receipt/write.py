@@ -50,6 +50,7 @@ def make_receipt(
             "torch": torch.__version__,
             "python": platform.python_version(),
             "kernel": kernel.described(),
+            "device": settings.device,
         },
         "settings": settings.that_decide_bytes,
         "plan_id": plan.plan_id,

@@ -44,8 +44,11 @@ class ByKernels(Sources):
             weight[start : start + piece.numel()] = piece
         weight = weight.view(self.spec.shape)
         if self._transposed:
-            return self._quantized(weight.T.contiguous()).T.contiguous().view(-1)
-        return self._quantized(weight).view(-1)
+            made = self._quantized(weight.T.contiguous()).T.contiguous().view(-1)
+        else:
+            made = self._quantized(weight).view(-1)
+        arena.settle()  # all workers use it
+        return made
 
     def _quantized(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight (out, in) after quantization."""

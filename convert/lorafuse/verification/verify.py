@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple
 
+import torch
+
 from lorafuse.arguments import checked
-from lorafuse.arithmetic.arena import pick_device
+from lorafuse.arithmetic.devices import choose_device
 from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.codecs import open_weights
 from lorafuse.errors import ResultError, UsageError, shown
@@ -28,6 +31,8 @@ from lorafuse.inputs.located import (
 )
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
+from lorafuse.planning.plan import Plan
+from lorafuse.planning.work import work_of
 from lorafuse.receipt.fields import Receipt
 from lorafuse.receipt.read import read_receipt
 from lorafuse.settings import Settings, parse_nbytes
@@ -107,7 +112,7 @@ def _another_tools(
     weights = open_weights(inputs.base)
     plan = make_plan(inputs.base, inputs.adapters, settings, weights, make_format=Values)
     with closing(Checkpoint(folder)) as merged:
-        return relate(plan, weights, merged, pick_device(settings.device), on_event)
+        return relate(plan, weights, merged, _device(settings, plan), on_event)
 
 
 def _against_inputs(
@@ -122,10 +127,14 @@ def _against_inputs(
     base, given = inputs
     plan = make_plan(base, in_merged_order(folder, receipt, base, given, settings.adapter_scale), settings)
     with closing(Checkpoint(folder)) as merged:
-        n_weights, outcome = check_merge(merged, plan, sample, pick_device(settings.device), on_event)
+        n_weights, outcome = check_merge(merged, plan, sample, _device(settings, plan), on_event)
     check_files(folder, receipt, plan, base)
     check_receipt(folder, receipt, plan, outcome, settings, several=len(given) > 1)
     return {"weights": n_weights}
+
+
+def _device(settings: Settings, plan: Plan) -> torch.device:
+    return choose_device(settings.device, partial(work_of, plan)).device
 
 
 def _settings_of(receipt: Receipt | None, device: str, memory_nbytes: int) -> Settings:
