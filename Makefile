@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 BUILD := build
 
-.PHONY: demo test soak oracle check format real faithfulness bench bench-check fixtures wheel package clean
+.PHONY: demo test soak oracle clouds check format real faithfulness bench bench-check fixtures wheel package clean
 
 demo: $(VENV)/.demo
 	rm -rf $(BUILD)/demo
@@ -24,6 +24,13 @@ soak: $(VENV)/.dev
 # Formats against the libraries that they come from, which users of lorafuse do not need.
 oracle: $(VENV)/.oracle
 	$(BIN)/python -m pytest -m oracle
+
+# Object storage against emulators that come from npm, which only this target needs.
+clouds: $(VENV)/.dev $(BUILD)/clouds/node_modules/.bin/azurite-blob
+	$(BIN)/python -m pytest -m clouds
+
+$(BUILD)/clouds/node_modules/.bin/azurite-blob:
+	npm install --silent --no-save --prefix $(BUILD)/clouds azurite@3.35.0
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

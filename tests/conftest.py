@@ -11,10 +11,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import fix_bnb_avx512
 import pytest
 import torch
+from azure_server import azurite
 from models import DENSE, QUANTIZED
 
 fix_bnb_avx512.mend()
 MARKED_GPU = "needs a CUDA device, and torch sees none here"
+MARKED_CLOUDS = "needs Azurite, which is not installed; `make clouds` installs it"
 MARKED_ORACLE = "needs {}, which is not installed; `make oracle` installs it"
 
 
@@ -22,6 +24,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=MARKED_GPU))
+        if "clouds" in item.keywords and not azurite():
+            item.add_marker(pytest.mark.skip(reason=MARKED_CLOUDS))
         for mark in item.iter_markers("oracle"):
             for library in mark.args or ("compressed_tensors",):
                 if not importlib.util.find_spec(library):
@@ -163,7 +167,7 @@ def s3_server(tmp_path_factory):
 def s3(s3_server, tmp_path, monkeypatch):
     """The same with an empty bucket `models`, and as the store that s3:// is; errors that may pass are told
     soon."""
-    from lorafuse.files import cloud_client
+    from disturbing_proxy import told_soon
 
     s3_server.bucket("models")
     s3_server.log.clear()
@@ -175,9 +179,26 @@ def s3(s3_server, tmp_path, monkeypatch):
         ("AWS_ENDPOINT_URL", s3_server.url),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cloud_client, "N_RETRIES", 3)
-    monkeypatch.setattr(cloud_client, "FIRST_WAIT_S", 0.02)
-    monkeypatch.setattr(cloud_client, "LONGEST_WAIT_S", 0.1)
-    cloud_client._store.cache_clear()
-    yield s3_server
-    cloud_client._store.cache_clear()
+    with told_soon(monkeypatch):
+        yield s3_server
+
+
+@pytest.fixture(scope="session")
+def other_stores(request, tmp_path_factory):
+    """other_stores(scheme) → a server that is no S3 server, of all tests of a process"""
+    from azure_server import AzureServer
+    from google_server import GoogleServer
+
+    made = {}
+
+    def get(scheme):
+        home = tmp_path_factory.mktemp(scheme)
+        if scheme not in made and scheme == "az":
+            made[scheme] = AzureServer(home)
+        elif scheme not in made:
+            made[scheme] = GoogleServer(request.getfixturevalue("s3_server").port, home)
+        return made[scheme]
+
+    yield get
+    for server in made.values():
+        server.close()

@@ -15,7 +15,7 @@ from lorafuse.arithmetic.torch_state import own_torch_state
 from lorafuse.batching.answers import add_answers, refuse_full, speeds_of
 from lorafuse.batching.division import Division, announce_parts, checked_division, part_of
 from lorafuse.batching.one_pass import Pass, PlannedJob
-from lorafuse.batching.publication import Publication, publication_of
+from lorafuse.batching.publication import Publication, publication_of, refuse_push_of_store
 from lorafuse.batching.spread import ChosenEngine, checked_engine, spread
 from lorafuse.errors import CheckpointError, UsageError, shown
 from lorafuse.events import DoneEvent, OnEvent, PartEvent, PlanEvent, ignore, warned_once
@@ -24,7 +24,6 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named
 from lorafuse.files.local_folder import as_typed, directory_as_typed
-from lorafuse.files.names import scheme_of
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import (
     Name,
@@ -199,8 +198,8 @@ def _job(
 
 
 def _check_out_dir(writing: Writing, inputs: Iterable[Folder]) -> None:
-    if writing.push and scheme_of(writing.out_dir):
-        raise UsageError(f"{shown(writing.out_dir)}: --push-to-hub needs a directory of this machine.")
+    if writing.push:
+        refuse_push_of_store(writing.out_dir)
     kind_of(writing.out_dir).check_out_dir(writing.out_dir, inputs, overwrite=writing.overwrite)
 
 

@@ -1,5 +1,6 @@
 """What names an object store, and where credentials are found; none of it asks a store."""
 
+import os
 import subprocess
 import sys
 
@@ -8,8 +9,10 @@ from build import files_of, write_adapter, write_checkpoint
 
 import lorafuse
 from lorafuse.errors import UsageError
+from lorafuse.files import cloud_client
 from lorafuse.files.cloud_aws import aws_options
 from lorafuse.files.cloud_errors import explained
+from lorafuse.files.cloud_store import CloudPlace
 from lorafuse.files.cloud_url import cloud_url
 
 
@@ -49,6 +52,46 @@ def test_a_password_in_the_url_of_azure():
     with pytest.raises(UsageError) as caught:
         cloud_url("abfss://c:hush@account.dfs.core.windows.net/a")
     assert "hush" not in str(caught.value)
+
+
+ENDPOINT = "the endpoint of the store (AWS_ENDPOINT_URL) is no URL; expected one as https://host:port."
+KEY = "has a character that no key has, a space or a line end perhaps."
+SETTINGS = "the settings of the store cannot be used: Generic "
+UNUSABLE = [
+    ("s3://b", {"AWS_ENDPOINT_URL": "me:hush@host:9000"}, ENDPOINT),
+    ("s3://b", {"AWS_ENDPOINT_URL": "http://a hush"}, ENDPOINT),
+    ("s3://b", {"AWS_ENDPOINT_URL_S3": "http:///hush"}, ENDPOINT),
+    ("s3://b", {"AWS_ACCESS_KEY_ID": "hush\n"}, f"AWS_ACCESS_KEY_ID {KEY}"),
+    ("s3://b", {"AWS_ACCESS_KEY_ID": "a", "AWS_SESSION_TOKEN": "hu sh"}, f"AWS_SESSION_TOKEN {KEY}"),
+    ("gs://b", {"GOOGLE_SERVICE_ACCOUNT_KEY": '{"private_key": "hush"'}, f"{SETTINGS}GCS error: GCP cred"),
+    (
+        "gs://b",
+        {"GOOGLE_APPLICATION_CREDENTIALS": "/nothing"},
+        f"{SETTINGS}GCS error: Unable to open",
+    ),
+    ("az://b", {"AZURE_STORAGE_ACCOUNT_KEY": "hush="}, f"{SETTINGS}MicrosoftAzure error: Invalid Access Key"),
+    (
+        "az://b",
+        {"AZURE_STORAGE_SAS_KEY": "hush"},
+        f"{SETTINGS}MicrosoftAzure error: Missing component",
+    ),
+    ("az://b", {"AZURE_STORAGE_ENDPOINT": "hush"}, f"{SETTINGS}MicrosoftAzure error: Unable"),
+]
+
+
+@pytest.mark.parametrize(("url", "settings", "says"), UNUSABLE, ids=str)
+def test_settings_that_cannot_be_used(url, settings, says, monkeypatch, tmp_path):
+    """Are said before anything is asked; what may be a secret is not repeated."""
+    for name in os.environ:
+        if name.startswith(("AWS_", "AZURE_", "GOOGLE_")):
+            monkeypatch.delenv(name)
+    for name, value in {"HOME": str(tmp_path), "AZURE_STORAGE_ACCOUNT_NAME": "me", **settings}.items():
+        monkeypatch.setenv(name, value)
+    cloud_client._store.cache_clear()
+    with pytest.raises(UsageError) as caught:
+        CloudPlace.at(url)
+    assert str(caught.value).startswith(f"{url}: {says}")
+    assert not any(secret in str(caught.value) for secret in ("hush", "hu sh"))
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from build import adapter_tensors, checkpoint_tensors, files_of, write_adapter, write_checkpoint
 from click.testing import CliRunner
+from disturbing_proxy import SLOW_DOWN, every, times
 from large_pair import nf4, write_pair
 from processes import beyond_torch
-from s3_server import SLOW_DOWN, every, times
 from scenario import SHARD, content, five_shards, uninterrupted, without_times
 
 import lorafuse
@@ -199,6 +199,22 @@ def test_a_url_with_credentials(url, inputs):
     )
 
 
+def test_a_push_from_a_store(s3, inputs, tmp_path):
+    """It says what to do instead, before anything is read."""
+    says = (
+        "push_to_hub sends files of this machine, not objects of a store. Give a directory instead; or leave "
+        "push_to_hub out, copy the result here when it is complete, and send it with `hf upload`."
+    )
+    with pytest.raises(UsageError) as caught:
+        merged(inputs, push_to_hub="me/merged")
+    assert str(caught.value) == f"{OUT}: {says}" and caught.value.exit_code == 2
+    write_adapter(tmp_path / "jobs/a", adapter_tensors(checkpoint_tensors()))
+    with pytest.raises(UsageError) as caught:
+        lorafuse.batch(inputs[0], tmp_path / "jobs", OUT, push_to_hub="me/{name}")
+    assert str(caught.value) == f"{OUT}: {says}"
+    assert s3.keys("models") == []
+
+
 def test_without_obstore(s3, inputs, monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(UsageError) as caught:
@@ -317,8 +333,13 @@ def test_what_a_killed_run_leaves_is_removed(s3, inputs):
         ([], f"{sized(left)} of earlier runs are removed"),
         ([], "nothing is left of earlier runs"),
     ):
-        said = CliRunner().invoke(cli.lorafuse, ["clean", OUT, *option]).output
-        assert said == f"{OUT}: {says}.\n"
+        said = CliRunner().invoke(cli.lorafuse, ["clean", OUT, *option]).output.splitlines()
+        assert said[-1] == f"{OUT}: {says}."
+        kinds = [line.split()[0] for line in said[:-1]]
+        assert bool(kinds) == (says[0] != "n") and {*kinds} <= {"finished", "journal", "lock"}
+        locks = [line for line in said if line.startswith("  lock ")]
+        assert all(f", process {process.pid} of this machine, which has ended)" in line for line in locks)
+        assert len(locks) == bool(kinds)
     assert s3.files(OUT) == before and not [key for key in s3.keys("models") if "lorafuse/" in key]
 
 
@@ -374,3 +395,34 @@ def test_memory(s3, tmp_path):
     assert beyond < 100e6, f"{beyond / 1e6:.0f} MB beyond import torch"
     assert sum("partNumber" in path for method, path in s3.log if method == "PUT") > 5
     assert s3.uploads("models") == []
+
+
+def test_several_workers(s3, inputs, clean):
+    """Of two with the same index the second is refused, and so is a commit; the others go on. A worker that
+    is killed makes, run again, what is missing of its part. A commit that fails is repeated."""
+
+    def files_made(**options):
+        events = []
+        merged(inputs, on_event=events.append, **options)
+        return [event["file"] for event in events if event["event"] == "shard"]
+
+    run = f"import sys, lorafuse; lorafuse.convert(*sys.argv[1:], max_shard_size={SHARD!r}, index=0, of=2)"
+    with s3.disturbed(times(99, 60.0, "PUT", "/out/model-00005")):
+        worker = subprocess.Popen([sys.executable, "-c", run, *map(str, inputs), OUT], env=os.environ)
+        wait_for(lambda: any("/out/model-00005" in path for _, path in s3.log), worker)
+        for options in ({"index": 0, "of": 2}, {"commit": True}, {}):
+            with pytest.raises(HeldError, match=f"^{OUT}: another run is making part 0 of 2; wait for it"):
+                merged(inputs, **options)
+        s3.faults.append(every(4, (503, SLOW_DOWN)))
+        assert len(files_made(index=1, of=2)) == 3
+        worker.kill()
+        worker.wait()
+    with pytest.raises(StorageError, match=r"1 of 5 files of weights are not finished: model-00005"):
+        merged(inputs, commit=True)
+    assert files_made(index=0, of=2) == ["model-00005-of-00005.safetensors"] and s3.files(OUT) == {}
+    refused = times(99, (503, SLOW_DOWN), "PUT", "/merged/model-00003")
+    with s3.disturbed(refused), pytest.raises(StorageError, match=r"model-00003\S*: the store answered 503"):
+        merged(inputs, commit=True)
+    assert s3.files(OUT) == {}
+    assert files_made(index=0, of=2) == [] and files_made(commit=True) == []
+    check(s3, clean)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import pytest
-from s3_server import SLOW_DOWN, times
+from disturbing_proxy import SLOW_DOWN, times
 
 from lorafuse.errors import StorageError
 from lorafuse.files.cloud_store import CloudPlace

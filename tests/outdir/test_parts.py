@@ -7,15 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from build import files_of
+from click.testing import CliRunner
 from faults import Disk, Killed
 from scenario import N_SHARDS, SHARD, Work, content
 
 import lorafuse
+from lorafuse import cli
 from lorafuse.errors import HeldError, OutDirError, StorageError, UsageError
+from lorafuse.outdir.clean import left
 from lorafuse.planning.parts import divided
 from lorafuse.planning.plan import PlannedShard
 
@@ -131,6 +135,13 @@ def test_of_a_base_on_the_hub_and_onto_it(hub, inputs, clean, tmp_path):
     assert {name: there[name] for name in weights} == {name: clean[name] for name in weights}
 
 
+def test_a_directory_by_its_url(inputs, clean, out):
+    for index in (0, 1):
+        assert call(inputs, f"file://{out}", index=index, of=2)
+    assert call(inputs, out, commit=True) == []
+    assert content(out) == clean and beside(out) == ["out"]
+
+
 # ---- cut off
 
 
@@ -184,6 +195,26 @@ def test_one_run_takes_what_workers_have_made(inputs, clean, out):
     rest = call(inputs, out)
     assert sorted([*made, *rest]) == sorted(file for file in clean if file.startswith("model-"))[:N_SHARDS]
     assert content(out) == clean and beside(out) == ["out"]
+
+
+def test_what_workers_left_is_told_and_removed(inputs, out):
+    made = call(inputs, out, index=1, of=2)
+    (folder,) = out.parent.glob(".out.lorafuse.1of2-*")
+    (folder / "out/model-9.safetensors.part").write_bytes(b"12")
+    (folder / "base").mkdir()
+    (folder / "base/model.safetensors").write_bytes(b"12")
+    told = sorted((piece.what, piece.name) for piece in left(str(out)))
+    assert told == [
+        ("base", f"{folder.name}/base/model.safetensors"),
+        *(("finished", f"{folder.name}/out/{file}") for file in sorted(made)),
+        ("journal", f"{folder.name}/journal.jsonl"),
+        ("unfinished", f"{folder.name}/out/model-9.safetensors.part"),
+    ]
+    for path in folder.rglob("*"):
+        os.utime(path, (time.time() - 7300,) * 2)
+    said = CliRunner().invoke(cli.lorafuse, ["clean", str(out)]).output.splitlines()
+    assert len(said) == len(told) + 1 and all(line.endswith("  (2 hours ago)") for line in said[:-1])
+    assert beside(out) == []
 
 
 # ---- refused

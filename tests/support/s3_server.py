@@ -1,18 +1,15 @@
-"""An S3 server on this machine, in a process of its own, and before it a proxy that can disturb what passes.
+"""An S3 server on this machine, in a process of its own, behind a proxy that can disturb what passes.
 
 `boto3` looks at what is there: it is not what lorafuse reads and writes with.
 """
 
-import http.client
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from disturbing_proxy import DisturbingProxy
 
 SERVE = """
 import sys, threading
@@ -22,16 +19,10 @@ server.start()
 print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
 """
-SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-# What a fault may do: answer, break the connection before or after the server has heard or within its
-# answer, or wait.
-Fault = Callable[
-    [str, str], Any
-]  # (method, path with query) → (status, body), "cut", "lost", "short" or None
 
 
-class S3Server:
-    """`url` is that of the proxy, `log` has (method, path) of each request, `faults` are asked in turn."""
+class S3Server(DisturbingProxy):
+    """The server, behind the proxy."""
 
     def __init__(self, home: Path) -> None:
         self._errors = open(home / "moto.log", "wb")
@@ -39,13 +30,7 @@ class S3Server:
             [sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
         assert self._process.stdout
-        self.port = int(self._process.stdout.readline())
-        self.log: list[tuple[str, str]] = []
-        self.faults: list[Fault] = []
-        self._proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._proxy.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._proxy.server_address[1]}"
-        threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
+        super().__init__(int(self._process.stdout.readline()))
         self._client: Any = None
 
     @property
@@ -95,111 +80,9 @@ class S3Server:
         found = self.client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
         return [upload["Key"] for upload in found]
 
-    @contextmanager
-    def disturbed(self, *faults: Fault) -> Iterator[None]:
-        self.faults = [*faults]
-        try:
-            yield
-        finally:
-            self.faults = []
-
     def close(self) -> None:
-        self._proxy.shutdown()
-        self._proxy.server_close()
+        super().close()
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait(10)
         self._errors.close()
-
-
-def times(n: int, what: Any, method: str = "", part: str = "") -> Fault:
-    """A fault of the first n requests of that method whose path has that part."""
-    left, lock = [n], threading.Lock()
-
-    def fault(found: str, path: str) -> Any:
-        with lock:
-            if found.startswith(method) and part in path and left[0] > 0:
-                left[0] -= 1
-                return what
-        return None
-
-    return fault
-
-
-def every(nth: int, what: Any) -> Fault:
-    """A fault of every nth request."""
-    n, lock = [0], threading.Lock()
-
-    def fault(found: str, path: str) -> Any:
-        with lock:
-            n[0] += 1
-            return what if n[0] % nth == 0 else None
-
-    return fault
-
-
-def _handler(server: S3Server) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def handle_one_request(self) -> None:
-            with suppress(ConnectionError):
-                super().handle_one_request()
-
-        def _pass(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            server.log.append((self.command, self.path))
-            faults = server.faults
-            done = next((d for fault in faults if (d := fault(self.command, self.path))), None)
-            if isinstance(done, float):
-                time.sleep(done)
-            if done == "cut" or faults is not server.faults:  # who asked is gone, and shall have no effect
-                self._break()
-            elif isinstance(done, tuple):
-                self._answer(done[0], {}, done[1])
-            else:
-                status, headers, data = self._asked(body)
-                if done == "lost":
-                    self._break()
-                else:
-                    self._answer(status, headers, data, short=done == "short")
-
-        def _asked(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-            connection.request(self.command, self.path, body, dict(self.headers))
-            response = connection.getresponse()
-            data = response.read()
-            connection.close()
-            return response.status, dict(response.headers), data
-
-        def _answer(self, status: int, headers: dict[str, str], data: bytes, short: bool = False) -> None:
-            self.send_response(status)
-            length = headers.get("Content-Length") if self.command == "HEAD" else None
-            for name, value in headers.items():
-                if name.lower() not in (
-                    "content-length",
-                    "transfer-encoding",
-                    "connection",
-                    "date",
-                    "server",
-                ):
-                    self.send_header(name, value)
-            self.send_header("Content-Length", length or str(len(data)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data[: len(data) // 2] if short else data)
-            if short:
-                self._break()
-
-        def _break(self) -> None:
-            self.close_connection = True
-            self.wfile.flush()
-            with suppress(OSError):
-                self.connection.shutdown(2)
-
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            """Nothing is printed."""
-
-    return Handler

@@ -19,6 +19,7 @@ from lorafuse.batching.jobs import Job, JobState, checked_share, refuse_overlap,
 from lorafuse.batching.jobs_afar import listed_jobs
 from lorafuse.batching.one_pass import Pass
 from lorafuse.batching.passes import Batch
+from lorafuse.batching.publication import refuse_push_of_store
 from lorafuse.batching.pushes import pushes_of
 from lorafuse.batching.rehearsal import Rehearsal
 from lorafuse.batching.spread import ChosenEngine, checked_engine
@@ -30,7 +31,6 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named
 from lorafuse.files.local_folder import as_typed, directory_as_typed
-from lorafuse.files.names import scheme_of
 from lorafuse.files.seen import there_around
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
@@ -150,8 +150,8 @@ def _batch(
     ckpt, _, out_root, settings, chosen = wanted
     root = open_folder(out_root)
     pushes = pushes_of(everything, chosen.push)
-    if pushes and scheme_of(out_root):
-        raise UsageError(f"{shown(out_root)}: --push-to-hub needs a directory of this machine.")
+    if pushes:
+        refuse_push_of_store(out_root)
     check_device(settings.device)
     ckpt = _named_ckpt(ckpt, everything)
     ckpt_folder = checkpoint_folder(ckpt)

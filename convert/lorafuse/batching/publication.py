@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafuse._version import __version__
+from lorafuse.errors import UsageError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import hub_name
 from lorafuse.files.hub_upload import Upload
-from lorafuse.files.names import RECEIPT
+from lorafuse.files.names import RECEIPT, scheme_of
 from lorafuse.outdir.out_dir import OutDir
 from lorafuse.outdir.pushed import PushedOutDir
 from lorafuse.outdir.sidecars import json_bytes, output_config
@@ -49,6 +50,17 @@ class Publication:
         push = self.upload.push if self.upload else None
         card = model_card(public, self.base, self.base_id, self.adapters, made, push)
         out_dir.put(CARD, [card.encode()])
+
+
+def refuse_push_of_store(out: str) -> None:
+    """Raises UsageError where results go into an object store: the hub's library sends files of this
+    machine."""
+    if scheme_of(out):
+        raise UsageError(
+            f"{shown(out)}: --push-to-hub sends files of this machine, not objects of a store. Give a "
+            "directory instead; or leave --push-to-hub out, copy the result here when it is complete, and "
+            "send it with `hf upload`."
+        )
 
 
 def publication_of(

@@ -66,6 +66,14 @@ def not_installed(url: str) -> UsageError:
     return UsageError(f"{shown(url)}: {INSTALL}.")
 
 
+def unusable(error: Exception, root: str) -> UsageError:
+    """What obstore says of settings, before it asks the store."""
+    return UsageError(
+        f"{shown(root)}: the settings of the store cannot be used: {_first_line(str(error))} "
+        "(docs/object-storage.md)."
+    )
+
+
 def explained(error: Exception, label: str, root: str) -> StorageError:
     """An error of obstore as an own one."""
     text = str(error)
@@ -107,4 +115,4 @@ def _number(pattern: re.Pattern[str], text: str) -> int:
 def _first_line(text: str) -> str:
     """What obstore says first, without the answer's body and without a request's URL."""
     line = next(iter(text.splitlines()), "").rpartition(" - ")[2].partition("<")[0]
-    return shown(re.sub(r"https?://\S+", "…", line).strip().rstrip(".:")) or "nothing is said"
+    return shown(re.sub(r"https?://\S+|(?<=Url: )[^,]*", "…", line).strip().rstrip(".:")) or "nothing is said"

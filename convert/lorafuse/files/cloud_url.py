@@ -6,8 +6,9 @@ from lorafuse.errors import UsageError, shown
 from lorafuse.files.names import scheme_of
 
 S3 = ("s3", "s3a")
+AZURE = ("az", "adl", "azure", "abfs", "abfss")
 # `memory` lasts as long as the process.
-SCHEMES = (*S3, "gs", "az", "adl", "azure", "abfs", "abfss", "memory")
+SCHEMES = (*S3, "gs", *AZURE, "memory")
 CONTAINER_AT_ACCOUNT = ("abfs", "abfss")  # abfss://container@account.dfs.core.windows.net/folder
 
 

@@ -2,11 +2,12 @@
 
 from lorafuse.events import OnEvent, ignore
 from lorafuse.outdir.kinds import kind_of
+from lorafuse.outdir.out_dir import Left
 
 
-def left_nbytes(out_dir: str) -> int:
+def left(out_dir: str) -> list[Left]:
     """What lies there for the next run of the same command. Raises UsageError, StorageError."""
-    return kind_of(out_dir).left_nbytes([out_dir])
+    return kind_of(out_dir).left(out_dir)
 
 
 def clean(out_dir: str, on_event: OnEvent = ignore) -> None:

@@ -1,16 +1,16 @@
-"""Results in an object store. A result is made below `.NAME.lorafuse/RUN/out/`, beside its place, and a
-commit lets the store copy its files to their place: config.json, and then the receipt, last.
+"""Results in an object store, each made below `.NAME.lorafuse/RUN/out/` (`cloud_commit.py` says how it gets
+its name).
 
-What another run that was cut off has finished is used where it lies, if its ETag is that of the file whose
-hash was taken. A run that lost its lock has a place of its own: it cannot write into the files of the next.
+What another run that was cut off has finished, or a worker for its part, is used where it lies, if its ETag
+is that of the file whose hash was taken. A run that lost its lock has a place of its own: it cannot write
+into the files of the next.
 """
 
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -22,45 +22,37 @@ from lorafuse.files.cloud_store import CloudPlace, Meta
 from lorafuse.files.folder import FileHash
 from lorafuse.files.hashing import hash_file
 from lorafuse.files.local_folder import LocalFolder
-from lorafuse.files.names import RECEIPT
 from lorafuse.merge.destination import Written
+from lorafuse.outdir.cloud_commit import (
+    commit_is_cut_off,
+    files_at,
+    hidden_of,
+    leftovers,
+    leftovers_of_part,
+    parts_of,
+    refuse_filled,
+    remove_locks_of_parts,
+    take_back,
+)
 from lorafuse.outdir.cloud_file import CloudOutFile
-from lorafuse.outdir.cloud_lock import CloudLock, clocks_in
+from lorafuse.outdir.cloud_lock import CloudLock
 from lorafuse.outdir.cloud_parts import SMALLEST_PART_NBYTES
-from lorafuse.outdir.cloud_runs import MOVING, OUT, Run, put_attempt, put_done, put_moving, read_run, runs_in
+from lorafuse.outdir.cloud_runs import OUT, Run, put_attempt, put_done, put_moving, read_run, runs_in
 from lorafuse.outdir.commit import LAST
 from lorafuse.outdir.folder_file import FolderFile
 from lorafuse.outdir.interrupts import UNINTERRUPTED
-from lorafuse.outdir.journal import Attempt, FinishedShard
-from lorafuse.outdir.out_dir import FinishedFile
+from lorafuse.outdir.journal import Attempt, FinishedShard, Record
+from lorafuse.outdir.out_dir import FinishedFile, Part
+from lorafuse.outdir.parts import refuse_missing, refuse_other_parts
 from lorafuse.outdir.read_back import read_shapes
 from lorafuse.outdir.resume import goes_on, leaves_work
 
 N_COPIES = 8  # at once
 
 
-def hidden_of(out: CloudPlace) -> CloudPlace:
-    """Where a result is made: beside its place, or in it where that is a whole bucket."""
-    home, _, name = out.prefix.rstrip("/").rpartition("/")
-    above = CloudPlace(out.store, out.root, f"{home}/" if home else "")
-    return above.below(f".{name}.lorafuse" if name else ".lorafuse")
-
-
-def files_at(out: CloudPlace) -> list[Meta]:
-    """What lies where a result is to be."""
-    hidden = hidden_of(out).prefix.removeprefix(out.prefix)
-    return [meta for meta in out.everything() if not meta.name.startswith(hidden)]
-
-
-def refuse_filled(out: CloudPlace, overwrite: bool) -> None:
-    if not overwrite and files_at(out):
-        raise OutDirError(
-            f"{shown(out)}: exists and is not empty; --overwrite replaces it once the new one is complete."
-        )
-
-
 class CloudOutDir:
-    """A result in the making. See OutDir."""
+    """A result in the making, or a `part` of it. `wanted`: the files that have to be finished already. See
+    OutDir."""
 
     def __init__(
         self,
@@ -70,19 +62,21 @@ class CloudOutDir:
         overwrite: bool = False,
         restart: bool = False,
         on_event: OnEvent = lambda event: None,
+        wanted: Collection[str] = (),
+        part: Part | None = None,
     ) -> None:
-        self.name, self._out, self._hidden = str(out), out, hidden_of(out)
+        self.name, self._out, self._part, self._wanted = str(out), out, part, wanted
         self._attempt, self._overwrite, self._restart = attempt, overwrite, restart
         self._on_event = on_event
         run = secrets.token_hex(4)
-        self._own = self._hidden.below(run)
+        self._own = hidden_of(out, part).below(run)
         self._staged = self._own.below(OUT)
         self.place = str(self._staged)
-        self._lock = CloudLock(self._hidden, self.name, run)
+        self._lock = run_lock(out, run, part)
         self._before: list[Run] = []  # whose files are used
         self._at: dict[str, CloudPlace] = {}  # where those lie
         self._scratch: Path | None = None
-        self._committed = False
+        self._committed = self._is_part_done = False
         self.finished: Mapping[str, FinishedShard] = {}
 
     def __enter__(self) -> Self:
@@ -97,25 +91,34 @@ class CloudOutDir:
         return self
 
     def _open(self) -> None:
-        left = leftovers(self._out, self._hidden)
-        refuse_filled(self._out, self._overwrite)
+        left = leftovers_of_part(self._out, self._part) if self._part else leftovers(self._out)
+        if self._part and self._attempt and not self._restart:
+            others = {part: self._records(part) for part in parts_of(self._out)}
+            refuse_other_parts(self.name, self._part, others, self._attempt)
+        if not (self._part and commit_is_cut_off(self._out)):
+            refuse_filled(self._out, self._overwrite)
+        before = [run for run in left if self._goes_on(run)]
         for run in left:
-            if goes_on(self.name, run.record, self._attempt, restart=self._restart, warn=self._warn):
-                self._before.append(run)
-            else:
+            if run not in before:
                 run.discard()
         finished: dict[str, FinishedShard] = {}
-        for run in self._before:
+        for run in before:
             for shard in run.finished():
                 finished[shard.written.file] = shard
                 self._at[shard.written.file] = run.out
-        for file in {file for run in self._before for file in run.record.finished} - finished.keys():
-            self._warn(
-                f"{shown(file)}: is not what was written before the run was cut off; it is made again."
-            )
-        self.finished = finished
+        for file in {file for run in before for file in run.record.finished} - finished.keys():
+            again = "its worker wrote" if self._wanted else "was written before; it is made again"
+            self._warn(f"{shown(file)}: is not what {again}.")
+        self._before, self.finished = before, finished
+        refuse_missing(self.name, self._wanted, finished)
         if self._attempt:
             put_attempt(self._own, self._attempt)
+
+    def _records(self, part: Part) -> Iterator[Record]:
+        return (run.record for run in runs_in(hidden_of(self._out, part)))
+
+    def _goes_on(self, run: Run) -> bool:
+        return goes_on(self.name, run.record, self._attempt, restart=self._restart, warn=self._warn)
 
     def _warn(self, message: str) -> None:
         self._on_event({"event": "warning", "message": message})
@@ -202,6 +205,10 @@ class CloudOutDir:
         """Nobody can tell."""
 
     def commit(self) -> None:
+        if self._part:
+            self._lock.renew()
+            self._is_part_done = True
+            return
         with UNINTERRUPTED:
             self._lock.renew()
             refuse_filled(self._out, self._overwrite)
@@ -245,12 +252,14 @@ class CloudOutDir:
         own = read_run(self._own)
         if not self._committed:
             take_back(self._out, own)
-        if self.finished and leaves_work(error) and not self._committed:
+        if self.finished and not self._committed and (self._is_part_done or leaves_work(error)):
             unfinished = [meta.name for meta in own.objects if _is_unfinished(meta.name, own)]
             own.place.delete(unfinished)
         else:
             for run in (*self._before, own):  # what says that it is committed goes last
                 run.discard()
+            if not self._part:
+                remove_locks_of_parts(self._out)
 
 
 def _is_unfinished(name: str, run: Run) -> bool:
@@ -258,34 +267,17 @@ def _is_unfinished(name: str, run: Run) -> bool:
     return folder == OUT and file not in run.record.finished
 
 
-def leftovers(out: CloudPlace, hidden: CloudPlace) -> list[Run]:
-    """What runs that were cut off left, without what is only to be cleaned up. Raises StorageError."""
-    hidden.delete(clocks_in(hidden))
-    left = runs_in(hidden)
-    committed = next((run for run in left if _is_complete(out, run)), None)
-    if committed:
-        for run in (*(run for run in left if run is not committed), committed):
-            run.discard()
-        return []
-    for run in left:
-        take_back(out, run)
-    return left
+def run_lock(out: CloudPlace, run: str, part: Part | None = None) -> CloudLock:
+    """What a run for a result holds, or for a part of it: not beside a run for the whole."""
+    name = str(out)
 
+    def whole() -> CloudLock:
+        return CloudLock(hidden_of(out), name, run, waits=True)
 
-def _is_complete(out: CloudPlace, run: Run) -> bool:
-    """Whether a commit got as far as its last file, and only has to be cleaned up after."""
-    if run.moved is None:
-        return False
-    with suppress(FileNotFoundError):
-        return out.head(RECEIPT).modified >= run.moved
-    return False
+    def of_part(part: Part) -> CloudLock:
+        held = f"another run is making {part.in_words}; wait for it."
+        return CloudLock(hidden_of(out, part), name, run, held=held, beside=lambda: [whole()], waits=True)
 
-
-def take_back(out: CloudPlace, run: Run) -> None:
-    """Undo what a commit that was cut off began: its files lie where they were made too. What was there
-    before is older than the commit, by the store's clock."""
-    if run.moved:
-        names = {*run.moving}
-        copied = [meta.name for meta in files_at(out) if meta.name in names and meta.modified >= run.moved]
-        out.delete(sorted(copied, key=lambda name: name not in LAST))
-        run.place.delete([MOVING])
+    if part:
+        return of_part(part)
+    return CloudLock(hidden_of(out), name, run, beside=lambda: map(of_part, parts_of(out)))

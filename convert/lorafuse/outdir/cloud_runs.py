@@ -1,7 +1,7 @@
 """What runs for one result have left in an object store, each below a name of its own, `.NAME.lorafuse/RUN/`.
 
 `attempt` says what the run does, `done/FILE` that a file is complete, with its hash and its ETag, `moving`
-that a commit has begun; `out/` has the files.
+that a commit has begun; `out/` has the files. Runs that make a part are below `part-IofN/`.
 """
 
 import json
@@ -15,6 +15,7 @@ from lorafuse.outdir.cloud_lock import LOCK
 from lorafuse.outdir.journal import Attempt, FinishedShard, Record, line_of, record_of
 
 ATTEMPT, DONE, MOVING, OUT = "attempt", "done", "moving", "out"
+PART = "part-"
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Run:
         there = {meta.name: meta for meta in self.objects}
         for file, shard in self.record.finished.items():
             meta = there.get(f"{OUT}/{file}")
-            if meta and meta.e_tag == self.e_tags.get(file) and meta.nbytes == shard.written.nbytes:
+            same = meta and _bare(meta.e_tag) == _bare(self.e_tags.get(file, ""))
+            if meta and same and meta.nbytes == shard.written.nbytes:
                 yield shard
 
     def discard(self) -> None:
@@ -53,16 +55,21 @@ class Run:
         self.place.delete(sorted(rank, key=lambda name: (rank[name], name)))
 
 
+def _bare(e_tag: str) -> str:
+    """An ETag without quotes, which Azure leaves out where it lists objects."""
+    return e_tag.strip('"')
+
+
 def _is_own(name: str) -> bool:
     return name.partition("/")[0] in (ATTEMPT, DONE, OUT, MOVING)
 
 
 def runs_in(hidden: CloudPlace) -> list[Run]:
-    """All runs, by their names."""
+    """All runs, by their names, but those that make a part."""
     objects: dict[str, list[Meta]] = {}
     for meta in hidden.everything():
         run, slash, name = meta.name.partition("/")
-        if slash and run != LOCK:
+        if slash and run != LOCK and not run.startswith(PART):
             objects.setdefault(run, []).append(meta._replace(name=name))
     return [_read(hidden.below(run), objects[run]) for run in sorted(objects)]
 

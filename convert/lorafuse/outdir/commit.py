@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorafuse.errors import OutDirError, shown
-from lorafuse.files.names import RECEIPT, natural_key
+from lorafuse.files.names import RECEIPT
 from lorafuse.outdir.journal import fsync_dir
 from lorafuse.outdir.lock import Lock, PartLock, is_own
+from lorafuse.outdir.out_dir import Part
 
 OUT = "out"
 OLD = "old"
@@ -40,11 +41,11 @@ _FOLDER = "-[0-9a-f]{8}-[0-9a-f]{8}"  # how the name of a hidden directory ends
 @dataclass(frozen=True)
 class StagingPlace:
     """An OUT_DIR (its real path, through symbolic links) and where it is staged: `inside`, or beside it; or
-    where a `part` of its files is, as "2of4"."""
+    where a `part` of its files is."""
 
     out_dir: Path
     inside: bool
-    part: str = ""
+    part: Part | None = None
 
     @classmethod
     def of(cls, out_dir: Path) -> "StagingPlace":
@@ -73,15 +74,10 @@ class StagingPlace:
     def lock(self) -> Path:
         return self.home / f"{self._prefix}.lock"
 
-    @property
-    def part_in_words(self) -> str:
-        index, _, of = self.part.partition("of")
-        return f"part {index} of {of}"
-
     def run_lock(self, out_dir: Path) -> Lock | PartLock:
         """What a run for this OUT_DIR, which the user calls `out_dir`, or for this part of it holds."""
         if self.part:
-            return PartLock(self.lock, replace(self, part="").lock, out_dir, self.part_in_words)
+            return PartLock(self.lock, replace(self, part=None).lock, out_dir, self.part.in_words)
         return Lock(self.lock, out_dir)
 
     def new_folder(self, plan_id: str) -> Path:
@@ -93,11 +89,11 @@ class StagingPlace:
         pattern = re.compile(re.escape(self._prefix) + _FOLDER)
         return [self.home / name for name in sorted(self._names()) if pattern.fullmatch(name)]
 
-    def parts(self) -> list["StagingPlace"]:
+    def parts(self) -> dict[Part, "StagingPlace"]:
         """Where runs have made parts of this OUT_DIR."""
         pattern = re.compile(re.escape(self._prefix_of_all) + r"\.([0-9]+of[0-9]+)" + _FOLDER)
-        found = {match[1] for name in self._names() if (match := pattern.fullmatch(name))}
-        return [replace(self, part=part) for part in sorted(found, key=natural_key)]
+        found = {Part.named(match[1]) for name in self._names() if (match := pattern.fullmatch(name))}
+        return {part: replace(self, part=part) for part in sorted(found)}
 
     def _names(self) -> list[str]:
         return os.listdir(self.home) if self.home.is_dir() else []

@@ -12,8 +12,9 @@ from lorafuse.files.folder import Folder
 from lorafuse.outdir.apart import contents_of, is_around_here, place_of, places_of
 from lorafuse.outdir.commit import OUT, StagingPlace
 from lorafuse.outdir.journal import Attempt, read_journal
+from lorafuse.outdir.local_left import left_at
 from lorafuse.outdir.local_space import space_below
-from lorafuse.outdir.out_dir import Part, Space
+from lorafuse.outdir.out_dir import Left, Part, Space
 from lorafuse.outdir.staging import LocalOutDir
 
 
@@ -128,7 +129,7 @@ def left_nbytes(out_dirs: Iterable[str]) -> int:
     """What runs for these that were cut off left on disk, and the next ones use or remove. A file that has a
     name elsewhere too stays, and does not count."""
     wholes = [StagingPlace.of(Path(out_dir)) for out_dir in out_dirs]
-    places = [place for whole in wholes for place in (whole, *whole.parts())]
+    places = [place for whole in wholes for place in (whole, *whole.parts().values())]
     folders = [folder for place in places for folder in place.own_folders()]
     files = [path.lstat() for folder in folders for path in folder.rglob("*") if path.is_file()]
     n_names = Counter((file.st_dev, file.st_ino) for file in files)
@@ -138,6 +139,11 @@ def left_nbytes(out_dirs: Iterable[str]) -> int:
         if n_names[file.st_dev, file.st_ino] == file.st_nlink
     }
     return sum(sizes.values())
+
+
+def left(out_dir: str) -> list[Left]:
+    """The same, piece by piece."""
+    return list(left_at(StagingPlace.of(Path(out_dir))))
 
 
 def space_of(out_root: str) -> Space:

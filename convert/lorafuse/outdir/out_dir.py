@@ -30,12 +30,39 @@ class Space:
     unfinished_nbytes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Part:
-    """Which worker makes some of a result's files, counted from 0, and how many workers make all of them."""
+    """Which worker makes some of a result's files, counted from 0, and how many workers make all of them. In
+    names of files: 2of4."""
 
     index: int
     of: int
+
+    @classmethod
+    def named(cls, name: str) -> "Part":
+        index, _, of = name.partition("of")
+        return cls(int(index), int(of))
+
+    def __str__(self) -> str:
+        return f"{self.index}of{self.of}"
+
+    @property
+    def in_words(self) -> str:
+        return f"part {self.index} of {self.of}"
+
+
+@dataclass(frozen=True)
+class Left:
+    """A piece of what a run that was cut off left. `what` it is: a "finished" file of weights, which the same
+    command uses; an "unfinished" file; the "journal", which says which are finished; the "lock"; a file of
+    the "base" that was streamed. `name`: below where the result is made. `age_s`: seconds since it was
+    written, by this machine's clock. `holder`: who has the lock."""
+
+    what: str
+    name: str
+    nbytes: int
+    age_s: float
+    holder: str = ""
 
 
 class FinishedFile(Protocol):
@@ -137,6 +164,9 @@ class OutDirKind(Protocol):
 
     def left_nbytes(self, out_dirs: Iterable[str]) -> int:
         """What runs for these that were cut off left, and the next runs use or remove."""
+
+    def left(self, out_dir: str) -> list[Left]:
+        """The same of one result, piece by piece, and the lock of a run that may be at work."""
 
     def space_of(self, out_root: str) -> Space | None:
         """What there is room for below a directory that may not be there yet."""

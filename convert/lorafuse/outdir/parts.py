@@ -1,5 +1,5 @@
-"""One result on this machine's file system, made by several workers: each makes some of its files, in a
-hidden directory with a journal of its own, and the run that commits moves them into its own."""
+"""One result that several workers make: each makes some of its files, with a journal of its own. On this
+machine's file system each has a hidden directory, and the run that commits moves the files into its own."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -12,8 +12,9 @@ from lorafuse.files.hashing import hash_file
 from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.safetensors_file import FormatError
 from lorafuse.merge.destination import Written
-from lorafuse.outdir.commit import OUT, StagingPlace
-from lorafuse.outdir.journal import Attempt, FinishedShard, Record, fsync_dir, read_journal
+from lorafuse.outdir.commit import OUT
+from lorafuse.outdir.journal import Attempt, FinishedShard, Record, fsync_dir
+from lorafuse.outdir.out_dir import Part
 from lorafuse.outdir.resume import difference
 
 
@@ -80,24 +81,21 @@ def refuse_missing(out_dir: str, wanted: Collection[str], finished: Collection[s
         )
 
 
-def refuse_other_parts(out_dir: str, own: StagingPlace, attempt: Attempt) -> None:
-    """Raises OutDirError when other parts of a result were begun for another result, or are those of a
-    division between another number of workers."""
-    of = _number_of(own)
-    for place in own.parts():
-        if _number_of(place) != of:
+def refuse_other_parts(
+    out_dir: str, own: Part, others: Mapping[Part, Iterable[Record]], attempt: Attempt
+) -> None:
+    """Raises OutDirError when `others`, which were begun, are parts of another result than `own`, or those of
+    a division between another number of workers."""
+    for part, records in others.items():
+        if part.of != own.of:
             raise OutDirError(
-                f"{shown(out_dir)}: is being made in {_number_of(place)} parts, not in {of}. Give the same "
+                f"{shown(out_dir)}: is being made in {part.of} parts, not in {own.of}. Give the same "
                 "--of to every worker, or --restart to every worker, to discard what is finished."
             )
-        for record in map(read_journal, place.own_folders() if place != own else ()):
+        for record in records if part != own else ():
             if record.attempt and record.attempt != attempt:
                 raise OutDirError(
-                    f"{shown(out_dir)}: {place.part_in_words} is made of something else: "
+                    f"{shown(out_dir)}: {part.in_words} is made of something else: "
                     f"{difference(record.attempt, attempt)}. Give the same command to every worker, or "
                     "--restart to every worker, to discard what is finished."
                 )
-
-
-def _number_of(place: StagingPlace) -> int:
-    return int(place.part.partition("of")[2])

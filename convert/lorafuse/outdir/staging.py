@@ -65,7 +65,7 @@ class LocalOutDir:
         self.name = os.fspath(out_dir)
         self._out_dir, self._attempt, self._overwrite, self._restart = out_dir, attempt, overwrite, restart
         self._on_event, self._wanted = on_event, wanted
-        self._place = replace(StagingPlace.of(out_dir), part=f"{part.index}of{part.of}" if part else "")
+        self._place = replace(StagingPlace.of(out_dir), part=part)
         self._lock = self._place.run_lock(out_dir)
         self._journal: Journal | None = None
         self._committed = self._is_part_done = False
@@ -89,7 +89,9 @@ class LocalOutDir:
 
     def _open(self) -> None:
         if self._place.part and self._attempt and not self._restart:
-            refuse_other_parts(self.name, self._place, self._attempt)
+            begun = self._place.parts().items()
+            others = {part: map(read_journal, place.own_folders()) for part, place in begun}
+            refuse_other_parts(self.name, self._place.part, others, self._attempt)
         left = self._leftovers()
         self._place.refuse_filled(self.name, overwrite=self._overwrite)
         taken = next((folder for folder, record in left.items() if self._goes_on(record)), None)
@@ -115,7 +117,7 @@ class LocalOutDir:
 
     def _parts_left(self) -> PartsLeft:
         """What workers have made of this result, each some of its files."""
-        folders = [folder for place in self._place.parts() for folder in place.own_folders()]
+        folders = [folder for place in self._place.parts().values() for folder in place.own_folders()]
         left = {folder: read_journal(folder) for folder in (() if self._place.part else folders)}
         return PartsLeft.of(left, [folder for folder, record in left.items() if self._goes_on(record)])
 
