@@ -210,7 +210,9 @@ def _made(
     writing, receipts = wanted.writing, list[Receipt]()
     with InputHashes(base, ckpt, []) as hashes:
         if writing.engine:
-            job = spread(job, writing.engine, partial(_part_by_worker, wanted), restart=writing.restart)
+            inputs = [wanted.ckpt, *(name for name, _ in wanted.named)]
+            by_worker = partial(_part_by_worker, wanted)
+            job = spread(job, writing.engine, by_worker, inputs=inputs, restart=writing.restart)
         one_pass = Pass(
             base, hashes.result, device, writing.overwrite, writing.restart,
             on_done=lambda made, receipt: receipts.append(receipt), on_failed=_raise, stream=writing.stream,

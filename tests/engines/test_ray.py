@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from build import adapter_tensors, checkpoint_tensors, write_adapter, write_chec
 from scenario import content
 
 import lorafuse
-from lorafuse.engines.engine import Task
-from lorafuse.engines.ray_worker import carry_out, versions
+from lorafuse.batching import spread
+from lorafuse.engines import ray_engine
 from lorafuse.errors import AdapterError, StorageError, UsageError
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -72,8 +73,9 @@ def convert(cluster, inputs, tmp_path):
 
     def run(**options):
         events = []
-        options = {"max_shard_size": SHARD, "engine": "ray", "address": cluster.address} | options
-        lorafuse.convert(inputs[0], inputs[1] / "a", tmp_path / "out", on_event=events.append, **options)
+        common = {"max_shard_size": SHARD, "engine": "ray", "address": cluster.address}
+        options = common | {"on_event": events.append} | options
+        lorafuse.convert(inputs[0], inputs[1] / "a", tmp_path / "out", **options)
         return events
 
     return run
@@ -83,15 +85,19 @@ def of_kind(events, kind):
     return [event for event in events if event["event"] == kind]
 
 
-def at_work():
-    """The processes of the cluster's workers that are at work on a task of lorafuse. They are this process's
-    own descendants."""
+def processes(*titles):
+    """The processes of the cluster that Ray calls so. They are this process's own descendants."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if (process.cmdline() or [""])[0].startswith(("ray::part", "ray::jobs", "ray::_run")):
+            if (process.cmdline() or [""])[0].startswith(titles):
                 found.append(process)
     return found
+
+
+def at_work():
+    """The processes of the cluster's workers that are at work on a task of lorafuse."""
+    return processes("ray::part", "ray::jobs", "ray::_run")
 
 
 @contextmanager
@@ -145,6 +151,8 @@ def test_workers_are_killed(convert, clean, tmp_path, share_s):
         assert content(tmp_path / "out") == clean["a"] and killed
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         assert workers["n_again"] <= len(killed)
+        again = [event for event in of_kind(events, "warning") if " begins again on " in event["message"]]
+        assert len(again) == workers["n_again"]
         assert sum(event["nbytes"] for event in of_kind(events, "progress")) == plan["nbytes"]
         made = [event["file"] for event in of_kind(events, "shard")]
         assert len(made) - len({*made}) <= len(killed)
@@ -174,19 +182,95 @@ def test_a_machine_is_lost(cluster, convert, clean, tmp_path):
     assert len(of_kind(events, "workers")) == 1
 
 
-def test_the_caller_is_killed_and_calls_again(cluster, inputs, convert, clean, tmp_path):
-    command = [sys.executable, "-m", "lorafuse", "convert", "--json", "-q", str(inputs[0])]
-    command += [str(inputs[1] / "a"), str(tmp_path / "out"), "--max-shard-size", SHARD]
-    command += ["--engine", "ray", "--address", cluster.address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
-        for line in process.stdout:
-            if json.loads(line)["event"] == "shard":
-                break
-        process.send_signal(signal.SIGKILL)
+@pytest.fixture
+def interrupted(cluster, inputs, tmp_path):
+    """interrupted(command, jobs, out, number) → the events of a call that gets a signal when a file is
+    complete"""
+
+    def run(command, adapter, out, number):
+        words = [sys.executable, "-m", "lorafuse", command, "--json", "-q", inputs[0], adapter, out]
+        words += ["--max-shard-size", SHARD, "--engine", "ray", "--address", cluster.address]
+        events = []
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+            for line in process.stdout:
+                events.append(json.loads(line))
+                if events[-1]["event"] == "shard" and len(of_kind(events, "shard")) == 1:
+                    process.send_signal(number)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+        until = time.monotonic() + 30  # Ray ends what the call had begun
+        while at_work() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not at_work()
+        return events
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+def test_the_caller_is_ended_and_calls_again(interrupted, inputs, convert, clean, tmp_path, number):
+    events = interrupted("convert", inputs[1] / "a", tmp_path / "out", number)
     assert not (tmp_path / "out").exists()
+    if number != signal.SIGKILL:
+        assert events[-1]["event"] == "error" and events[-1]["exit_code"] == 128 + number
+        assert "the same command goes on from what is finished" in events[-1]["message"]
     events = convert()
     assert content(tmp_path / "out") == clean["a"]
     assert len(of_kind(events, "shard")) < len(of_kind(events, "plan")[0]["shards"])
+
+
+def test_a_batch_is_interrupted_and_called_again(interrupted, inputs, batch, clean, tmp_path):
+    events = interrupted("batch", inputs[1], tmp_path / "root", signal.SIGINT)
+    assert events[-1]["event"] == "error" and events[-1]["exit_code"] == 130
+    states, _ = batch()
+    assert {*states} == {*NAMES} and {*states.values()} <= {"done", "skipped"}
+    assert {name: content(tmp_path / "root" / name) for name in NAMES} == clean
+
+
+def test_what_passes_messages_on_is_lost(convert, clean, tmp_path):
+    """The process of Ray that workers tell how far they are; the head of the cluster may as well be."""
+
+    over = threading.Event()
+
+    def lose():
+        while not over.wait(0.05):
+            for process in processes("ray::_QueueActor") if at_work() else ():
+                with suppress(psutil.Error):
+                    process.kill()
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    with pytest.raises(StorageError, match=r"is gone: .* The same command goes on"):
+        convert()
+    over.set()
+    thread.join()
+    convert()
+    assert content(tmp_path / "out") == clean["a"]
+
+
+def test_all_cores_are_taken(cluster, convert, clean, tmp_path, monkeypatch):
+    """The user is told, and the call goes on when others end. Ray is the caller's here, and stays."""
+    import ray
+
+    n_cpus = 2 * len(os.sched_getaffinity(0))
+    monkeypatch.setattr(ray_engine, "SILENCE_S", 0.5)
+    ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        others = ray.remote(lambda: time.sleep(600)).options(num_cpus=n_cpus).remote()
+        while ray.available_resources().get("CPU"):
+            time.sleep(0.05)
+        said = []
+
+        def on_event(event):
+            if "No worker has said anything" in event.get("message", ""):
+                said.append(event["message"])
+                ray.cancel(others, force=True)
+
+        convert(on_event=on_event)
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+    assert content(tmp_path / "out") == clean["a"]
+    assert re.search(r"CPUs of this Ray 0 are free, and .* lorafuse waits", said[0])
 
 
 def test_what_is_wrong_with_the_inputs_ends_it(cluster, inputs, tmp_path):
@@ -199,26 +283,27 @@ def test_what_is_wrong_with_the_inputs_ends_it(cluster, inputs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
-def test_workers_of_another_version(tmp_path):
-    """Nothing is called; the caller raises the error that comes back."""
-    task = Task("part 0 of 1", lambda on_event: 1 / 0, 1, 1, False, str(tmp_path))
-    here, told = versions(), []
-    ended = carry_out(task, here | {"torch": "1.0", "Python": "3.0"}, told.append)
-    assert isinstance(ended.error, UsageError)
-    assert re.search(r"has torch \S+, not 1\.0; Python \S+, not 3\.0: install the same", str(ended.error))
-    with pytest.raises(ZeroDivisionError):
-        carry_out(task, here, told.append)
-
-
-def test_a_machine_that_does_not_see_the_folder(tmp_path):
-    task = Task("part 0 of 1", lambda on_event: None, 1, 1, False, str(tmp_path / "nowhere"))
-    ended = carry_out(task, versions(), lambda told: None)
-    assert isinstance(ended.error, StorageError) and "need the same file system" in str(ended.error)
-
-
 def test_a_machine_that_is_too_small(convert):
     with pytest.raises(UsageError, match=r"part 0 of .* needs 20\.4 GB of memory"):
         convert(memory_limit="20GB")
+
+
+def test_a_machine_that_does_not_see_the_inputs(convert, tmp_path, monkeypatch):
+    """As the error of the call, which is made by a thread that cannot have signals."""
+    monkeypatch.setattr(spread, "seen_here", lambda names: (str(tmp_path / "nowhere"),))
+    with ThreadPoolExecutor() as executor, pytest.raises(StorageError, match=r"does not see .*nowhere"):
+        executor.submit(convert).result()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_without_cores(convert, tmp_path, monkeypatch):
+    import ray
+
+    head = {"Alive": True, "Resources": {"memory": 8e9, "node:here": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [head])
+    with pytest.raises(UsageError, match="no machine of this Ray offers CPUs"):
+        convert()
+    assert not ray.is_initialized() and list(tmp_path.iterdir()) == []
 
 
 # ---- a batch
@@ -301,6 +386,16 @@ def test_another_version_of_ray(inputs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ray, "init", init)
     assert "Ray: 2.9.0 Install the same versions" in refused(UsageError, inputs, tmp_path)
+
+
+def test_another_version_of_ray_on_the_cluster(cluster, inputs, tmp_path):
+    """Ray itself compares them."""
+    program = "import ray; ray.__version__ = '2.9.0'; from lorafuse.cli import main; main()"
+    words = [sys.executable, "-c", program, "convert", inputs[0], inputs[1] / "a", tmp_path / "out"]
+    words += ["--engine", "ray", "--address", cluster.address]
+    ran = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (2, "") and "Traceback" not in ran.stderr
+    assert "Ray here and on the cluster differ" in ran.stderr and "2.9.0" in ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ SBATCH = {
     "time": r"(\d+-)?\d{1,2}:\d{2}(:\d{2})?",
     "signal": r"([RB]:)?(\w+)(@\d{1,5})?",
     "requeue": "",
+    "kill-on-invalid-dep": r"yes|no",
     "dependency": r"after(ok|any|notok|corr)?:\d+",
 }
 SHIM = '#!/bin/sh\nfor word in "$@"; do printf "%s\\0" "$word"; done >> "$CALLS"; printf "\\n" >> "$CALLS"\n'

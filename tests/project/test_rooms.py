@@ -32,7 +32,7 @@ CASTS = {"bfloat16", "copy_", "double", "float", "half", "to", "type", "type_as"
 KNOW_PATHS = {
     *("files/local_folder.py", "files/folder.py", "files/hub.py", "files/hub_folder.py"),
     *("files/hub_repo.py", "files/hub_upload.py", "files/cloud_aws.py"),
-    *("files/safetensors_writer.py", "files/sharing.py", "settings.py", "outdir", "cli"),
+    *("files/safetensors_writer.py", "files/sharing.py", "files/seen.py", "settings.py", "outdir", "cli"),
     *("batching/jobs_afar.py", "batching/places.py", "batching/jobs.py", "batching/existing_results.py"),
     *("batching/pass_size.py", "receipt/write.py"),
 }

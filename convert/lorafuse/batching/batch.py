@@ -31,12 +31,13 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import open_folder
 from lorafuse.files.hub import as_named
 from lorafuse.files.local_folder import as_typed, directory_as_typed
+from lorafuse.files.seen import there_around
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.inputs.hashes import InputHashes
 from lorafuse.inputs.located import Name, asks_for_base, checkpoint_folder, located_adapter
 from lorafuse.outdir.kinds import kind_of
 from lorafuse.planning.work import work_of_batch
-from lorafuse.settings import Push, Settings, parse_nbytes
+from lorafuse.settings import AUTO, Push, Settings, parse_nbytes
 from lorafuse.trained_base.beside_adapter import settled
 from lorafuse.trained_base.options import chosen_quants
 
@@ -120,18 +121,26 @@ def _shared_out(
     for name in others:
         on_event({"event": "warning", "message": f"{shown(name)}: holds no adapter, and is left out."})
     todo = share_of(everything, *number)
-    if spread_by:
-        return spread_jobs(
-            todo, wanted.settings, spread_by, partial(_by_worker, wanted, everything), on_event
-        )
+    if spread_by:  # what concerns all jobs is looked at here, not by each worker
+        wanted = wanted._replace(ckpt=_named_ckpt(wanted.ckpt, everything))
+        refuse_overlap(everything, open_folder(wanted.out_root), checkpoint_folder(wanted.ckpt))
+        quant = wanted.settings.base_quant
+        by_worker = partial(_by_worker, wanted, everything if quant and quant.kind == AUTO else None)
+        sees = [wanted.ckpt, there_around(wanted.out_root)]
+        return spread_jobs(todo, wanted.settings, spread_by, sees, by_worker, on_event)
     return _batch(wanted, everything, todo, on_event)
 
 
+def _named_ckpt(ckpt: str, jobs: Sequence[Job]) -> str:
+    """The checkpoint, be it that which all adapters name."""
+    return base_of_all(jobs) if asks_for_base(ckpt) else ckpt
+
+
 def _by_worker(
-    wanted: WantedBatch, everything: Sequence[Job], todo: Sequence[Job], settings: Settings
+    wanted: WantedBatch, everything: Sequence[Job] | None, todo: Sequence[Job], settings: Settings
 ) -> Callable[[OnEvent], list[JobState]]:
-    """The call that does some of the jobs in another process."""
-    return partial(_batch, wanted._replace(settings=settings), everything, todo)
+    """The call that does some of the jobs in another process. `everything`: where that needs them all."""
+    return partial(_batch, wanted._replace(settings=settings), everything or todo, todo)
 
 
 def _batch(
@@ -144,7 +153,7 @@ def _batch(
     if pushes:
         refuse_push_of_store(out_root)
     check_device(settings.device)
-    ckpt = base_of_all(everything) if asks_for_base(ckpt) else ckpt
+    ckpt = _named_ckpt(ckpt, everything)
     ckpt_folder = checkpoint_folder(ckpt)
     refuse_overlap(everything, root, ckpt_folder)
     with closing(Checkpoint(ckpt_folder)) as base, InputHashes(base, as_named(ckpt), []) as hashes:

@@ -1,9 +1,10 @@
 """The jobs of a batch, by a path or by the URL of a folder of adapters or of a JSONL file."""
 
+from contextlib import closing
 from pathlib import Path
 
 from lorafuse.batching.jobs import Job, left_out, parsed_lines, read_jobs
-from lorafuse.errors import UsageError, shown
+from lorafuse.errors import UsageError, shown, sized
 from lorafuse.files.folder import Folder, read_fully
 from lorafuse.files.folders import folder_and_file, has_scheme, open_folder
 from lorafuse.files.hub import hub_name
@@ -41,9 +42,20 @@ def _lines(name: str) -> list[Job]:
         opened = folder.open(file)
     except FileNotFoundError:
         raise UsageError(f"{shown(name)}: no such file or directory.") from None
-    lines = bytes(read_fully(opened, 0, min(opened.facts.nbytes, MOST_NBYTES))).splitlines()
-    opened.close()
-    return parsed_lines(lines, name, lambda adapter: _located(adapter, folder))
+    with closing(opened):
+        if opened.facts.nbytes > MOST_NBYTES:
+            raise UsageError(
+                f"{shown(name)}: has {sized(opened.facts.nbytes)}; a file of jobs may have "
+                f"{sized(MOST_NBYTES)} at most. Divide it."
+            )
+        lines = bytes(read_fully(opened, 0, opened.facts.nbytes)).splitlines()
+    jobs = parsed_lines(lines, name, lambda adapter: _located(adapter, folder))
+    if not jobs:
+        raise UsageError(
+            f"{shown(name)}: has no line; expected a directory of adapters, or a JSONL file with a job in "
+            "each line."
+        )
+    return jobs
 
 
 def _located(adapter: str, folder: Folder) -> str:

@@ -2,7 +2,7 @@
 commits once."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,8 +12,9 @@ from lorafuse.batching.division import Division
 from lorafuse.batching.one_pass import PlannedJob
 from lorafuse.engines.engine import Engine, Task
 from lorafuse.engines.engines import ENGINES, engine_named
-from lorafuse.errors import UsageError, listed, shown
+from lorafuse.errors import StorageError, UsageError, listed, shown
 from lorafuse.events import Event, OnEvent, WorkersEvent
+from lorafuse.files.seen import seen_here, there_around
 from lorafuse.outdir.kinds import kind_of, shared_kind_of
 from lorafuse.planning.parts import divided
 from lorafuse.settings import Settings
@@ -51,10 +52,13 @@ def spread(
     chosen: ChosenEngine,
     call: Callable[[str, Division, Settings], Call],
     *,
+    inputs: Iterable[str],
     restart: bool,
 ) -> PlannedJob:
     """Have all files of a job made, but those that an earlier run has taken while it committed. `call` gives
-    what a worker does for a part. Returns the job that commits them. Raises what a worker raises."""
+    what a worker does for a part; `inputs` are the names of what it reads. Returns the job that commits them.
+    Raises what a worker raises, StorageError where what they make is not seen here."""
+    sees = seen_here([*inputs, there_around(job.out_dir)])
     if restart:  # here, since a worker that is begun again goes on
         with kind_of(job.out_dir).open_out_dir(job.out_dir, job.plan.plan_id, job.attempt, restart=True):
             pass
@@ -69,9 +73,10 @@ def spread(
         settings = for_workers(job.settings, engine.cores(job.plan.memory.n_workers))
         for index in parts:
             made = call(job.plan.plan_id, Division(index, of), settings)
-            engine.submit(task_of(f"part {index} of {of}", made, settings))
-        for _ in engine.results():
-            pass
+            engine.submit(task_of(f"part {index} of {of}", made, settings, sees))
+        for task, _ in engine.results():
+            if not shared_kind_of(job.out_dir).has_parts(job.out_dir):
+                raise unseen(f"{task.name} of {shown(job.out_dir)}")
         job.on_event(workers_event(engine))
     return replace(job, on_event=partial(_but_resumed, job.on_event))
 
@@ -89,10 +94,18 @@ def for_workers(settings: Settings, n_cpus: int) -> Settings:
     return replace(settings, n_threads=n_cpus, device=kind)
 
 
-def task_of(name: str, call: Call, settings: Settings) -> Task:
-    """A call with these settings as a task."""
+def task_of(name: str, call: Call, settings: Settings, sees: tuple[str, ...]) -> Task:
+    """A call with these settings as a task, for machines that see these paths."""
     on_gpu = device_kind(settings.device) != "cpu"
-    return Task(name, call, settings.n_workers, settings.memory_nbytes, on_gpu, os.getcwd())
+    return Task(name, call, settings.n_workers, settings.memory_nbytes, on_gpu, os.getcwd(), sees)
+
+
+def unseen(what: str) -> StorageError:
+    """What a worker says that it made is not on this machine's file system."""
+    return StorageError(
+        f"{what}: a worker has made it, and this machine does not see it. All machines need the same file "
+        "system, with the inputs and OUT_DIR on it."
+    )
 
 
 def workers_event(engine: Engine) -> WorkersEvent:

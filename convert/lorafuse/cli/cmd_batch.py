@@ -102,7 +102,8 @@ def batch(
             **{name: options[name] for name in ("device", "adapter_scale")}
         )  # refuses them, as click does the others
         check_base_options(options)
-        checked_share(options["index"], options["of"], os.environ)
+        if options["engine"] == "local":  # another one divides the jobs itself
+            checked_share(options["index"], options["of"], os.environ)
         options["push_to_hub"] = push_option(options)
         pushes_of(listed_jobs(as_typed(jobs))[0], options["push_to_hub"])
         with uncollected():  # as for convert

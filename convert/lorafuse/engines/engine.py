@@ -12,7 +12,8 @@ from lorafuse.events import OnEvent
 class Task:
     """A call that another process makes, with a sink for its events; what it returns comes back. `call` must
     be what pickle can name: functions of modules, and their arguments. It needs so many cores, so much memory
-    in bytes, and perhaps a GPU. Relative paths start at `folder`."""
+    in bytes, and perhaps a GPU. Relative paths start at `folder`; the machine must have the paths in `sees`.
+    """
 
     name: str
     call: Callable[[OnEvent], Any]
@@ -20,6 +21,7 @@ class Task:
     memory_nbytes: int
     on_gpu: bool
     folder: str
+    sees: tuple[str, ...] = ()
 
 
 @dataclass

@@ -1,15 +1,18 @@
 """What runs in a process that Ray starts: one task, whose events the process is told that the user called."""
 
 import os
+import pickle
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from lorafuse._version import __version__
 from lorafuse.engines.engine import Task, this_host
 from lorafuse.engines.relay import Teller, Told
-from lorafuse.errors import LorafuseError, StorageError, UsageError, shown
+from lorafuse.errors import LorafuseError, StorageError, UsageError, out_of_memory, shown
+
+SHARED = "All machines need the same file system, with the inputs and OUT_DIR on it."
 
 
 class Ended(NamedTuple):
@@ -28,17 +31,24 @@ def versions() -> dict[str, str]:
     return {"lorafuse": __version__, "torch": torch.__version__, "Python": platform.python_version()}
 
 
-def carry_out(task: Task, expected: dict[str, str], send: Callable[[list[Told]], None]) -> Ended:
-    """Make a task's call. Errors come back as values: Ray tries again only what a process died of."""
+def carry_out(pickled: bytes, expected: dict[str, str], send: Callable[[list[Told]], None]) -> Ended:
+    """Make a task's call. Versions come before the task is unpickled, which another version may not be able
+    to. Errors come back as values: Ray tries again only what a process died of."""
     began = time.monotonic()
-    teller = Teller(task.name, send)
     try:
         refuse_other_versions(expected)
+        task: Task = pickle.loads(pickled)
+        teller = Teller(task.name, send)
         go_to(task.folder)
+        refuse_unseen(task.sees)
         result = task.call(teller)
+        teller.flush()
     except (LorafuseError, OSError) as e:
         return Ended(this_host(), time.monotonic() - began, error=e)
-    teller.flush()
+    except Exception as e:
+        if no_memory := out_of_memory(e):
+            return Ended(this_host(), time.monotonic() - began, error=no_memory)
+        raise
     return Ended(this_host(), time.monotonic() - began, result)
 
 
@@ -48,9 +58,15 @@ def go_to(folder: str) -> None:
         os.chdir(folder)
     except OSError as e:
         raise StorageError(
-            f"The worker on {shown(this_host())} cannot go to {shown(folder)}: {e.strerror}. All machines "
-            "need the same file system, with the inputs and OUT_DIR on it."
+            f"The worker on {shown(this_host())} cannot go to {shown(folder)}: {e.strerror}. {SHARED}"
         ) from None
+
+
+def refuse_unseen(paths: Iterable[str]) -> None:
+    """Raises StorageError where this machine does not see what the user's does."""
+    for path in paths:
+        if not os.access(path, os.F_OK):
+            raise StorageError(f"The worker on {shown(this_host())} does not see {shown(path)}. {SHARED}")
 
 
 def refuse_other_versions(expected: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorafuse.engines.engine import this_host
+from lorafuse.errors import shown
 from lorafuse.events import Event, OnEvent
 
 EVERY_S = 0.3  # a worker tells how far it is
@@ -50,9 +51,19 @@ class Relay:
     any more."""
 
     on_event: OnEvent
-    n_again: int = 0
+    _hosts: dict[str, list[str]] = field(default_factory=dict)  # of tasks: who began them, in this order
     _nbytes: dict[str, int] = field(default_factory=dict)  # of tasks, as far as they are
     _passes: dict[str, int] = field(default_factory=dict)  # what tasks said that they are going to write
+
+    @property
+    def n_again(self) -> int:
+        """Tasks that were begun again, each as often as it was."""
+        return sum(len(hosts) - 1 for hosts in self._hosts.values())
+
+    @property
+    def n_begun(self) -> int:
+        """Tasks that were begun."""
+        return len(self._hosts)
 
     def nbytes_of(self, task: str) -> int:
         """What a task has written so far, or resumed."""
@@ -66,7 +77,7 @@ class Relay:
     def _one(self, task: str, event: Any) -> None:
         kind = event["event"]
         if kind == "begun":
-            self.n_again += task in self._nbytes
+            self._begun(task, event["host"])
             # A pass says anew what is left to write: the earlier one counts as over.
             if over := self._passes.pop(task, 0) - self._nbytes.get(task, 0):
                 self.on_event({"event": "progress", "nbytes": over})
@@ -79,3 +90,13 @@ class Relay:
             self.on_event(event)
         elif kind in ("shard", "job", "warning") or (kind == "plan" and "job" in event):
             self.on_event(event)
+
+    def _begun(self, task: str, host: str) -> None:
+        hosts = self._hosts.setdefault(task, [])
+        hosts.append(host)
+        if len(hosts) > 1:
+            message = (
+                f"{shown(task)} begins again on {shown(host)} (try {len(hosts)}): its process on "
+                f"{shown(hosts[-2])} ended. What that finished is kept."
+            )
+            self.on_event({"event": "warning", "message": message})

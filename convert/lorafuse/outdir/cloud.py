@@ -75,6 +75,11 @@ def open_whole(
     return CloudOutDir(CloudPlace.at(out_dir), attempt, overwrite=overwrite, on_event=on_event, wanted=files)
 
 
+def has_parts(out_dir: str) -> bool:
+    """A store is the same for all who see it."""
+    return True
+
+
 def files_of_whole(out_dir: str, attempt: Attempt) -> set[str]:
     """The files that an equal run of the whole has made. It takes none from the parts: what a worker has made
     stays in its place until the result has its name."""

@@ -62,6 +62,11 @@ def open_whole(
     return LocalOutDir(Path(out_dir), plan_id, attempt, overwrite=overwrite, on_event=on_event, wanted=files)
 
 
+def has_parts(out_dir: str) -> bool:
+    """Whether workers have made parts of the result. See SharedKind."""
+    return bool(StagingPlace.of(Path(out_dir)).parts())
+
+
 def files_of_whole(out_dir: str, attempt: Attempt) -> set[str]:
     """The files that an equal run of the whole has. See SharedKind."""
     folders = StagingPlace.of(Path(out_dir)).own_folders()

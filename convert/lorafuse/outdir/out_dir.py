@@ -205,5 +205,8 @@ class SharedKind(Protocol):
         a file is not there or is not what its worker wrote; then the parts keep theirs. Raises HeldError
         while a part is made."""
 
+    def has_parts(self, out_dir: str) -> bool:
+        """Whether workers have made parts of the result, or are at it, as far as this machine sees."""
+
     def files_of_whole(self, out_dir: str, attempt: Attempt) -> set[str]:
         """The files that an equal run of the whole has taken from the parts already."""

@@ -1,0 +1,24 @@
+"""What of the names that a user gave this machine sees: workers on other machines must see the same."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from lorafuse.files.names import scheme_of
+
+
+def seen_here(names: Iterable[str]) -> tuple[str, ...]:
+    """Those that are paths of this machine, not ids of a hub or URLs."""
+    return tuple(name for name in names if not scheme_of(name) and os.path.exists(name))
+
+
+def there_around(place: str) -> str:
+    """The nearest directory that is there already; a URL as it is."""
+    while not scheme_of(place) and not os.path.isdir(place):
+        place = os.path.dirname(place) or os.curdir
+    return place
+
+
+def is_result_seen(out_dir: Path | str) -> bool:
+    """Whether a result that is complete is on this machine's file system; a URL is seen by all."""
+    return bool(scheme_of(str(out_dir))) or os.path.isdir(out_dir)
