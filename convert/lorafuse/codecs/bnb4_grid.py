@@ -108,5 +108,5 @@ class FourBitGrid(Grid):
         tables = levels.ascending, levels.codes, levels.places
         bound = 256, levels.least, ROUNDED[levels.dtype][1]
         return Coded(
-            self._packed, self._scales.contiguous(), tables, bound, levels.dtype, self.run, self.skip
+            self._packed, None, self._scales.contiguous(), tables, bound, levels.dtype, self.run, self.skip
         )
