@@ -15,9 +15,10 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 class Coded(NamedTuple):
     """A grid that the kernel knows: `codes` (uint8 or int8, 1-D) are written, over those that are stored, or
-    beside them where these are `before`; `scales` (fp32) are those of the runs. Of 4 bits: `levels` (fp32 [16], ascending), the code of each (uint8), and the place of each code
-    (int64); of int8 none. `bound`: numerator, least and smallest, of which a run of scale s has the bound
-    |Δ| · (numerator / (|s| · least)), where |s| is at least the smallest."""
+    beside them where these are `before`; `scales` (fp32) are those of the runs. Of 4 bits: `levels` (fp32
+    [16], ascending), the code of each (uint8), and the place of each code (int64); of int8 none. `bound`:
+    numerator, least and smallest, of which a run of scale s has the bound |Δ| · (numerator / (|s| · least)),
+    where |s| is at least the smallest."""
 
     codes: torch.Tensor
     before: torch.Tensor | None
