@@ -651,10 +651,11 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
     int64_t start, int64_t stop, const uint8_t *bytes, int dtype) {
     int64_t n_beyond = 0;
     struct {
-        int32_t at;
+        int64_t i;
         float scale;
-    } left[CHUNK + 1]; /* elements that are settled later */
-    int32_t n_left = 0;
+        uint32_t left; /* the mask of those that are settled later */
+    } groups[CHUNK / 32];
+    int32_t n_groups = 0, n_chosen = 0, chosen[CHUNK / 32];
     for (int64_t i = start, end; i < stop; i = end) {
         end = end_of_part(run, t, tables, i, stop);
         float size = __builtin_fabsf(run->scale), span = run->tables->levels[15] - run->tables->levels[0];
@@ -664,24 +665,27 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
             struct places at = {(const uint16_t *)t->base + i, t->sums + i, (uint16_t *)t->stored + i,
                                 t->codes + i / 2, bytes + (i - start)};
             for (; i + 32 <= end; i += 32) {
-                uint32_t mask = look_at_32(at, &n, &n_beyond, dtype);
+                groups[n_groups].i = i, groups[n_groups].scale = run->scale;
+                groups[n_groups++].left = look_at_32(at, &n, &n_beyond, dtype);
                 at = (struct places){at.base + 32, at.sums + 32, at.stored + 32, at.codes + 16, at.bytes + 32};
-                /* Hardly ever more than one: a branch for the first would be mispredicted, and late. */
-                left[n_left].at = (int32_t)(i - start) + (mask ? __builtin_ctz(mask) : 0);
-                left[n_left].scale = run->scale;
-                n_left += mask != 0;
-                for (mask &= mask - 1; mask; mask &= mask - 1, n_left++) {
-                    left[n_left].at = (int32_t)(i - start) + __builtin_ctz(mask);
-                    left[n_left].scale = run->scale;
-                }
             }
         }
         if (i < end)
             n_beyond += look_at_part(found, run, t, i, end, bytes + (i - start), dtype, FOUR_BIT);
     }
-    for (int k = 0; k < n_left; k++) {
-        float scale = left[k].scale;
-        note(found, tables + (scale < 0), scale, t, start + left[k].at, bytes[left[k].at], dtype, FOUR_BIT);
+    for (int g = 0; g < n_groups; g++) {
+        int32_t any = groups[g].left != 0;
+        __asm__("" : "+r"(any)); /* else the compiler makes a branch of it, which is mispredicted */
+        chosen[n_chosen] = g;
+        n_chosen += any;
+    }
+    for (int k = 0; k < n_chosen; k++) {
+        int64_t i = groups[chosen[k]].i;
+        float scale = groups[chosen[k]].scale;
+        for (uint32_t mask = groups[chosen[k]].left; mask; mask &= mask - 1) {
+            int j = __builtin_ctz(mask);
+            note(found, tables + (scale < 0), scale, t, i + j, bytes[i - start + j], dtype, FOUR_BIT);
+        }
     }
     return n_beyond;
 }
