@@ -565,8 +565,9 @@ FOR_AVX512 static inline __m512i codes_of_32(const uint8_t *codes) {
     return _mm512_and_si512(both, _mm512_set1_epi32(0x000F000F));
 }
 
-/* Of a run: the values (16 bits) and codes of the neighbours of each code, and 256 over the distance of both,
-   within 2^-14 of itself, below 0 for the one below; 0 where there is none. The lowest and the highest value. */
+/* Of a run: the values (16 bits) and codes of the neighbours of each code; 256 over the distance of both, which
+   is off by 2^-14 of itself at most, negated for the neighbour below, and 0 where there is none; the lowest
+   and the highest value. */
 struct neighbours {
     __m512i values, codes;
     __m512 below, above, lowest, highest;
@@ -595,8 +596,8 @@ FOR_AVX512 static inline struct neighbours neighbours_of(const struct run *run, 
         .highest = _mm512_permutexvar_ps(_mm512_set1_epi32(15), values)};
 }
 
-/* Of 16 elements, given 256 p within 2^-13 of itself: which move, and which stay. What is neither of these is
-   too near to say, or no number. */
+/* Of 16 elements, given 256 p, which is off by 2^-13 of itself at most: which move, and which stay. What is
+   neither of these is too near to say, or no number. */
 FOR_AVX512 static inline void decide(__m512 share, __m128i bytes, __mmask16 *moves, __mmask16 *stays) {
     const __m512 less = _mm512_set1_ps(256 * (1 - 0x1p-12f)), margin = _mm512_set1_ps(-0x1p-5f);
     __m512 distance = _mm512_sub_ps(share, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
@@ -614,8 +615,8 @@ struct places {
     const uint8_t *bytes;
 };
 
-/* Looks at 32 elements of one run. Counts those beyond the grid. Returns the mask of those that are not settled
-   at once. */
+/* Looks at 32 elements of one run. Counts those beyond the grid. Returns the mask of those that are not
+   settled at once. */
 FOR_AVX512 static inline uint32_t look_at_32(
     struct places at_32, const struct neighbours *n, int64_t *n_beyond, int dtype) {
     const uint16_t *base = at_32.base;
