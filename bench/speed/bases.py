@@ -2,12 +2,12 @@
 
     python -m bench.speed.bases --work build/bench [--only WORDS]
 
-Each format has the shapes of two layers of the 1B model (gpt-oss: of four experts of its 20B), and a rank-16
-adapter over all of it (bench/support/bases.py). Merges of a format and of NF4 take turns. Compute is
-`timing.compute_cpu_s` of the receipt: decode, update, cast; start, reading, measures, hashes and writing are
-not in it. A ratio is that of the medians, by element, of at least three rounds; there are more, up to nine,
-while the rounds' own ratios differ by more than a tenth. What is stored transposed comes last. `--only`: the
-formats whose names have these words.
+Each format has the shapes of two layers of the 1B model (gpt-oss: of four experts of its 20B), and a
+rank-16 adapter over all of it (bench/support/bases.py). Merges of a format and of NF4 take turns. Compute is
+`timing.compute_cpu_s` of the receipt: decode, update, cast, and the measures that the kernel takes with
+them; start, reading, hashes and writing are not in it. A ratio is that of the medians, by element, of at
+least three rounds; there are more, up to nine, while the rounds' own ratios differ by more than a tenth.
+What is stored transposed comes last. `--only`: the formats whose names have these words.
 """
 
 import json

@@ -33,8 +33,7 @@ class Costs(NamedTuple):
 
     read: float  # in the page cache
     hash_input: float
-    compute: float  # decode, update, cast
-    measures: float
+    compute: float  # decode, update, cast, measures
     write: float
     hash: float
     read_back: float
@@ -43,7 +42,7 @@ class Costs(NamedTuple):
 
     @property
     def of_cores(self) -> float:
-        return self.read + self.hash_input + self.compute + self.measures + self.write + self.hash
+        return self.read + self.hash_input + self.compute + self.write + self.hash
 
     def limits(self, n_cores: int, disk: float) -> dict[str, float]:
         """GB a second that each thing allows."""
@@ -109,8 +108,9 @@ def report(work: Path, layers: int) -> str:
         found = measure.python("-m", "bench.speed.costs", base, adapter, outputs).stdout
     costs = Costs(**json.loads(found))
     names = {
-        "read": "reading the base", "hash_input": "hashing the base", "compute": "decode, update, cast",
-        "measures": "measures", "write": "writing", "hash": "hashing", "read_back": "reading back for a hash",
+        "read": "reading the base", "hash_input": "hashing the base",
+        "compute": "decode, update, cast, measures",
+        "write": "writing", "hash": "hashing", "read_back": "reading back for a hash",
     }  # fmt: skip
     rows = [(name, f"{getattr(costs, field):.2f}") for field, name in names.items()]
     rows.append((f"fixed, µs a tile of {costs.tile_nbytes / 1e6:.1f} MB", f"{costs.fixed_us:.0f}"))

@@ -55,19 +55,18 @@ class Tiles:
         self.nbytes = sum(step.nbytes for step in steps)
         self.n_tiles = sum(1 for step in steps for _ in step.tiles())
 
-    def make(self) -> tuple[float, float]:
-        """Seconds of the arithmetic, and of the measures."""
-        compute_s = measures_s = 0.0
+    def make(self) -> float:
+        """Seconds of decode, update, cast and measures."""
+        compute_s = 0.0
         for weight in SharedWeights([self._steps]):
             for patch in weight.patches:
                 patch.prepare(Base(weight.sources, self._arena), self._arena)
             for start, stop in weight.tiles():
                 [made] = make_tile(weight, start, stop, [self._buffer], self._arena)
-                compute_s += made.timing.compute_cpu_s
-                measures_s += made.timing.stats_cpu_s
+                compute_s += made.timing.compute_cpu_s + made.timing.stats_cpu_s
             for patch in weight.patches:
                 patch.release()
-        return compute_s, measures_s
+        return compute_s
 
 
 def opened_tiles(base: Path, adapter: Path) -> Tiles:
@@ -82,17 +81,15 @@ def of_tiles(steps: list[planned.Step]) -> dict[str, float]:
     """Per byte of the result; the fixed cost of a tile by the difference to tiles that are much smaller."""
     large = Tiles(steps)
     large.make()
-    rounds = [large.make() for _ in range(ROUNDS)]
-    compute_s, measures_s = (median(times) for times in zip(*rounds, strict=True))
+    compute_s = median(large.make() for _ in range(ROUNDS))
     large_s, usual = cpu_s(large.make), planned.TILE_NUMEL
     planned.TILE_NUMEL = SMALL
     small = Tiles(steps)
     small_s = cpu_s(small.make)
     planned.TILE_NUMEL = usual
     return {
-        "read": (large_s - compute_s - measures_s) / large.nbytes * 1e9,
+        "read": (large_s - compute_s) / large.nbytes * 1e9,
         "compute": compute_s / large.nbytes * 1e9,
-        "measures": measures_s / large.nbytes * 1e9,
         "fixed_us": max(small_s - large_s, 0) / (small.n_tiles - large.n_tiles) * 1e6,
         "tile_nbytes": large.nbytes // large.n_tiles,
     }

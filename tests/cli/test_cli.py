@@ -259,7 +259,7 @@ def test_dry_run_predicts(run: Cli, ckpt: Path, adapter: Path, out: Path) -> Non
     (planned,) = run.events
     run(ckpt, adapter, out, "--json", "--max-shard-size", "3KB")
     assert planned.pop("formats")["dense"] == planned["nbytes"]
-    for answer in ("inputs", "changes", "changed", "memory_nbytes", "disk", "estimate"):
+    for answer in ("inputs", "changes", "changed", "memory_nbytes", "disk", "estimate", "device"):
         del planned[answer]
     assert run.events[0] == planned
     assert planned["plan_id"] == json.loads((out / "lorafuse_receipt.json").read_text())["plan_id"]

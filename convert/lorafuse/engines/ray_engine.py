@@ -72,8 +72,8 @@ class RayEngine:
         self._heard_at, self._nodes = time.monotonic(), self._alive()
         if not self._nodes:
             raise UsageError(
-                f"{shown(self._address)}: no machine of this Ray offers CPUs. Start workers there "
-                "(`ray start --address`), or the head with --num-cpus."
+                f"{shown(self._address)}: no machine of this Ray offers CPUs. Start it with CPUs, or workers "
+                "beside it (`ray start`)."
             )
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
