@@ -565,9 +565,9 @@ FOR_AVX512 static inline __m512i codes_of_32(const uint8_t *codes) {
     return _mm512_and_si512(both, _mm512_set1_epi32(0x000F000F));
 }
 
-/* Of a run: the values (16 bits) and codes of the neighbours of each code; 256 over the distance of both, which
-   is off by 2^-14 of itself at most, negated for the neighbour below, and 0 where there is none; the lowest
-   and the highest value. */
+/* Of a run: the values (16 bits) and codes of the neighbours of each code; 256 over the distance of both,
+   which is off by 2^-14 of itself at most, negated for the neighbour below, and 0 where there is none; the
+   lowest and the highest value. */
 struct neighbours {
     __m512i values, codes;
     __m512 below, above, lowest, highest;
