@@ -99,8 +99,9 @@ def same_measures(a, b):
 
 
 @settings(max_examples=80, deadline=None)
-@given(tile=tiles(), kind=st.sampled_from(sorted(MAPS)), dtype=st.sampled_from(DTYPES))
-def test_four_bits(kernels, tile, kind, dtype):
+@given(tile=tiles(), kind=st.sampled_from(sorted(MAPS)), dtype=st.sampled_from(DTYPES), beside=st.booleans())
+def test_four_bits(kernels, tile, kind, dtype, beside):
+    """`beside`: the codes are written beside those that are stored."""
     generator = torch.Generator().manual_seed(tile["seed"])
     numel, run, skip = tile["numel"], tile["run"], tile["skip"] % tile["run"]
     packed = torch.randint(0, 256, (-(-numel // 2),), dtype=torch.uint8, generator=generator)
@@ -111,8 +112,11 @@ def test_four_bits(kernels, tile, kind, dtype):
     base = MAPS[kind][codes] * scales.repeat_interleave(run)[skip : skip + numel]
 
     def make_grid():
-        recoded = packed.clone()
         levels = levels_of(MAPS[kind].numpy().tobytes(), dtype)
+        if beside:
+            made = torch.full_like(packed, 0xA5)
+            return FourBitGrid(made, scales, levels, run, skip, packed), made
+        recoded = packed.clone()
         return FourBitGrid(recoded, scales, levels, run, skip), recoded
 
     check(kernels, make_grid, base.to(dtype), tile, generator)

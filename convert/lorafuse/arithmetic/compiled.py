@@ -14,12 +14,14 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 class Coded(NamedTuple):
-    """A grid that the kernel knows: `codes` (uint8 or int8, 1-D) are written; `scales` (fp32) are those of
-    the runs. Of 4 bits: `levels` (fp32 [16], ascending), the code of each (uint8), and the place of each code
-    (int64); of int8 none. `bound`: numerator, least and smallest, of which a run of scale s has the bound
-    |Δ| · (numerator / (|s| · least)), where |s| is at least the smallest."""
+    """A grid that the kernel knows: `codes` (uint8 or int8, 1-D) are written, over those that are stored, or
+    beside them where these are `before`; `scales` (fp32) are those of the runs. Of 4 bits: `levels` (fp32
+    [16], ascending), the code of each (uint8), and the place of each code (int64); of int8 none. `bound`:
+    numerator, least and smallest, of which a run of scale s has the bound |Δ| · (numerator / (|s| · least)),
+    where |s| is at least the smallest."""
 
     codes: torch.Tensor
+    before: torch.Tensor | None
     scales: torch.Tensor
     levels: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     bound: tuple[float, float, float]
@@ -44,7 +46,7 @@ class _OnGrid(ctypes.Structure):
     """`struct on_grid` of kernel.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("base", "sums", "stored", "codes", "measured")),
+        *((name, ctypes.c_void_p) for name in ("base", "sums", "stored", "before", "codes", "measured")),
         *((name, ctypes.c_void_p) for name in ("scales", "levels", "codes_of", "places_of", "bytes")),
         *((name, ctypes.c_uint64) for name in ("seed_of_bytes", "seed_of_fractions")),
         *((name, ctypes.c_int64) for name in ("numel", "run", "skip", "first", "n_rows", "n_cols")),
@@ -70,7 +72,8 @@ def round_tile(
     seed_of_bytes, seed_of_fractions = draws.seeds or (0, 0)
     numerator, least, smallest = grid.bound
     call = _OnGrid(
-        base=_address(base), sums=_address(sums), stored=_address(stored), codes=_address(grid.codes),
+        base=_address(base), sums=_address(sums), stored=_address(stored),
+        before=_address(grid.before), codes=_address(grid.codes),
         measured=ctypes.addressof(found) if found else None,
         scales=_address(grid.scales), levels=_address(levels), codes_of=_address(codes_of),
         places_of=_address(places_of), bytes=_address(draws.bytes),

@@ -31,7 +31,7 @@
 #define ALIGNED _Alignas(64) /* vectors of it lie in one line of the cache */
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
-enum { INTERFACE = 4 }; /* of kernel.py: another number, another kernel */
+enum { INTERFACE = 5 }; /* of kernel.py: another number, another kernel */
 enum { BFLOAT16, FLOAT16, FLOAT32 };
 enum { FOUR_BIT, INT8 };
 enum { BASELINE, AVX2, AVX512 };
@@ -330,12 +330,14 @@ enum { HALF, SEEDED }; /* u = 1/2 for all; or that of the weight's elements */
 /* A tile: `scales` of each run; 16 `levels`, ascending, `codes_of` each place and `places_of` each code, of 4
    bits. The bound of 256 p is |update| * (numerator / (|scale| * least)), infinite where the scale is below
    `smallest`. `bytes`: of the draws, or null where the elements are those of a weight from `first` on; else
-   the tile is the transpose of n_rows rows from there on. `measured`, or null:
-   what is measured on the way, of a BLOCK at a time, which the nearest caches still hold. */
+   the tile is the transpose of n_rows rows from there on. `before`: the codes that are stored, where they are
+   not in `codes` yet, or null. `measured`, or null: what is measured on the way, of a BLOCK at a time, which
+   the nearest caches still hold. */
 struct on_grid {
     const void *base;
     const float *sums;
     void *stored;
+    const uint8_t *before;
     uint8_t *codes;
     struct measured *measured;
     const float *scales, *levels;
@@ -350,11 +352,14 @@ struct on_grid {
 
 /* Of 4 bits, where the scale is not below 0: the levels, what is where, and of each code the level and the
    code above it (at 16 + code) and below it, at the ends infinity and its own. `other`: the next that is not
-   equal. */
+   equal, where there is one (a bit of `has_other`): its code, its place, and which 16 bits its rounded value
+   is of those of all places, as `neighbours_of` has them. */
 struct tables {
-    float levels[16], next_levels[32], other_levels[32];
-    uint16_t other_codes[32];
+    float levels[16], next_levels[32];
+    int32_t places[16], other_places[32];
+    uint16_t other_codes[32], other_halves[32];
     uint8_t codes_of[16], places_of[16], next_codes[32];
+    uint32_t has_other;
 };
 
 /* The run of a number, which ends before an element, and what holds in it. */
@@ -560,16 +565,45 @@ FOR_AVX512 static inline __m512i codes_of_32(const uint8_t *codes) {
     return _mm512_and_si512(both, _mm512_set1_epi32(0x000F000F));
 }
 
-/* Of 16 elements: which move to the value `next`, and which stay. What is neither of these is too near to say
-   in fp32, or no number. */
-FOR_AVX512 static inline void decide(
-    __m512 x, __m512 w, __m512 next, __m128i bytes, __mmask16 *moves, __mmask16 *stays) {
-    const __m512 more = _mm512_set1_ps(256 * (1 + 0x1p-20f)), less = _mm512_set1_ps(256 * (1 - 0x1p-20f));
-    __m512 distance = _mm512_abs_ps(_mm512_sub_ps(x, w)), step = _mm512_abs_ps(_mm512_sub_ps(next, w));
-    __m512 steps = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), step);
-    *stays = _mm512_cmp_ps_mask(_mm512_mul_ps(distance, more), steps, _CMP_LT_OQ);
-    __mmask16 between = _mm512_cmp_ps_mask(distance, step, _CMP_LT_OQ);
-    *moves = _mm512_mask_cmp_ps_mask(between, _mm512_fmsub_ps(distance, less, steps), step, _CMP_GE_OQ);
+/* Of a run: the values (16 bits) and codes of the neighbours of each code; 256 over the distance of both,
+   which is off by 2^-14 of itself at most, negated for the neighbour below, and 0 where there is none; the
+   lowest and the highest value. */
+struct neighbours {
+    __m512i values, codes;
+    __m512 below, above, lowest, highest;
+};
+
+FOR_AVX512 static inline struct neighbours neighbours_of(const struct run *run, int dtype) {
+    const struct tables *of_run = run->tables;
+    __m512 values = _mm512_mul_ps(_mm512_loadu_ps(of_run->levels), _mm512_set1_ps(run->scale));
+    __m512i halves = dtype == BFLOAT16 ? rounded_to_bfloat(values)
+                                       : _mm512_castsi256_si512(narrowed(values, dtype));
+    values = dtype == BFLOAT16
+        ? _mm512_castsi512_ps(_mm512_and_si512(halves, _mm512_set1_epi32((int32_t)0xFFFF0000)))
+        : widened(_mm512_castsi512_si256(halves), dtype);
+    __m512 own = _mm512_permutexvar_ps(_mm512_loadu_si512(of_run->places), values);
+    __m512 below = _mm512_permutexvar_ps(_mm512_loadu_si512(of_run->other_places), values);
+    __m512 above = _mm512_permutexvar_ps(_mm512_loadu_si512(of_run->other_places + 16), values);
+    /* Where both have the same value, infinity times a distance is infinite, or no number. */
+    below = _mm512_maskz_rcp14_ps((__mmask16)of_run->has_other, _mm512_sub_ps(own, below));
+    above = _mm512_maskz_rcp14_ps((__mmask16)(of_run->has_other >> 16), _mm512_sub_ps(above, own));
+    return (struct neighbours){
+        .values = _mm512_permutexvar_epi16(_mm512_loadu_si512(of_run->other_halves), halves),
+        .codes = _mm512_loadu_si512(of_run->other_codes),
+        .below = _mm512_mul_ps(below, _mm512_set1_ps(-256)),
+        .above = _mm512_mul_ps(above, _mm512_set1_ps(256)),
+        .lowest = _mm512_broadcastss_ps(_mm512_castps512_ps128(values)),
+        .highest = _mm512_permutexvar_ps(_mm512_set1_epi32(15), values)};
+}
+
+/* Of 16 elements, given 256 p, which is off by 2^-13 of itself at most: which move, and which stay. What is
+   neither of these is too near to say, or no number. */
+FOR_AVX512 static inline void decide(__m512 share, __m128i bytes, __mmask16 *moves, __mmask16 *stays) {
+    const __m512 less = _mm512_set1_ps(256 * (1 - 0x1p-12f)), margin = _mm512_set1_ps(-0x1p-5f);
+    __m512 distance = _mm512_sub_ps(share, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
+    __mmask16 between = _mm512_cmp_ps_mask(share, less, _CMP_LT_OQ);
+    *stays = _mm512_cmp_ps_mask(distance, margin, _CMP_LT_OQ);
+    *moves = _mm512_mask_cmp_ps_mask(between, distance, _mm512_set1_ps(1 + 0x1p-5f), _CMP_GT_OQ);
 }
 
 /* Where 32 elements lie, of 4 bits and a dtype of 16. */
@@ -581,33 +615,32 @@ struct places {
     const uint8_t *bytes;
 };
 
-/* Looks at 32 elements of one run, with values and codes of the neighbours. Counts those beyond the grid in
-   each of 16 lanes. Returns the mask of those that are not settled at once. */
+/* Looks at 32 elements of one run. Counts those beyond the grid. Returns the mask of those that are not
+   settled at once. */
 FOR_AVX512 static inline uint32_t look_at_32(
-    struct places at_32, __m512i values, __m512i codes, __m512 lowest, __m512 highest, __m512i *n_beyond,
-    int dtype) {
+    struct places at_32, const struct neighbours *n, int64_t *n_beyond, int dtype) {
     const uint16_t *base = at_32.base;
-    __m512 x[2], w[2];
-    __mmask16 up[2], moves[2], stays[2];
+    __m512 update[2];
+    __mmask16 up[2], inside[2], moves[2], stays[2];
     __m512i code = codes_of_32(at_32.codes);
     for (int k = 0; k < 2; k++) {
-        x[k] = _mm512_loadu_ps(at_32.sums + 16 * k);
-        w[k] = widened(_mm256_loadu_si256((const __m256i *)(base + 16 * k)), dtype);
-        up[k] = _mm512_cmp_ps_mask(x[k], w[k], _CMP_GT_OQ);
-        __mmask16 beyond = _mm512_cmp_ps_mask(x[k], highest, _CMP_GT_OQ);
-        beyond |= _mm512_cmp_ps_mask(x[k], lowest, _CMP_LT_OQ);
-        *n_beyond = _mm512_mask_add_epi32(*n_beyond, beyond, *n_beyond, _mm512_set1_epi32(1));
+        __m512 x = _mm512_loadu_ps(at_32.sums + 16 * k), w = sixteen(base, 16 * k, dtype);
+        up[k] = _mm512_cmp_ps_mask(x, w, _CMP_GT_OQ);
+        update[k] = _mm512_sub_ps(x, w);
+        inside[k] = _mm512_cmp_ps_mask(x, n->highest, _CMP_NGT_UQ);
+        inside[k] = _mm512_mask_cmp_ps_mask(inside[k], x, n->lowest, _CMP_NLT_UQ);
     }
+    *n_beyond += 32 - __builtin_popcount(both(inside));
     __m512i at = _mm512_mask_add_epi16(code, both(up), code, _mm512_set1_epi16(16));
-    __m512i next = _mm512_permutexvar_epi16(at, values);
     for (int k = 0; k < 2; k++) {
-        __m256i half = k ? _mm512_extracti64x4_epi64(next, 1) : _mm512_castsi512_si256(next);
+        __m256i half = k ? _mm512_extracti64x4_epi64(at, 1) : _mm512_castsi512_si256(at);
+        __m512 factor = _mm512_permutex2var_ps(n->below, _mm512_cvtepu16_epi32(half), n->above);
         __m128i byte = _mm_loadu_si128((const __m128i *)(at_32.bytes + 16 * k));
-        decide(x[k], w[k], widened(half, dtype), byte, moves + k, stays + k);
+        decide(_mm512_mul_ps(update[k], factor), byte, moves + k, stays + k);
     }
-    __m512i stored = _mm512_mask_mov_epi16(_mm512_loadu_si512(base), both(moves), next);
-    _mm512_storeu_si512(at_32.stored, stored);
-    code = _mm512_mask_permutexvar_epi16(code, both(moves), at, codes);
+    __m512i stored = _mm512_loadu_si512(base);
+    _mm512_storeu_si512(at_32.stored, _mm512_mask_permutexvar_epi16(stored, both(moves), at, n->values));
+    code = _mm512_mask_permutexvar_epi16(code, both(moves), at, n->codes);
     code = _mm512_madd_epi16(code, _mm512_set1_epi32(0x00010010)); /* 16 times the first and the second */
     _mm_storeu_si128((__m128i *)at_32.codes, _mm512_cvtepi32_epi8(code));
     return ~(both(moves) | both(stays));
@@ -618,45 +651,44 @@ FOR_AVX512 static int64_t look_at_chunk_avx512(
     struct looked_at *found, struct run *run, const struct on_grid *t, const struct tables *tables,
     int64_t start, int64_t stop, const uint8_t *bytes, int dtype) {
     int64_t n_beyond = 0;
-    __m512i beyond = _mm512_setzero_si512();
-    int32_t left[CHUNK + 1], n_left = 0; /* elements that are settled later */
+    struct {
+        int64_t i;
+        float scale;
+        uint32_t left; /* the mask of those that are settled later */
+    } groups[CHUNK / 32];
+    int32_t n_groups = 0, n_chosen = 0, chosen[CHUNK / 32];
     for (int64_t i = start, end; i < stop; i = end) {
         end = end_of_part(run, t, tables, i, stop);
-        float size = __builtin_fabsf(run->scale);
+        float size = __builtin_fabsf(run->scale), span = run->tables->levels[15] - run->tables->levels[0];
         /* `decide` wants normal numbers. */
-        if (size >= 1e-30f && size <= 1e30f && i % 2 == 0 && i + 32 <= end) {
-            const struct tables *of_run = run->tables;
-            __m512 scale = _mm512_set1_ps(run->scale);
-            __m512 below = _mm512_mul_ps(_mm512_loadu_ps(of_run->other_levels), scale);
-            __m512 above = _mm512_mul_ps(_mm512_loadu_ps(of_run->other_levels + 16), scale);
-            __m512i values = _mm512_inserti64x4(
-                _mm512_castsi256_si512(narrowed(below, dtype)), narrowed(above, dtype), 1);
-            __m512i codes = _mm512_loadu_si512(of_run->other_codes);
-            __m512 ends = _mm512_mul_ps(_mm512_loadu_ps(of_run->levels), scale);
-            ends = widened(narrowed(ends, dtype), dtype);
-            __m512 lowest = _mm512_broadcastss_ps(_mm512_castps512_ps128(ends));
-            __m512 highest = _mm512_permutexvar_ps(_mm512_set1_epi32(15), ends);
+        if (size >= 1e-30f && run->scale * span <= 1e30f && i % 2 == 0 && i + 32 <= end) {
+            struct neighbours n = neighbours_of(run, dtype);
             struct places at = {(const uint16_t *)t->base + i, t->sums + i, (uint16_t *)t->stored + i,
                                 t->codes + i / 2, bytes + (i - start)};
             for (; i + 32 <= end; i += 32) {
-                uint32_t mask = look_at_32(at, values, codes, lowest, highest, &beyond, dtype);
+                groups[n_groups].i = i, groups[n_groups].scale = run->scale;
+                groups[n_groups++].left = look_at_32(at, &n, &n_beyond, dtype);
                 at = (struct places){at.base + 32, at.sums + 32, at.stored + 32, at.codes + 16, at.bytes + 32};
-                /* Hardly ever more than one: a branch for the first would be mispredicted, and late. */
-                left[n_left] = (int32_t)(i - start) + (mask ? __builtin_ctz(mask) : 0);
-                n_left += mask != 0;
-                for (mask &= mask - 1; mask; mask &= mask - 1)
-                    left[n_left++] = (int32_t)(i - start) + __builtin_ctz(mask);
             }
         }
         if (i < end)
             n_beyond += look_at_part(found, run, t, i, end, bytes + (i - start), dtype, FOUR_BIT);
     }
-    for (int k = 0; k < n_left; k++) {
-        int64_t i = start + left[k];
-        float scale = t->scales[(t->skip + i) / t->run];
-        note(found, tables + (scale < 0), scale, t, i, bytes[left[k]], dtype, FOUR_BIT);
+    for (int g = 0; g < n_groups; g++) {
+        int32_t any = groups[g].left != 0;
+        __asm__("" : "+r"(any)); /* else the compiler makes a branch of it, which is mispredicted */
+        chosen[n_chosen] = g;
+        n_chosen += any;
     }
-    return n_beyond + _mm512_reduce_add_epi32(beyond);
+    for (int k = 0; k < n_chosen; k++) {
+        int64_t i = groups[chosen[k]].i;
+        float scale = groups[chosen[k]].scale;
+        for (uint32_t mask = groups[chosen[k]].left; mask; mask &= mask - 1) {
+            int j = __builtin_ctz(mask);
+            note(found, tables + (scale < 0), scale, t, i + j, bytes[i - start + j], dtype, FOUR_BIT);
+        }
+    }
+    return n_beyond;
 }
 
 #endif
@@ -710,11 +742,13 @@ INLINE void settle(
 }
 
 INLINE void fill_tables(struct tables *tables, const struct on_grid *t, int turned) {
+    tables->has_other = 0;
     for (int i = 0; i < 16; i++) {
         int from = turned ? 15 - i : i;
         tables->levels[i] = t->levels[from];
         tables->codes_of[i] = t->codes_of[from];
         tables->places_of[i] = (uint8_t)(turned ? 15 - t->places_of[i] : t->places_of[i]);
+        tables->places[i] = tables->places_of[i];
     }
     for (int i = 0; i < 32; i++) {
         int at = tables->places_of[i & 15], step = i < 16 ? -1 : 1, next = at + step, other = next;
@@ -722,8 +756,21 @@ INLINE void fill_tables(struct tables *tables, const struct on_grid *t, int turn
             other += step;
         tables->next_levels[i] = next < 0 || next > 15 ? __builtin_inff() : tables->levels[next];
         tables->next_codes[i] = tables->codes_of[next < 0 || next > 15 ? at : next];
-        tables->other_levels[i] = other < 0 || other > 15 ? __builtin_inff() : tables->levels[other];
-        tables->other_codes[i] = tables->codes_of[other < 0 || other > 15 ? at : other];
+        int has_other = other >= 0 && other <= 15;
+        tables->has_other |= (uint32_t)has_other << i;
+        tables->other_places[i] = has_other ? other : at;
+        tables->other_codes[i] = tables->codes_of[tables->other_places[i]];
+        /* Those of bfloat16 are the high halves. */
+        tables->other_halves[i] =
+            (uint16_t)(t->dtype == BFLOAT16 ? 2 * tables->other_places[i] + 1 : tables->other_places[i]);
+    }
+}
+
+/* The stored codes of elements [start, stop), `start` being even. */
+INLINE void copy_codes(const struct on_grid *t, int64_t start, int64_t stop, int kind) {
+    if (t->before) {
+        int64_t first = kind == INT8 ? start : start / 2, last = kind == INT8 ? stop : (stop + 1) / 2;
+        memcpy(t->codes + first, t->before + first, (size_t)(last - first));
     }
 }
 
@@ -755,6 +802,7 @@ INLINE int64_t round_kind(const struct on_grid *t, int dtype, int kind, int leve
         int64_t stop = start + CHUNK < t->numel ? start + CHUNK : t->numel;
         int ends = stop == block + BLOCK || stop == t->numel;
         const uint8_t *bytes = drawn(t, start, words);
+        copy_codes(t, start, stop, kind);
 #if X86
         if (level == AVX512 && kind == FOUR_BIT && dtype != FLOAT32)
             n_beyond += look_at_chunk_avx512(&found, &run, t, tables, start, stop, bytes, dtype);

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from lorafuse.errors import UsageError
 
 SWITCH = "LORAFUSE_KERNEL"
-INTERFACE = 4  # of kernel.c: a library of another one is none
+INTERFACE = 5  # of kernel.c: a library of another one is none
 LEVELS = ("baseline", "avx2", "avx512")
 
 _SCALES = (*(ctypes.c_void_p,) * 4, *(ctypes.c_int64,) * 3, ctypes.c_float)  # arguments

@@ -37,6 +37,11 @@ class Grid(Protocol):
     run: int
     skip: int
 
+    def begin(self) -> None:
+        """Puts the stored codes where `write` changes them, unless they are there: before anything else, but
+        not where the compiled kernel does it."""
+        return
+
     def positions(self, elements: torch.Tensor) -> torch.Tensor:
         """int64: where the stored codes are."""
 
@@ -83,6 +88,7 @@ def round_tile(
         given = coded, base, sums, draws.seeded(), arena
         values, n_clipped, found = compiled.round_tile(arena.kernel, *given, measured=measured)
         return Rounded(values, n_clipped, of_sums(found, base, values) if found else None)
+    grid.begin()
     stored = arena.get("grid.stored", base.numel(), base.dtype).copy_(base)
     n_clipped, exactly = 0, _Exactly(grid, base, sums, stored, draws)
     for start, stop in _parts(grid, base.numel()):

@@ -19,7 +19,7 @@ from lorafuse.arithmetic.arena import Arena
 from lorafuse.arithmetic.dequantize import byte_pairs, decode_four_bit, look_up, nested_absmax, nested_scales
 from lorafuse.arithmetic.draws import Draws, of_run
 from lorafuse.arithmetic.on_grid import round_tile
-from lorafuse.codecs.bnb4_grid import FourBitGrid, levels_of
+from lorafuse.codecs.bnb4_grid import FourBitGrid, Levels, levels_of
 from lorafuse.codecs.bnb4_state import MARKER, QuantState, check_companions, read_state
 from lorafuse.codecs.conv1d import RecodedByColumns, Transposed, is_conv1d
 from lorafuse.codecs.encoder import FinishedTile
@@ -136,21 +136,27 @@ class FourBitSources(RecodedByColumns, GridSources):
         return packed, codes, nested.view(torch.float32)
 
     def decode(self, raw: Raw, box: Box, arena: Arena) -> torch.Tensor:
+        values, _ = self.decode_and_keep(raw, box, arena)
+        return values
+
+    def decode_and_keep(self, raw: Raw, box: Box, arena: Arena) -> tuple[torch.Tensor, Raw]:
+        """With the scales of the blocks, float32, in place of what they are made of."""
         packed = arena.place(raw[0])
         start, stop = box.run
         first, last = self._blocks(box)
         absmax = self._absmax(raw, first, last, arena)
         skip, dtype = start - first * self._state.blocksize, getattr(torch, self.spec.torch_name)
         quant_map, blocksize = _floats(self._quant_map), self._state.blocksize
-        return decode_four_bit(
+        values = decode_four_bit(
             packed, quant_map, self._pairs, absmax, blocksize, skip, stop - start, dtype, arena
         )
+        return values, (raw[0], absmax)
 
     def _absmax(self, raw: Raw, first: int, last: int, arena: Arena) -> torch.Tensor:
-        """float32 [last - first], the scale of each block."""
+        """float32 [last - first], the scale of each block, on the arena's device."""
         state = self._state
-        if self._nested_map is None:
-            return arena.place(raw[1])
+        if self._nested_map is None or len(raw) == 2:
+            return raw[1] if raw[1].device == arena.device else arena.place(raw[1])
         codes, nested = arena.place(raw[1]), arena.place(raw[2])
         nested_map = arena.table(self._nested_map)
         blocksize, skip = state.nested_blocksize, first % state.nested_blocksize
@@ -165,9 +171,9 @@ class FourBitSources(RecodedByColumns, GridSources):
         skip, nbytes = tile.start - first * self._state.blocksize, self.codes_nbytes(tile.stop - tile.start)
         codes = buffer[:nbytes]
         before = arena.place(tile.raw[0][skip // 2 : skip // 2 + nbytes])
-        packed = arena.beside(codes, "bnb4.recoded").copy_(before)
+        packed = arena.beside(codes, "bnb4.recoded")
         scales = self._absmax(tile.raw, first, last, arena)
-        grid = self.grid_of(packed, scales, self._state.blocksize, skip, arena)
+        grid = FourBitGrid(packed, scales, self._levels(arena), self._state.blocksize, skip, before)
         drawn = of_run(draws, tile.start)
         rounded = round_tile(grid, tile.base, tile.values, drawn, arena, measured=True)
         arena.bring_back(packed, codes)
@@ -176,8 +182,10 @@ class FourBitSources(RecodedByColumns, GridSources):
     def grid_of(
         self, codes: torch.Tensor, scales: torch.Tensor, run: int, skip: int, arena: Arena
     ) -> FourBitGrid:
-        levels = levels_of(self._quant_map, getattr(torch, self.spec.torch_name))
-        return FourBitGrid(codes, scales, levels.on(arena), run, skip)
+        return FourBitGrid(codes, scales, self._levels(arena), run, skip)
+
+    def _levels(self, arena: Arena) -> Levels:
+        return levels_of(self._quant_map, getattr(torch, self.spec.torch_name)).on(arena)
 
     def codes_of_columns(
         self, raw: Raw, window: range, cols: range, arena: Arena

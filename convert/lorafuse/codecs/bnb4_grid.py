@@ -27,6 +27,8 @@ class Levels(NamedTuple):
 
     def on(self, arena: Arena) -> "Levels":
         """The same on the arena's device."""
+        if arena.on_host:
+            return self
         ascending, codes, places = (arena.table(table) for table in self[:3])
         return Levels(ascending, codes, places, self.dtype, self.least)
 
@@ -44,17 +46,28 @@ def levels_of(quant_map: bytes, dtype: torch.dtype) -> Levels:
 
 class FourBitGrid(Grid):
     """`packed`: the codes of the tile, uint8, two to a byte, the first in a whole byte; `write` changes them.
-    `scales`: float32, of the blocks that the tile touches. Everything is on one device."""
+    They are there, or `before`, from where `begin` copies them. `scales`: float32, of the blocks that the
+    tile touches. Everything is on one device."""
 
     n_positions = 16
 
     def __init__(
-        self, packed: torch.Tensor, scales: torch.Tensor, levels: Levels, blocksize: int, skip: int
+        self,
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        levels: Levels,
+        blocksize: int,
+        skip: int,
+        before: torch.Tensor | None = None,
     ) -> None:
-        self._packed, self._scales = packed, scales
+        self._packed, self._scales, self._before = packed, scales, before
         self._levels, self.run, self.skip = levels, blocksize, skip
         self._any_below: bool | None = None
         self._shift = blocksize.bit_length() - 1 if blocksize & (blocksize - 1) == 0 else 0  # faster
+
+    def begin(self) -> None:
+        if self._before is not None:
+            self._packed.copy_(self._before)
 
     def _scales_of(self, elements: torch.Tensor) -> torch.Tensor:
         at = elements + self.skip
@@ -107,6 +120,5 @@ class FourBitGrid(Grid):
         levels = self._levels
         tables = levels.ascending, levels.codes, levels.places
         bound = 256, levels.least, ROUNDED[levels.dtype][1]
-        return Coded(
-            self._packed, self._scales.contiguous(), tables, bound, levels.dtype, self.run, self.skip
-        )
+        scales = self._scales.contiguous()
+        return Coded(self._packed, self._before, scales, tables, bound, levels.dtype, self.run, self.skip)

@@ -45,4 +45,4 @@ class Int8Grid(Grid):
 
     def coded(self) -> Coded:
         bound = NUMERATOR, 1, 0
-        return Coded(self._q, self._scb.contiguous(), None, bound, torch.float32, self.run, self.skip)
+        return Coded(self._q, None, self._scb.contiguous(), None, bound, torch.float32, self.run, self.skip)

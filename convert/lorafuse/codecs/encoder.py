@@ -23,7 +23,8 @@ FinishedTiles = Callable[[], Iterator[tuple[int, torch.Tensor]]]
 class FinishedTile(NamedTuple):
     """Elements [start, stop) of a weight, ready to be stored. `values` (1-D, in fp32, or in the dtype that
     the weight was decoded to where nothing changes it) are on the arena's device; so is `base`, what was
-    decoded before any patch, from what the sources fetched (`raw`) for `box`."""
+    decoded before any patch, from what the sources fetched (`raw`, as decode_and_keep returns it) for
+    `box`."""
 
     start: int
     stop: int

@@ -103,6 +103,11 @@ class Sources(Protocol):
         """Returns the elements of the box, 1-D, of spec.dtype, on the arena's device, from what `fetch`
         returned for it. Valid until the arena's next use."""
 
+    def decode_and_keep(self, raw: Raw, box: Box, arena: Arena) -> tuple[torch.Tensor, Raw]:
+        """Returns what `decode` does, and `raw`, perhaps with what was computed of it: whoever takes the one
+        takes the other."""
+        return self.decode(raw, box, arena), raw
+
     def values(self, box: Box, arena: Arena) -> torch.Tensor:
         """Returns the elements of the box, as `decode` does. No class has its own."""
         return self.decode(self.fetch(box, arena), box, arena)

@@ -65,7 +65,7 @@ def make_tile(
     box = weight.box(start, stop)
     raw = weight.sources.fetch(box, arena)
     read_s, cpu_began = time.perf_counter() - began, time.thread_time()
-    base = weight.sources.decode(raw, box, arena)
+    base, raw = weight.sources.decode_and_keep(raw, box, arena)
     tile, results = FinishedTile(start, stop, base, base, raw, box), []
     for variant, buffer in zip(weight.variants, buffers, strict=True):
         made = _made(variant, tile, buffer, arena, cpu_began)
