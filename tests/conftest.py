@@ -13,6 +13,7 @@ import pytest
 import torch
 from azure_server import azurite
 from models import DENSE, QUANTIZED
+from scenario import five_shards, uninterrupted
 
 fix_bnb_avx512.mend()
 MARKED_GPU = "needs a CUDA device, and torch sees none here"
@@ -202,3 +203,15 @@ def other_stores(request, tmp_path_factory):
     yield get
     for server in made.values():
         server.close()
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A checkpoint of five files, and an adapter."""
+    return five_shards(tmp_path)
+
+
+@pytest.fixture
+def clean(inputs, tmp_path):
+    """The files of their merge on this machine, which nothing cut off."""
+    return uninterrupted(inputs, tmp_path / "clean")

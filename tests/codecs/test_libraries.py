@@ -182,26 +182,12 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", SCHEMES)
-def test_compressed_tensors(case, dtype, tmp_path):
-    pytest.importorskip("compressed_tensors")
+def check_layout(tmp_path, layout, args, parts, dtype):
+    """`check` of what compressed-tensors packs of `parts`, against what it decodes."""
     from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization import QuantizationScheme
 
-    layout, settings = SCHEMES[case]
-    args = QuantizationArgs(**settings)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    weight = random_weight(DTYPES[dtype], 2)
-    if settings["strategy"] == "tensor":
-        least, most = weight.amin()[None], weight.amax()[None]
-    else:
-        groups = weight.unflatten(-1, (-1, settings.get("group_size", N_COLS)))
-        least, most = groups.amin(-1), groups.amax(-1)
-    scale, zero = calculate_qparams(least, most, args)
-    parts = {"weight": weight, "weight_scale": scale}
-    parts |= {} if args.symmetric else {"weight_zero_point": zero}
     compressor = BaseCompressor.get_value_from_registry(layout)
     packed = compressor.compress(dict(parts), scheme)
     expected = compressor.decompress(dict(packed), scheme)["weight"]
@@ -214,24 +200,35 @@ def test_compressed_tensors(case, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", SCHEMES)
+def test_compressed_tensors(case, dtype, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    layout, settings = SCHEMES[case]
+    args = QuantizationArgs(**settings)
+    weight = random_weight(DTYPES[dtype], 2)
+    if settings["strategy"] == "tensor":
+        least, most = weight.amin()[None], weight.amax()[None]
+    else:
+        groups = weight.unflatten(-1, (-1, settings.get("group_size", N_COLS)))
+        least, most = groups.amin(-1), groups.amax(-1)
+    scale, zero = calculate_qparams(least, most, args)
+    parts = {"weight": weight, "weight_scale": scale}
+    parts |= {} if args.symmetric else {"weight_zero_point": zero}
+    check_layout(tmp_path, layout, args, parts, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_mx_of_compressed_tensors(bits, dtype, tmp_path):
     pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs
 
     settings = {"num_bits": bits, "strategy": "group", "group_size": 32, "symmetric": True, **FLOAT}
     args = QuantizationArgs(scale_dtype=torch.uint8, zp_dtype=torch.uint8, **settings)
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
     weight = random_weight(DTYPES[dtype], 2)
     scale = torch.exp2(torch.randint(-9, -3, (N_ROWS, N_COLS // 32)).float()).to(DTYPES[dtype])
     layout = "mxfp8-quantized" if bits == 8 else f"mxfp{bits}-pack-quantized"
-    compressor = BaseCompressor.get_value_from_registry(layout)
-    packed = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
-    expected = compressor.decompress(dict(packed), scheme)["weight"]
-    stored = {f"{MODULE}.{name}": tensor.contiguous() for name, tensor in packed.items()}
-    said = {
-        "quant_method": "compressed-tensors",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
-    }
-    check(tmp_path, stored, said, expected.to(DTYPES[dtype]), dtype=dtype)
+    check_layout(tmp_path, layout, args, {"weight": weight, "weight_scale": scale}, dtype)

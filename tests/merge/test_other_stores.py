@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import pytest
 from build import files_of
 from disturbing_proxy import every, times, told_soon
-from scenario import SHARD, five_shards, uninterrupted, without_times
+from scenario import SHARD, without_times
 
 import lorafuse
 from lorafuse.errors import HeldError, OutDirError, StorageError
@@ -62,16 +62,6 @@ def store(request, s3, other_stores, monkeypatch):
         monkeypatch.setenv(name, value)
     with told_soon(monkeypatch):
         yield store
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    return five_shards(tmp_path)
-
-
-@pytest.fixture
-def clean(inputs, tmp_path):
-    return uninterrupted(inputs, tmp_path / "clean")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from disturbing_proxy import SLOW_DOWN, every, times
 from large_pair import nf4, write_pair
 from processes import beyond_torch
-from scenario import SHARD, content, five_shards, uninterrupted, without_times
+from scenario import SHARD, content, without_times
 
 import lorafuse
 from lorafuse import cli
@@ -31,17 +31,6 @@ from lorafuse.errors import (
 from lorafuse.files.names import RECEIPT
 
 OUT = "s3://models/merged"
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    return five_shards(tmp_path)
-
-
-@pytest.fixture
-def clean(inputs, tmp_path):
-    """The files of a result on this machine."""
-    return uninterrupted(inputs, tmp_path / "clean")
 
 
 def merged(inputs, **options):

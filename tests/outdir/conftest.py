@@ -1,14 +1,18 @@
-"""What the tests of interrupted runs begin with."""
+"""A store of the memory, for what is tested with faults at any of its calls."""
 
+import obstore
 import pytest
-from scenario import five_shards, uninterrupted
+from disturbed_store import DisturbedStore, DisturbedWriter
+
+from lorafuse.files import cloud_client
+from lorafuse.outdir import cloud_lock
 
 
 @pytest.fixture
-def inputs(tmp_path):
-    return five_shards(tmp_path)
-
-
-@pytest.fixture
-def clean(inputs, tmp_path):
-    return uninterrupted(inputs, tmp_path / "clean")
+def store(monkeypatch):
+    """What memory:// is. A killed run is gone, although its process is this one."""
+    store = DisturbedStore()
+    monkeypatch.setattr(cloud_client, "opened", lambda url: store)
+    monkeypatch.setattr(obstore, "open_writer", DisturbedWriter)
+    monkeypatch.setattr(cloud_lock, "_is_gone", lambda lock: True)
+    return store

@@ -9,15 +9,13 @@ import json
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 
-import obstore
 import pytest
-from disturbed_store import DisturbedStore, DisturbedWriter
 from faults import Killed
 from scenario import N_SHARDS, SHARD, without_times
 
 import lorafuse
 from lorafuse.errors import HeldError, OutDirError, StorageError
-from lorafuse.files import cloud_client, cloud_store
+from lorafuse.files import cloud_store
 from lorafuse.files.cloud_errors import NoConditionsError
 from lorafuse.files.cloud_store import CloudPlace
 from lorafuse.files.names import RECEIPT
@@ -28,16 +26,6 @@ from lorafuse.outdir.kinds import kind_of
 
 OUT = "memory:///out"
 OLD = {"config.json": b"old", "model.safetensors": b"old", RECEIPT: b"old", "sub/mine.txt": b"old"}
-
-
-@pytest.fixture
-def store(monkeypatch):
-    """What memory:// is. A killed run is gone, although its process is this one."""
-    store = DisturbedStore()
-    monkeypatch.setattr(cloud_client, "opened", lambda url: store)
-    monkeypatch.setattr(obstore, "open_writer", DisturbedWriter)
-    monkeypatch.setattr(cloud_lock, "_is_gone", lambda lock: True)
-    return store
 
 
 class Work:

@@ -5,17 +5,14 @@ import json
 import threading
 from dataclasses import replace
 
-import obstore
 import pytest
 from click.testing import CliRunner
-from disturbed_store import DisturbedStore, DisturbedWriter
 from faults import Killed
 from scenario import N_SHARDS, SHARD, without_times
 
 import lorafuse
 from lorafuse import cli
 from lorafuse.errors import HeldError, OutDirError, StorageError
-from lorafuse.files import cloud_client
 from lorafuse.files.cloud_store import CloudPlace
 from lorafuse.outdir import cloud_lock
 from lorafuse.outdir.clean import clean as remove_leftovers
@@ -24,16 +21,6 @@ from lorafuse.outdir.cloud_out_dir import run_lock
 from lorafuse.outdir.out_dir import Left, Part
 
 OUT = "memory:///folder/out"
-
-
-@pytest.fixture
-def store(monkeypatch):
-    """What memory:// is. A killed run is gone, although its process is this one."""
-    store = DisturbedStore()
-    monkeypatch.setattr(cloud_client, "opened", lambda url: store)
-    monkeypatch.setattr(obstore, "open_writer", DisturbedWriter)
-    monkeypatch.setattr(cloud_lock, "_is_gone", lambda lock: True)
-    return store
 
 
 @pytest.fixture
