@@ -235,7 +235,7 @@ def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(
     for name, settings in KINDS.items():
         adapter("nf4_dq", name=f"jobs/{name}", **settings)
     paths, n_decoded = [], 0
-    hash_file, decode = hashes.checked_hash, FourBitSources.decode
+    hash_file, decode = hashes.checked_hash, FourBitSources.decode_and_keep
 
     def count(self, raw, box, arena):
         nonlocal n_decoded
@@ -248,7 +248,7 @@ def test_the_checkpoint_is_hashed_once_and_weights_decoded_once_a_pass(
             "checked_hash",
             lambda folder, name, *go_on: paths.append(Path(folder / name)) or hash_file(folder, name, *go_on),
         )
-    monkeypatch.setattr(FourBitSources, "decode", count)
+    monkeypatch.setattr(FourBitSources, "decode_and_keep", count)
     monkeypatch.setattr(passes, "MAX_MEMBERS", 2)
     run(base("nf4_dq"), tmp_path / "jobs", out, **SHARDS)
     assert len(run.passes) == 2

@@ -97,14 +97,14 @@ def test_a_tile_is_decoded_once(together, monkeypatch):
     """For all outputs that cut the weight alike."""
     outputs, settings = together("nf4_dq")
     n_decoded = 0
-    decode = FourBitSources.decode
+    decode = FourBitSources.decode_and_keep
 
     def count(self, raw, box, arena):
         nonlocal n_decoded
         n_decoded += box.numel
         return decode(self, raw, box, arena)
 
-    monkeypatch.setattr(FourBitSources, "decode", count)
+    monkeypatch.setattr(FourBitSources, "decode_and_keep", count)
     run(outputs, settings)
     weights = {s.name: s for s in outputs[0].plan.steps if isinstance(s.sources, FourBitSources)}
     assert n_decoded == sum(s.spec.numel for s in weights.values())
