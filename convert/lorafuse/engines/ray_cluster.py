@@ -39,7 +39,9 @@ def connect(ray: Any, address: str) -> None:
         with signals_wait():
             try:
                 ray.init(address, logging_level="ERROR", log_to_driver=False, **local)
-            except SystemExit:  # by which Ray's handler of SIGTERM ends a process
+            except Exception:
+                raise
+            except BaseException:  # by which Ray's handler of SIGTERM ends a process
                 terminated = True
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
         text = shown(str(e).strip().replace("\n", " "), 400)
