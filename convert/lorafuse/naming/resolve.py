@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from lorafuse.errors import AdapterError, listed, nearest, shown
 from lorafuse.naming.aliases import IN_OUT, FoundAs, MemoryNames, Shape, Unsupported, find
-from lorafuse.naming.other_names import Origin, OtherNames, whose
+from lorafuse.naming.other_names import OtherNames, whose
 from lorafuse.naming.table import Component, Renames, v4_name
 from lorafuse.patches.target import Parameter
 
@@ -122,11 +122,12 @@ class Resolver:
 
     def _find(self, asked: set[str], naming: Naming) -> dict[str, FoundAs]:
         """What is asked for, also by the names that other trainers have for it."""
-        origins: dict[str, list[Origin]] = {name: list(self._others.origins(name)) for name in asked}
-        behind = {origin.name for of_name in origins.values() for origin in of_name}
+        # Of a hundred thousand experts' weights, the names of their stacks are few; all origins are 1 kB each.
+        behind = {origin.name for name in asked for origin in self._others.origins(name)}
         found = find(self._shapes, asked | behind, naming.memory_names, self._model_type)
         for name in asked - found.keys():
-            made = [origin.cut(found[origin.name]) for origin in origins[name] if origin.name in found]
+            origins = (origin for origin in self._others.origins(name) if origin.name in found)
+            made = [origin.cut(found[origin.name]) for origin in origins]
             for other in (*made, self._others.find_head(name)):
                 if other is not None:
                     found.setdefault(name, other)
