@@ -1,4 +1,4 @@
-"""The compiled kernel decodes rows of codes as torch does, bit for bit: at every level, upright and turned."""
+"""The compiled kernel decodes rows of codes as torch does, bit for bit, at every level, also turned."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def numbers_of(n_rows, n_cols, width, strange, how, order, generator):
     return Numbers(made[0], None if how == "scaled" else made[1], group_of, how == "biased")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     kind=st.sampled_from(KINDS),
@@ -71,6 +71,8 @@ def test_decoded(kernels, seed, kind, n_rows, n_cols, width, strange, how, dtype
     codes = codes_of(kind, n_cols)
     order, how = how.startswith("order"), "zeros" if how == "order and zeros" else how
     how = "scaled" if how == "order" else how
+    if how == "biased" and kind in ("e4m3", "e5m2"):  # biases are those of whole numbers: no code is NaN
+        how = "zeros"
     numbers = numbers_of(n_rows, n_cols, width, strange, how, order, generator)
     packed = torch.randint(0, 256, (n_rows, codes.row_nbytes), dtype=torch.uint8, generator=generator)
     dtypes = [dtype] if via in (None, dtype) or how == "biased" else [via, dtype]
