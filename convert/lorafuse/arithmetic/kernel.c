@@ -1462,9 +1462,16 @@ INLINE void take(
     }
 }
 
-INLINE void choose(float *made, const float *numbers, const int32_t *group_of, int n) {
-    for (int k = 0; k < n; k++)
-        made[k] = numbers[group_of[k]];
+/* Without zeros, `part` has them. */
+INLINE void choose(
+    struct part *part, const float *scales, const float *zeros, const int32_t *group_of, int n) {
+    for (int k = 0; k < n; k++) {
+        int32_t group = group_of[k];
+        __asm__("" : "+r"(group)); /* else the compiler makes gathers of it, which take four times as long */
+        part->scale[k] = scales[group];
+        if (zeros)
+            part->zero[k] = zeros[group];
+    }
 }
 
 /* The scales and zero points of columns [c, c + n) of a row. */
@@ -1472,9 +1479,10 @@ INLINE void number(struct part *part, const struct rows *r, int64_t row, int64_t
     const float *scales = r->scales + row * r->numbers_step;
     const float *zeros = r->zeros ? r->zeros + row * r->numbers_step : 0;
     if (r->group_of) {
-        choose(part->scale, scales, r->group_of + c, n);
         if (zeros)
-            choose(part->zero, zeros, r->group_of + c, n);
+            choose(part, scales, zeros, r->group_of + c, n);
+        else
+            choose(part, scales, 0, r->group_of + c, n);
         return;
     }
     int64_t block = c / r->width, left = (block + 1) * r->width - c;
@@ -1509,15 +1517,27 @@ LEVELS(FINISH)
     }
 LEVELS(SOME_OF_ROW)
 
-/* values[c][row…] = block[…][c], of so many rows and columns. */
+/* values[c][row…] = block[…][c], of so many rows and columns; of 16 bits, four of a column make one number,
+   which vectors do, and are stored at once. */
 INLINE void turn(
-    void *values, int64_t step, int64_t row, const void *block, int n_rows, int from, int n_cols, int nbytes) {
-    for (int c = from; c < n_cols; c++) {
-        char *made = (char *)values + ((c - from) * step + row) * nbytes;
-        const char *taken = (const char *)block + c * nbytes;
-        for (int j = 0; j < n_rows; j++)
-            memcpy(made + j * nbytes, taken + j * TURNED_STEP * nbytes, (size_t)nbytes);
+    void *values, int64_t step, int64_t row, const void *block, int n_rows, int from, int n_cols,
+    int nbytes) {
+    uint64_t fours[TURNED_PART];
+    int j = 0;
+    for (; nbytes == 2 && j + 4 <= n_rows; j += 4) {
+        const uint16_t *taken = (const uint16_t *)block + j * TURNED_STEP;
+        for (int c = 0; c < TURNED_PART; c++) {
+            uint32_t low = taken[c] | (uint32_t)taken[c + TURNED_STEP] << 16;
+            uint32_t high = taken[c + 2 * TURNED_STEP] | (uint32_t)taken[c + 3 * TURNED_STEP] << 16;
+            fours[c] = low | (uint64_t)high << 32;
+        }
+        for (int c = from; c < n_cols; c++)
+            memcpy((uint16_t *)values + (c - from) * step + row + j, fours + c, 8);
     }
+    for (int c = from; c < n_cols; c++)
+        for (int k = j; k < n_rows; k++)
+            memcpy((char *)values + ((c - from) * step + row + k) * nbytes,
+                   (const char *)block + (c + k * TURNED_STEP) * nbytes, (size_t)nbytes);
 }
 
 /* TURNED_ROWS rows at a time, or as many as there are, from that one on. */
@@ -1529,9 +1549,14 @@ INLINE int turned_as(
     for (int64_t c = r->skip / TURNED_PART * TURNED_PART; c < r->n_cols; c += TURNED_PART) {
         int n = (int)(r->n_cols - c < TURNED_PART ? r->n_cols - c : TURNED_PART);
         int from = (int)(r->skip > c ? r->skip - c : 0);
-        for (int j = 0; j < n_rows; j++)
+        for (int j = 0; j < n_rows; j++) {
+            /* Rows may lie too far apart for the processor to foresee. */
+            const uint8_t *later = r->packed + (row + j + TURNED_ROWS / 2) * r->row_nbytes;
+            __builtin_prefetch(later + c * r->bits / 8);
+            __builtin_prefetch(later + ((c + n) * r->bits - 1) / 8);
             if (!AT_LEVEL(level, some_of_row, part, r, pairs, row + j, c, n, block, j * TURNED_STEP))
                 return 0;
+        }
         char *values = (char *)r->values + (c + from - r->skip) * r->step * nbytes;
         if (nbytes == 2)
             turn(values, r->step, row, block, n_rows, from, n, 2);
