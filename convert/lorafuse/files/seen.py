@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lorafuse.errors import UsageError, shown
+from lorafuse.files.folders import PASSING, is_passing
 from lorafuse.files.names import scheme_of
-
-PASSING = "memory"  # the scheme of what lasts as long as its process, and no other sees
 
 
 def seen_here(names: Iterable[str]) -> tuple[str, ...]:
@@ -29,14 +28,14 @@ def is_result_seen(out_dir: Path | str) -> bool:
 
 def refuse_passing(out_dir: str) -> None:
     """Raises UsageError for a result that would be gone with the command."""
-    if scheme_of(out_dir) == PASSING:
+    if is_passing(out_dir):
         raise UsageError(f"{shown(out_dir)}: is gone when this command ends; {PASSING}:// is for Python.")
 
 
 def refuse_unshared(names: Iterable[str]) -> None:
     """Raises UsageError for what workers in other processes cannot see, wherever they are."""
     for name in names:
-        if scheme_of(name) == PASSING:
+        if is_passing(name):
             raise UsageError(
                 f"{shown(name)}: is in this process alone, and workers are others. Give a place that all see."
             )
