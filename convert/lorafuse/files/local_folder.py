@@ -21,6 +21,8 @@ from lorafuse.files.folder import Buffer, FileFacts
 from lorafuse.files.names import without_secrets
 from lorafuse.files.safetensors_file import FormatError
 
+AHEAD_NBYTES = 4 << 20
+
 
 @dataclass(frozen=True)
 class LocalFolder:
@@ -89,13 +91,17 @@ class LocalFile:
         self._file = open_regular(path)
         self._fd = self._file.fileno()
         self.facts = _facts(os.fstat(self._fd))
+        self._asked = range(0)  # for these bytes the kernel was asked last
 
     def read_into(self, start: int, buffer: Buffer) -> int:
         return os.preadv(self._fd, [buffer], start)
 
     def will_need(self, start: int, nbytes: int) -> None:
-        """Ask the kernel to read ahead."""
-        os.posix_fadvise(self._fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+        """Ask the kernel to read ahead, and farther than that: what a tile takes is little, and what follows
+        it is needed next."""
+        if start not in self._asked or start + nbytes > self._asked.stop:
+            self._asked = range(start, start + max(nbytes, AHEAD_NBYTES))
+            os.posix_fadvise(self._fd, start, len(self._asked), os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         self._file.close()

@@ -79,8 +79,12 @@ class ShardWriter:
 
     def _put(self, start: int, data: bytes | memoryview) -> None:
         began = time.perf_counter()
+        # A file takes bytes from one thread at a time, as the hash does: while one of them hashes, another
+        # writes.
+        waits = self._hash.add_early(start, data)
         self._file.write(start, data)
-        waits = self._hash.add(start, data)
+        if waits is None:
+            waits = self._hash.add(start, data)
         self._file.passed(self._hash.nbytes)
         self._spent(began)
         if waits and self._behind:

@@ -39,16 +39,19 @@ class TrailingHash:
         """Bytes of the file from `start` on, at least one. Returns whether bytes wait that `catch_up` alone
         hashes: then it has to be called, once, by any thread."""
         with self._turn:
-            self.n_added += len(data)
-            is_next = start == self._end
-            if is_next:
-                self._end = self._ahead.pop(start + len(data), start + len(data))
-                self._starts_by_end.pop(self._end, None)
-            else:
-                self._remember(start, start + len(data))
+            is_next = self._add(start, start + len(data))
             if (self._busy or not is_next) and self._left_to_others(start, data, is_next):
                 return False
             self._busy = True
+        return self._hashed(data)
+
+    def add_early(self, start: int, data: bytes | memoryview) -> bool | None:
+        """The same for bytes that this thread is going to write: nobody reads them back. None, and nothing is
+        added, where they are not the next ones or another thread hashes."""
+        with self._turn:
+            if self._busy or start != self._end:
+                return None
+            self._busy = self._add(start, start + len(data))
         return self._hashed(data)
 
     def _hashed(self, data: bytes | memoryview) -> bool:
@@ -117,8 +120,15 @@ class TrailingHash:
             self._busy = self.nbytes < self._end
             return copied, self._busy and copied is None
 
-    def _remember(self, start: int, end: int) -> None:
-        """One entry for bytes without a gap: a matrix may come in hundreds of thousands of pieces."""
-        start = self._starts_by_end.pop(start, start)
-        end = self._ahead.pop(end, end)
-        self._ahead[start], self._starts_by_end[end] = end, start
+    def _add(self, start: int, end: int) -> bool:
+        """Whether no byte before these is missing. Of others, one entry for bytes without a gap: a matrix may
+        come in hundreds of thousands of pieces."""
+        self.n_added += end - start
+        end, is_next = self._ahead.pop(end, end), start == self._end
+        if is_next:
+            self._starts_by_end.pop(end, None)
+            self._end = end
+        else:
+            start = self._starts_by_end.pop(start, start)
+            self._ahead[start], self._starts_by_end[end] = end, start
+        return is_next

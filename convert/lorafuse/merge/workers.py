@@ -92,8 +92,8 @@ class TileWorkers:
                 # its errors.
                 self._executor.submit(self._prepare, following.sources)
             for start, stop in weight.tiles():
-                while len(self._pending) >= self._memory.n_tiles:
-                    yield self._take()
+                if len(self._pending) >= self._memory.n_tiles:
+                    yield from self._half()
                 weight.will_need(start, stop)
                 future = self._executor.submit(self._make, weight, start, stop, outputs)
                 self._pending.append((weight, n if stop == weight.size else None, future))
@@ -142,6 +142,15 @@ class TileWorkers:
             for pending, _, _ in self._pending
             for other in pending.patches
         )
+
+    def _half(self) -> Iterator[Tile]:
+        """The older half of what is pending, once all of it is finished: to wake the calling thread for each
+        tile takes longer than to account for it."""
+        n = (len(self._pending) + 1) // 2
+        _, _, future = self._pending[n - 1]
+        future.exception()
+        for _ in range(n):
+            yield self._take()
 
     def _take(self) -> Tile:
         weight, number, future = self._pending.popleft()
