@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 import lorafuse
-from lorafuse.adapters import ADAPTERS, REFUSED_TYPES
+from lorafuse.adapters import ADAPTERS, REFUSED_TYPES, module_of
 from lorafuse.errors import AdapterError
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
+TYPES = {kind: module_of(kind) for kind in sorted(ADAPTERS)}
 DEFAULTS = {"REFUSED_FIELDS": {}, "REFUSED_INITS": {}}
 INTRO = """# PEFT types
 
@@ -43,7 +44,7 @@ def fact(module, name):
 
 def page():
     lines = ["| `peft_type` | what is merged | memory |", "|---|---|---|"]
-    for kind, module in sorted(ADAPTERS.items()):
+    for kind, module in TYPES.items():
         lines.append(f"| {kind} | {fact(module, 'SUPPORTED')} | {fact(module, 'MEMORY')} |")
     lines += [
         "",
@@ -52,7 +53,7 @@ def page():
         "| `peft_type` | field | why |",
         "|---|---|---|",
     ]
-    for kind, module in sorted(ADAPTERS.items()):
+    for kind, module in TYPES.items():
         lines += [f"| {kind} | `{field}` | {why} |" for field, why in fact(module, "REFUSED_FIELDS").items()]
         lines += [
             f"| {kind} | `init_lora_weights` = `{init}` | {why} |"
@@ -80,7 +81,7 @@ def test_the_tables_are_sorted_and_each_module_is_in_them():
     assert list(REFUSED_TYPES) == sorted(REFUSED_TYPES)
     folder = Path(importlib.util.find_spec("lorafuse.adapters.types").origin).parent
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    assert files == {module.__name__.rpartition(".")[2] for module in ADAPTERS.values()}
+    assert files == {module.__name__.rpartition(".")[2] for module in TYPES.values()}
 
 
 def test_a_refused_type_is_refused_by_name_before_anything_is_written(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lorafuse
-from lorafuse.adapters import ADAPTERS
+from lorafuse.adapters import ADAPTERS, module_of
 from lorafuse.codecs import CODECS
 
 PACKAGE = Path(lorafuse.__file__).parent
@@ -197,8 +197,9 @@ def test_adapters_are_files() -> None:
     """Every file of adapters/types/ is in the table, and the other way round; a file may serve several
     types."""
     files = {path.stem for path in (PACKAGE / "adapters/types").glob("*.py")} - {"__init__"}
-    assert {module.__name__.removeprefix("lorafuse.adapters.types.") for module in ADAPTERS.values()} == files
-    assert all(callable(module.updates) for module in ADAPTERS.values())
+    modules = list(map(module_of, ADAPTERS))
+    assert {module.__name__.removeprefix("lorafuse.adapters.types.") for module in modules} == files
+    assert all(callable(module.updates) for module in modules)
     assert all(kind == kind.upper() for kind in ADAPTERS), "peft_type is in capitals"
 
 

@@ -5,85 +5,55 @@ Update (or Choice) and the ignored tensors with reasons. A type is added by one 
 """
 
 from collections.abc import Callable
+from importlib import import_module
+from typing import cast
 
 from lorafuse.adapters.adapter_type import AdapterType
 from lorafuse.adapters.reading.beside import unused_weights
 from lorafuse.adapters.reading.check_tensors import refuse_placeholders
 from lorafuse.adapters.reading.directory import CONFIG, AdapterDir, adapter_folder, is_mlx
 from lorafuse.adapters.reading.known_fields import check_fields
-from lorafuse.adapters.types import (
-    adalora,
-    beft,
-    boft,
-    c3a,
-    deft,
-    delora,
-    fourierft,
-    frod,
-    glora,
-    gralora,
-    hira,
-    hra,
-    ia3,
-    ln_tuning,
-    loha,
-    lokr,
-    lora,
-    miss,
-    mlx,
-    oft,
-    osf,
-    pvera,
-    randlora,
-    road,
-    shira,
-    supertuning,
-    tinylora,
-    trainable_tokens,
-    unilora,
-    vblora,
-    vera,
-    waveft,
-)
 from lorafuse.adapters.updates import Choice, Edit, Update
 from lorafuse.errors import AdapterError, listed, shown
 from lorafuse.files.folder import Folder
 from lorafuse.patches.patch import Patch
 from lorafuse.patches.target import Target
 
-ADAPTERS: dict[str, AdapterType] = {
-    "ADALORA": adalora,
-    "BEFT": beft,
-    "BOFT": boft,
-    "C3A": c3a,
-    "DEFT": deft,
-    "DELORA": delora,
-    "FOURIERFT": fourierft,
-    "FROD": frod,
-    "GLORA": glora,
-    "GRALORA": gralora,
-    "HIRA": hira,
-    "HRA": hra,
-    "IA3": ia3,
-    "LN_TUNING": ln_tuning,
-    "LOHA": loha,
-    "LOKR": lokr,
-    "LORA": lora,
-    "MISS": miss,
-    "MLX": mlx,
-    "OFT": oft,
-    "OSF": osf,
-    "PVERA": pvera,
-    "RANDLORA": randlora,
-    "ROAD": road,
-    "SHIRA": shira,
-    "SUPERTUNING": supertuning,
-    "TINYLORA": tinylora,
-    "TRAINABLE_TOKENS": trainable_tokens,
-    "UNILORA": unilora,
-    "VBLORA": vblora,
-    "VERA": vera,
-    "WAVEFT": waveft,
+# Type → its module, or the module's name in `types/`, which is imported when it is asked for: of small limits
+# on memory all of them would be a part.
+ADAPTERS: dict[str, AdapterType | str] = {
+    "ADALORA": "adalora",
+    "BEFT": "beft",
+    "BOFT": "boft",
+    "C3A": "c3a",
+    "DEFT": "deft",
+    "DELORA": "delora",
+    "FOURIERFT": "fourierft",
+    "FROD": "frod",
+    "GLORA": "glora",
+    "GRALORA": "gralora",
+    "HIRA": "hira",
+    "HRA": "hra",
+    "IA3": "ia3",
+    "LN_TUNING": "ln_tuning",
+    "LOHA": "loha",
+    "LOKR": "lokr",
+    "LORA": "lora",
+    "MISS": "miss",
+    "MLX": "mlx",
+    "OFT": "oft",
+    "OSF": "osf",
+    "PVERA": "pvera",
+    "RANDLORA": "randlora",
+    "ROAD": "road",
+    "SHIRA": "shira",
+    "SUPERTUNING": "supertuning",
+    "TINYLORA": "tinylora",
+    "TRAINABLE_TOKENS": "trainable_tokens",
+    "UNILORA": "unilora",
+    "VBLORA": "vblora",
+    "VERA": "vera",
+    "WAVEFT": "waveft",
 }
 
 _PROMPT = "it trains inputs of the model, not weights"
@@ -120,6 +90,7 @@ __all__ = [
     "Target",
     "Update",
     "adapter_folder",
+    "module_of",
     "open_adapter",
     "updates_of",
 ]
@@ -157,16 +128,23 @@ def type_of(adapter: AdapterDir) -> AdapterType:
         raise AdapterError(
             f"{adapter.folder / CONFIG}: has no peft_type; it was written neither by PEFT nor by MLX-LM."
         )
-    known = ADAPTERS.get(kind) if isinstance(kind, str) else None
     if isinstance(kind, str) and kind in REFUSED_TYPES:
         raise AdapterError(
             f"{adapter.folder / CONFIG}: peft_type {kind} cannot be merged: {REFUSED_TYPES[kind]}."
         )
-    if known is None:
+    if not isinstance(kind, str) or kind not in ADAPTERS:
         right = str(kind).upper()
         spelling = f"; PEFT spells it {right}" if right in ADAPTERS else ""
         raise AdapterError(
             f"{adapter.folder / CONFIG}: peft_type {shown(kind)} is not supported; known are "
             f"{listed(ADAPTERS)}{spelling}."
         )
-    return known
+    return module_of(kind)
+
+
+def module_of(kind: str) -> AdapterType:
+    """The module of a type in ADAPTERS."""
+    module = ADAPTERS[kind]
+    if isinstance(module, str):
+        return cast(AdapterType, import_module(f"{__name__}.types.{module}"))
+    return module

@@ -6,8 +6,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from yaml import YAMLError
-
 from lorafuse._version import __version__
 from lorafuse.errors import shown
 from lorafuse.files.folder import Folder
@@ -63,6 +61,7 @@ def model_card(
 def _said(folder: Folder) -> Said:
     """The card in a folder; empty where there is none that can be read."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     try:
         if folder.exists(CARD):
