@@ -2,8 +2,12 @@
 
 Both make a million objects that stay. The search would go through them again and again meanwhile: a third of
 the time of a plan of 250,000 tensors.
+
+What was needed meanwhile goes back to the system afterwards: of 69,000 tensors 13 MB, which glibc would keep
+beside what is allocated later.
 """
 
+import ctypes
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +31,19 @@ class _Process:
         """Also for `who` was interrupted on the way in."""
         with self._lock:
             self._inside.discard(who)
-            if not self._inside and self._was_on:
+            is_last = not self._inside
+            if is_last and self._was_on:
                 self._was_on = False
                 gc.enable()
+        if is_last:
+            _give_back_free_memory()
+
+
+def _give_back_free_memory() -> None:
+    """Pages of the heap that hold nothing. Does nothing without glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(ctypes.c_size_t(0))
 
 
 _PROCESS = _Process()
