@@ -1,7 +1,6 @@
 """Codes of rows of a matrix, as numbers in fp32: what a row's bytes are, before scales."""
 
 from collections.abc import Callable
-from enum import IntEnum
 from functools import cache
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from lorafuse.arithmetic.small_floats import (
 Decode = Callable[[torch.Tensor, int, int, Arena], torch.Tensor]
 
 
-class Kind(IntEnum):
+class Kind:
     """How the levels of codes can be had: out of their table; code + the first of them; and where codes are
     bytes, as signed numbers or E4M3. As kernel.c has them."""
 
@@ -38,7 +37,7 @@ class Codes(NamedTuple):
     bits: int
     levels: torch.Tensor
     padded: bool = False  # no code crosses two words of 32 bits
-    kind: Kind = Kind.TABLE
+    kind: int = Kind.TABLE
 
     def read(self, raw: torch.Tensor, n_rows: int, n_cols: int) -> torch.Tensor:
         """uint8, 1-D, of its own: the codes of whole rows (bytes: uint8, 1-D)."""
