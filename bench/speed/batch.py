@@ -6,7 +6,8 @@ next adapter costs.
 The base is a Llama of 1.2 B parameters in NF4 (--layers makes it smaller), the adapters are rank 16 over all
 linear layers, or on q_proj and v_proj. Wall and CPU time are those of whole commands, one run each; disk is
 what results take, a file with several names counted once. The last table is a prediction for a model that was
-not merged here, and says from what.
+not merged here, and says from what. The second compares a batch with single runs, as ratios of wall and of
+CPU time.
 """
 
 import json
@@ -143,6 +144,11 @@ def marginal(runs: dict[int, Run]) -> list[str]:
     ]
 
 
+def against_singles(run: Run, wall_s: float, cpu_s: float) -> list[str]:
+    """The largest batch in parts of what its single runs took, in sum."""
+    return [f"**{run.usage.wall_s / wall_s:.2f}**", f"**{run.usage.cpu_s / cpu_s:.2f}**"]
+
+
 def prediction(runs: dict[int, Run], small: Llama, title: str) -> list[str]:
     """T(n) = pass + n · adapter, each in proportion to its elements; single runs are passes with one
     adapter."""
@@ -168,9 +174,10 @@ def report(work: Path, layers: int) -> str:
     base, adapter = measure.inputs(work, "llama", layers)
     small = Llama(2048, 8192, 512, 128256, layers)
     floor = measure.median([measure.python("-c", "import torch").peak_rss for _ in range(3)])
-    rows, next_rows, predicted = [], [], []
+    rows, next_rows, ratios, predicted = [], [], [], []
     for title, name in ADAPTERS.items():
         runs: dict[int, Run] = {}
+        largest: dict[str, Run] = {}
         for memory in LIMITS:
             for n in COUNTS:
                 with measure.scratch(work) as outputs:
@@ -179,6 +186,7 @@ def report(work: Path, layers: int) -> str:
                     disk_s = alone_s(runs[n].disk_nbytes, outputs / "copied")
                 rows.append([title, memory, *figures(n, runs[n], floor, disk_s)])
             next_rows.append([title, memory, *marginal(runs)])
+            largest[memory] = runs[COUNTS[-1]]
         with measure.scratch(work) as outputs:
             wall_s, cpu_s = singles(base, adapter.with_name(name), outputs / "merged", COUNTS[-1])
         rows.append(
@@ -192,6 +200,7 @@ def report(work: Path, layers: int) -> str:
                 *[""] * 4,
             ]
         )
+        ratios += [[title, memory, *against_singles(run, wall_s, cpu_s)] for memory, run in largest.items()]
         predicted.append([title, *prediction(runs, small, title)])
     said = (
         f"Predicted, not measured: {N_LARGE} adapters on Llama-3.1-70B on one machine such as this, from the "
@@ -201,6 +210,7 @@ def report(work: Path, layers: int) -> str:
     large = ("adapters on", "passes", "hours", "hours of single runs", "disk, TB", "without sharing, TB")
     tables = [
         table(HEAD, rows),
+        table((f"{COUNTS[-1]} jobs against single runs, on", "memory limit", "wall", "CPU"), ratios),
         table(("the next adapter, on", "memory limit", "wall, s", "CPU, s", "disk, MB"), next_rows),
     ]
     return "\n\n".join([*tables, said, table(large, predicted)])

@@ -9,7 +9,8 @@ machine: no merge gains more of the second core than these do. The third: what a
 core, measured alone, each the median of five; *fixed* is what a tile costs before its first byte, the most
 that can hold Python's interpreter. The fourth is a model: so many cores and such a disk make the least of
 what the cores can do, what the interpreter can do (one process), what the hashes can do (one of each file
-that is made or waits to be synced), and what the disk takes. Nothing in it was run.
+that is made or waits to be synced), what one file takes (the kernel lets one thread write to it at a time,
+and weights come in order), and what the disk takes. Nothing in it was run.
 """
 
 import json
@@ -52,6 +53,7 @@ class Costs(NamedTuple):
             "cores": n_cores / (self.of_cores + (0 if waits else self.read_back)),
             "interpreter": self.tile_nbytes / self.fixed_us / 1e3,
             "hash": streams / (self.hash + (0 if waits else self.read_back)),
+            "file": 1 / self.write,
             "disk": disk,
         }
 

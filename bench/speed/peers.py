@@ -9,8 +9,9 @@ and writes and syncing it to disk, which the save of transformers does not do; d
 (conv=fdatasync) the same bytes. Of bitsandbytes the arithmetic counts, the calls of dequantize_4bit alone;
 lorafuse's is decode, update, cast and measures. The inputs lie in the page cache. Ratios are medians of the
 rounds' quotients, with the least and the greatest. The last table has the phases of a merge, which end with
-torch imported, with the first tile in its file, with the last one, and with the result under its name. Only
-the third grows with the model, and where it takes no longer than dd, the disk binds it.
+torch imported, with lorafuse imported, with the first tile in its file, with the last one, with the result
+under its name, and with the process. Only the writing grows with the model, and where it takes no longer than
+dd, the disk binds it.
 """
 
 import json
@@ -75,9 +76,11 @@ def phases(base: Path, adapter: Path, out_dir: Path) -> dict[str, float]:
     ends = json.loads(used.stdout)
     return {
         "import of torch": ends["torch"],
-        "plan, until the first tile is written": ends["first"] - ends["torch"],
+        "import of lorafuse": ends["lorafuse"] - ends["torch"],
+        "plan, until the first tile is written": ends["first"] - ends["lorafuse"],
         "writing": ends["last"] - ends["first"],
         "what follows the last tile": ends["named"] - ends["last"],
+        "end of the interpreter": used.wall_s - ends["named"],
     }
 
 

@@ -51,7 +51,8 @@ class Usage:
 
 def run(argv: Sequence[str | Path], **environment: str) -> Usage:
     """Runs a command to its end; a failure is an error, never a measurement. `environment`: what it has
-    beside that of this process."""
+    beside that of this process. Python finds bytecode, as in a package that pip has installed: else each run
+    would compile lorafuse anew."""
     own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
     if own_peak > LARGEST_PARENT:
         raise RuntimeError(
@@ -60,6 +61,7 @@ def run(argv: Sequence[str | Path], **environment: str) -> Usage:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.perf_counter()
         words, env = [str(word) for word in argv], os.environ | environment
+        env.pop("PYTHONDONTWRITEBYTECODE", None)
         process = subprocess.Popen(words, stdout=out, stderr=err, env=env)
         _, status, used = os.wait4(process.pid, 0)
         wall_s = time.perf_counter() - start

@@ -126,6 +126,14 @@ CASES = {
         "MLX",
     ),
     "mlx mxfp4": ({"m.weight": i32(16, 4).view(torch.uint32), "m.scales": u8(15, 1)}, "MLX"),
+    "mlx, codes as floats": (
+        {"m.weight": zeros(16, 8), "m.scales": zeros(16, 1), "m.biases": zeros(16, 1)},
+        "MLX",
+    ),
+    "mlx mxfp4, codes as floats": (
+        {"m.weight": zeros(16, 8), "m.scales": u8(16, 1)},
+        "codes with scales in bytes",
+    ),
     "metal": (
         {"m.weight": i32(16, 4).view(torch.uint32), "m.scales": zeros(16, 1), "m.qbiases": zeros(16, 1)},
         "Metal (MLX's layout)",

@@ -1,19 +1,26 @@
 """What names an object store, and where credentials are found; none of it asks a store."""
 
+import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from build import files_of, write_adapter, write_checkpoint
+from click.testing import CliRunner
 
 import lorafuse
-from lorafuse.errors import UsageError
+from lorafuse import cli
+from lorafuse.errors import LorafuseError, OutDirError, UsageError
 from lorafuse.files import cloud_client
 from lorafuse.files.cloud_aws import aws_options
 from lorafuse.files.cloud_errors import explained
+from lorafuse.files.cloud_folder import CloudFolder
 from lorafuse.files.cloud_store import CloudPlace
 from lorafuse.files.cloud_url import cloud_url
+from lorafuse.outdir.clean import clean
+from lorafuse.outdir.cloud import check_out_dir
 
 
 @pytest.mark.parametrize(
@@ -21,9 +28,12 @@ from lorafuse.files.cloud_url import cloud_url
     [
         ("s3://bucket", "s3://bucket", ""),
         ("s3://bucket/a b/%20/ü/", "s3://bucket", "a b/%20/ü"),
+        ("s3a://bucket/a", "s3://bucket", "a"),
         ("gs://bucket/a", "gs://bucket", "a"),
         ("az://container/a/b", "az://container", "a/b"),
         ("abfss://c@account.dfs.core.windows.net/a", "abfss://c@account.dfs.core.windows.net", "a"),
+        ("abfs://c@account.dfs.core.windows.net/a", "abfss://c@account.dfs.core.windows.net", "a"),
+        *((f"{scheme}://c/a", "az://c", "a") for scheme in ("abfs", "abfss", "adl", "azure")),
         ("memory:///a", "memory://", "a"),
         ("memory://a/b", "memory://", "a/b"),
     ],
@@ -52,6 +62,98 @@ def test_a_password_in_the_url_of_azure():
     with pytest.raises(UsageError) as caught:
         cloud_url("abfss://c:hush@account.dfs.core.windows.net/a")
     assert "hush" not in str(caught.value)
+
+
+def test_two_urls_of_one_place_of_azure(monkeypatch):
+    """The account is in the URL, or in the environment: an input is not replaced under its other name."""
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "mine")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+    cloud_client._store.cache_clear()
+    short, long, other = (
+        CloudFolder.at(f"{root}/base")
+        for root in ("az://c", "abfss://c@mine.dfs.core.windows.net", "abfss://c@other.dfs.core.windows.net")
+    )
+    assert short.address == long.address != other.address
+    for out in ("az://c/base", "abfss://c@mine.dfs.core.windows.net/base/merged", "az://c"):
+        with pytest.raises(OutDirError, match="is, contains or lies inside the input"):
+            check_out_dir(out, [short], overwrite=True)
+        with pytest.raises(OutDirError, match="is, contains or lies inside the input"):
+            check_out_dir(out, [long], overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [
+        ("S3://me:hush@models/x?X-Amz-Signature=hush", "s3://"),
+        ("s3:/models/x", "s3://"),
+        ("s3:/me:hush@models/x", "s3://"),
+        ("Gs://models/x", "gs://"),
+        ("FILE:///models/x", "file:///"),
+        ("file:/models/x", "file:///"),
+        ("file://here/models/x", "file:///"),
+    ],
+)
+def test_what_is_nearly_a_url(name, begins, tmp_path, monkeypatch):
+    """Nothing is written into a directory that is called so; but one that is there is taken."""
+    monkeypatch.chdir(tmp_path)
+    ckpt, lora = write_checkpoint(tmp_path / "ckpt"), write_adapter(tmp_path / "lora")
+    scheme, _, path = name.partition(":")
+    plain = f"{scheme}:{path}".partition("?")[0].replace("me:hush@", "")
+    for names in ((name, lora, "out"), (ckpt, name, "out"), (ckpt, lora, name)):
+        with pytest.raises(UsageError) as caught:
+            lorafuse.convert(*names)
+        assert str(caught.value) == f"{plain}: is no URL; expected one that begins with {begins}."
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt", "lora"}
+    (tmp_path / "s3:").mkdir()
+    ckpt.rename(tmp_path / "s3:/ckpt")
+    lorafuse.convert("s3:/ckpt", lora, "out")
+
+
+PRESIGNED = "https://me:hush@models.example/x/lora?X-Amz-Signature=hush#hush"
+
+
+def test_a_presigned_url(tmp_path):
+    """Of a name that is no place of ours a message has no secret either, and no result has it in its name."""
+    ckpt, lora = write_checkpoint(tmp_path / "ckpt"), write_adapter(tmp_path / "lora")
+    for call in (
+        partial(lorafuse.convert, PRESIGNED, lora, tmp_path / "out"),
+        partial(lorafuse.convert, ckpt, PRESIGNED, tmp_path / "out"),
+        partial(lorafuse.convert, ckpt, lora, PRESIGNED),
+        partial(lorafuse.batch, ckpt, PRESIGNED, tmp_path / "out"),
+        partial(lorafuse.batch, ckpt, lora, PRESIGNED),
+        partial(lorafuse.inspect, PRESIGNED),
+        partial(lorafuse.verify, PRESIGNED),
+        partial(clean, PRESIGNED),
+    ):
+        with pytest.raises(LorafuseError, match=r"^https://models\.example/x/lora: ") as caught:
+            call()
+        assert "hush" not in str(caught.value)
+    lines = "".join(
+        json.dumps({"adapter": f"{scheme}://me:hush@models/x{n}?token=hush"}) + "\n"
+        for n, scheme in enumerate(("s3", "https", "ftp"))
+    )
+    (tmp_path / "jobs.jsonl").write_text(lines)
+    states = lorafuse.batch(ckpt, tmp_path / "jobs.jsonl", tmp_path / "root")
+    assert [(state.name, state.state) for state in states] == [(f"x{n}", "failed") for n in range(3)]
+    assert "hush" not in repr([(state.out_dir, str(state.error)) for state in states])
+
+
+def test_a_result_that_would_be_gone(tmp_path):
+    """With the command, or in the processes of workers."""
+    ckpt, lora = write_checkpoint(tmp_path / "ckpt"), write_adapter(tmp_path / "jobs/lora")
+    for command in (("convert", ckpt, lora), ("batch", ckpt, tmp_path / "jobs")):
+        ran = CliRunner().invoke(cli.lorafuse, [*map(str, command), "memory:///out"])
+        assert ran.exit_code == 2
+        assert (
+            ran.output == "Error: memory:///out: is gone when this command ends; memory:// is for Python.\n"
+        )
+    says = r"^memory:///(out|in): is in this process alone, and workers are others\. Give"
+    for call in (
+        partial(lorafuse.convert, ckpt, lora, "memory:///out"),
+        partial(lorafuse.batch, ckpt, tmp_path / "jobs", "memory:///out"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            call(engine="ray")
 
 
 ENDPOINT = "the endpoint of the store (AWS_ENDPOINT_URL) is no URL; expected one as https://host:port."

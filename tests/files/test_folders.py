@@ -16,6 +16,7 @@ from lorafuse.files.cloud_url import SCHEMES
 from lorafuse.files.folder import read_fully, stream
 from lorafuse.files.folders import FOLDERS, folder_and_file, has_scheme, open_folder
 from lorafuse.files.hashing import hash_file
+from lorafuse.files.local_folder import AHEAD_NBYTES, LocalFolder
 from lorafuse.files.safetensors_file import Shard
 
 FILES = {
@@ -94,6 +95,18 @@ def test_a_file(folder):
         file.will_need(0, 8000)
         assert read_fully(file, 0, 8000) == FILES["a.txt"] == read_fully(file, 0, 9000)
         assert read_fully(file, 7999, 0) == b"" and read_fully(file, 7999, 5) == b"h"
+
+
+def test_the_kernel_is_asked_once_for_many_short_reads(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"x")
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, nbytes, advice: asked.append((start, nbytes)))
+    with closing(LocalFolder(tmp_path).open("x")) as file:
+        for start in (0, 1000, AHEAD_NBYTES - 1000, AHEAD_NBYTES - 999, 500, 2 * AHEAD_NBYTES):
+            file.will_need(start, 1000)
+        file.will_need(0, 3 * AHEAD_NBYTES)
+    n = AHEAD_NBYTES
+    assert asked == [(0, n), (n - 999, n), (500, n), (2 * n, n), (0, 3 * n)]
 
 
 def test_a_file_that_is_not_there(folder):

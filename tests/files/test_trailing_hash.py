@@ -144,6 +144,46 @@ def test_nobody_waits_and_nothing_is_read_back_while_there_are_spare_buffers(slo
     assert all(buffers.copy(b"xx") is not None for _ in range(3))
 
 
+def test_who_is_next_hashes_before_the_write_unless_another_thread_hashes(slow: Slow) -> None:
+    """Bytes that are not written yet are never read back, whatever was written behind them."""
+    written = b"..bb..dd"
+    hashed = trailing_hash.TrailingHash(lambda start, n: written[start : start + n], MANY, Spares(0, 0))
+    assert hashed.add_early(2, b"bb") is None and hashed.n_added == 0  # not the next ones
+    assert hashed.add(2, b"bb") is False
+    returned: list[bool | None] = []
+    thread = threading.Thread(target=lambda: returned.append(hashed.add_early(0, b"aa")))
+    thread.start()
+    until = time.monotonic() + 10
+    while hashed.n_added < 4 and time.monotonic() < until:
+        time.sleep(0.001)
+    assert hashed.add_early(4, b"cc") is None and hashed.n_added == 4  # "aa" is being hashed
+    slow.goes_on.set()
+    thread.join()
+    assert returned == [True]  # "bb" waits
+    hashed.catch_up()
+    assert hashed.add_early(4, b"cc") is False and hashed.n_added == hashed.nbytes == 6
+    assert b"".join(data for data, _ in slow.got) == b"aabbcc"
+
+
+def test_bytes_that_were_hashed_and_not_written_are_missing(tmp_path: Path) -> None:
+    """The hash is right, and so is the size: the file is refused all the same."""
+    file = LocalOutFile(tmp_path / "x.safetensors")
+    writer, write = ShardWriter(file, [StoredTensor("a", TensorSpec("U8", (8,)))]), file.write
+
+    def fail(offset: int, data: bytes | memoryview) -> None:
+        raise OSError("broken")
+
+    file.write = fail  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="broken"):
+        writer.write("a", 0, memoryview(b"abcd"))
+    file.write = write  # type: ignore[method-assign]
+    writer.write("a", 4, memoryview(b"efgh"))
+    with pytest.raises(StorageError, match="were written"):
+        writer.finish()
+    writer.close()
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_a_file_that_is_given_up_leaves_no_spare_buffer_behind() -> None:
     buffers = Spares(1, 2)
     hashed = trailing_hash.TrailingHash(no_reading, MANY, buffers)

@@ -12,7 +12,7 @@ from scenario import content
 
 import lorafuse
 from lorafuse.merge import workers
-from lorafuse.planning import plan
+from lorafuse.planning import memory, plan
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +64,22 @@ def test_bytes_and_receipts(options, with_threads):
     alone = with_threads("alone", 1, 0, options)
     for n_threads in (2, 8):
         assert with_threads(f"{n_threads} threads", n_threads, n_threads, options) == alone
+
+
+def test_the_calling_thread_wakes_up_for_several_tiles(inputs, tmp_path, monkeypatch):
+    """For each half of those that may be pending: it takes the interpreter from the workers."""
+    monkeypatch.setattr(plan, "TILE_NUMEL", 192 * 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    make_tile, n_made, when = workers.make_tile, [], []
+
+    def slow(*args):
+        made = make_tile(*args)
+        time.sleep(0.003)
+        n_made.append(made)
+        return made
+
+    monkeypatch.setattr(workers, "make_tile", slow)
+    lorafuse.convert(
+        *inputs, tmp_path / "out", on_event=lambda e: e["event"] == "progress" and when.append(len(n_made))
+    )
+    assert when[0] >= memory.TILES_PER_WORKER and len(when) == 33

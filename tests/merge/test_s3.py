@@ -1,6 +1,7 @@
 """Checkpoints, adapters and results in an object store: a real S3 server on this machine, and between it and
 lorafuse what a network does."""
 
+import itertools
 import json
 import os
 import signal
@@ -213,9 +214,10 @@ def test_without_obstore(s3, inputs, monkeypatch):
 
 def test_a_result_around_an_input(s3, inputs):
     url = s3.upload(inputs[0], "models")
-    for out in (url, f"{url}/merged", "s3://models"):
+    other_name = url.replace("s3://", "s3a://")
+    for out, ckpt in itertools.product((url, f"{url}/merged", "s3://models"), (url, other_name)):
         with pytest.raises(OutDirError) as caught:
-            lorafuse.convert(url, inputs[1], out, overwrite=True)
+            lorafuse.convert(ckpt, inputs[1], out, overwrite=True)
         assert str(caught.value) == (
             f"{out}: is, contains or lies inside the input {url}; choose another place."
         )

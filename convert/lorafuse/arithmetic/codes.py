@@ -21,6 +21,13 @@ from lorafuse.arithmetic.small_floats import (
 Decode = Callable[[torch.Tensor, int, int, Arena], torch.Tensor]
 
 
+class Kind:
+    """How the levels of codes can be had: out of their table; code + the first of them; and where codes are
+    bytes, as signed numbers or E4M3. As kernel.c has them."""
+
+    TABLE, WHOLE, SIGNED, E4M3 = range(4)
+
+
 class Codes(NamedTuple):
     """How a row of codes is stored: its bytes, how they are decoded, bits of a code, and what each code
     stands for before scales (fp32 [2^bits])."""
@@ -30,6 +37,7 @@ class Codes(NamedTuple):
     bits: int
     levels: torch.Tensor
     padded: bool = False  # no code crosses two words of 32 bits
+    kind: int = Kind.TABLE
 
     def read(self, raw: torch.Tensor, n_rows: int, n_cols: int) -> torch.Tensor:
         """uint8, 1-D, of its own: the codes of whole rows (bytes: uint8, 1-D)."""
@@ -46,6 +54,24 @@ class Codes(NamedTuple):
 
 
 _PACKED = torch.contiguous_format
+
+
+class Numbers(NamedTuple):
+    """Scales, and zero points where there are any, of rows of codes: float32 [rows or 1, groups]. `group_of`:
+    the group of each column (int32 or int64, 1-D), or how many columns in a row share one. A value is (code −
+    zero) · scale in fp32, or where zeros `are_biases` code · scale + bias, of which the product is rounded to
+    the dtype of the weight."""
+
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    group_of: torch.Tensor | int
+    are_biases: bool = False
+
+    def of(self, rows: slice) -> "Numbers":
+        """Those of some rows."""
+        zeros = self.zeros if self.zeros is None or len(self.zeros) == 1 else self.zeros[rows]
+        scales = self.scales if len(self.scales) == 1 else self.scales[rows]
+        return self._replace(scales=scales, zeros=zeros)
 
 
 @cache
@@ -73,7 +99,8 @@ def float8_codes(n_cols: int, dtype: torch.dtype) -> Codes:
         decode_float8(raw, dtype, values, arena)
         return values
 
-    return Codes(n_cols, decode, 8, float8_levels(dtype))
+    kind = Kind.E4M3 if dtype == torch.float8_e4m3fn else Kind.TABLE
+    return Codes(n_cols, decode, 8, float8_levels(dtype), kind=kind)
 
 
 def int8_codes(n_cols: int) -> Codes:
@@ -82,7 +109,7 @@ def int8_codes(n_cols: int) -> Codes:
     def decode(raw: torch.Tensor, n_rows: int, n_cols: int, arena: Arena) -> torch.Tensor:
         return arena.get(DECODED_FP32, raw.numel(), torch.float32).copy_(raw.view(torch.int8))
 
-    return Codes(n_cols, decode, 8, _signed_bytes())
+    return Codes(n_cols, decode, 8, _signed_bytes(), kind=Kind.SIGNED)
 
 
 def e2m1_codes(n_cols: int) -> Codes:
@@ -120,4 +147,4 @@ def packed_codes(n_cols: int, bits: int, *, padded: bool = False, offset: int | 
         values.view(n_rows, n_cols).copy_(unpack_words(raw.view(n_rows, -1), bits, n_cols))
         return values.sub_(less)
 
-    return Codes(4 * n_words, decode, bits, whole_numbers(bits, less), padded)
+    return Codes(4 * n_words, decode, bits, whole_numbers(bits, less), padded, Kind.WHOLE)

@@ -72,11 +72,11 @@ def round_tile(
     seed_of_bytes, seed_of_fractions = draws.seeds or (0, 0)
     numerator, least, smallest = grid.bound
     call = _OnGrid(
-        base=_address(base), sums=_address(sums), stored=_address(stored),
-        before=_address(grid.before), codes=_address(grid.codes),
+        base=address(base), sums=address(sums), stored=address(stored),
+        before=address(grid.before), codes=address(grid.codes),
         measured=ctypes.addressof(found) if found else None,
-        scales=_address(grid.scales), levels=_address(levels), codes_of=_address(codes_of),
-        places_of=_address(places_of), bytes=_address(draws.bytes),
+        scales=address(grid.scales), levels=address(levels), codes_of=address(codes_of),
+        places_of=address(places_of), bytes=address(draws.bytes),
         seed_of_bytes=seed_of_bytes, seed_of_fractions=seed_of_fractions,
         numel=base.numel(), run=grid.run, skip=grid.skip,
         first=draws.first, n_rows=draws.n_rows, n_cols=draws.n_cols,
@@ -108,7 +108,7 @@ def decode_four_bit(
 ) -> bool:
     """dequantize.decode_four_bit, into `values`. False where it is left to torch: bits of NaN are its own."""
     call = _Packed(
-        codes=_address(packed), map=_address(quant_map), scales=_address(scales), values=_address(values),
+        codes=address(packed), map=address(quant_map), scales=address(scales), values=address(values),
         numel=values.numel(), blocksize=blocksize, skip=skip,
         dtype=DTYPES[values.dtype], level=kernel.level,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def nested_scales(
     scales: torch.Tensor,
 ) -> None:
     """dequantize.nested_scales, into `scales`."""
-    pointers = map(_address, (codes, nested_map, nested, scales))
+    pointers = map(address, (codes, nested_map, nested, scales))
     kernel.scales(*pointers, scales.numel(), blocksize, skip, offset)
 
 
@@ -146,7 +146,7 @@ def unpack_floats(
     """bit_stream.unpack_floats, into `values`; `bits` is at most 8."""
     n_rows, row_nbytes = packed.shape
     call = _Stream(
-        packed=_address(packed), values=_address(values), n_rows=n_rows, row_nbytes=row_nbytes,
+        packed=address(packed), values=address(values), n_rows=n_rows, row_nbytes=row_nbytes,
         n_codes=n_codes, bits=bits, less=less, level=kernel.level,
     )  # fmt: skip
     kernel.unpack(ctypes.byref(call))
@@ -176,7 +176,7 @@ def scale_and_add(
         return False
     scales, biases = scales.contiguous(), biases.contiguous()
     call = _Affine(
-        values=_address(values), scales=_address(scales), biases=_address(biases),
+        values=address(values), scales=address(scales), biases=address(biases),
         n_rows=n_rows, n_cols=n_cols, width=width, dtype=DTYPES[dtype], level=kernel.level,
     )  # fmt: skip
     return bool(kernel.scale_and_add(ctypes.byref(call)))
@@ -216,7 +216,7 @@ def store_tile(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: 
 def _sums(kernel: Kernel, base: torch.Tensor, total: torch.Tensor, stored: torch.Tensor) -> Sums:
     """Before anything is summed."""
     return Sums(
-        base=_address(base), total=_address(total), stored=_address(stored), numel=total.numel(),
+        base=address(base), total=address(total), stored=address(stored), numel=total.numel(),
         base_dtype=DTYPES[base.dtype], stored_dtype=DTYPES[stored.dtype], level=kernel.level,
     )  # fmt: skip
 
@@ -245,7 +245,7 @@ def decode_units(
 ) -> bool:
     """units.decode_units. False where it is left to torch: bits of NaN are its own."""
     call = _Units(
-        units=_address(units), zeros=_address(zeros), scales=_address(scales), values=_address(values),
+        units=address(units), zeros=address(zeros), scales=address(scales), values=address(values),
         n=units.numel(), n_numbers=scales.numel(), period=period, skip=skip,
         unit_nbytes=units.element_size(), shift=shift, mask=mask,
         numbers_dtype=DTYPES[scales.dtype], dtype=DTYPES[values.dtype], level=kernel.level,
@@ -270,7 +270,7 @@ def decode_vectors(
     if values.shape[1] != 1:
         return False
     call = _Vectors(
-        codes=_address(codes), books=_address(books), scales=_address(scales), values=_address(values),
+        codes=address(codes), books=address(books), scales=address(scales), values=address(values),
         n_rows=codes.shape[0], n_vectors=codes.shape[1], n_books=books.shape[0], length=books.shape[1],
         size=books.shape[2], code_nbytes=codes.element_size(), books_dtype=DTYPES[books.dtype],
         dtype=DTYPES[values.dtype], level=kernel.level,
@@ -280,10 +280,10 @@ def decode_vectors(
 
 def e4m3(kernel: Kernel, codes: torch.Tensor, values: torch.Tensor) -> None:
     """small_floats.e4m3."""
-    kernel.e4m3(_address(codes), _address(values), values.numel(), kernel.level)
+    kernel.e4m3(address(codes), address(values), values.numel(), kernel.level)
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
+def address(tensor: torch.Tensor | None) -> int | None:
     if tensor is None:
         return None
     assert tensor.is_cpu and tensor.is_contiguous()

@@ -31,7 +31,7 @@
 #define ALIGNED _Alignas(64) /* vectors of it lie in one line of the cache */
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
-enum { INTERFACE = 5 }; /* of kernel.py: another number, another kernel */
+enum { INTERFACE = 6 }; /* of kernel.py: another number, another kernel */
 enum { BFLOAT16, FLOAT16, FLOAT32 };
 enum { FOUR_BIT, INT8 };
 enum { BASELINE, AVX2, AVX512 };
@@ -983,23 +983,25 @@ INLINE void unpack_eight(float *values, uint64_t word, int n, int bits, int less
 }
 
 /* Eight codes are as many bytes as a code has bits. */
+INLINE void unpack_row(
+    float *values, const uint8_t *packed, int64_t nbytes, int64_t n_codes, int bits, int less) {
+    int64_t i = 0, at = 0;
+    for (uint64_t word; i + 8 <= n_codes && at + 8 <= nbytes; i += 8, at += bits) {
+        memcpy(&word, packed + at, 8);
+        unpack_eight(values + i, word, 8, bits, less);
+    }
+    for (; i < n_codes; i += 8, at += bits) {
+        uint64_t word = 0;
+        for (int64_t k = at; k < at + 8 && k < nbytes; k++)
+            word |= (uint64_t)packed[k] << 8 * (k - at);
+        unpack_eight(values + i, word, n_codes - i < 8 ? (int)(n_codes - i) : 8, bits, less);
+    }
+}
+
 INLINE void unpack_as(const struct stream *s) {
-    const int64_t n_codes = s->n_codes, row_nbytes = s->row_nbytes;
-    const int bits = s->bits, less = s->less;
     for (int64_t row = 0; row < s->n_rows; row++) {
-        const uint8_t *packed = s->packed + row * row_nbytes;
-        float *values = s->values + row * n_codes;
-        int64_t i = 0, at = 0;
-        for (uint64_t word; i + 8 <= n_codes && at + 8 <= row_nbytes; i += 8, at += bits) {
-            memcpy(&word, packed + at, 8);
-            unpack_eight(values + i, word, 8, bits, less);
-        }
-        for (; i < n_codes; i += 8, at += bits) {
-            uint64_t word = 0;
-            for (int64_t k = at; k < at + 8 && k < row_nbytes; k++)
-                word |= (uint64_t)packed[k] << 8 * (k - at);
-            unpack_eight(values + i, word, n_codes - i < 8 ? (int)(n_codes - i) : 8, bits, less);
-        }
+        const uint8_t *packed = s->packed + row * s->row_nbytes;
+        unpack_row(s->values + row * s->n_codes, packed, s->row_nbytes, s->n_codes, s->bits, s->less);
     }
 }
 
@@ -1073,6 +1075,9 @@ struct part {
     float x[PART], zero[PART], scale[PART];
 };
 
+/* What becomes of them: (x - zero) * scale, the difference rounded or not, or x * scale, rounded, + zero. */
+enum { ROUNDED_DIFFERENCE, DIFFERENCE, BIASED };
+
 #if X86
 
 /* read_at, of so many halves. */
@@ -1096,14 +1101,19 @@ FOR_AVX512 static inline __m512 rounded(__m512 x, int dtype) {
 
 /* finish_as, of as many elements as are whole vectors, which it returns. What is NaN before the product is NaN
    after it: in bfloat16 its bits are those of a number of 16 bits. */
-FOR_AVX512 static inline int finish_vectors(
-    const struct part *part, void *values, int64_t i, int n, int via, int dtype, int *n_nan) {
+FOR_AVX512 static inline __attribute__((always_inline)) int finish_vectors(
+    const struct part *part, void *values, int64_t i, int n, int how, int via, int dtype, int *n_nan) {
     __mmask16 not_numbers = 0;
     int k = 0;
     for (; k + 16 <= n; k += 16) {
-        __m512 x = _mm512_sub_ps(_mm512_load_ps(part->x + k), _mm512_load_ps(part->zero + k));
-        x = _mm512_mul_ps(rounded(x, via), _mm512_load_ps(part->scale + k));
+        __m512 x = _mm512_load_ps(part->x + k), zero = _mm512_load_ps(part->zero + k);
+        x = how == BIASED ? x : _mm512_sub_ps(x, zero);
+        x = _mm512_mul_ps(how == ROUNDED_DIFFERENCE ? rounded(x, via) : x, _mm512_load_ps(part->scale + k));
         not_numbers |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        if (how == BIASED) {
+            x = _mm512_add_ps(rounded(x, via), zero);
+            not_numbers |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        }
         x = via == dtype ? x : rounded(x, via);
         if (dtype == FLOAT32)
             _mm512_storeu_ps((float *)values + i + k, x);
@@ -1114,41 +1124,48 @@ FOR_AVX512 static inline int finish_vectors(
     return k;
 }
 
-#define FINISH_VECTORS(via, dtype) finish_vectors(part, values, i, n, via, dtype, n_nan)
-#define FINISH_VECTORS_VIA(via) \
-    (dtype == BFLOAT16 ? FINISH_VECTORS(via, BFLOAT16) \
-     : dtype == FLOAT16 ? FINISH_VECTORS(via, FLOAT16) : FINISH_VECTORS(via, FLOAT32))
+#define FINISH_VECTORS(how, via, dtype) finish_vectors(part, values, i, n, how, via, dtype, n_nan)
+#define FINISH_VECTORS_VIA(how, via) \
+    (dtype == BFLOAT16 ? FINISH_VECTORS(how, via, BFLOAT16) \
+     : dtype == FLOAT16 ? FINISH_VECTORS(how, via, FLOAT16) : FINISH_VECTORS(how, via, FLOAT32))
+#define FINISH_VECTORS_HOW(how) \
+    (via == BFLOAT16 ? FINISH_VECTORS_VIA(how, BFLOAT16) \
+     : via == FLOAT16 ? FINISH_VECTORS_VIA(how, FLOAT16) : FINISH_VECTORS_VIA(how, FLOAT32))
 
 FOR_AVX512 static int finish_avx512_part(
-    const struct part *part, void *values, int64_t i, int n, int via, int dtype, int *n_nan) {
-    return via == BFLOAT16 ? FINISH_VECTORS_VIA(BFLOAT16)
-         : via == FLOAT16 ? FINISH_VECTORS_VIA(FLOAT16) : FINISH_VECTORS_VIA(FLOAT32);
+    const struct part *part, void *values, int64_t i, int n, int how, int via, int dtype, int *n_nan) {
+    return how == ROUNDED_DIFFERENCE ? FINISH_VECTORS_HOW(ROUNDED_DIFFERENCE)
+         : how == DIFFERENCE ? FINISH_VECTORS_HOW(DIFFERENCE) : FINISH_VECTORS_HOW(BIASED);
 }
 
 #endif
 
-/* values[i…] = (x − zero) · scale, each rounded to `via`, then to `dtype`. Returns whether any is NaN. */
-INLINE int finish_as(const struct part *part, void *values, int64_t i, int n, int via, int dtype, int level) {
+/* values[i…] = what becomes of each, rounded to `via`, then to `dtype`. Returns whether any is NaN. */
+INLINE int finish_as(
+    const struct part *part, void *values, int64_t i, int n, int how, int via, int dtype, int level) {
     int n_nan = 0, k = 0;
     (void)level;
 #if X86
     if (level == AVX512)
-        k = finish_avx512_part(part, values, i, n, via, dtype, &n_nan);
+        k = finish_avx512_part(part, values, i, n, how, via, dtype, &n_nan);
 #endif
     for (; k < n; k++) {
-        float difference = rounded_to(part->x[k] - part->zero[k], via);
-        float value = rounded_to(difference * part->scale[k], via == dtype ? FLOAT32 : via);
+        float x = part->x[k], zero = how == BIASED ? 0 : part->zero[k], first = x - zero;
+        float product = (how == ROUNDED_DIFFERENCE ? rounded_to(first, via) : first) * part->scale[k];
+        float value = how == BIASED ? rounded_to(product, via) + part->zero[k] : product;
+        value = rounded_to(value, via == dtype ? FLOAT32 : via);
         n_nan += value != value;
         write_at(values, i + k, value, dtype);
     }
     return n_nan != 0;
 }
 
-INLINE int finish_via(const struct part *part, void *values, int64_t i, int n, int via, int dtype, int level) {
+INLINE int finish_via(
+    const struct part *part, void *values, int64_t i, int n, int how, int via, int dtype, int level) {
     switch (dtype) {
-    case BFLOAT16: return finish_as(part, values, i, n, via, BFLOAT16, level);
-    case FLOAT16: return finish_as(part, values, i, n, via, FLOAT16, level);
-    default: return finish_as(part, values, i, n, via, FLOAT32, level);
+    case BFLOAT16: return finish_as(part, values, i, n, how, via, BFLOAT16, level);
+    case FLOAT16: return finish_as(part, values, i, n, how, via, FLOAT16, level);
+    default: return finish_as(part, values, i, n, how, via, FLOAT32, level);
     }
 }
 
@@ -1200,7 +1217,7 @@ INLINE int units_as(const struct units *u, int via, int level) {
         int n = u->n - i < PART ? (int)(u->n - i) : PART;
         take_codes(part.x, u, i, n);
         spread(&part, u, i, n, via, level);
-        if (finish_via(&part, u->values, i, n, via, u->dtype, level))
+        if (finish_via(&part, u->values, i, n, ROUNDED_DIFFERENCE, via, u->dtype, level))
             return 0;
     }
     return 1;
@@ -1286,7 +1303,7 @@ INLINE int vectors_as(const struct vectors *v, int dtype, int level) {
             int count = (int)(v->n_vectors - i < step ? v->n_vectors - i : step);
             sum_up(&part, v, at, count, dtype, level);
             int n = count * (int)v->size;
-            if (finish_via(&part, v->values, at * v->size, n, dtype, v->dtype, level))
+            if (finish_via(&part, v->values, at * v->size, n, ROUNDED_DIFFERENCE, dtype, v->dtype, level))
                 return 0;
         }
     }
@@ -1338,3 +1355,238 @@ LEVELS(E4M3)
 EXPORT void lorafuse_e4m3(const uint8_t *codes, float *values, int64_t n, int32_t level) {
     AT_LEVEL(level, e4m3, codes, values, n);
 }
+
+/* coded_rows.py */
+
+enum { AS_TABLE, AS_WHOLE, AS_SIGNED, AS_E4M3 };
+enum { PADDED_PART = 480, TURNED_ROWS = 32, TURNED_PART = 120, TURNED_STEP = TURNED_PART + 8 };
+
+/* Rows of `n_cols` codes of `bits` bits, each of which stands for levels[code]; the `kind` says where these
+   are code + levels[0], or of 8 bits signed numbers, or E4M3. `padded`: no code crosses two words of 32 bits,
+   which are not `turned`. A row has a scale and a zero point (or no row has one) for `width` columns, or for
+   those of a group in `group_of`; those of the next row come `numbers_step` later. Values of the next row
+   come `step` later; `turned`: those of the next column, of which the first `skip` are left out. */
+struct rows {
+    const uint8_t *packed;
+    const float *levels, *scales, *zeros;
+    const int32_t *group_of;
+    void *values;
+    int64_t n_rows, row_nbytes, n_cols, width, numbers_step, step, skip;
+    int32_t bits, kind, padded, turned, how, via, dtype, level;
+};
+
+/* The numbers of each byte of two codes, that of the low half first. */
+struct pairs {
+    float of[256][2];
+};
+
+INLINE void pair_up(struct pairs *pairs, const struct rows *r) {
+    for (int byte = 0; byte < (r->bits == 4 ? 256 : 0); byte++)
+        pairs->of[byte][0] = r->levels[byte & 15], pairs->of[byte][1] = r->levels[byte >> 4];
+}
+
+#if X86
+
+/* take_halves, of as many elements as are whole vectors, which it returns. */
+FOR_AVX512 static int take_halves_avx512(float *x, const uint8_t *packed, int n, const float *levels) {
+    __m512 table = _mm512_loadu_ps(levels);
+    int k = 0;
+    for (; k + 32 <= n; k += 32) {
+        __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(packed + k / 2)));
+        bytes = _mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4)); /* of 4 bits, the lowest count */
+        __m512i first = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(bytes));
+        __m512i last = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(bytes, 1));
+        _mm512_storeu_ps(x + k, _mm512_permutexvar_ps(first, table));
+        _mm512_storeu_ps(x + k + 16, _mm512_permutexvar_ps(last, table));
+    }
+    return k;
+}
+
+#endif
+
+INLINE void take_halves(
+    float *x, const uint8_t *packed, int n, const float *levels, const struct pairs *pairs, int level) {
+    int k = 0;
+    (void)level, (void)levels;
+#if X86
+    if (level == AVX512)
+        k = take_halves_avx512(x, packed, n, levels);
+#endif
+    for (; k + 2 <= n; k += 2)
+        memcpy(x + k, pairs->of[packed[k / 2]], 8);
+    if (k < n)
+        x[k] = pairs->of[packed[k / 2]][0];
+}
+
+INLINE void take_bytes(float *x, const uint8_t *packed, int n, const struct rows *r) {
+    const float *levels = r->levels, first = levels[0];
+    if (r->kind == AS_WHOLE)
+        for (int k = 0; k < n; k++)
+            x[k] = (float)packed[k] + first;
+    else if (r->kind == AS_SIGNED)
+        for (int k = 0; k < n; k++)
+            x[k] = (float)(int8_t)packed[k];
+    else if (r->kind == AS_E4M3)
+        for (int k = 0; k < n; k++)
+            x[k] = of_e4m3(packed[k]);
+    else
+        for (int k = 0; k < n; k++)
+            x[k] = levels[packed[k]];
+}
+
+INLINE void take_words(float *x, const uint8_t *packed, int n, int bits, const float *levels) {
+    uint32_t word, mask = (1u << bits) - 1;
+    for (int k = 0, per_word = 32 / bits; k < n; k += per_word, packed += 4) {
+        memcpy(&word, packed, 4);
+        for (int j = 0; j < per_word && k + j < n; j++)
+            x[k + j] = levels[word >> j * bits & mask];
+    }
+}
+
+/* What codes [c, c + n) of a row stand for; c is a multiple of that many which fill whole bytes, or words. */
+INLINE void take(
+    float *x, const struct rows *r, const struct pairs *pairs, int64_t row, int64_t c, int n, int level) {
+    const uint8_t *packed = r->packed + row * r->row_nbytes;
+    int64_t at = c * r->bits / 8;
+    if (r->padded)
+        take_words(x, packed + 4 * (c / (32 / r->bits)), n, r->bits, r->levels);
+    else if (r->bits == 8)
+        take_bytes(x, packed + at, n, r);
+    else if (r->bits == 4)
+        take_halves(x, packed + at, n, r->levels, pairs, level);
+    else {
+        int less = r->kind == AS_WHOLE ? -(int)r->levels[0] : 0;
+        unpack_row(x, packed + at, (r->n_cols * r->bits + 7) / 8 - at, n, r->bits, less);
+        for (int k = 0; k < (r->kind == AS_WHOLE ? 0 : n); k++)
+            x[k] = r->levels[(int)x[k]];
+    }
+}
+
+/* Without zeros, `part` has them. */
+INLINE void choose(
+    struct part *part, const float *scales, const float *zeros, const int32_t *group_of, int n) {
+    for (int k = 0; k < n; k++) {
+        int32_t group = group_of[k];
+        __asm__("" : "+r"(group)); /* else the compiler makes gathers of it, which take four times as long */
+        part->scale[k] = scales[group];
+        if (zeros)
+            part->zero[k] = zeros[group];
+    }
+}
+
+/* The scales and zero points of columns [c, c + n) of a row. */
+INLINE void number(struct part *part, const struct rows *r, int64_t row, int64_t c, int n) {
+    const float *scales = r->scales + row * r->numbers_step;
+    const float *zeros = r->zeros ? r->zeros + row * r->numbers_step : 0;
+    if (r->group_of) {
+        if (zeros)
+            choose(part, scales, zeros, r->group_of + c, n);
+        else
+            choose(part, scales, 0, r->group_of + c, n);
+        return;
+    }
+    int64_t block = c / r->width, left = (block + 1) * r->width - c;
+    for (int k = 0, many; k < n; k += many, block++, left = r->width) {
+        many = left < n - k ? (int)left : n - k;
+        fill(part->scale + k, many, scales[block]);
+        if (zeros)
+            fill(part->zero + k, many, zeros[block]);
+    }
+}
+
+#define FINISH_ROWS(how, via, level) finish_via(part, values, i, n, how, via, r->dtype, level)
+#define FINISH(suffix, level, target) \
+    target static int finish##suffix( \
+        const struct part *part, const struct rows *r, void *values, int64_t i, int n) { \
+        if (r->how == BIASED) \
+            return r->via == BFLOAT16 ? FINISH_ROWS(BIASED, BFLOAT16, level) \
+                 : r->via == FLOAT16 ? FINISH_ROWS(BIASED, FLOAT16, level) : FINISH_ROWS(BIASED, FLOAT32, level); \
+        return r->via == BFLOAT16 ? FINISH_ROWS(DIFFERENCE, BFLOAT16, level) \
+             : r->via == FLOAT16 ? FINISH_ROWS(DIFFERENCE, FLOAT16, level) : FINISH_ROWS(DIFFERENCE, FLOAT32, level); \
+    }
+LEVELS(FINISH)
+
+/* Columns [c, c + n) of a row, of which the first is written as element i; 0 where a value is NaN. */
+#define SOME_OF_ROW(suffix, level, target) \
+    target static int some_of_row##suffix( \
+        struct part *part, const struct rows *r, const struct pairs *pairs, int64_t row, int64_t c, int n, \
+        void *values, int64_t i) { \
+        take(part->x, r, pairs, row, c, n, level); \
+        number(part, r, row, c, n); \
+        return !finish##suffix(part, r, values, i, n); \
+    }
+LEVELS(SOME_OF_ROW)
+
+/* values[c][row…] = block[…][c], of so many rows and columns; of 16 bits, four of a column make one number,
+   which vectors do, and are stored at once. */
+INLINE void turn(
+    void *values, int64_t step, int64_t row, const void *block, int n_rows, int from, int n_cols,
+    int nbytes) {
+    uint64_t fours[TURNED_PART];
+    int j = 0;
+    for (; nbytes == 2 && j + 4 <= n_rows; j += 4) {
+        const uint16_t *taken = (const uint16_t *)block + j * TURNED_STEP;
+        for (int c = 0; c < TURNED_PART; c++) {
+            uint32_t low = taken[c] | (uint32_t)taken[c + TURNED_STEP] << 16;
+            uint32_t high = taken[c + 2 * TURNED_STEP] | (uint32_t)taken[c + 3 * TURNED_STEP] << 16;
+            fours[c] = low | (uint64_t)high << 32;
+        }
+        for (int c = from; c < n_cols; c++)
+            memcpy((uint16_t *)values + (c - from) * step + row + j, fours + c, 8);
+    }
+    for (int c = from; c < n_cols; c++)
+        for (int k = j; k < n_rows; k++)
+            memcpy((char *)values + ((c - from) * step + row + k) * nbytes,
+                   (const char *)block + (c + k * TURNED_STEP) * nbytes, (size_t)nbytes);
+}
+
+/* TURNED_ROWS rows at a time, or as many as there are, from that one on. */
+INLINE int turned_as(
+    struct part *part, const struct rows *r, const struct pairs *pairs, int64_t row, int level) {
+    ALIGNED char block[TURNED_ROWS * TURNED_STEP * 4];
+    int n_rows = (int)(r->n_rows - row < TURNED_ROWS ? r->n_rows - row : TURNED_ROWS);
+    int nbytes = r->dtype == FLOAT32 ? 4 : 2;
+    for (int64_t c = r->skip / TURNED_PART * TURNED_PART; c < r->n_cols; c += TURNED_PART) {
+        int n = (int)(r->n_cols - c < TURNED_PART ? r->n_cols - c : TURNED_PART);
+        int from = (int)(r->skip > c ? r->skip - c : 0);
+        for (int j = 0; j < n_rows; j++) {
+            /* Rows may lie too far apart for the processor to foresee. */
+            const uint8_t *later = r->packed + (row + j + TURNED_ROWS / 2) * r->row_nbytes;
+            __builtin_prefetch(later + c * r->bits / 8);
+            __builtin_prefetch(later + ((c + n) * r->bits - 1) / 8);
+            if (!AT_LEVEL(level, some_of_row, part, r, pairs, row + j, c, n, block, j * TURNED_STEP))
+                return 0;
+        }
+        char *values = (char *)r->values + (c + from - r->skip) * r->step * nbytes;
+        if (nbytes == 2)
+            turn(values, r->step, row, block, n_rows, from, n, 2);
+        else
+            turn(values, r->step, row, block, n_rows, from, n, 4);
+    }
+    return 1;
+}
+
+INLINE int rows_as(const struct rows *r, int level) {
+    ALIGNED struct part part;
+    ALIGNED struct pairs pairs;
+    int64_t step = r->padded ? PADDED_PART : PART;
+    fill(part.zero, PART, 0);
+    pair_up(&pairs, r);
+    for (int64_t row = 0; row < r->n_rows; row += r->turned ? TURNED_ROWS : 1) {
+        if (r->turned && !turned_as(&part, r, &pairs, row, level))
+            return 0;
+        for (int64_t c = 0; c < (r->turned ? 0 : r->n_cols); c += step) {
+            int n = (int)(r->n_cols - c < step ? r->n_cols - c : step);
+            if (!AT_LEVEL(level, some_of_row, &part, r, &pairs, row, c, n, r->values, row * r->step + c))
+                return 0;
+        }
+    }
+    return 1;
+}
+
+#define ROWS(suffix, level, target) \
+    target static int rows##suffix(const struct rows *r) { return rows_as(r, level); }
+LEVELS(ROWS)
+
+/* decode_rows and decode_turned; 0 where a value is NaN, whose bits are torch's to say. */
+EXPORT int32_t lorafuse_rows(const struct rows *r) { return AT_LEVEL(r->level, rows, r); }

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from lorafuse.errors import UsageError
 
 SWITCH = "LORAFUSE_KERNEL"
-INTERFACE = 5  # of kernel.c: a library of another one is none
+INTERFACE = 6  # of kernel.c: a library of another one is none
 LEVELS = ("baseline", "avx2", "avx512")
 
 _SCALES = (*(ctypes.c_void_p,) * 4, *(ctypes.c_int64,) * 3, ctypes.c_float)  # arguments
@@ -35,6 +35,8 @@ class Kernel:
         self.scale_and_add.restype = ctypes.c_int32
         self.units, self.vectors = library.lorafuse_units, library.lorafuse_vectors
         self.units.restype, self.vectors.restype = ctypes.c_int32, ctypes.c_int32
+        self.rows = library.lorafuse_rows
+        self.rows.restype = ctypes.c_int32
         self.e4m3 = library.lorafuse_e4m3
         self.e4m3.restype, self.e4m3.argtypes = None, _E4M3
         self.scales = library.lorafuse_scales

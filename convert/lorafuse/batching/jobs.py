@@ -16,9 +16,9 @@ from typing import Any
 from lorafuse.batching.places import around, folders_there, inside
 from lorafuse.errors import LorafuseError, OutDirError, UsageError, listed, shown
 from lorafuse.files.folder import Folder
-from lorafuse.files.folders import has_scheme
 from lorafuse.files.hub import hub_name
 from lorafuse.files.local_folder import as_typed
+from lorafuse.files.names import scheme_of, without_secrets
 from lorafuse.outdir.apart import places_of
 from lorafuse.settings import DTYPE_CHOICES, FORMAT_CHOICES, Settings, dtype_named
 
@@ -128,8 +128,10 @@ def parsed_lines(lines: Iterable[bytes], file: object, locate: Callable[[str], s
             job = _parse(line, locate)
             if job.name in line_of:
                 raise ValueError(f"the name {shown(job.name)} is also that of line {line_of[job.name]}")
-        except (ValueError, RecursionError) as e:
-            raise UsageError(f"{shown(file)}, line {number}: {shown(e) or type(e).__name__}.") from None
+        except (ValueError, RecursionError, UsageError) as e:
+            raise UsageError(
+                f"{shown(file)}, line {number}: {shown(e).rstrip('.') or type(e).__name__}."
+            ) from None
         line_of[job.name] = number
         jobs.append(job)
     return jobs
@@ -160,7 +162,7 @@ def _parse(line: bytes, locate: Callable[[str], str]) -> Job:
     if repo is not None and not isinstance(repo, str):
         raise ValueError(f"the repo is {shown(repo)}; expected a repository on the hub")
     located = locate(adapter)
-    named = _checked_name(_name_of(located) if "name" not in entry else name)
+    named = _checked_name(_name_of(without_secrets(located)) if "name" not in entry else name)
     return Job(located, named, None if scale is None else float(scale), dtype, form, repo)
 
 
@@ -179,7 +181,7 @@ def _is_finite(scale: object) -> bool:
 
 def _located(adapter: str, folder: Path) -> str:
     """A relative path starts at the file. What is no directory there may be a hub id."""
-    if has_scheme(adapter):
+    if scheme_of(adapter):
         return adapter
     beside = str(folder / adapter)
     # A directory here, but not there, is neither. os.path.isdir: a path that is too long or may not be looked

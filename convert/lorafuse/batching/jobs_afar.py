@@ -8,12 +8,17 @@ from lorafuse.errors import UsageError, shown, sized
 from lorafuse.files.folder import Folder, read_fully
 from lorafuse.files.folders import folder_and_file, has_scheme, open_folder
 from lorafuse.files.hub import hub_name
+from lorafuse.files.names import scheme_of, without_secrets
 
 MOST_NBYTES = 100_000_000  # of a file of jobs, which is read whole
 
 
 def listed_jobs(name: str) -> tuple[list[Job], list[str]]:
     """All jobs of JOBS, and what in it holds no adapter and is left out. Raises UsageError, StorageError."""
+    if scheme_of(name) and not has_scheme(name):
+        raise UsageError(
+            f"{shown(without_secrets(name))}: is no URL of an object store, as s3://, gs:// and az:// are."
+        )
     if not has_scheme(name):
         path = Path(name)
         return read_jobs(path), [str(path / folder) for folder in left_out(path)]
@@ -60,7 +65,7 @@ def _lines(name: str) -> list[Job]:
 
 def _located(adapter: str, folder: Folder) -> str:
     """A relative path starts at the file. What is no folder there may be a hub id."""
-    if has_scheme(adapter) or adapter.startswith("/"):
+    if scheme_of(adapter) or adapter.startswith("/"):
         return adapter
     beside = folder.sub_folder(adapter)
     return adapter if hub_name(adapter) and not beside.is_there() else str(beside)

@@ -14,7 +14,7 @@ from lorafuse.engines.engine import Engine, Task
 from lorafuse.engines.engines import ENGINES, engine_named
 from lorafuse.errors import StorageError, UsageError, listed, shown
 from lorafuse.events import Event, OnEvent, WorkersEvent
-from lorafuse.files.seen import seen_here, there_around
+from lorafuse.files.seen import refuse_unshared, seen_here, there_around
 from lorafuse.outdir.kinds import kind_of, shared_kind_of
 from lorafuse.planning.parts import divided
 from lorafuse.settings import Settings
@@ -58,6 +58,8 @@ def spread(
     """Have all files of a job made, but those that an earlier run has taken while it committed. `call` gives
     what a worker does for a part; `inputs` are the names of what it reads. Returns the job that commits them.
     Raises what a worker raises, StorageError where what they make is not seen here."""
+    inputs = [*inputs]
+    refuse_unshared([*inputs, job.out_dir])
     sees = seen_here([*inputs, there_around(job.out_dir)])
     if restart:  # here, since a worker that is begun again goes on
         with kind_of(job.out_dir).open_out_dir(job.out_dir, job.plan.plan_id, job.attempt, restart=True):

@@ -19,7 +19,7 @@ from lorafuse.batching.spread import (
 from lorafuse.engines.engines import engine_named
 from lorafuse.errors import shown
 from lorafuse.events import Event, OnEvent, warned_once
-from lorafuse.files.seen import is_result_seen, seen_here
+from lorafuse.files.seen import is_result_seen, refuse_unshared, seen_here
 from lorafuse.settings import Settings
 
 
@@ -34,6 +34,8 @@ def spread_jobs(
     """Have the jobs done, so that all workers have some. `call` gives what a worker does for some of them.
     `sees`: what a worker must see beside its adapters. Returns a state for each. Raises what a worker raises
     when none of its jobs can go on, StorageError where what it made is not seen here."""
+    sees = [*sees]
+    refuse_unshared([*sees, *(job.adapter for job in jobs)])
     began, heard, states = time.perf_counter(), Heard(warned_once(on_event)), dict[str, JobState]()
     with engine_named(chosen.name, chosen.address, heard) as engine:
         settings = for_workers(settings, engine.cores(settings.n_workers))

@@ -23,6 +23,7 @@ from lorafuse.cli.options import (
 from lorafuse.cli.show_batch import ShowBatch
 from lorafuse.errors import BatchError
 from lorafuse.files.local_folder import as_typed
+from lorafuse.files.seen import refuse_passing
 from lorafuse.files.sharing import SHARE_CHOICES
 from lorafuse.files.uncollected import uncollected
 from lorafuse.outdir.apart import refuse_nameless
@@ -98,6 +99,7 @@ def batch(
     show = ShowBatch(as_json=as_json, quiet=quiet, verbose=verbose, spread=spread)
     with exit_codes("what is finished stays, and the same command goes on", as_json=as_json):
         refuse_nameless(out_root)
+        refuse_passing(out_root)
         Settings(
             **{name: options[name] for name in ("device", "adapter_scale")}
         )  # refuses them, as click does the others

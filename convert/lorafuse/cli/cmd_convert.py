@@ -20,6 +20,8 @@ from lorafuse.cli.options import (
 )
 from lorafuse.cli.show import Show, summary_text, weights_text
 from lorafuse.cli.streams import say, tell
+from lorafuse.files.hub import as_named
+from lorafuse.files.seen import refuse_passing
 from lorafuse.files.uncollected import uncollected
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.settings import THE_BASE, Settings
@@ -113,7 +115,8 @@ def convert(
             say(weights_text(receipt))
         if not quiet:
             base = receipt["inputs"][0]["path"].rpartition("/")[0] if ckpt in THE_BASE else ckpt
-            say(summary_text(receipt, base, [adapter, *(path for path, _ in options["adapters"])]))
+            names = [adapter, *(path for path, _ in options["adapters"])]
+            say(summary_text(receipt, as_named(base), [as_named(name) for name in names]))
         if show.url and not quiet:
             say(f"Pushed: {show.url}")
         if not as_json:  # a path is bytes, perhaps no UTF-8
@@ -124,6 +127,7 @@ def _check(out_dir: str, options: dict[str, Any]) -> None:
     """Refuses what click does not, before torch is imported, and makes one option of those of
     --push-to-hub. Raises UsageError."""
     refuse_nameless(out_dir)
+    refuse_passing(out_dir)
     Settings(**{name: options[name] for name in ("device", "adapter_scale", "adapter_name")})
     check_base_options(options)
     options["push_to_hub"] = push_option(options)

@@ -9,7 +9,7 @@ from lorafuse.cli.exits import exit_codes
 from lorafuse.cli.options import CONTEXT
 from lorafuse.cli.streams import tell
 from lorafuse.errors import UsageError, shown
-from lorafuse.files.names import REPORT
+from lorafuse.files.names import REPORT, scheme_of, without_secrets
 
 STDOUT = "-"
 
@@ -38,6 +38,8 @@ def report(out_dir: str, output: str | None) -> None:
         file = _file(out_dir) if output is None else output
         if file != STDOUT and not file.endswith(".html"):
             raise UsageError(f"-o {shown(file)}: expected a name that ends with .html, or - for stdout.")
+        if scheme_of(file):
+            raise UsageError(f"-o {shown(without_secrets(file))}: expected a file of this machine.")
         page = run(out_dir)
         if file == STDOUT:
             click.echo(page, nl=False)

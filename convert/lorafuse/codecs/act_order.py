@@ -3,14 +3,13 @@
 import torch
 
 from lorafuse.arithmetic.arena import to_device_of
+from lorafuse.arithmetic.coded_rows import spread_nbytes
 from lorafuse.codecs.held import ComputedOnce
 from lorafuse.codecs.sources import Raw
 from lorafuse.errors import CheckpointError, shown
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.stores import read_all
 from lorafuse.files.tensors import DTYPES
-
-_CHUNK_NUMEL = 1 << 16  # values whose scales are spread at a time
 
 
 def read_groups(ckpt: Checkpoint, name: str, n_groups: int) -> torch.Tensor | None:
@@ -36,7 +35,7 @@ class Groups:
         n_cols = ckpt.tensors[name].spec.numel
         self._held = ComputedOnce()
         self.held_nbytes = 8 * n_cols
-        self.scratch_nbytes = 8 * max(_CHUNK_NUMEL, n_cols)
+        self.scratch_nbytes = spread_nbytes(n_cols)
 
     def release(self) -> None:
         """Drop what was read."""
@@ -47,23 +46,10 @@ class Groups:
         assert groups is not None, "it was looked at before"
         return (groups,)
 
-    def scale(self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
-        """(matrix − zeros) · scales in place, all fp32; scales and zeros are [rows or 1, groups]."""
-        groups = to_device_of(matrix, self._held.get(self._load)[0])
-        step = max(_CHUNK_NUMEL // matrix.shape[1], 1)
-        for first in range(0, len(matrix), step):
-            part = matrix[first : first + step]
-            if zeros is not None:
-                part.sub_(_spread(zeros, first, step, groups))
-            part.mul_(_spread(scales, first, step, groups))
+    def load(self) -> torch.Tensor:
+        """int64 [columns]: the group of each, on the host."""
+        return self._held.get(self._load)[0]
 
     def spread(self, by_group: torch.Tensor) -> torch.Tensor:
         """[rows, columns] of what is [rows, groups]."""
-        groups = to_device_of(by_group, self._held.get(self._load)[0])
-        return _spread(by_group, 0, len(by_group), groups)
-
-
-def _spread(by_group: torch.Tensor, first: int, step: int, groups: torch.Tensor) -> torch.Tensor:
-    """[rows, columns] of some rows of what is [rows or 1, groups]."""
-    part = by_group if len(by_group) == 1 else by_group[first : first + step]
-    return part.index_select(1, groups)
+        return by_group.index_select(1, to_device_of(by_group, self.load()))

@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 import torch
 
 from lorafuse.arithmetic.arena import DECODED_FP32, Arena
+from lorafuse.arithmetic.coded_rows import scale
+from lorafuse.arithmetic.codes import Numbers
 from lorafuse.arithmetic.word_columns import awq_codes, awq_numbers, awq_words
-from lorafuse.codecs.bands import Bands, scale
+from lorafuse.codecs.bands import Bands
 from lorafuse.codecs.held import read_runs, read_turned
 from lorafuse.codecs.model_dtype import out_dtype
 from lorafuse.codecs.other_formats import quantizations, unread_layout
@@ -142,14 +144,15 @@ class AwqMatrix:
         zeros = [awq_codes(arena.place(stored[words])).float() for stored in raw[2:]]
         return arena.place(raw[0][words]), scales.float().contiguous(), *zeros
 
-    def decode(self, by_outputs: Raw, at: range, arena: Arena) -> torch.Tensor:
+    def decode(self, by_outputs: Raw, at: range, values: torch.Tensor, arena: Arena) -> None:
         words = slice(at.start // OF_A_WORD, -(-at.stop // OF_A_WORD))
         skipped, n_inputs = at.start % OF_A_WORD, self.spec.shape[1]
         stored, (scales, *zeros) = by_outputs[0][words], (part[at.start : at.stop] for part in by_outputs[1:])
-        values = arena.get(DECODED_FP32, OF_A_WORD * stored.numel(), torch.float32)
-        awq_numbers(stored, values)
-        values = values.view(-1, n_inputs)[skipped : skipped + len(at)]
-        return scale(values, scales, zeros[0] if zeros else None, self.group_of)
+        made = arena.get(DECODED_FP32, OF_A_WORD * stored.numel(), torch.float32)
+        awq_numbers(stored, made)
+        made = made.view(-1, n_inputs)[skipped : skipped + len(at)]
+        scale(made, Numbers(scales, zeros[0] if zeros else None, self.group_of))
+        values.copy_(made)
 
     def codes(self, words: torch.Tensor) -> torch.Tensor:
         return awq_codes(words)

@@ -9,10 +9,8 @@ import torch
 
 from lorafuse.arithmetic.arena import Arena, to_device_of
 from lorafuse.arithmetic.codes import whole_numbers
-from lorafuse.arithmetic.dequantize import NARROW
 from lorafuse.arithmetic.draws import Draws, of_run
 from lorafuse.arithmetic.on_grid import round_tile
-from lorafuse.arithmetic.scaling import round_through, scale_blocks, subtract_zeros
 from lorafuse.arithmetic.word_columns import turned
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
 from lorafuse.codecs.encoder import FinishedTile
@@ -68,8 +66,9 @@ class Turned(Protocol):
         """Returns what `raw` has of the outputs `at` these places in its band, whole units, on the arena's
         device: words, and float32 [outputs, groups]: scales and zero points, if any."""
 
-    def decode(self, by_outputs: Raw, at: range, arena: Arena) -> torch.Tensor:
-        """Returns float32 [outputs, in] of those `at` these places of what `by_outputs` returned."""
+    def decode(self, by_outputs: Raw, at: range, values: torch.Tensor, arena: Arena) -> None:
+        """values ([outputs, in], of the dtype of the weight) = those of the outputs `at` these places of what
+        `by_outputs` returned."""
 
     def codes(self, words: torch.Tensor) -> torch.Tensor:
         """Returns uint8 [outputs, in], of words as `by_outputs` returns them."""
@@ -147,18 +146,9 @@ class Bands(GridSources):
             ours = self._matrix.by_outputs(fetched, units, arena)
             for start in range(origin, part.stop, step):
                 first, last = max(start, part.start), min(start + step, part.stop)
-                values = self._matrix.decode(ours, range(first - origin, last - origin), arena)
-                tile[first - rows.start : last - rows.start].copy_(self._rounded(values, arena))
+                values = tile[first - rows.start : last - rows.start]
+                self._matrix.decode(ours, range(first - origin, last - origin), values, arena)
         return made
-
-    def _rounded(self, values: torch.Tensor, arena: Arena) -> torch.Tensor:
-        """The values, in place, rounded to what comes before the dtype of the weight."""
-        dtypes = [getattr(torch, DTYPES[dtype][1]) for dtype in self._matrix.via if dtype != self.spec.dtype]
-        if dtypes:
-            # Back in fp32: between two dtypes of 16 bits, torch copies element by element.
-            narrow = arena.get(NARROW, values.numel(), torch.int16)
-            round_through(values.view(-1), [*dtypes, torch.float32], narrow)
-        return values
 
     def codes_nbytes(self, n: int) -> int:
         stored = self.store.tensors[self.names[0]].spec.nbytes
@@ -219,23 +209,3 @@ def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     if len(there) == 1:
         return there[0]
     return torch.cat(there) if there else None
-
-
-def scale(
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    group_of: torch.Tensor | int,
-) -> torch.Tensor:
-    """Makes codes (fp32 [outputs, in]) the weight's values, in place: (code − zero) · scale. Scales and zeros
-    are fp32 [outputs, groups]; `group_of` is the group of each input, or how many inputs in a row share
-    one."""
-    if isinstance(group_of, int):
-        if zeros is not None:
-            subtract_zeros(values, zeros, group_of)
-        scale_blocks(values, scales, group_of)
-        return values
-    group_of = group_of.long()  # which torch takes half as long to select by
-    if zeros is not None:
-        values.sub_(zeros.index_select(1, group_of))
-    return values.mul_(scales.index_select(1, group_of))

@@ -6,12 +6,13 @@ from typing import ClassVar
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.arithmetic.bit_stream import pack, unpack, unpack_floats
-from lorafuse.arithmetic.codes import whole_numbers
+from lorafuse.arithmetic.bit_stream import pack, unpack
+from lorafuse.arithmetic.coded_rows import decode_rows, decode_turned
+from lorafuse.arithmetic.codes import Numbers, packed_codes, whole_numbers
 from lorafuse.arithmetic.draws import Draws, of_run
 from lorafuse.arithmetic.on_grid import round_tile
 from lorafuse.arithmetic.word_columns import columns_as_rows, gptq_zeros, rows_as_columns
-from lorafuse.codecs.bands import CHUNK_NBYTES_PER_ELEMENT, dtypes_of, scale
+from lorafuse.codecs.bands import CHUNK_NBYTES_PER_ELEMENT, dtypes_of
 from lorafuse.codecs.conv1d import CHUNK_NUMEL
 from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import read_runs, read_turned
@@ -78,30 +79,17 @@ class GptqMatrix:
         numbers = (arena.place(tensor[:, at.start : at.stop]).T.float().contiguous() for tensor in raw[1:])
         return arena.place(raw[0][at.start : at.stop]), *numbers
 
-    def decode(self, by_outputs: Raw, at: range, arena: Arena) -> torch.Tensor:
+    def decode(self, by_outputs: Raw, at: range, values: torch.Tensor, arena: Arena) -> None:
         words, scales, zeros = (tensor[at.start : at.stop] for tensor in by_outputs)
-        group_of = self.group_of if isinstance(self.group_of, int) else arena.place(self.group_of)
-        return self.values(words.view(torch.uint8), scales, zeros, self.spec.shape[1], group_of, arena)
+        numbers = Numbers(scales, zeros, self.group_of)
+        codes = packed_codes(self.spec.shape[1], self.bits, offset=0)
+        decode_rows(words.view(torch.uint8), codes, numbers, list(dtypes_of(self)), values, arena)
 
     def codes(self, words: torch.Tensor) -> torch.Tensor:
         return unpack(words.view(torch.uint8), self.bits, self.spec.shape[1])
 
     def words(self, codes: torch.Tensor) -> torch.Tensor:
         return pack(codes, self.bits, 4 * self.n_word_rows).view(torch.int32)
-
-    def values(
-        self,
-        rows: torch.Tensor,
-        scales: torch.Tensor,
-        zeros: torch.Tensor,
-        n_inputs: int,
-        group_of: torch.Tensor | int,
-        arena: Arena,
-    ) -> torch.Tensor:
-        """float32 [outputs, n_inputs], of the bytes of each output's words, and scales and zero points
-        (float32 [outputs, groups])."""
-        values = unpack_floats(rows, self.bits, n_inputs, arena).view(-1, n_inputs)
-        return scale(values, scales, zeros, group_of)
 
 
 class GptqRows(GridSources):
@@ -151,16 +139,16 @@ class GptqRows(GridSources):
         made = arena.get("gptq.made", box.numel, getattr(torch, self.spec.torch_name))
         words, *numbers = (arena.place(tensor) for tensor in raw)
         scales, zeros = (of_groups.T.float().contiguous() for of_groups in numbers)
-        group_of = self._group_of(arena)
-        via = getattr(torch, DTYPES[self._matrix.scales_dtype][1])
+        group_of, bits, dtypes = self._group_of(arena), self._matrix.bits, list(dtypes_of(self._matrix))
         for chunk, part in self._chunks(rows):
-            first = (chunk.start - rows.start // WORDS * WORDS) // WORDS * self._matrix.bits
-            last = first + -(-len(chunk) * self._matrix.bits // 32)
+            first = (chunk.start - rows.start // WORDS * WORDS) // WORDS * bits
+            last = first + -(-len(chunk) * bits // 32)
             groups = group_of[chunk.start : chunk.stop]
             columns = columns_as_rows(words[first:last])
-            values = self._matrix.values(columns, scales, zeros, len(chunk), groups, arena)
-            wanted = values[:, part.start - chunk.start :].T.to(via)
-            made.view(-1, n_outputs)[part.start - rows.start : part.stop - rows.start].copy_(wanted)
+            codes, of_chunk = packed_codes(len(chunk), bits, offset=0), Numbers(scales, zeros, groups)
+            values = made.view(-1, n_outputs)[part.start - rows.start : part.stop - rows.start]
+            skip = part.start - chunk.start
+            decode_turned(columns, codes, len(chunk), of_chunk, dtypes, skip, values, arena)
         return made
 
     def _group_of(self, arena: Arena) -> torch.Tensor:

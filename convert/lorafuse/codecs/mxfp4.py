@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.arithmetic.codes import e2m1_codes
-from lorafuse.arithmetic.dequantize import look_up
+from lorafuse.arithmetic.coded_rows import decode_turned
+from lorafuse.arithmetic.codes import Numbers, e2m1_codes
 from lorafuse.arithmetic.draws import Draws, HalfDraws, TileDraws, TurnedDraws
 from lorafuse.arithmetic.on_grid import round_tile
-from lorafuse.arithmetic.scaling import scale_blocks
-from lorafuse.arithmetic.small_floats import e2m1_pairs, e8m0
+from lorafuse.arithmetic.small_floats import e8m0
 from lorafuse.codecs.conv1d import CHUNK_NBYTES_PER_ELEMENT, CHUNK_NUMEL
 from lorafuse.codecs.encoder import FinishedTile
 from lorafuse.codecs.held import Windows, read_runs
@@ -129,17 +128,14 @@ class Experts(GridSources):
         tile = made.view(len(rows), width)
         for number, (window, part) in enumerate(self._windows.around(rows)):
             codes, scales = raw[2 * number : 2 * number + 2]
-            at = slice(part.start - rows.start, part.stop - rows.start)
             start, stop = part.start - window.start, part.stop - window.start
-            groups = range(start // GROUP, -(-stop // GROUP))
-            inside = slice(start - groups.start * GROUP, stop - groups.start * GROUP)
-            step = max(CHUNK_NUMEL // (len(groups) * GROUP), 1)
-            for first in range(0, width, step):
-                chunk = slice(first, min(first + step, width))
-                values = self._columns(codes[chunk], scales[chunk], groups, arena)
-                # Whole matrices, which torch turns in blocks; into part of a tile, it copies single elements.
-                turned = arena.get("mxfp4.turned", values.numel(), torch.float32).view(values.shape[::-1])
-                tile[at, chunk].copy_(turned.copy_(values.T)[inside])
+            groups = slice(start // GROUP, -(-stop // GROUP))
+            packed = codes[:, groups.start * GROUP_NBYTES : groups.stop * GROUP_NBYTES]
+            packed = packed if arena.on_host else arena.place(packed.contiguous())
+            numbers = Numbers(e8m0(arena.place(scales[:, groups])), None, GROUP)
+            n_cols, values = 2 * packed.shape[1], tile[part.start - rows.start : part.stop - rows.start]
+            skip, dtypes = start % GROUP, [made.dtype]
+            decode_turned(packed, e2m1_codes(n_cols), n_cols, numbers, dtypes, skip, values, arena)
         return made
 
     def codes_nbytes(self, n: int) -> int:
@@ -168,17 +164,6 @@ class Experts(GridSources):
             place = (expert * width * self._height + row) // 2
             runs.append(Run(place, start, nbytes, width, self._height // 2))
         return Recoded(tuple(runs), values.view(-1), n_clipped)
-
-    def _columns(
-        self, codes: torch.Tensor, scales: torch.Tensor, groups: range, arena: Arena
-    ) -> torch.Tensor:
-        """fp32 [stored rows, columns] of some groups of columns of what was read."""
-        packed = arena.place(codes[:, groups.start * GROUP_NBYTES : groups.stop * GROUP_NBYTES].contiguous())
-        values = arena.get("mxfp4.values", 2 * packed.numel(), torch.float32)
-        look_up(packed.view(-1), e2m1_pairs(), values, arena)
-        matrix = values.view(len(codes), -1)
-        scale_blocks(matrix, e8m0(arena.place(scales[:, groups.start : groups.stop])), GROUP)
-        return matrix
 
 
 def _recoded(

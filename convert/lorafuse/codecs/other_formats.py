@@ -52,6 +52,13 @@ def _is_gptq(stem: str, stored: Mapping[str, TensorInfo]) -> bool:
     return len(codes) == len(scales) == 2 and codes[1] == scales[1]
 
 
+def _are_grids(stem: str, stored: Mapping[str, TensorInfo], *names: str) -> bool:
+    """Whether the tensors have one dtype and shape, that of a number for each group: codes beside them may
+    be stored as any dtype."""
+    first, *others = (stored[stem + name].spec for name in names)
+    return len(first.shape) > 1 and all(spec == first for spec in others)
+
+
 def is_coded(info: TensorInfo | None) -> bool:
     """Whether a stored tensor holds integers or FP8 numbers, with at least two dimensions."""
     if info is None or len(info.spec.shape) < 2:
@@ -86,6 +93,12 @@ FORMATS: tuple[Format, ...] = (
     Format("MXFP4 of gpt-oss", ("_blocks", "_scales"), _dtype("_blocks", "U8"), read=True),
     Format("Metal (MLX's layout)", (".scales", ".qbiases")),
     Format("MLX", (".scales",), _dtype(".weight", "U32"), read=True),
+    Format(
+        "MLX",
+        (".scales", ".biases", ".weight"),
+        lambda stem, stored: _are_grids(stem, stored, ".scales", ".biases"),
+        read=True,
+    ),
     Format("HIGGS", (".scales", ".tables"), _codes(".weight")),
     Format("AQLM", (".codes", ".codebooks"), read=True),
     Format("HQQ", (".W_q", ".packing"), read=True),
@@ -100,6 +113,7 @@ FORMATS: tuple[Format, ...] = (
     Format("integer embeddings of Gemma", (".embedding_quantized", ".embedding_scale")),
     # What is not known by name is by its form: coded matrices with scales beside them.
     Format("integers or FP8 with scales", (".scales",), _codes(".weight")),
+    Format("codes with scales in bytes", (".scales",), _codes(".scales")),
 )
 _WAY_OUT = "Dequantize it first, or merge into the full-precision checkpoint."
 _DECOMPRESS = (

@@ -8,12 +8,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lorafuse.arithmetic.arena import Arena, to_device_of
-from lorafuse.arithmetic.codes import Codes, float8_levels
+from lorafuse.arithmetic.arena import DECODED_FP32, Arena, to_device_of
+from lorafuse.arithmetic.coded_rows import decode_rows
+from lorafuse.arithmetic.codes import Codes, Numbers, float8_levels
 from lorafuse.arithmetic.dequantize import NARROW
 from lorafuse.arithmetic.draws import Draws, of_run
 from lorafuse.arithmetic.on_grid import round_tile
-from lorafuse.arithmetic.scaling import round_through, scale_and_add, scale_blocks, subtract_zeros
 from lorafuse.arithmetic.small_floats import e8m0
 from lorafuse.codecs.act_order import Groups
 from lorafuse.codecs.encoder import FinishedTile
@@ -98,7 +98,6 @@ class Grid:
             return e8m0(raw).view(-1, self.n_cols)
         dtype = getattr(torch, DTYPES[self.dtype][1])
         if self.dtype.startswith("F8_"):
-            # By no scratch of the arena's, in which the decoded weight may be.
             values = arena.table(float8_levels(dtype)).index_select(0, raw.int())
         else:
             values = raw.view(dtype).float()
@@ -196,26 +195,14 @@ class ScaledRows(GridSources):
         if not rows:
             return raw[0].view(getattr(torch, self.spec.torch_name))
         codes, stored, *rest = (arena.place(tensor) for tensor in raw)
-        values = recipe.codes.decode(codes, len(rows), n_cols, arena)
-        matrix = values.view(len(rows), n_cols)
         scales, zeros = self._numbers(stored, rest, rows, arena)
-        self._scale(matrix, scales, zeros, arena)
-        return round_through(values, self._dtypes, arena.get(NARROW, values.numel(), torch.int16))
-
-    def _scale(
-        self, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, arena: Arena
-    ) -> None:
-        """Makes codes (fp32 [rows, columns]) the weight's values, in place."""
-        groups, width = self._recipe.groups, self._recipe.scales.width
-        if groups:
-            groups.scale(matrix, scales, zeros)
-            return
-        if zeros is not None and self._recipe.zeros_are_biases:
-            scale_and_add(matrix, scales, zeros, width, self._dtypes[-1], arena)
-            return
-        if zeros is not None:
-            subtract_zeros(matrix, zeros, width)
-        scale_blocks(matrix, scales, width)
+        group_of = recipe.groups.load() if recipe.groups else recipe.scales.width
+        numbers = Numbers(scales, zeros, group_of, recipe.zeros_are_biases)
+        name, scratch = (DECODED_FP32, torch.float32) if self.spec.dtype == "F32" else (NARROW, torch.int16)
+        values = arena.get(name, len(rows) * n_cols, scratch).view(self._dtypes[-1])
+        matrix = values.view(len(rows), n_cols)
+        decode_rows(codes.view(len(rows), -1), recipe.codes, numbers, self._dtypes, matrix, arena)
+        return values
 
     def _numbers(
         self, stored: torch.Tensor, rest: list[torch.Tensor], rows: range, arena: Arena

@@ -41,7 +41,7 @@ class CloudFolder:
 
     @property
     def address(self) -> str:
-        return str(self)
+        return self.place.address
 
     def is_there(self) -> bool:
         return self.place.is_there()

@@ -4,6 +4,7 @@ Names are relative to the URL. Errors: FileNotFoundError for an object that is n
 all else; where a condition of a call did not hold, the function says so.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from lorafuse.errors import StorageError, shown
 from lorafuse.files import cloud_client
 from lorafuse.files.cloud_errors import NoConditionsError, asking, is_broken, is_unmet
-from lorafuse.files.cloud_url import cloud_url
+from lorafuse.files.cloud_url import cloud_url, with_account
 
 N_BREAKS = 4  # of an answer, before it is given up
 LARGEST_COPY_NBYTES = 5 << 30  # of one call of S3
@@ -61,6 +62,12 @@ class CloudPlace:
 
     def __str__(self) -> str:
         return f"{self.root}/{self.prefix}".rstrip("/") if self.prefix else self.root
+
+    @property
+    def address(self) -> str:
+        """The same URL for all names of the place: one of Azure may name its account or leave it out."""
+        root = with_account(self.root, os.environ)
+        return f"{root}/{self.prefix}".rstrip("/") if self.prefix else root
 
     def __truediv__(self, name: str) -> str:
         """The URL of an object."""

@@ -18,10 +18,19 @@ def _in_store(name: str) -> Folder:
 FOLDERS: dict[str, Callable[[str], Folder]] = {"": LocalFolder.at, **dict.fromkeys(SCHEMES, _in_store)}
 
 
+PASSING = "memory"
+
+
 def has_scheme(name: str) -> bool:
     """Whether a name is a URL of a kind that is known here, not a path or a hub id."""
     scheme, separator, _ = name.partition("://")
     return bool(scheme and separator) and scheme in FOLDERS
+
+
+def is_passing(name: str) -> bool:
+    """Whether a name is that of obstore's store in memory, which lasts as long as its process, and which no
+    other sees."""
+    return name.startswith(f"{PASSING}://") and FOLDERS[PASSING] is _in_store
 
 
 def open_folder(name: str) -> Folder:

@@ -10,7 +10,7 @@ from lorafuse.files.folder import Folder
 from lorafuse.files.folders import FOLDERS, open_folder
 from lorafuse.files.hub_folder import HubFolder
 from lorafuse.files.hub_repo import HubRepo
-from lorafuse.files.names import scheme_of, stays_inside
+from lorafuse.files.names import scheme_of, stays_inside, without_secrets
 
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<folder>[\w.-][^@]*))?(@(?P<revision>[^@]+))?"
@@ -90,7 +90,7 @@ def folder_of(name: str, kind: type[LorafuseError], *, whole: bool = False) -> F
         what = "is not a directory" if folder.exists("") else "no such directory"
         if scheme_of(name) not in ("", "http", "https", *FOLDERS):
             what += ", and no URL of an object store, as s3://, gs:// and az:// are"
-        raise kind(f"{shown(name)}: {what}.")
+        raise kind(f"{shown(without_secrets(name))}: {what}.")
     root = HubFolder(HubRepo.at(found.repo, found.revision, kind), whole=whole)
     if found.folder is None:
         return root

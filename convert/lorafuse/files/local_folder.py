@@ -6,6 +6,7 @@ and a link that leads out of its directory is not copied.
 
 import errno
 import os
+import re
 import stat
 from dataclasses import dataclass
 from io import FileIO
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import ClassVar
 from urllib.parse import unquote
 
-from lorafuse.errors import CheckpointError, shown
+from lorafuse.errors import CheckpointError, UsageError, shown
+from lorafuse.files.cloud_url import SCHEMES
 from lorafuse.files.folder import Buffer, FileFacts
+from lorafuse.files.names import without_secrets
 from lorafuse.files.safetensors_file import FormatError
 
 AHEAD_NBYTES = 4 << 20
@@ -150,11 +153,25 @@ SUFFIXES = (".safetensors", ".json", ".bin", ".gguf")
 
 def as_typed(name: str | PathLike[str]) -> str:
     """A path with the home directory in place of `~`, which a shell leaves alone in quotes. What is called so
-    wins. Of a URL file:///PATH the path."""
+    wins. Of a URL file:///PATH the path. Raises UsageError for what is nearly a URL."""
     path = fspath(name)
+    _refuse_mistyped(path)
     if path.startswith(FILE_URL):
         return "/" + unquote(path.removeprefix(FILE_URL)).strip("/")
     return os.path.expanduser(path) if path.startswith("~") and not os.path.lexists(path) else path
+
+
+def _refuse_mistyped(name: str) -> None:
+    """Raises UsageError for what is nearly a URL, as S3://bucket or s3:/bucket, and would be a path. What is
+    called so wins."""
+    nearly = re.match("([a-z0-9]+):/", name, re.IGNORECASE)
+    scheme = nearly[1].lower() if nearly else ""
+    begins = FILE_URL if scheme == "file" else f"{scheme}://"
+    known = scheme in (*SCHEMES, "file")
+    if known and not name.startswith(begins) and not os.path.lexists(name):
+        raise UsageError(
+            f"{shown(without_secrets(name))}: is no URL; expected one that begins with {begins}."
+        )
 
 
 def directory_as_typed(name: str | PathLike[str]) -> str:

@@ -62,6 +62,15 @@ def place_of(name: str) -> Place:
     return Place(stack, int(number[0]), _WHOLE_NUMBER.sub("*", module))
 
 
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/+)(?:[^/?#]*@)?([^?#]*)")
+
+
+def without_secrets(name: str) -> str:
+    """For messages: a URL, or what is nearly a URL, without its user, query and fragment; a path as it is."""
+    url = _URL.match(name)
+    return url[1] + url[2] if url else name
+
+
 def scheme_of(name: str) -> str:
     """`s3` of s3://bucket/key; empty for a path."""
     match = re.match(r"([a-z][a-z0-9+.-]*)://", name)

@@ -55,7 +55,7 @@ class ShardWriter:
         self._file, self._behind = file, behind
         self._hash = TrailingHash(file.read, wait_nbytes)
         self._catching_up: Future[None] | None = None
-        self._lock, self.seconds = Lock(), 0.0
+        self._lock, self.seconds, self.nbytes = Lock(), 0.0, 0
         header = header_of(tensors)
         self._starts: dict[str, int] = {}
         self._expected = len(header)
@@ -67,10 +67,6 @@ class ShardWriter:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def nbytes(self) -> int:
-        return self._hash.n_added
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
         """Put bytes of a tensor, from its byte `offset` on, into the file. Any thread may."""
@@ -86,7 +82,7 @@ class ShardWriter:
         if waits is None:
             waits = self._hash.add(start, data)
         self._file.passed(self._hash.nbytes)
-        self._spent(began)
+        self._spent(began, len(data))
         if waits and self._behind:
             self._catching_up = self._behind(self._catch_up)
         elif waits:
@@ -97,8 +93,9 @@ class ShardWriter:
         self._hash.catch_up()
         self._spent(began)
 
-    def _spent(self, began: float) -> None:
+    def _spent(self, began: float, nbytes: int = 0) -> None:
         with self._lock:
+            self.nbytes += nbytes
             self.seconds += time.perf_counter() - began
 
     def finish(self) -> str:

@@ -23,7 +23,7 @@ def check_out_dir(out_dir: str, inputs: Iterable[Folder], *, overwrite: bool) ->
     """Raises OutDirError unless a result may be written; see OutDirKind."""
     out = CloudPlace.at(out_dir)
     for address in (folder.address for folder in inputs):
-        if f"{out}/".startswith(f"{address}/") or f"{address}/".startswith(f"{out}/"):
+        if f"{out.address}/".startswith(f"{address}/") or f"{address}/".startswith(f"{out.address}/"):
             raise OutDirError(
                 f"{shown(out)}: is, contains or lies inside the input {shown(address)}; choose another place."
             )

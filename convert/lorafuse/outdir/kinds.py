@@ -5,7 +5,7 @@ from typing import cast
 
 from lorafuse.errors import UsageError, shown
 from lorafuse.files.cloud_url import SCHEMES
-from lorafuse.files.names import scheme_of
+from lorafuse.files.names import scheme_of, without_secrets
 from lorafuse.outdir import local
 from lorafuse.outdir.apart import refuse_nameless
 from lorafuse.outdir.out_dir import OutDirKind, SharedKind
@@ -21,7 +21,9 @@ def kind_of(out_dir: str) -> OutDirKind:
     scheme = scheme_of(out_dir)
     kind = OUT_DIRS.get(scheme)
     if kind is None:
-        raise UsageError(f"{shown(out_dir)}: results cannot be written to {shown(scheme)}://.")
+        raise UsageError(
+            f"{shown(without_secrets(out_dir))}: results cannot be written to {shown(scheme)}://."
+        )
     if isinstance(kind, str):
         return cast(OutDirKind, import_module(kind))
     return kind
