@@ -2,6 +2,8 @@
 afterwards."""
 
 import ast
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext
@@ -213,3 +215,15 @@ def test_every_tensor_has_its_dtype():
             if of_torch and node.func.attr in MADE and "dtype" not in {k.arg for k in node.keywords}:
                 without.append(f"{path.name}:{node.lineno}")
     assert not without
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
+def test_the_settings_are_asked_for_without_an_op():
+    """The first op of a process maps 3 MB of torch's libraries, also where only a plan is made."""
+    code = (
+        "import torch; from lorafuse.arithmetic.torch_state import own_torch_state; "
+        "mapped = lambda: int(open('/proc/self/statm').read().split()[2]) * 4096; "
+        "before = mapped(); own_torch_state().__enter__(); print(mapped() - before)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(out) < 1_000_000

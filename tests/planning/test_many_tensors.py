@@ -2,6 +2,7 @@
 and bytes, which are the same on every machine. bench/speed/planning.py has the seconds."""
 
 import gc
+import platform
 import sys
 import threading
 import tracemalloc
@@ -15,6 +16,7 @@ from lorafuse.adapters import open_adapter
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.uncollected import uncollected
+from lorafuse.naming.resolve import Resolver
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.settings import Settings
@@ -120,3 +122,37 @@ def test_the_search_for_garbage_is_then_as_it_was(on):
         assert gc.isenabled() is on
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_what_is_needed_meanwhile_goes_back_to_the_system():
+    """glibc keeps what is freed below a piece that stays: here all of 64 MB but for a byte."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    before = resident_nbytes()
+    with uncollected():
+        pieces = [bytearray(b"x" * 4000) for _ in range(16_000)]
+        last, most = pieces[-1], resident_nbytes()
+        del pieces
+    assert most - before > 60e6
+    assert last and resident_nbytes() - before < 10e6
+
+
+def resident_nbytes():
+    with open("/proc/self/statm", encoding="ascii") as f:
+        return int(f.read().split()[1]) * 4096
+
+
+def test_names_are_resolved_without_all_that_they_may_stand_for():
+    """The weights of experts have four other names each, with 2 kB in all; those that are looked for are the
+    names of a few stacks."""
+    kinds = "gate_proj", "up_proj", "down_proj"
+    experts = [f"model.layers.0.mlp.experts.{number}" for number in range(800)]
+    names = {f"{expert}.{kind}.weight" for expert in experts for kind in kinds}
+    shapes = dict.fromkeys(names, (4, 4))
+    config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+
+    def resolve():
+        Resolver(shapes, config).resolve(dict.fromkeys(names, "w"), "adapter", lambda message: None)
+
+    resolve()
+    assert peak_nbytes(resolve) / len(names) < 1500

@@ -306,13 +306,14 @@ def test_no_model_class(path: Path) -> None:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    """The whole tool imports neither bitsandbytes (seconds, 120 MB) nor the libraries that know models."""
-    code = (
-        "import sys, lorafuse.pipeline, lorafuse.cli; print(sorted({m.split('.')[0] for m in sys.modules}))"
-    )
-    loaded = set(ast.literal_eval(in_a_process(code)))
+    """The whole tool imports neither bitsandbytes (seconds, 120 MB) nor the libraries that know models, and
+    no type of adapter before there is one."""
+    code = "import sys, lorafuse.pipeline, lorafuse.cli; print(sorted(sys.modules))"
+    modules = ast.literal_eval(in_a_process(code))
+    loaded = {name.split(".")[0] for name in modules}
     assert "torch" in loaded
-    assert not loaded & {"bitsandbytes", "transformers", "peft", "huggingface_hub", "scipy", "pandas"}
+    assert not loaded & {"bitsandbytes", "transformers", "peft", "huggingface_hub", "scipy", "pandas", "yaml"}
+    assert not any(name.startswith("lorafuse.adapters.types.") for name in modules)
 
 
 def in_a_process(code: str) -> str:

@@ -122,7 +122,7 @@ class Resolver:
 
     def _find(self, asked: set[str], naming: Naming) -> dict[str, FoundAs]:
         """What is asked for, also by the names that other trainers have for it."""
-        # Of a hundred thousand experts' weights, the names of their stacks are few; all origins are 1 kB each.
+        # Of the weights of experts, the names of their stacks are few; all origins would be 2 kB for each.
         behind = {origin.name for name in asked for origin in self._others.origins(name)}
         found = find(self._shapes, asked | behind, naming.memory_names, self._model_type)
         for name in asked - found.keys():

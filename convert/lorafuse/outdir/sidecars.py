@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from lorafuse.files.folder import Folder, stream
 from lorafuse.files.names import INDEX
 from lorafuse.files.tensors import FLOATS
+from lorafuse.files.uncollected import uncollected
 from lorafuse.formats.not_converted import announces
 from lorafuse.planning.plan import Plan
 from lorafuse.side_files.checked import refuse_large
@@ -24,6 +25,7 @@ class TakesFiles(Protocol):
     def put(self, file: str, chunks: Iterable[bytes]) -> None: ...
 
 
+@uncollected()
 def write_sidecars(plan: Plan, ckpt_config: dict[str, Any], out_dir: TakesFiles) -> None:
     """Write them all."""
     for folder, name in copied_files(plan):
