@@ -9,7 +9,7 @@ from lorafuse.planning.plan import Memory
 from lorafuse.planning.shared_weights import SharedWeight, SharedWeights
 from lorafuse.settings import Settings
 
-# Interpreter, libraries' buffers and allocator slack beyond `import torch`, measured by bench/memory.py.
+# Interpreter, libraries' buffers and allocator slack beyond `import torch`, measured by bench/memory/peak.py.
 RUNTIME_NBYTES = 26_000_000
 LARGE_TABLES_NBYTES = 1_000_000  # with less, a refusal names a weight
 TILES_PER_WORKER = 4  # in the making and before it: of those that wait for one before them, no bytes are held
