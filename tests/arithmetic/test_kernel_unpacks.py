@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from lorafuse.arithmetic import compiled
 from lorafuse.arithmetic.bit_stream import unpack_floats
 from lorafuse.arithmetic.dequantize import nested_scales
-from lorafuse.arithmetic.scaling import scale_and_add
 
 STRANGE = torch.tensor([0.0, -0.0, 1e-42, -1e-38, 3e38, float("inf"), float("nan")])
 
@@ -71,28 +70,3 @@ def test_scales_of_scales(kernels, seed, n_codes, blocksize, skip, strange, offs
         found = nested_scales(*given, arena_of(kernel))
         assert torch.equal(found.isnan(), expected.isnan())
         assert same_bits(found.nan_to_num(7.0), expected.nan_to_num(7.0)), str(kernel)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    n_cols=st.sampled_from([1, 31, 64, 130, 512]),
-    width=st.sampled_from([1, 16, 32, 64]),
-    size=st.sampled_from([1.0, 1e-3, 1e-6, 1e-38, 1e36]),
-    strange=st.sampled_from([0.0, 0.0, 0.1]),
-    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
-)
-def test_scales_with_biases(kernels, seed, n_cols, width, size, strange, dtype):
-    generator, n_rows = torch.Generator().manual_seed(seed), 5
-    codes = torch.randint(-9, 256, (n_rows, n_cols), generator=generator).float()
-    scales, biases = (size * torch.randn(n_rows, -(-n_cols // width), generator=generator) for _ in range(2))
-    found = torch.rand(scales.shape, generator=generator) < strange
-    scales[found] = STRANGE[torch.randint(len(STRANGE), (int(found.sum()),), generator=generator)]
-    expected = codes.clone()
-    scale_and_add(expected, scales, biases, width, dtype, arena_of(None))
-    for kernel in kernels:
-        values = codes.clone()
-        scale_and_add(values, scales, biases, width, dtype, arena_of(kernel))
-        assert same_bits(values, expected), str(kernel)
-        is_done = compiled.scale_and_add(kernel, codes.clone(), scales, biases, width, dtype)
-        assert is_done == bool(scales.isfinite().all()), str(kernel)

@@ -70,7 +70,7 @@ def _finished(
     if numbers.are_biases:
         assert numbers.zeros is not None
         assert isinstance(numbers.group_of, int)
-        scale_and_add(values, numbers.scales, numbers.zeros, numbers.group_of, dtypes[-1], arena)
+        scale_and_add(values, numbers.scales, numbers.zeros, numbers.group_of, dtypes[-1])
     else:
         scale(values, numbers)
     if len(dtypes) > 1:

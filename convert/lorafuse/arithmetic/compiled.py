@@ -152,36 +152,6 @@ def unpack_floats(
     kernel.unpack(ctypes.byref(call))
 
 
-class _Affine(ctypes.Structure):
-    """`struct affine` of kernel.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "scales", "biases")),
-        *((name, ctypes.c_int64) for name in ("n_rows", "n_cols", "width")),
-        *((name, ctypes.c_int32) for name in ("dtype", "level")),
-    )
-
-
-def scale_and_add(
-    kernel: Kernel,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    biases: torch.Tensor,
-    width: int,
-    dtype: torch.dtype,
-) -> bool:
-    """scaling.scale_and_add. False where it is left to torch: bits of NaN are its own."""
-    n_rows, n_cols = values.shape
-    if scales.shape != (n_rows, -(-n_cols // width)) or biases.shape != scales.shape:
-        return False
-    scales, biases = scales.contiguous(), biases.contiguous()
-    call = _Affine(
-        values=address(values), scales=address(scales), biases=address(biases),
-        n_rows=n_rows, n_cols=n_cols, width=width, dtype=DTYPES[dtype], level=kernel.level,
-    )  # fmt: skip
-    return bool(kernel.scale_and_add(ctypes.byref(call)))
-
-
 class Sums(ctypes.Structure):
     """`struct measured` of kernel.c."""
 

@@ -1012,51 +1012,6 @@ LEVELS(UNPACK)
 /* unpack_floats. */
 EXPORT void lorafuse_unpack(const struct stream *s) { AT_LEVEL(s->level, unpack, s); }
 
-/* scaling.py */
-
-/* Rows of values, in blocks of `width`, the last of which may be narrower, each with a scale and a bias. */
-struct affine {
-    float *values;
-    const float *scales, *biases;
-    int64_t n_rows, n_cols, width;
-    int32_t dtype, level;
-};
-
-INLINE void scale_block(float *values, int64_t n, float scale, float bias, int dtype) {
-    for (int64_t k = 0; k < n; k++)
-        values[k] = rounded_to(values[k] * scale, dtype) + bias;
-}
-
-INLINE void scale_as(const struct affine *a, int dtype) {
-    const int64_t n_cols = a->n_cols, width = a->width, n_blocks = (n_cols + width - 1) / width;
-    for (int64_t row = 0; row < a->n_rows; row++)
-        for (int64_t block = 0; block < n_blocks; block++) {
-            int64_t at = row * n_blocks + block, left = n_cols - block * width;
-            float *values = a->values + row * n_cols + block * width;
-            scale_block(values, left < width ? left : width, a->scales[at], a->biases[at], dtype);
-        }
-}
-
-#define SCALE(suffix, level, target) \
-    target static void scale##suffix(const struct affine *a) { \
-        switch (a->dtype) { \
-        case BFLOAT16: scale_as(a, BFLOAT16); break; \
-        case FLOAT16: scale_as(a, FLOAT16); break; \
-        default: scale_as(a, FLOAT32); \
-        } \
-    }
-LEVELS(SCALE)
-
-/* scale_and_add; 0 where it is not done, since a scale or a bias is not finite. */
-EXPORT int32_t lorafuse_scale(const struct affine *a) {
-    int64_t n = a->n_rows * ((a->n_cols + a->width - 1) / a->width);
-    for (int64_t k = 0; k < n; k++)
-        if ((a->scales[k] - a->scales[k] != 0) | (a->biases[k] - a->biases[k] != 0))
-            return 0;
-    AT_LEVEL(a->level, scale, a);
-    return 1;
-}
-
 /* units.py, vectors.py */
 
 enum { PART = 512 }; /* what lies in L1, of each of a few arrays */
@@ -1479,7 +1434,7 @@ INLINE void number(struct part *part, const struct rows *r, int64_t row, int64_t
     const float *scales = r->scales + row * r->numbers_step;
     const float *zeros = r->zeros ? r->zeros + row * r->numbers_step : 0;
     if (r->group_of) {
-        if (zeros)
+        if (zeros) /* asked once, not for each column */
             choose(part, scales, zeros, r->group_of + c, n);
         else
             choose(part, scales, 0, r->group_of + c, n);
@@ -1495,14 +1450,13 @@ INLINE void number(struct part *part, const struct rows *r, int64_t row, int64_t
 }
 
 #define FINISH_ROWS(how, via, level) finish_via(part, values, i, n, how, via, r->dtype, level)
+#define FINISH_ROWS_HOW(how, level) \
+    (r->via == BFLOAT16 ? FINISH_ROWS(how, BFLOAT16, level) \
+     : r->via == FLOAT16 ? FINISH_ROWS(how, FLOAT16, level) : FINISH_ROWS(how, FLOAT32, level))
 #define FINISH(suffix, level, target) \
     target static int finish##suffix( \
         const struct part *part, const struct rows *r, void *values, int64_t i, int n) { \
-        if (r->how == BIASED) \
-            return r->via == BFLOAT16 ? FINISH_ROWS(BIASED, BFLOAT16, level) \
-                 : r->via == FLOAT16 ? FINISH_ROWS(BIASED, FLOAT16, level) : FINISH_ROWS(BIASED, FLOAT32, level); \
-        return r->via == BFLOAT16 ? FINISH_ROWS(DIFFERENCE, BFLOAT16, level) \
-             : r->via == FLOAT16 ? FINISH_ROWS(DIFFERENCE, FLOAT16, level) : FINISH_ROWS(DIFFERENCE, FLOAT32, level); \
+        return r->how == BIASED ? FINISH_ROWS_HOW(BIASED, level) : FINISH_ROWS_HOW(DIFFERENCE, level); \
     }
 LEVELS(FINISH)
 
@@ -1550,7 +1504,7 @@ INLINE int turned_as(
         int n = (int)(r->n_cols - c < TURNED_PART ? r->n_cols - c : TURNED_PART);
         int from = (int)(r->skip > c ? r->skip - c : 0);
         for (int j = 0; j < n_rows; j++) {
-            /* Rows may lie too far apart for the processor to foresee. */
+            /* Rows may lie too far apart for the processor to foresee. Behind the last it does no harm. */
             const uint8_t *later = r->packed + (row + j + TURNED_ROWS / 2) * r->row_nbytes;
             __builtin_prefetch(later + c * r->bits / 8);
             __builtin_prefetch(later + ((c + n) * r->bits - 1) / 8);

@@ -31,8 +31,6 @@ class Kernel:
         self.measure.restype = ctypes.c_int32
         self.unpack = library.lorafuse_unpack
         self.unpack.restype = None
-        self.scale_and_add = library.lorafuse_scale
-        self.scale_and_add.restype = ctypes.c_int32
         self.units, self.vectors = library.lorafuse_units, library.lorafuse_vectors
         self.units.restype, self.vectors.restype = ctypes.c_int32, ctypes.c_int32
         self.rows = library.lorafuse_rows

@@ -60,15 +60,8 @@ class Measures:
         self.there = ()
 
     def add(self, other: "Measures") -> None:
-        self.numel += other.numel
-        self.base_sq += other.base_sq
-        self.delta_sq += other.delta_sq
-        self.residual_sq += other.residual_sq
-        self.residual_delta += other.residual_delta
-        self.n_changed += other.n_changed
-        self.n_clipped += other.n_clipped
-        self.n_broken += other.n_broken
-        self.n_broken_base += other.n_broken_base
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         if other.there:
             self.there += other.there
 

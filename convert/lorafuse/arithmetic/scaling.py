@@ -4,9 +4,6 @@ from collections.abc import Callable
 
 import torch
 
-from lorafuse.arithmetic import compiled
-from lorafuse.arithmetic.arena import Arena
-
 CHUNK_NUMEL = 1 << 17  # what stays in cache
 
 
@@ -27,11 +24,8 @@ def scale_and_add(
     biases: torch.Tensor,
     width: int,
     dtype: torch.dtype,
-    arena: Arena,
 ) -> None:
     """Multiplies by scales in place, rounds to a dtype, and adds biases, which are laid out as scales are."""
-    if arena.kernel and compiled.scale_and_add(arena.kernel, values, scales, biases, width, dtype):
-        return
     step = max(CHUNK_NUMEL // values.shape[1], 1)
     for first in range(0, len(values), step):
         part = slice(first, first + step)

@@ -101,12 +101,8 @@ class Shard:
 
     def will_need(self, info: TensorInfo, start: int, nbytes: int) -> None:
         """Hint that these bytes of a tensor are read soon."""
-        with suppress(OSError):  # reading it tells what is wrong
-            file = self._files.take(self.name)
-            try:
-                file.will_need(info.offset + start, nbytes)
-            finally:
-                self._files.give_back(self.name)
+        with suppress(OSError), self._files.opened(self.name) as file:  # reading it tells what is wrong
+            file.will_need(info.offset + start, nbytes)
 
     def close(self) -> None:
         self._files.close(self.name)

@@ -20,10 +20,8 @@ class Timing:
     write_s: float = 0.0
 
     def add(self, other: "Timing") -> None:
-        self.compute_cpu_s += other.compute_cpu_s
-        self.stats_cpu_s += other.stats_cpu_s
-        self.read_s += other.read_s
-        self.write_s += other.write_s
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass

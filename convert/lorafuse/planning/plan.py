@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from lorafuse.adapters import Patch
 from lorafuse.arithmetic import measure
@@ -25,19 +25,6 @@ WORKER_NBYTES_PER_ELEMENT = 12
 STORED_TENSOR_NBYTES = 800
 ADAPTER_TENSOR_NBYTES = 1450
 RECEIPT_ENTRY_NBYTES = 250
-
-
-class View(NamedTuple):
-    """A weight as matrices [height, width], one after another."""
-
-    height: int
-    width: int
-
-    def box(self, start: int, stop: int) -> Box:
-        """The tile [start, stop), which is rows of one of them."""
-        matrix, first = divmod(start // self.width, max(self.height, 1))
-        rows = range(first, first + (stop - start) // self.width)
-        return Box(rows, range(self.width), self.height, self.width, matrix)
 
 
 @dataclass(slots=True)
@@ -109,16 +96,13 @@ class Step:
             last = first + matrix
             yield from ((start, min(start + step, last)) for start in range(first, last, step))
 
-    @property
-    def view(self) -> View:
-        """The matrices whose rows tiles are, where values are needed: those of a stack, or one of all
+    def box(self, start: int, stop: int) -> Box:
+        """The tile [start, stop), where values are needed, as rows of one matrix: of a stack, or of all
         rows."""
         width = self.row_numel
-        return View((self.spec.n_cols if self._stacked else self.spec.numel) // width, width)
-
-    def box(self, start: int, stop: int) -> Box:
-        """The tile [start, stop), where values are needed, as rows of one matrix."""
-        return self.view.box(start, stop)
+        height = (self.spec.n_cols if self._stacked else self.spec.numel) // width
+        matrix, first = divmod(start // width, max(height, 1))
+        return Box(range(first, first + (stop - start) // width), range(width), height, width, matrix)
 
     @property
     def resident_nbytes(self) -> int:

@@ -15,7 +15,7 @@ from lorafuse.arithmetic.measure import Measures
 from lorafuse.codecs import Sources
 from lorafuse.files.names import natural_key
 from lorafuse.files.tensors import Box
-from lorafuse.planning.plan import Step, View
+from lorafuse.planning.plan import Step
 
 
 @dataclass(slots=True)
@@ -33,7 +33,6 @@ class SharedWeight:
 
     sources: Sources
     variants: list[Variant] = field(default_factory=list)
-    _view: View | None = None  # once a tile was asked for: there are many of a weight
 
     @property
     def name(self) -> str:
@@ -94,8 +93,7 @@ class SharedWeight:
 
     def box(self, start: int, stop: int) -> Box:
         """The part of the weight that the tile [start, stop) is."""
-        self._view = self._view or self._cutter.view
-        return self._view.box(start, stop)
+        return self._cutter.box(start, stop)
 
     @property
     def resident_nbytes(self) -> int:
