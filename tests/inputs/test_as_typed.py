@@ -164,3 +164,12 @@ def _only_logs(tmp_path):
     (only / "logs").mkdir(parents=True)
     (only / "logs" / "x").touch()
     return only
+
+
+def test_a_hub_url_is_said_without_what_may_be_secret(hub, inputs, tmp_path):
+    hub.add("me/tuned", inputs[1])
+    url = "https://huggingface.co/me/tuned?token=hf_secret"
+    result = CliRunner().invoke(cli.convert, [str(inputs[0]), url, str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "Merged me/tuned into " in result.output
+    assert "hf_secret" not in result.output

@@ -17,6 +17,7 @@ from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
 from lorafuse.files.uncollected import uncollected
 from lorafuse.naming.resolve import Resolver
+from lorafuse.outdir import sidecars
 from lorafuse.planning.combine import WeightedAdapter
 from lorafuse.planning.make_plan import make_plan
 from lorafuse.settings import Settings
@@ -108,6 +109,15 @@ def test_no_garbage_is_looked_for_while_tables_are_made(mixtures):
     finally:
         gc.callbacks.remove(count)
     assert len(searches) < 20  # after each 700 new objects there would be hundreds
+
+
+def test_what_the_receipt_needs_goes_back_too(mixtures, tmp_path, monkeypatch):
+    """The index is made within such a time; what it needed is given back before the receipt is made."""
+    searched, index_of = [], sidecars.index_of
+    monkeypatch.setattr(sidecars, "index_of", lambda plan: searched.append(gc.isenabled()) or index_of(plan))
+    folder = mixtures / str(SIZES[0])
+    lorafuse.convert(folder / "base", folder / "experts", tmp_path / "out", max_shard_size="100KB")
+    assert searched == [False]
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -361,6 +361,7 @@ def test_what_is_refused(merged, tmp_path):
         (("ckpt",), 8, "ckpt: has no lorafuse_receipt.json, so it is no result of lorafuse"),
         ((merged, "-o", "merged/config.json"), 2, "expected a name that ends with .html"),
         ((merged, "-o", "none/page.html"), 5, "No such file or directory"),
+        ((merged, "-o", "s3://u:p@b/page.html"), 2, "-o s3://b/page.html: expected a file of this machine."),
     ]
     for args, code, message in cases:
         done = run("report", *args)

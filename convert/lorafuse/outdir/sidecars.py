@@ -25,7 +25,7 @@ class TakesFiles(Protocol):
     def put(self, file: str, chunks: Iterable[bytes]) -> None: ...
 
 
-@uncollected()
+@uncollected()  # what the index needed is given back before the receipt is made
 def write_sidecars(plan: Plan, ckpt_config: dict[str, Any], out_dir: TakesFiles) -> None:
     """Write them all."""
     for folder, name in copied_files(plan):
