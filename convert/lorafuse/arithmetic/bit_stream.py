@@ -50,21 +50,37 @@ def unpack_words(packed: torch.Tensor, bits: int, n_codes: int) -> torch.Tensor:
 def unpack_floats(packed: torch.Tensor, bits: int, n_codes: int, arena: Arena, less: int = 0) -> torch.Tensor:
     """The codes that `unpack` has, each minus `less`: float32, 1-D, in the arena's DECODED_FP32. Several at
     once come out of a table, which takes a tenth of the time."""
-    n_rows, _ = packed.shape
-    values = arena.get(DECODED_FP32, n_rows * n_codes, torch.float32)
-    # Below AVX2, shifts by different numbers are slower than the table.
-    if arena.kernel and arena.kernel.level and packed.is_contiguous():
-        compiled.unpack_floats(arena.kernel, packed, bits, n_codes, less, values)
-        return values
-    if not _looked_up(packed, bits, n_codes):
-        values.copy_(unpack(packed, bits, n_codes).reshape(-1))
-        return values.sub_(less) if less else values
+    values = arena.get(DECODED_FP32, len(packed) * n_codes, torch.float32)
+    if not _looked_up(packed, bits, n_codes) or _is_faster(arena, packed):
+        return _unpacked(packed, bits, n_codes, arena, less, values)
     n_numbers = values.numel() * bits // _LOOKED_UP[bits]
     numbers = arena.get(NARROW, 2 * n_numbers, torch.int16).view(torch.int32)
     _numbers(packed.reshape(-1), _LOOKED_UP[bits], numbers)
     table = arena.table(_table(bits, less))
     torch.index_select(table, 0, numbers, out=values.view(table.dtype))
     return values
+
+
+def unpack_apart(packed: torch.Tensor, bits: int, n_codes: int, arena: Arena, less: int = 0) -> torch.Tensor:
+    """The same by no scratch of the arena's, in which a decoded weight and a sum may be."""
+    values = torch.empty(len(packed) * n_codes, dtype=torch.float32, device=packed.device)
+    return _unpacked(packed, bits, n_codes, arena, less, values)
+
+
+def _is_faster(arena: Arena, packed: torch.Tensor) -> bool:
+    """Whether the kernel is there, and faster than the table: below AVX2, shifts by different numbers are
+    not."""
+    return bool(arena.kernel and arena.kernel.level) and packed.is_contiguous()
+
+
+def _unpacked(
+    packed: torch.Tensor, bits: int, n_codes: int, arena: Arena, less: int, values: torch.Tensor
+) -> torch.Tensor:
+    if arena.kernel and _is_faster(arena, packed):
+        compiled.unpack_floats(arena.kernel, packed, bits, n_codes, less, values)
+        return values
+    values.copy_(unpack(packed, bits, n_codes).reshape(-1))
+    return values.sub_(less) if less else values
 
 
 def _looked_up(packed: torch.Tensor, bits: int, n_codes: int) -> bool:

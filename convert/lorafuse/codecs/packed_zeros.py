@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lorafuse.arithmetic.arena import Arena
-from lorafuse.arithmetic.bit_stream import unpack_floats, unpack_words
+from lorafuse.arithmetic.bit_stream import unpack_apart, unpack_words
 from lorafuse.files.stores import Store
 
 
@@ -41,9 +41,9 @@ class PackedZeros:
         less = 1 << (self.bits - 1)
         if self.padded and 32 % self.bits:
             return unpack_words(columns, self.bits, n_codes).T.float().sub_(less)
-        # A copy: the scratch is that of the decoded weight, too.
-        values = unpack_floats(columns, self.bits, n_codes, arena, less).view(self.n_cols, n_codes)
-        return values.T.clone(memory_format=torch.contiguous_format)
+        return (
+            unpack_apart(columns, self.bits, n_codes, arena, less).view(self.n_cols, n_codes).T.contiguous()
+        )
 
     def by_rows(self, values: torch.Tensor, rows: range) -> torch.Tensor:
         """[rows, n_cols]."""

@@ -98,6 +98,7 @@ class Grid:
             return e8m0(raw).view(-1, self.n_cols)
         dtype = getattr(torch, DTYPES[self.dtype][1])
         if self.dtype.startswith("F8_"):
+            # By no scratch of the arena's, in which the decoded weight may be.
             values = arena.table(float8_levels(dtype)).index_select(0, raw.int())
         else:
             values = raw.view(dtype).float()
