@@ -6,11 +6,13 @@ The first table: the same merge, its result in memory (tmpfs), on one core and o
 the receipt's `wall_s`, which begins after torch is imported, *command* all of it. The second: the parts of a
 merge alone, by one process on one core and then by two at once on two cores, which share nothing but the
 machine: no merge gains more of the second core than these do. The third: what a byte of the result costs one
-core, measured alone, each the median of five; *fixed* is what a tile costs before its first byte, the most
-that can hold Python's interpreter. The fourth is a model: so many cores and such a disk make the least of
-what the cores can do, what the interpreter can do (one process), what the hashes can do (one of each file
-that is made or waits to be synced), what one file takes (the kernel lets one thread write to it at a time,
-and weights come in order), and what the disk takes. Nothing in it was run.
+core, measured alone, each the median of five, and its share of them all: what a merge's CPU time consists of,
+and the least that it can be while inputs and results are read, written and hashed. Reading back for a hash is
+in it only where more than four workers do not wait for the hash. *Fixed* is what a tile costs before its
+first byte, the most that can hold Python's interpreter. The fourth is a model: so many cores and such a disk
+make the least of what the cores can do, what the interpreter can do (one process), what the hashes can do
+(one of each file that is made or waits to be synced), what one file takes (the kernel lets one thread write
+to it at a time, and weights come in order), and what the disk takes. Nothing in it was run.
 """
 
 import json
@@ -114,9 +116,13 @@ def report(work: Path, layers: int) -> str:
         "compute": "decode, update, cast, measures",
         "write": "writing", "hash": "hashing", "read_back": "reading back for a hash",
     }  # fmt: skip
-    rows = [(name, f"{getattr(costs, field):.2f}") for field, name in names.items()]
-    rows.append((f"fixed, µs a tile of {costs.tile_nbytes / 1e6:.1f} MB", f"{costs.fixed_us:.0f}"))
-    return "\n\n".join([scaled, gains, table(("what", "ns a byte of the result"), rows), model(costs)])
+    rows = [
+        (name, f"{(cost := getattr(costs, field)):.2f}", f"{cost / costs.of_cores:.0%}")
+        for field, name in names.items()
+    ]
+    rows.append((f"fixed, µs a tile of {costs.tile_nbytes / 1e6:.1f} MB", f"{costs.fixed_us:.0f}", ""))
+    header = ("what", "ns a byte of the result", "of all without reading back")
+    return "\n\n".join([scaled, gains, table(header, rows), model(costs)])
 
 
 if __name__ == "__main__":
