@@ -2,7 +2,8 @@
 
     python -m bench.speed.plan_once BASE ADAPTER
 
-Prints JSON: CPU seconds for the headers of both and for the plan, and the most bytes that both took.
+Prints JSON: CPU seconds for the headers of both and for the plan, the most bytes that both took, and how many
+tensors the headers have. These are counted here: planning.py's own process would grow with them.
 """
 
 import json
@@ -13,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 import lorafuse.pipeline  # noqa: F401 (all that a merge imports)
+from bench.speed.planning import n_stored
 from lorafuse.adapters import open_adapter
 from lorafuse.files.checkpoint import Checkpoint
 from lorafuse.files.local_folder import LocalFolder
@@ -28,14 +30,16 @@ def peak_nbytes() -> int:
 
 
 def main() -> None:
-    base, adapter = (LocalFolder(Path(name)) for name in sys.argv[1:])
+    folders = [Path(name) for name in sys.argv[1:]]
+    base, adapter = map(LocalFolder, folders)
     before, began = peak_nbytes(), time.process_time()
     with closing(Checkpoint(base)) as ckpt, closing(open_adapter(adapter)) as lora:
         read = time.process_time()
         make_plan(ckpt, [WeightedAdapter(lora, 1.0)], Settings(memory_nbytes=4 * 10**9))
         ended = time.process_time()
         held = peak_nbytes() - before
-    print(json.dumps({"headers_s": read - began, "plan_s": ended - read, "held": held}))
+    figures = {"headers_s": read - began, "plan_s": ended - read, "held": held}
+    print(json.dumps(figures | {"stored": sum(map(n_stored, folders))}))
 
 
 if __name__ == "__main__":

@@ -40,13 +40,13 @@ def n_stored(folder: Path) -> int:
     return total
 
 
-def planned(folder: Path, kind: str) -> list[str]:
-    """What headers and plan cost: ns and ns, and bytes, of each stored tensor."""
-    n = n_stored(folder / "base") + n_stored(folder / kind)
+def planned(folder: Path, kind: str) -> tuple[int, list[str]]:
+    """How many tensors are stored, and what headers and plan cost: ns and ns, and bytes, of each of them."""
     command = ("-m", "bench.speed.plan_once", folder / "base", folder / kind)
     runs = [json.loads(measure.python(*command).stdout) for _ in range(RUNS)]
+    n = int(runs[0]["stored"])
     headers, plan, held = (median([run[key] for run in runs]) / n for key in ("headers_s", "plan_s", "held"))
-    return [kind, f"{n:,}", f"{1e9 * headers:,.0f}", f"{1e9 * plan:,.0f}", f"{held:,.0f}"]
+    return n, [kind, f"{n:,}", f"{1e9 * headers:,.0f}", f"{1e9 * plan:,.0f}", f"{held:,.0f}"]
 
 
 def commands(folder: Path, kind: str, out: Path) -> dict[str, Usage]:
@@ -79,9 +79,9 @@ def report(work: Path, layers: int) -> str:
         used: dict[int, dict[str, Usage]] = {}
         for size in SIZES:
             folder = mixture(work, size)
-            plans.append(planned(folder, kind))
+            n, row = planned(folder, kind)
+            plans.append(row)
             with measure.scratch(work) as outputs:
-                n = n_stored(folder / "base") + n_stored(folder / kind)
                 used[n] = commands(folder, kind, outputs / "merged")
         for title in next(iter(used.values())):
             of_title = {n: of_size[title] for n, of_size in used.items()}

@@ -1,13 +1,15 @@
 """bench/ beside what it measures: ratios and what is worse, sides in turns, the chart, the counts."""
 
+import math
 import xml.etree.ElementTree as ET
 
 import pytest
 
 from bench import check
 from bench.faithfulness.bars import SPAN
+from bench.speed import planning
 from bench.speed.planning import n_stored
-from bench.support import ratios, sides
+from bench.support import measure, ratios, sides
 from bench.support.chart import Spread, bars
 from bench.support.instructions import of_perf, of_valgrind
 from bench.support.measure import table
@@ -115,3 +117,14 @@ def test_the_mixture_has_as_many_tensors_as_asked_for(tmp_path):
     write(tmp_path, 600)
     assert n_stored(tmp_path / "base") == 601  # six of each weight, and the embedding
     assert n_stored(tmp_path / "attention") + n_stored(tmp_path / "experts") == 2 * 100
+
+
+def test_what_reads_the_headers_of_a_mixture_is_a_process_of_its_own(tmp_path, monkeypatch):
+    """The bench's own would grow with them, and end: a child's peak includes its parent's."""
+    write(tmp_path, 600)
+    stored = n_stored(tmp_path / "base") + n_stored(tmp_path / "experts")
+    monkeypatch.setattr(planning, "RUNS", 1)
+    monkeypatch.setattr(planning, "n_stored", None)
+    monkeypatch.setattr(measure, "LARGEST_PARENT", math.inf)  # this one's peak does not count
+    n, row = planning.planned(tmp_path, "experts")
+    assert n == stored and row[:2] == ["experts", str(stored)]
