@@ -5,13 +5,15 @@
 A merge of a tiny model (fixtures/) is mostly `import torch`. The last lines import torch in a thread while
 the main thread sleeps, or works in Python, for as long as the whole rest of such a merge takes: a sleep
 lets the import go on, but the import needs the interpreter's lock nearly all of the time, so that work beside
-it takes as long as work after it. Figures are medians of runs in turns, each in a process of its own.
+it takes as long as work after it. What a run hashes anyway needs that lock seldom, and is begun beside the
+import (lorafuse/files/early_hashing.py); its input lies in the page cache. Figures are medians of runs in
+turns, each in a process of its own.
 """
 
 from pathlib import Path
 
 from bench.support import measure
-from bench.support.measure import Usage, median, table
+from bench.support.measure import MB, Usage, median, table
 
 ROUNDS = 9
 REST_S = 0.3  # about what a tiny merge takes without torch
@@ -21,15 +23,23 @@ IN_THREAD = (
 )
 MERGE = "`lorafuse-convert`, a tiny model"
 HELP = "`lorafuse-convert --help`"
-ALONE, BESIDE, AFTER, ASLEEP = (
+ALONE, HASHING, BESIDE, AFTER, ASLEEP = (
     "`import torch`",
+    "`import torch` beside SHA-256 of a base in another thread",
     "`import torch` beside 0.3 s of Python in another thread",
     "`import torch`, then 0.3 s of Python",
     "`import torch` beside 0.3 s of sleep in another thread",
 )
 
 
-def commands(out: Path) -> dict[str, tuple[str | Path, ...]]:
+EARLY = (
+    "import sys\nfrom lorafuse.files import early_hashing as early\n"
+    "with early.hashing_meanwhile(sys.argv[1]):\n    import torch\n"
+    "print(sum(begun.nbytes for begun in early._BEGUN.values()))\n"
+)
+
+
+def commands(base: Path, out: Path) -> dict[str, tuple[str | Path, ...]]:
     fixtures = ("fixtures/llama-nf4", "fixtures/llama-adapter")
     convert = ("-m", "lorafuse.cli", "convert")
     return {
@@ -38,6 +48,7 @@ def commands(out: Path) -> dict[str, tuple[str | Path, ...]]:
         MERGE: (*convert, "--quiet", "--overwrite", *fixtures, out),
         "`import lorafuse.pipeline`": ("-c", "import lorafuse.pipeline"),
         ALONE: ("-c", "import torch"),
+        HASHING: ("-c", EARLY, base),
         AFTER: ("-c", f"import torch{WORK}"),
         BESIDE: ("-c", f"{IN_THREAD}{WORK}thread.join()"),
         ASLEEP: ("-c", f"{IN_THREAD}time.sleep({REST_S})\nthread.join()"),
@@ -50,8 +61,9 @@ def imports_torch(command: tuple[str | Path, ...]) -> bool:
 
 
 def report(work: Path, layers: int) -> str:
+    base, _ = measure.inputs(work, "llama", layers)
     with measure.scratch(work) as outputs:
-        wanted = commands(outputs / "merged")
+        wanted = commands(base, outputs / "merged")
         runs: dict[str, list[Usage]] = {name: [] for name in wanted}
         for _ in range(ROUNDS):
             for name, command in wanted.items():
@@ -68,7 +80,9 @@ def report(work: Path, layers: int) -> str:
     ]
     said = (
         f"Of the wall time of one after the other, work beside the import takes {gains[0]:.2f}, sleep beside "
-        f"it {gains[1]:.2f}: what waits can be done meanwhile, what computes in Python cannot."
+        f"it {gains[1]:.2f}: what waits can be done meanwhile, what computes in Python cannot. Hashed beside "
+        f"it: {median([int(run.stdout) for run in runs[HASHING]]) / MB:.0f} MB of a base of "
+        f"{(base / 'model.safetensors').stat().st_size / MB:.0f} MB."
     )
     return f"{table(header, rows)}\n\n{said}"
 

@@ -22,6 +22,7 @@ from lorafuse.cli.options import (
 )
 from lorafuse.cli.show_batch import ShowBatch
 from lorafuse.errors import BatchError
+from lorafuse.files.early_hashing import hashing_meanwhile
 from lorafuse.files.local_folder import as_typed
 from lorafuse.files.seen import refuse_passing
 from lorafuse.files.sharing import SHARE_CHOICES
@@ -108,7 +109,10 @@ def batch(
             checked_share(options["index"], options["of"], os.environ)
         options["push_to_hub"] = push_option(options)
         pushes_of(listed_jobs(as_typed(jobs))[0], options["push_to_hub"])
-        with uncollected():  # as for convert
+        with (
+            uncollected(),
+            hashing_meanwhile("" if dry_run or spread else ckpt),
+        ):  # what importing torch makes stays
             from lorafuse.batching.batch import batch as run
 
             gc.freeze()

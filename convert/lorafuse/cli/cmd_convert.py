@@ -20,6 +20,7 @@ from lorafuse.cli.options import (
 )
 from lorafuse.cli.show import Show, summary_text, weights_text
 from lorafuse.cli.streams import say, tell
+from lorafuse.files.early_hashing import hashing_meanwhile
 from lorafuse.files.hub import as_named
 from lorafuse.files.seen import refuse_passing
 from lorafuse.files.uncollected import uncollected
@@ -100,7 +101,7 @@ def convert(
     show = Show("merging", as_json=as_json, quiet=quiet, dry_run=dry_run, verbose=verbose)
     with exit_codes(WHEN_INTERRUPTED, as_json=as_json):
         _check(out_dir, options)
-        with uncollected():  # what importing torch makes stays
+        with uncollected(), hashing_meanwhile("" if dry_run or options["index"] is not None else ckpt):
             from lorafuse.pipeline import convert as run
 
             gc.freeze()

@@ -10,6 +10,7 @@ from lorafuse.cli.options import CONTEXT, Size
 from lorafuse.cli.show import Show
 from lorafuse.cli.streams import tell
 from lorafuse.errors import ResultError, shown, sized
+from lorafuse.files.early_hashing import hashing_meanwhile
 from lorafuse.files.uncollected import uncollected
 from lorafuse.verification.relations import EXPLAINED, GOOD, what_is_wrong
 
@@ -60,7 +61,7 @@ def verify(out_dir: str, *, as_json: bool, quiet: bool, sample: int | None, **op
     """
     show = Show("comparing", as_json=False, quiet=quiet)
     with exit_codes():
-        with uncollected():  # as for convert
+        with uncollected(), hashing_meanwhile(out_dir):  # what importing torch makes stays
             from lorafuse.verification.verify import verify as run
 
         try:

@@ -1,21 +1,23 @@
 """sha256 of files, a piece at a time."""
 
-import hashlib
 from collections.abc import Callable
 from contextlib import closing
 
 from lorafuse.errors import StorageError, shown
+from lorafuse.files.early_hashing import begun_hash
 from lorafuse.files.folder import FileHash, Folder
 
 READ_NBYTES = 1 << 20
 
 
 def hash_file(folder: Folder, name: str, on_nbytes: Callable[[int], object] = lambda n: None) -> FileHash:
-    """Size and sha256 of a file, 1 MiB at a time; `on_nbytes` hears of each piece and may end it by an
-    exception. Raises FormatError for what is no regular file, OSError."""
-    digest, nbytes = hashlib.sha256(), 0
+    """Size and sha256 of a file, 1 MiB at a time, after what `hashing_meanwhile` has; `on_nbytes` hears of
+    each piece and may end it by an exception. Raises FormatError for what is no regular file, OSError."""
     view = memoryview(bytearray(READ_NBYTES))
     with closing(folder.open(name)) as file:
+        digest, nbytes, _ = begun_hash(folder / name, file.facts)
+        if nbytes:
+            on_nbytes(nbytes)
         while n := file.read_into(nbytes, view):
             digest.update(view[:n])
             nbytes += n
