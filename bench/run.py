@@ -1,15 +1,17 @@
 """Runs the benchmarks and writes what they print, with the machine they ran on.
 
-    python -m bench.run --work build/bench [--only compute] [--docs docs/benchmarks.md] [--quick]
+    python -m bench.run --work build/bench [--only compute ...] [--docs docs/benchmarks.md] [--quick]
 
 Nothing else should run meanwhile. The work directory needs about 50 GB; the inputs in it are kept for the
-next run. With --docs the page is written, its picture beside it, and bench/ratios.json, with which
-`make bench-check` compares. With --quick everything runs, once, with the least inputs, so that it is seen to
-run: its figures say nothing, and bench/ratios.json stays as it is. Only instructions are not counted then.
+next run. With --docs the page is written, its picture beside it, and, unless --only some ran,
+bench/ratios.json, with which `make bench-check` compares. With --quick everything runs, once, with the least
+inputs, so that it is seen to run: its figures say nothing, and bench/ratios.json stays as it is. Only
+instructions are not counted then.
 """
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench import check
@@ -84,14 +86,20 @@ QUICK: dict[str, dict[str, object]] = {
 }
 PREAMBLE = """# Benchmarks
 
-Written by `python -m bench.run --work build/bench --docs docs/benchmarks.md`; each table by the command above
-it.
+Written by `python -m bench.run --work build/bench{options}`; each table by the command above it.
 
 The inputs are synthetic (`bench/support/synthetic.py`): a checkpoint with the shapes of Llama-3.2-1B in
 double-quantized NF4, one matrix of 16384 x 53248 in the same format, and a rank-16 LoRA adapter over every
 linear layer of either. What is compared runs in alternation, each run in a process of its own, and what
 counts is the ratio of the medians. Seconds depend on the machine, and on a rented one on its neighbours; only
 ratios should be carried over to another. 1 MB is 10^6 bytes."""
+
+
+def preamble(only: Sequence[str], docs: Path | None) -> str:
+    """What comes before the machine."""
+    words = ["--only", *only] if only else []
+    words += ["--docs", str(docs)] if docs else []
+    return PREAMBLE.format(options="".join(f" {word}" for word in words))
 
 
 def section(name: str, work: Path, layers: int) -> str:
@@ -112,12 +120,14 @@ def hurry() -> None:
     check.LAYERS, check.TENSORS = QUICK_LAYERS, 600
 
 
-def page(parts: list[str], docs: Path, picture: Path) -> None:
-    """Write the page, and its picture beside it."""
+def page(parts: list[str], docs: Path, picture: Path | None) -> None:
+    """Write the page, and its picture, if there is one, beside it."""
     docs.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(picture, docs.with_suffix(".svg"))
-    shown = f"![wall time, CPU time and arithmetic of a merge, side by side]({docs.stem}.svg)"
-    docs.write_text("\n\n".join([*parts[:2], shown, *parts[2:]]) + "\n")
+    shown = []
+    if picture:
+        shutil.copyfile(picture, docs.with_suffix(".svg"))
+        shown = [f"![wall time, CPU time and arithmetic of a merge, side by side]({docs.stem}.svg)"]
+    docs.write_text("\n\n".join([*parts[:2], *shown, *parts[2:]]) + "\n")
 
 
 def main() -> None:
@@ -127,23 +137,23 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, required=True, help="directory for inputs (kept) and outputs (removed)"
     )
-    parser.add_argument("--only", choices=BENCHMARKS, help="run one benchmark")
+    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", help="run these benchmarks")
     parser.add_argument("--docs", type=Path, help="write the page here too")
     parser.add_argument("--quick", action="store_true", help="run everything once, with the least inputs")
     args = parser.parse_args()
-    if args.only and args.docs:
-        parser.error("--docs wants every benchmark, not --only one")
     layers, rounds, committed = LAYERS, CHECKED_ROUNDS, check.COMMITTED
     if args.quick:
         hurry()
         layers, rounds, committed = QUICK_LAYERS, 1, args.work / "ratios.json"
-    parts = [PREAMBLE, measure.machine()]
+    names = args.only or list(BENCHMARKS)
+    parts = [preamble(args.only, args.docs), measure.machine()]
     print("\n\n".join(parts), flush=True)
-    for name in [args.only] if args.only else BENCHMARKS:
+    for name in names:
         parts.append(section(name, args.work, layers))
         print(f"\n{parts[-1]}", flush=True)
     if args.docs:
-        page(parts, args.docs, args.work / "benchmarks.svg")
+        page(parts, args.docs, args.work / "benchmarks.svg" if "peers" in names else None)
+    if args.docs and not args.only:
         ratios.save(committed, check.medians(check.measured(args.work, rounds)), measure.processor())
 
 

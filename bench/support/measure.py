@@ -189,11 +189,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], n_words: int = 1
 
 
 def processor() -> str:
-    """Its name, and how many cores it has."""
-    models = [
-        line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")
-    ]
-    return f"{models[0] if models else os.uname().machine}, {os.cpu_count()} cores"
+    """Its name, how many cores it has, and how wide its vectors are: a name alone may stand for several."""
+    facts = dict(map(str.strip, line.split(":", 1)) for line in _lines("/proc/cpuinfo") if ":" in line)
+    flags = facts.get("flags", "").split()
+    vectors = [name for name, flag in (("AVX-512", "avx512f"), ("AVX2", "avx2")) if flag in flags]
+    name = facts.get("model name", os.uname().machine)
+    return ", ".join([name, f"{os.cpu_count()} cores", *vectors[:1]])
 
 
 def machine() -> str:
