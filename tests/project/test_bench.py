@@ -2,12 +2,11 @@
 
 import math
 import os
-import sys
 import xml.etree.ElementTree as ET
 
 import pytest
 
-from bench import check, run
+from bench import check
 from bench.faithfulness.bars import SPAN
 from bench.speed import planning
 from bench.speed.planning import n_stored
@@ -130,39 +129,6 @@ def test_what_reads_the_headers_of_a_mixture_is_a_process_of_its_own(tmp_path, m
     monkeypatch.setattr(measure, "LARGEST_PARENT", math.inf)  # this one's peak does not count
     n, row = planning.planned(tmp_path, "experts")
     assert n == stored and row[:2] == ["experts", str(stored)]
-
-
-@pytest.fixture
-def written(tmp_path, monkeypatch):
-    """Returns a function that runs the benchmarks, which all say their names, with these words, and returns
-    the page; and what was saved of ratios."""
-    saved = []
-    monkeypatch.setattr(run, "section", lambda name, work, layers: f"## {name}")
-    monkeypatch.setattr(check, "measured", lambda work, rounds: {})
-    monkeypatch.setattr(ratios, "save", lambda path, *_: saved.append(path))
-    (tmp_path / "benchmarks.svg").write_text("<svg/>")
-
-    def page_of(*words):
-        docs = tmp_path / "docs" / "page.md"
-        monkeypatch.setattr(sys, "argv", ["run", "--work", str(tmp_path), *words, "--docs", str(docs)])
-        run.main()
-        return docs.read_text(), saved
-
-    return page_of
-
-
-def test_a_page_of_some_benchmarks_says_which_and_saves_no_ratios(written):
-    page, saved = written("--only", "start", "memory")
-    assert "bench.run --work build/bench --only start memory --docs " in page
-    assert [line for line in page.splitlines() if line.startswith("## ")] == ["## start", "## memory"]
-    assert "page.svg" not in page and not saved
-
-
-def test_the_whole_page_has_a_picture_and_saves_ratios(written, tmp_path):
-    page, saved = written()
-    assert "](page.svg)" in page and (tmp_path / "docs" / "page.svg").read_text() == "<svg/>"
-    assert "--only" not in page and saved == [check.COMMITTED]
-    assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == list(run.BENCHMARKS)
 
 
 @pytest.mark.parametrize(

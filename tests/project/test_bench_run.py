@@ -1,4 +1,4 @@
-"""bench.run writes the page of all benchmarks; with --quick each does the least, and the ratios are kept."""
+"""bench.run writes a page of all benchmarks or of some; with --quick each does the least, and ratios stay."""
 
 import sys
 from pathlib import Path
@@ -62,6 +62,18 @@ def test_a_constant_that_is_gone_is_told(told, monkeypatch) -> None:
         run.hurry()
 
 
-def test_one_benchmark_makes_no_page(told, tmp_path, monkeypatch) -> None:
-    with pytest.raises(SystemExit):
-        written(tmp_path, monkeypatch, "--only", "peers")
+def test_a_page_of_some_says_which_and_the_ratios_stay(told, tmp_path, monkeypatch) -> None:
+    page = written(tmp_path, monkeypatch, "--only", "start", "peers")
+    command = f"bench.run --work build/bench --only start peers --docs {tmp_path / 'new' / 'page.md'}`"
+    assert command in page and "](page.svg)" in page and page.count("its table") == 2
+    assert page.index("## The start\n") < page.index("## The whole merge\n")
+    assert not (tmp_path / "committed.json").exists()
+
+
+def test_a_page_without_the_peers_has_no_picture(told, tmp_path, monkeypatch) -> None:
+    """One that an earlier run has left would be of other figures."""
+    (tmp_path / "benchmarks.svg").write_text("<svg>old</svg>")
+    docs = tmp_path / "page.md"
+    monkeypatch.setattr(sys, "argv", ["run", "--work", str(tmp_path), "--only", "start", "--docs", str(docs)])
+    run.main()
+    assert "svg" not in docs.read_text() and not docs.with_suffix(".svg").exists()
