@@ -109,10 +109,7 @@ def batch(
             checked_share(options["index"], options["of"], os.environ)
         options["push_to_hub"] = push_option(options)
         pushes_of(listed_jobs(as_typed(jobs))[0], options["push_to_hub"])
-        with (
-            uncollected(),
-            hashing_meanwhile("" if dry_run or spread else ckpt),
-        ):  # what importing torch makes stays
+        with uncollected(), hashing_meanwhile("" if dry_run or spread else ckpt):
             from lorafuse.batching.batch import batch as run
 
             gc.freeze()
