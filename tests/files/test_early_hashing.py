@@ -1,7 +1,9 @@
 """A hash that begins while torch is imported, and the one that goes on from it."""
 
+import ctypes
 import hashlib
 import os
+import threading
 import time
 from pathlib import Path
 from threading import Event
@@ -173,3 +175,29 @@ def test_commands_begin_with_what_they_will_hash(
     run = {cmd_convert: "convert", cmd_batch: "batch", cmd_verify: "verify"}[command]
     CliRunner().invoke(getattr(command, run), words)
     assert names == [hashed]
+
+
+def test_other_threads_do_not_get_its_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is out, `start` of a thread that had it would wait without end."""
+    sizes: list[int] = []
+    hashes = early_hashing._hash
+
+    def recorded(name: str, stop: Event) -> None:
+        sizes.append(stack_nbytes())
+        hashes(name, stop)
+
+    monkeypatch.setattr(early_hashing, "_hash", recorded)
+    before = threading.stack_size()
+    with hashing_meanwhile(str(tmp_path)):
+        pass
+    assert sizes == [early_hashing.STACK_NBYTES] and threading.stack_size() == before
+
+
+def stack_nbytes() -> int:
+    """How large the calling thread's stack is."""
+    libc, attributes, nbytes = ctypes.CDLL(None), ctypes.create_string_buffer(256), ctypes.c_size_t()
+    libc.pthread_self.restype = ctypes.c_void_p
+    libc.pthread_getattr_np(ctypes.c_void_p(libc.pthread_self()), attributes)
+    libc.pthread_attr_getstacksize(attributes, ctypes.byref(nbytes))
+    libc.pthread_attr_destroy(attributes)
+    return nbytes.value

@@ -3,7 +3,8 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from threading import Event, Thread
+from mmap import mmap
+from threading import Event, Thread, stack_size
 from typing import Any, NamedTuple
 
 from lorafuse.errors import LorafuseError
@@ -13,6 +14,10 @@ from lorafuse.files.local_folder import LocalFolder, directory_as_typed
 WEIGHTS = "model*.safetensors"
 # The thread asks for the interpreter's lock after each, and the import lets go of it after 5 ms.
 READ_NBYTES = 4 << 20
+# glibc keeps the stack of a thread that ended for the next thread that asks for no more. Where memory is out,
+# that thread would begin, and die before it says so, which Python waits for without end. Other threads ask
+# for 8 MB, which is then refused as it should be.
+STACK_NBYTES = 1 << 20
 
 
 class Begun(NamedTuple):
@@ -41,7 +46,11 @@ def hashing_meanwhile(name: str) -> Iterator[None]:
     thread = Thread(target=_hash, args=(name, stop), name="early-hash", daemon=True)
     try:
         if name:
-            thread.start()
+            others = stack_size(STACK_NBYTES)
+            try:
+                thread.start()
+            finally:
+                stack_size(others)
         yield
     finally:
         stop.set()
@@ -50,9 +59,9 @@ def hashing_meanwhile(name: str) -> Iterator[None]:
 
 
 def _hash(name: str, stop: Event) -> None:
-    with suppress(OSError, LorafuseError):
+    # Memory of its own: of what malloc gives and gets back, it would keep more ever after.
+    with suppress(OSError, LorafuseError), mmap(-1, READ_NBYTES) as buffer, memoryview(buffer) as view:
         folder = LocalFolder.at(directory_as_typed(name))
-        view = memoryview(bytearray(READ_NBYTES))
         for file_name in folder.names(WEIGHTS):
             with closing(folder.open(file_name)) as file:
                 digest, nbytes = hashlib.sha256(), 0
