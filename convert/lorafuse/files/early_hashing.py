@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from lorafuse.errors import LorafuseError
 from lorafuse.files.folder import FileFacts
 from lorafuse.files.local_folder import LocalFolder, directory_as_typed
+from lorafuse.files.names import SINGLE
 
-WEIGHTS = "model*.safetensors"
+WEIGHTS = SINGLE.replace(".", "*.")  # its shards, too
 # The thread asks for the interpreter's lock after each, and the import lets go of it after 5 ms.
 READ_NBYTES = 4 << 20
 # glibc keeps the stack of a thread that ended for the next thread that asks for no more. Where memory is out,
