@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -39,8 +40,8 @@ enum { BASELINE, AVX2, AVX512 };
 #if defined(__x86_64__)
 #define X86 1
 #define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-#define LEVELS(X) X(_avx512, AVX512, FOR_AVX512) \
-    X(_avx2, AVX2, __attribute__((target("avx2")))) X(_baseline, BASELINE, )
+#define FOR_AVX2 __attribute__((target("avx2,f16c")))
+#define LEVELS(X) X(_avx512, AVX512, FOR_AVX512) X(_avx2, AVX2, FOR_AVX2) X(_baseline, BASELINE, )
 #define AT_LEVEL(level, name, ...) \
     ((level) == AVX512 ? name##_avx512(__VA_ARGS__) \
      : (level) == AVX2 ? name##_avx2(__VA_ARGS__) : name##_baseline(__VA_ARGS__))
@@ -59,7 +60,8 @@ EXPORT int lorafuse_level(void) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
         && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return AVX512;
-    if (__builtin_cpu_supports("avx2"))
+    unsigned eax, ebx, ecx, edx; /* gcc 10 does not know "f16c" by name */
+    if (__builtin_cpu_supports("avx2") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C)
         return AVX2;
 #endif
     return BASELINE;
@@ -228,21 +230,106 @@ FOR_AVX512 static inline __attribute__((always_inline)) void sum_sixteens(
     _mm512_storeu_si512(sums->changed, changed);
 }
 
-/* For each pair of dtypes. */
-FOR_AVX512 static void sum_sixteens_of(
-    struct lanes *sums, const struct measured *m, int64_t i, int64_t stop) {
-#define SIXTEENS(base, stored) case 3 * (base) + (stored): \
-        if (m->rounded) \
-            sum_sixteens(sums, m, i, stop, base, stored, 1); \
-        else \
-            sum_sixteens(sums, m, i, stop, base, stored, 0); \
-        break;
-    switch (3 * m->base_dtype + m->stored_dtype) {
-        SIXTEENS(BFLOAT16, BFLOAT16) SIXTEENS(BFLOAT16, FLOAT16) SIXTEENS(BFLOAT16, FLOAT32)
-        SIXTEENS(FLOAT16, BFLOAT16) SIXTEENS(FLOAT16, FLOAT16) SIXTEENS(FLOAT16, FLOAT32)
-        SIXTEENS(FLOAT32, BFLOAT16) SIXTEENS(FLOAT32, FLOAT16) SIXTEENS(FLOAT32, FLOAT32)
+FOR_AVX2 static inline __m256 eight(const void *values, int64_t i, int dtype) {
+    if (dtype == FLOAT32)
+        return _mm256_loadu_ps((const float *)values + i);
+    __m128i numbers = _mm_loadu_si128((const __m128i *)((const uint16_t *)values + i));
+    return dtype == BFLOAT16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16))
+                             : _mm256_cvtph_ps(numbers);
+}
+
+enum { HALVES = 2, EIGHT = LANES / HALVES };
+
+/* rounded_to_bfloat, of half as many. */
+FOR_AVX2 static inline __m256i eight_to_bfloat(__m256 x) {
+    __m256i bits = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+}
+
+/* narrowed, of two vectors. */
+FOR_AVX2 static inline __m256i narrowed_eights(const __m256 *x, int dtype) {
+    if (dtype == FLOAT16)
+        return _mm256_set_m128i(
+            _mm256_cvtps_ph(x[1], _MM_FROUND_TO_NEAREST_INT),
+            _mm256_cvtps_ph(x[0], _MM_FROUND_TO_NEAREST_INT));
+    __m256i low = _mm256_srli_epi32(eight_to_bfloat(x[0]), 16);
+    __m256i packed = _mm256_packus_epi32(low, _mm256_srli_epi32(eight_to_bfloat(x[1]), 16));
+    return _mm256_permute4x64_epi64(packed, _MM_SHUFFLE(3, 1, 2, 0));
+}
+
+/* put_sixteen, of two vectors; what was written goes to `put`. */
+FOR_AVX2 static inline void put_eights(void *values, int64_t i, const __m256 *x, __m256 *put, int dtype) {
+    if (dtype != FLOAT32)
+        _mm256_storeu_si256((__m256i *)((uint16_t *)values + i), narrowed_eights(x, dtype));
+    for (int half = 0; half < HALVES; half++)
+        if (dtype == FLOAT32) {
+            _mm256_storeu_ps((float *)values + i + EIGHT * half, x[half]);
+            put[half] = x[half];
+        } else if (dtype == FLOAT16) {
+            put[half] = _mm256_cvtph_ps(_mm256_cvtps_ph(x[half], _MM_FROUND_TO_NEAREST_INT));
+        } else {
+            __m256i kept = _mm256_and_si256(eight_to_bfloat(x[half]), _mm256_set1_epi32((int32_t)0xFFFF0000));
+            put[half] = _mm256_castsi256_ps(kept);
+        }
+}
+
+/* sum_sixteens, in two vectors. */
+FOR_AVX2 static inline __attribute__((always_inline)) void sum_eights(
+    struct lanes *sums, const struct measured *m, int64_t i, int64_t stop, int base_dtype, int stored_dtype,
+    int rounded) {
+    __m256 some[N_SUMS][HALVES], x[HALVES], s[HALVES];
+    __m256i changed[HALVES];
+    for (int half = 0; half < HALVES; half++) {
+        changed[half] = _mm256_setzero_si256();
+        for (int number = 0; number < N_SUMS; number++)
+            some[number][half] = _mm256_setzero_ps();
+    }
+    for (; i < stop; i += LANES) {
+        for (int half = 0; half < HALVES; half++)
+            x[half] = _mm256_loadu_ps(m->total + i + EIGHT * half);
+        if (rounded)
+            put_eights(m->stored, i, x, s, stored_dtype);
+        for (int half = 0; half < HALVES; half++) {
+            __m256 w = eight(m->base, i + EIGHT * half, base_dtype);
+            if (!rounded)
+                s[half] = eight(m->stored, i + EIGHT * half, stored_dtype);
+            __m256 residual = _mm256_sub_ps(s[half], x[half]), delta = _mm256_sub_ps(x[half], w);
+            __m256 made[N_SUMS] = {
+                [BASE_SQ] = _mm256_mul_ps(w, w), [DELTA_SQ] = _mm256_mul_ps(delta, delta),
+                [RESIDUAL_SQ] = _mm256_mul_ps(residual, residual),
+                [RESIDUAL_DELTA] = _mm256_mul_ps(residual, delta),
+            };
+            for (int number = 0; number < N_SUMS; number++)
+                some[number][half] = _mm256_add_ps(some[number][half], made[number]);
+            __m256i differ = _mm256_castps_si256(_mm256_cmp_ps(s[half], w, _CMP_NEQ_UQ));
+            changed[half] = _mm256_sub_epi32(changed[half], differ);
+        }
+    }
+    for (int half = 0; half < HALVES; half++) {
+        for (int number = 0; number < N_SUMS; number++)
+            _mm256_storeu_ps(sums->some[number] + EIGHT * half, some[number][half]);
+        _mm256_storeu_si256((__m256i *)(sums->changed + EIGHT * half), changed[half]);
     }
 }
+
+/* For each pair of dtypes. */
+#define OF_PAIR(sum, base, stored) case 3 * (base) + (stored): \
+        if (m->rounded) \
+            sum(sums, m, i, stop, base, stored, 1); \
+        else \
+            sum(sums, m, i, stop, base, stored, 0); \
+        break;
+#define OF_PAIRS(sum, target) \
+    target static void sum##_of(struct lanes *sums, const struct measured *m, int64_t i, int64_t stop) { \
+        switch (3 * m->base_dtype + m->stored_dtype) { \
+            OF_PAIR(sum, BFLOAT16, BFLOAT16) OF_PAIR(sum, BFLOAT16, FLOAT16) OF_PAIR(sum, BFLOAT16, FLOAT32) \
+            OF_PAIR(sum, FLOAT16, BFLOAT16) OF_PAIR(sum, FLOAT16, FLOAT16) OF_PAIR(sum, FLOAT16, FLOAT32) \
+            OF_PAIR(sum, FLOAT32, BFLOAT16) OF_PAIR(sum, FLOAT32, FLOAT16) OF_PAIR(sum, FLOAT32, FLOAT32) \
+        } \
+    }
+OF_PAIRS(sum_sixteens, FOR_AVX512)
+OF_PAIRS(sum_eights, FOR_AVX2)
 
 #endif
 
@@ -255,10 +342,11 @@ INLINE void measure_part(
         end = i + SUMMED < stop ? i + SUMMED : stop;
         int64_t whole = end - (end - i) % LANES;
 #if X86
-        if (level == AVX512) {
+        if (level == AVX512)
             sum_sixteens_of(sums, m, i, whole);
-            i = whole;
-        }
+        else if (level == AVX2)
+            sum_eights_of(sums, m, i, whole);
+        i = level == BASELINE ? i : whole;
 #endif
         for (int64_t k = i; m->rounded && k < end; k++)
             write_at(m->stored, k, m->total[k], stored_dtype);
@@ -306,7 +394,7 @@ LEVELS(MEASURE)
 
 /* measure_tile and store_tile, but for what is not finite; 0 where it is not done: torch rounds faster. */
 EXPORT int32_t lorafuse_measure(struct measured *m) {
-    if (m->rounded && m->level != AVX512)
+    if (m->rounded && m->level == BASELINE)
         return 0;
     AT_LEVEL(m->level, measure, m);
     return 1;
@@ -911,23 +999,69 @@ FOR_AVX512 static int64_t look_up_avx512(
     return i;
 }
 
+/* In both halves the 16 bytes that are the low ones of `numbers`. */
+FOR_AVX2 static inline __m256i low_bytes_twice(__m256i numbers) {
+    __m256i low = _mm256_and_si256(numbers, _mm256_set1_epi16(0xFF));
+    return _mm256_permute4x64_epi64(_mm256_packus_epi16(low, low), _MM_SHUFFLE(2, 0, 2, 0));
+}
+
+/* Values of whole bytes of codes of one block, 64 at a time, by look_up's shuffles. Returns how many. */
+FOR_AVX2 static inline int64_t look_up_avx2(
+    uint16_t *values, const uint8_t *codes, int64_t n, const float *map, float scale, int dtype) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256 made[HALVES] = {_mm256_loadu_ps(map), _mm256_loadu_ps(map + EIGHT)};
+    for (int half = 0; half < HALVES; half++)
+        made[half] = _mm256_mul_ps(made[half], _mm256_set1_ps(scale));
+    __m256i of_codes = narrowed_eights(made, dtype);
+    __m256i low = low_bytes_twice(of_codes), high = low_bytes_twice(_mm256_srli_epi16(of_codes, 8));
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        __m256i both = _mm256_loadu_si256((const __m256i *)(codes + i / 2));
+        __m256i even = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+        __m256i odd = _mm256_and_si256(both, nibble);
+        __m256i even_low = _mm256_shuffle_epi8(low, even), even_high = _mm256_shuffle_epi8(high, even);
+        __m256i odd_low = _mm256_shuffle_epi8(low, odd), odd_high = _mm256_shuffle_epi8(high, odd);
+        __m256i *at = (__m256i *)(values + i), evens, odds, first, last;
+        evens = _mm256_unpacklo_epi8(even_low, even_high), odds = _mm256_unpacklo_epi8(odd_low, odd_high);
+        first = _mm256_unpacklo_epi16(evens, odds), last = _mm256_unpackhi_epi16(evens, odds);
+        _mm256_storeu_si256(at, _mm256_permute2x128_si256(first, last, 0x20));
+        _mm256_storeu_si256(at + 2, _mm256_permute2x128_si256(first, last, 0x31));
+        evens = _mm256_unpackhi_epi8(even_low, even_high), odds = _mm256_unpackhi_epi8(odd_low, odd_high);
+        first = _mm256_unpacklo_epi16(evens, odds), last = _mm256_unpackhi_epi16(evens, odds);
+        _mm256_storeu_si256(at + 1, _mm256_permute2x128_si256(first, last, 0x20));
+        _mm256_storeu_si256(at + 3, _mm256_permute2x128_si256(first, last, 0x31));
+    }
+    return i;
+}
+
 #endif
 
-/* Returns 0 where a scale is not finite: what bits NaN has is torch's to say. */
+/* Returns 0 where a scale or a value of the map is not finite: what bits NaN has is torch's to say. */
 INLINE int decode_as(const struct packed *p, int dtype, int level) {
     (void)level; /* where there is a single one */
+    for (int code = 0; code < 16; code++)
+        if (p->map[code] - p->map[code] != 0)
+            return 0;
     for (int64_t i = 0, end, block = 0; i < p->numel; i = end, block++) {
         uint32_t table[16];
         float scale = p->scales[block];
         if (scale - scale != 0)
             return 0;
+        end = (block + 1) * p->blocksize - p->skip;
+        end = end < p->numel ? end : p->numel;
+        const uint8_t *codes = p->codes + ((p->skip + i) >> 1);
+#if X86
+        if (level == AVX2 && !((p->skip + i) & 1)) {
+            int64_t n = look_up_avx2(p->values + i, codes, end - i, p->map, scale, dtype);
+            i += n, codes += n / 2;
+            if (i == end)
+                continue;
+        }
+#endif
         for (int code = 0; code < 16; code++) {
             float value = p->map[code] * scale;
             table[code] = dtype == BFLOAT16 ? to_bfloat(value) : to_half(value);
         }
-        end = (block + 1) * p->blocksize - p->skip;
-        end = end < p->numel ? end : p->numel;
-        const uint8_t *codes = p->codes + ((p->skip + i) >> 1);
         if ((p->skip + i) & 1)
             p->values[i++] = (uint16_t)table[*codes++ & 15];
 #if X86
