@@ -258,27 +258,25 @@ FOR_AVX2 static inline __m256i narrowed_eights(const __m256 *x, int dtype) {
     return _mm256_permute4x64_epi64(packed, _MM_SHUFFLE(3, 1, 2, 0));
 }
 
-/* put_sixteen, of two vectors; what was written goes to `put`. */
-FOR_AVX2 static inline void put_eights(void *values, int64_t i, const __m256 *x, __m256 *put, int dtype) {
+/* rounded_to. NaN stays one where its low 16 bits are 0, or the dtype is not BFLOAT16. */
+FOR_AVX2 static inline __m256 rounded_eight(__m256 x, int dtype) {
+    __m256i kept = _mm256_and_si256(eight_to_bfloat(x), _mm256_set1_epi32(~0xFFFF));
+    return dtype == BFLOAT16 ? _mm256_castsi256_ps(kept)
+         : dtype == FLOAT16 ? _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)) : x;
+}
+
+FOR_AVX2 static inline void put_eights(void *values, int64_t i, const __m256 *x, int dtype) {
     if (dtype != FLOAT32)
         _mm256_storeu_si256((__m256i *)((uint16_t *)values + i), narrowed_eights(x, dtype));
-    for (int half = 0; half < HALVES; half++)
-        if (dtype == FLOAT32) {
-            _mm256_storeu_ps((float *)values + i + EIGHT * half, x[half]);
-            put[half] = x[half];
-        } else if (dtype == FLOAT16) {
-            put[half] = _mm256_cvtph_ps(_mm256_cvtps_ph(x[half], _MM_FROUND_TO_NEAREST_INT));
-        } else {
-            __m256i kept = _mm256_and_si256(eight_to_bfloat(x[half]), _mm256_set1_epi32((int32_t)0xFFFF0000));
-            put[half] = _mm256_castsi256_ps(kept);
-        }
+    for (int half = 0; half < (dtype == FLOAT32 ? HALVES : 0); half++)
+        _mm256_storeu_ps((float *)values + i + EIGHT * half, x[half]);
 }
 
 /* sum_sixteens, in two vectors. */
 FOR_AVX2 static inline __attribute__((always_inline)) void sum_eights(
     struct lanes *sums, const struct measured *m, int64_t i, int64_t stop, int base_dtype, int stored_dtype,
     int rounded) {
-    __m256 some[N_SUMS][HALVES], x[HALVES], s[HALVES];
+    __m256 some[N_SUMS][HALVES], x[HALVES];
     __m256i changed[HALVES];
     for (int half = 0; half < HALVES; half++) {
         changed[half] = _mm256_setzero_si256();
@@ -289,12 +287,12 @@ FOR_AVX2 static inline __attribute__((always_inline)) void sum_eights(
         for (int half = 0; half < HALVES; half++)
             x[half] = _mm256_loadu_ps(m->total + i + EIGHT * half);
         if (rounded)
-            put_eights(m->stored, i, x, s, stored_dtype);
+            put_eights(m->stored, i, x, stored_dtype);
         for (int half = 0; half < HALVES; half++) {
             __m256 w = eight(m->base, i + EIGHT * half, base_dtype);
-            if (!rounded)
-                s[half] = eight(m->stored, i + EIGHT * half, stored_dtype);
-            __m256 residual = _mm256_sub_ps(s[half], x[half]), delta = _mm256_sub_ps(x[half], w);
+            __m256 s = rounded ? rounded_eight(x[half], stored_dtype)
+                               : eight(m->stored, i + EIGHT * half, stored_dtype);
+            __m256 residual = _mm256_sub_ps(s, x[half]), delta = _mm256_sub_ps(x[half], w);
             __m256 made[N_SUMS] = {
                 [BASE_SQ] = _mm256_mul_ps(w, w), [DELTA_SQ] = _mm256_mul_ps(delta, delta),
                 [RESIDUAL_SQ] = _mm256_mul_ps(residual, residual),
@@ -302,7 +300,7 @@ FOR_AVX2 static inline __attribute__((always_inline)) void sum_eights(
             };
             for (int number = 0; number < N_SUMS; number++)
                 some[number][half] = _mm256_add_ps(some[number][half], made[number]);
-            __m256i differ = _mm256_castps_si256(_mm256_cmp_ps(s[half], w, _CMP_NEQ_UQ));
+            __m256i differ = _mm256_castps_si256(_mm256_cmp_ps(s, w, _CMP_NEQ_UQ));
             changed[half] = _mm256_sub_epi32(changed[half], differ);
         }
     }
@@ -1170,10 +1168,18 @@ enum { ROUNDED_DIFFERENCE, DIFFERENCE, BIASED };
 #if X86
 
 /* read_at, of so many halves. */
-FOR_AVX512 static void widen_halves(float *made, const uint16_t *halves, int n) {
+FOR_AVX512 static void widen_halves_avx512(float *made, const uint16_t *halves, int n) {
     int k = 0;
     for (; k + 16 <= n; k += 16)
-        _mm512_storeu_ps(made + k, widened(_mm256_loadu_si256((const __m256i *)(halves + k)), FLOAT16));
+        _mm512_storeu_ps(made + k, sixteen(halves, k, FLOAT16));
+    for (; k < n; k++)
+        made[k] = of_half(halves[k]);
+}
+
+FOR_AVX2 static void widen_halves_avx2(float *made, const uint16_t *halves, int n) {
+    int k = 0;
+    for (; k + 8 <= n; k += 8)
+        _mm256_storeu_ps(made + k, eight(halves, k, FLOAT16));
     for (; k < n; k++)
         made[k] = of_half(halves[k]);
 }
@@ -1213,19 +1219,47 @@ FOR_AVX512 static inline __attribute__((always_inline)) int finish_vectors(
     return k;
 }
 
-#define FINISH_VECTORS(how, via, dtype) finish_vectors(part, values, i, n, how, via, dtype, n_nan)
-#define FINISH_VECTORS_VIA(how, via) \
-    (dtype == BFLOAT16 ? FINISH_VECTORS(how, via, BFLOAT16) \
-     : dtype == FLOAT16 ? FINISH_VECTORS(how, via, FLOAT16) : FINISH_VECTORS(how, via, FLOAT32))
-#define FINISH_VECTORS_HOW(how) \
-    (via == BFLOAT16 ? FINISH_VECTORS_VIA(how, BFLOAT16) \
-     : via == FLOAT16 ? FINISH_VECTORS_VIA(how, FLOAT16) : FINISH_VECTORS_VIA(how, FLOAT32))
-
-FOR_AVX512 static int finish_avx512_part(
+/* The same in two vectors. */
+FOR_AVX2 static inline __attribute__((always_inline)) int finish_eights(
     const struct part *part, void *values, int64_t i, int n, int how, int via, int dtype, int *n_nan) {
-    return how == ROUNDED_DIFFERENCE ? FINISH_VECTORS_HOW(ROUNDED_DIFFERENCE)
-         : how == DIFFERENCE ? FINISH_VECTORS_HOW(DIFFERENCE) : FINISH_VECTORS_HOW(BIASED);
+    __m256 not_numbers = _mm256_setzero_ps(), made[HALVES];
+    int k = 0;
+    for (; k + LANES <= n; k += LANES) {
+        for (int half = 0, at = k; half < HALVES; half++, at += EIGHT) {
+            __m256 x = _mm256_load_ps(part->x + at), zero = _mm256_load_ps(part->zero + at);
+            x = how == BIASED ? x : _mm256_sub_ps(x, zero);
+            x = how == ROUNDED_DIFFERENCE ? rounded_eight(x, via) : x;
+            x = _mm256_mul_ps(x, _mm256_load_ps(part->scale + at));
+            not_numbers = _mm256_or_ps(not_numbers, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+            if (how == BIASED) {
+                x = _mm256_add_ps(rounded_eight(x, via), zero);
+                not_numbers = _mm256_or_ps(not_numbers, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+            }
+            made[half] = via == dtype ? x : rounded_eight(x, via);
+        }
+        put_eights(values, i + k, made, dtype);
+    }
+    *n_nan = _mm256_movemask_ps(not_numbers) != 0;
+    return k;
 }
+
+#define FINISH_VECTORS(finish, how, via, dtype) finish(part, values, i, n, how, via, dtype, n_nan)
+#define FINISH_VECTORS_VIA(finish, how, via) \
+    (dtype == BFLOAT16 ? FINISH_VECTORS(finish, how, via, BFLOAT16) \
+     : dtype == FLOAT16 ? FINISH_VECTORS(finish, how, via, FLOAT16) \
+     : FINISH_VECTORS(finish, how, via, FLOAT32))
+#define FINISH_VECTORS_HOW(finish, how) \
+    (via == BFLOAT16 ? FINISH_VECTORS_VIA(finish, how, BFLOAT16) \
+     : via == FLOAT16 ? FINISH_VECTORS_VIA(finish, how, FLOAT16) : FINISH_VECTORS_VIA(finish, how, FLOAT32))
+#define FINISH_PART(finish, target) \
+    target static int finish##_of( \
+        const struct part *part, void *values, int64_t i, int n, int how, int via, int dtype, int *n_nan) { \
+        return how == ROUNDED_DIFFERENCE ? FINISH_VECTORS_HOW(finish, ROUNDED_DIFFERENCE) \
+             : how == DIFFERENCE ? FINISH_VECTORS_HOW(finish, DIFFERENCE) \
+             : FINISH_VECTORS_HOW(finish, BIASED); \
+    }
+FINISH_PART(finish_vectors, FOR_AVX512)
+FINISH_PART(finish_eights, FOR_AVX2)
 
 #endif
 
@@ -1236,7 +1270,9 @@ INLINE int finish_as(
     (void)level;
 #if X86
     if (level == AVX512)
-        k = finish_avx512_part(part, values, i, n, how, via, dtype, &n_nan);
+        k = finish_vectors_of(part, values, i, n, how, via, dtype, &n_nan);
+    else if (level == AVX2)
+        k = finish_eights_of(part, values, i, n, how, via, dtype, &n_nan);
 #endif
     for (; k < n; k++) {
         float x = part->x[k], zero = how == BIASED ? 0 : part->zero[k], first = x - zero;
@@ -1266,8 +1302,12 @@ INLINE void fill(float *made, int n, float x) {
 INLINE void widen(float *made, const void *numbers, int64_t from, int n, int dtype, int level) {
     (void)level;
 #if X86
-    if (level == AVX512 && dtype == FLOAT16) {
-        widen_halves(made, (const uint16_t *)numbers + from, n);
+    if (level != BASELINE && dtype == FLOAT16) {
+        const uint16_t *halves = (const uint16_t *)numbers + from;
+        if (level == AVX512)
+            widen_halves_avx512(made, halves, n);
+        else
+            widen_halves_avx2(made, halves, n);
         return;
     }
 #endif
