@@ -22,11 +22,13 @@ from bench.speed import (
     batch,
     compute,
     cores,
+    cpu_profile,
     fleet,
     gpu,
     hashing,
     instructions,
     kernel,
+    large,
     peers,
     planning,
     start,
@@ -37,6 +39,8 @@ LAYERS = 16
 CHECKED_ROUNDS = 11  # of what `make bench-check` measures in fewer
 BENCHMARKS = {
     "peers": peers,
+    "large": large,
+    "cpu_profile": cpu_profile,
     "compute": compute,
     "kernel": kernel,
     "bases": bases,
@@ -53,6 +57,8 @@ BENCHMARKS = {
 }
 TITLES = {
     "peers": "The whole merge",
+    "large": "A larger model",
+    "cpu_profile": "Where the CPU time goes",
     "compute": "CPU time of the arithmetic",
     "kernel": "The compiled kernel",
     "bases": "Quantized bases",
@@ -70,6 +76,8 @@ TITLES = {
 QUICK_LAYERS = 4  # of which fleet.py takes a quarter
 QUICK: dict[str, dict[str, object]] = {
     "peers": {"ROUNDS": 1},
+    "large": {"ROUNDS": 1},
+    "cpu_profile": {"ROUNDS": 1},
     "compute": {"ROUNDS": 1},
     "kernel": {"ROUNDS": 1},
     "bases": {"FEWEST": 1, "MOST": 1, "N_BASES": 3},

@@ -14,7 +14,7 @@ from bench.support import measure
 from bench.support.measure import Usage
 
 KERNEL, TORCH, PEFT, DD, BNB = "lorafuse", "lorafuse, no kernel", "transformers + PEFT", "dd", "bitsandbytes"
-IMPORT = "import torch"
+DIRECT, IMPORT = "dd, past the page cache", "import torch"
 RESULT = "result"  # in one file, for dd
 FULL = (KERNEL, TORCH, PEFT, DD, BNB)
 
@@ -41,15 +41,14 @@ def in_turns(sides: Mapping[str, Callable[[], Side]], rounds: int) -> dict[str, 
 def sides_of(names: Sequence[str], base: Path, adapter: Path, outputs: Path) -> dict[str, Callable[[], Side]]:
     """Those of a merge. `outputs`: a folder for what they write, and for what dd copies."""
     copied = outputs / "copied"
-    if DD in names:
+    if {DD, DIRECT} & {*names}:
         measure.convert(base, adapter, outputs / "first")
         joined(sorted((outputs / "first").glob("*.safetensors")), outputs / RESULT)
 
-    def dd() -> Side:
+    def dd(*more: str) -> Side:
         measure.fresh(copied).mkdir()
-        return Side(
-            measure.run(["dd", f"if={outputs / RESULT}", f"of={copied / RESULT}", "bs=8M", "conv=fdatasync"])
-        )
+        paths = f"if={outputs / RESULT}", f"of={copied / RESULT}"
+        return Side(measure.run(["dd", *paths, "bs=8M", "conv=fdatasync", *more]))
 
     def peft() -> Side:
         return Side(
@@ -65,6 +64,7 @@ def sides_of(names: Sequence[str], base: Path, adapter: Path, outputs: Path) -> 
         TORCH: lambda: merge(base, adapter, outputs / "merged", "off"),
         PEFT: peft,
         DD: dd,
+        DIRECT: lambda: dd("oflag=direct"),
         BNB: bitsandbytes,
         IMPORT: lambda: Side(measure.python("-c", "import torch")),
     }

@@ -8,7 +8,7 @@ import pytest
 
 from bench import check
 from bench.faithfulness.bars import SPAN
-from bench.speed import planning
+from bench.speed import cpu_profile, planning
 from bench.speed.planning import n_stored
 from bench.support import measure, ratios, sides
 from bench.support.chart import Spread, bars
@@ -112,6 +112,25 @@ VALGRIND = "==7== Cachegrind\n==7== \n==7== I   refs:      1,234,567\n"
 def test_instructions_are_read_from_what_counts_them():
     assert of_perf(PERF) == 123456 and of_perf(NO_PERF) is None
     assert of_valgrind(VALGRIND) == 1234567 and of_valgrind("==7== killed") is None
+
+
+def test_samples_are_counted_by_what_ran():
+    listing = """# Overhead
+ 620       ;libcrypto.so.3
+ 600       ;[kernel.kallsyms]
+ 15        ;[vdso]
+ 321       ;libtorch_cpu.so
+ 90        ;_kernel.abi3.so
+ 48        ;libtorch_python.so
+ 7         ;_hashlib.cpython-311-x86_64-linux-gnu.so
+"""
+    assert cpu_profile.by_part(listing) == {
+        "SHA-256": 620,
+        "operating system": 615,
+        "torch": 321,
+        "compiled kernel": 90,
+        "Python and the rest": 55,
+    }
 
 
 def test_the_mixture_has_as_many_tensors_as_asked_for(tmp_path):
