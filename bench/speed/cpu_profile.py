@@ -11,7 +11,6 @@ and measures. The rest is Python and what it loads. Figures are medians of runs 
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,12 +29,12 @@ OF_LIBRARY = {
 
 def by_part(listing: str) -> dict[str, int]:
     """The samples of each part, of a report with lines `samples;library`."""
-    found = Counter(dict.fromkeys([*OF_LIBRARY, REST], 0))
+    found = dict.fromkeys([*OF_LIBRARY, REST], 0)
     for line in listing.splitlines():
         if match := re.match(r"\s*(\d+)\s*;\s*(\S+)", line):
-            parts = [part for part, pattern in OF_LIBRARY.items() if re.search(pattern, match[2])]
-            found[parts[0] if parts else REST] += int(match[1])
-    return dict(found)
+            part = next((part for part, names in OF_LIBRARY.items() if re.search(names, match[2])), REST)
+            found[part] += int(match[1])
+    return found
 
 
 def sampled(argv: Sequence[str | Path], data: Path) -> dict[str, float]:

@@ -4,9 +4,10 @@
 
 The checkpoint has four times the layers of the 1B model. The sides take turns as in peers.py: dd writes the
 bytes of the result and syncs them (conv=fdatasync), once into the page cache, as a merge does, and once past
-it (oflag=direct), which says what the disk takes. A merge drops what it has written from the page cache, and
-so gets the same memory again; dd fills the cache with all of the result, and its CPU time is what the kernel
-takes for that. The work directory needs four times the result.
+it (oflag=direct). Only the second says what the disk takes. The first fills the page cache with all of the
+result, and its CPU time has in it how long the kernel needs to get so much memory, which on a virtual machine
+may be most of it; a merge drops what it has written, and needs little. The work directory needs four times
+the result.
 """
 
 from pathlib import Path

@@ -10,8 +10,7 @@ and writes and syncing it to disk, which the save of transformers does not do; d
 lorafuse's is decode, update, cast and measures. The inputs lie in the page cache. Ratios are medians of the
 rounds' quotients, with the least and the greatest. The last table has the phases of a merge, which end with
 torch imported, with lorafuse imported, with the first tile in its file, with the last one, with the result
-under its name, and with the process. Only the writing grows with the model, and where it takes no longer than
-dd, the disk binds it.
+under its name, and with the process. Only the writing grows with the model.
 """
 
 import json

@@ -266,10 +266,11 @@ FOR_AVX2 static inline __m256 rounded_eight(__m256 x, int dtype) {
 }
 
 FOR_AVX2 static inline void put_eights(void *values, int64_t i, const __m256 *x, int dtype) {
-    if (dtype != FLOAT32)
+    if (dtype == FLOAT32)
+        for (int half = 0; half < HALVES; half++)
+            _mm256_storeu_ps((float *)values + i + EIGHT * half, x[half]);
+    else
         _mm256_storeu_si256((__m256i *)((uint16_t *)values + i), narrowed_eights(x, dtype));
-    for (int half = 0; half < (dtype == FLOAT32 ? HALVES : 0); half++)
-        _mm256_storeu_ps((float *)values + i + EIGHT * half, x[half]);
 }
 
 /* sum_sixteens, in two vectors. */
