@@ -82,6 +82,7 @@ def every(nth: int, what: Any) -> Fault:
 def _handler(server: DisturbingProxy) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # or the body of an answer waits for 40 ms
 
         def handle_one_request(self) -> None:
             with suppress(ConnectionError):
