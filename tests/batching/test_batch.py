@@ -186,6 +186,24 @@ def test_more_jobs_must_be_worth_the_workers_that_they_cost():
     assert passes.speed(slow, 3) < passes.speed(fast, 2) < passes.speed(fast, 3)
 
 
+def test_progress_reaches_what_the_pass_said(ckpt, jobs, run, out, tmp_path):
+    """Also where another process finishes a result with the files that these need right after it."""
+    (tmp_path / "others").mkdir()
+    (jobs / "d").rename(tmp_path / "others/d")
+    run(ckpt, tmp_path / "others", tmp_path / "before", max_shard_size="4KB")
+    events = []
+
+    def on_event(event):
+        events.append(event)
+        if event["event"] == "pass":
+            shutil.copytree(tmp_path / "before/d", out / "d")
+
+    lorafuse.batch(ckpt, jobs, out, on_event=on_event, max_shard_size="4KB")
+    (said,) = (event["nbytes"] for event in events if event["event"] == "pass")
+    assert sum(event["nbytes"] for event in events if event["event"] == "progress") == said
+    assert_as_alone(ckpt, jobs, out, tmp_path / "alone", "abc", max_shard_size="4KB")
+
+
 def test_open_files_decide(ckpt, jobs, run, out):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     n_open = len(os.listdir("/proc/self/fd")) + 2  # of the checkpoint

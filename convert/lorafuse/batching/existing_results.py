@@ -121,6 +121,10 @@ class ExistingResults:
         looked at too."""
         if key not in self._files:
             self._look(key)
+        return self.known(key)
+
+    def known(self, key: str) -> Shared | None:
+        """What `find` found before, if it is still as it was written."""
         shared = self._files.get(key)
         if shared is None or shared.checked or _is_as_written(shared):
             return shared
