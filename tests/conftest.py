@@ -16,6 +16,8 @@ from models import DENSE, QUANTIZED
 from scenario import five_shards, uninterrupted
 
 fix_bnb_avx512.mend()
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is such a process for each core
+    torch.set_num_threads(1)
 MARKED_GPU = "needs a CUDA device, and torch sees none here"
 MARKED_CLOUDS = "needs Azurite, which is not installed; `make clouds` installs it"
 MARKED_ORACLE = "needs {}, which is not installed; `make oracle` installs it"
