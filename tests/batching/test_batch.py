@@ -187,7 +187,7 @@ def test_more_jobs_must_be_worth_the_workers_that_they_cost():
 
 
 def test_progress_reaches_what_the_pass_said(ckpt, jobs, run, out, tmp_path):
-    """Also where another process finishes a result with the files that these need right after it."""
+    """Also where another process finishes a result, right after, with files that these jobs need."""
     (tmp_path / "others").mkdir()
     (jobs / "d").rename(tmp_path / "others/d")
     run(ckpt, tmp_path / "others", tmp_path / "before", max_shard_size="4KB")

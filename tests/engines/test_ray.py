@@ -330,7 +330,7 @@ def test_a_batch_whose_workers_are_killed(batch, clean, tmp_path):
     (total,) = of_kind(events, "total")
     assert total["states"] == {"done": len(NAMES)}
     n_bytes = sum(event["nbytes"] for event in of_kind(events, "progress"))
-    assert n_bytes == sum(event["nbytes"] for event in of_kind(events, "pass")), events
+    assert n_bytes == sum(event["nbytes"] for event in of_kind(events, "pass"))
 
 
 def test_the_job_of_the_examples(cluster, inputs, clean, tmp_path):

@@ -48,7 +48,7 @@ class CommonFiles:
             self.finished.offer(key, making.result.finished_file(file), written)
 
     def _taken(self, making: JobInProgress, file: str, key: str) -> bool:
-        shared = self.finished.known(key)  # what the pass was said not to write, and no more
+        shared = self.finished.known(key)  # and no more: the event of the pass said what is written
         if shared is None:
             return False
         try:

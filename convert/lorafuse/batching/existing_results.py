@@ -124,7 +124,7 @@ class ExistingResults:
         return self.known(key)
 
     def known(self, key: str) -> Shared | None:
-        """What `find` found before, if it is still as it was written."""
+        """What was found or offered before, if it is still as it was written."""
         shared = self._files.get(key)
         if shared is None or shared.checked or _is_as_written(shared):
             return shared
